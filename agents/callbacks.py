@@ -1,0 +1,86 @@
+"""What happens beside the learning: a progress bar, and saving."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from tqdm import tqdm
+
+from agents.on_policy import DenoisingAlgorithm
+
+
+class ProgressCallback(BaseCallback):
+    """A progress bar in pictures, with the rollout's mean reward and the KL to the pre-trained model.
+
+    Args:
+        pictures: that the training will draw in the end.
+        disable: no bar; None shows it in a terminal only.
+    """
+
+    def __init__(self, pictures: int, disable: bool | None = None) -> None:
+        super().__init__()
+        self._bar = tqdm(total=pictures, unit=" pictures", disable=disable, dynamic_ncols=True)
+
+    def _on_training_start(self) -> None:
+        self._bar.update(self._pictures() - self._bar.n)
+        self._bar.unpause()  # so that the rate is that of the training alone
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self._bar.update(self._pictures() - self._bar.n)
+        values = self.logger.name_to_value
+        if self.model.ep_info_buffer:
+            recent = [episode["r"] for episode in self.model.ep_info_buffer]
+            self._bar.set_postfix_str(f"reward {np.mean(recent):.3f}, KL {values['train/kl_to_pretrained']:.2f} nats")
+
+    def _on_training_end(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar where it is, also after an interruption."""
+        self._bar.close()
+
+    def _pictures(self) -> int:
+        return self.model.num_timesteps // len(self.model.policy.schedule)  # type: ignore[arg-type]
+
+
+class SaveCallback(BaseCallback):
+    """Saves the agent before every ``every``-th rollout, when nothing is half done.
+
+    Args:
+        folder: where to, see :func:`save_agent`.
+        every: iterations between two saves.
+    """
+
+    def __init__(self, folder: str | Path, every: int = 10) -> None:
+        super().__init__()
+        self._folder, self._every, self._iteration = Path(folder), every, 0
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self._iteration and self._iteration % self._every == 0:
+            assert isinstance(self.model, DenoisingAlgorithm)
+            save_agent(self.model, self._folder)
+        self._iteration += 1
+
+
+def save_agent(agent: DenoisingAlgorithm, folder: str | Path) -> None:
+    """Writes ``model.zip`` and, unless the whole denoiser is trained, the LoRA into ``lora/``.
+
+    Each file is replaced at once, so whatever interrupts this leaves the old file or the new one.
+    """
+    folder = Path(folder)
+    agent.save(folder / "model.part.zip")
+    os.replace(folder / "model.part.zip", folder / "model.zip")
+    if agent.policy.lora is not None:
+        written = agent.save_lora(folder / "lora.part")
+        (folder / "lora").mkdir(exist_ok=True)
+        os.replace(written, folder / "lora" / written.name)
+        written.parent.rmdir()

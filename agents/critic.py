@@ -1,0 +1,38 @@
+"""The value function."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+class Critic(nn.Module):
+    """V(x_t, t, z): the reward to be expected from a half-denoised picture and its prompt.
+
+    The network of DPOK (Fan et al. 2023, App. A.5): a multilayer perceptron on the latent and the prompt's features,
+    each hidden layer multiplied by a gain that is learned for each denoising step.
+
+    Args:
+        latent_dims: D, dimensions of a latent.
+        text_width: F, features of a prompt.
+        num_inference_steps: T.
+        hidden: width of each of the three hidden layers.
+    """
+
+    def __init__(self, latent_dims: int, text_width: int, num_inference_steps: int, hidden: int = 256) -> None:
+        super().__init__()
+        widths = [latent_dims + text_width, hidden, hidden, hidden]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.gains = nn.ModuleList(nn.Embedding(num_inference_steps, hidden) for _ in self.layers)
+        self.head = nn.Linear(hidden, 1)
+        for gain in self.gains:
+            nn.init.uniform_(gain.weight)
+
+    def forward(self, latents: Tensor, step: Tensor, text: Tensor) -> Tensor:
+        """Values (B,) of latents (B, ...), denoising steps (B,) and prompt features (B, F)."""
+        hidden = torch.cat([latents.flatten(1).float(), text.float()], dim=1)
+        for layer, gain in zip(self.layers, self.gains, strict=True):
+            hidden = torch.relu(layer(hidden)) * gain(step)
+        return self.head(hidden).squeeze(1)

@@ -1,0 +1,146 @@
+"""Draws pictures under fixed seeds and scores them, so that two policies can be compared picture by picture.
+
+Letters used for shapes: N pictures, n environments, C x h x w a latent, H x W a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.utils import seeding
+from numpy.typing import NDArray
+from stable_baselines3.common.utils import obs_as_tensor
+from torch import Tensor
+
+from agents.policy import DenoisingPolicy
+from dpok_gym import diffusion
+from dpok_gym.vector_env import DenoisingVectorEnv, Observation
+
+#: From an observation to the mean (n, C, h, w) and the std (n,) of the next latent.
+Transition = Callable[[Observation], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Evaluation:
+    """Pictures and what they are worth.
+
+    Attributes:
+        prompts: N texts.
+        pictures: (N, H, W, 3) uint8.
+        reward: (N,) float64, the environment's reward: the weighted sum of the components.
+        rewards: each component by name, (N,) float64, before weighting.
+        kl: (N,) float64, nats: the sum over the denoising steps of KL(policy || pre-trained) along the picture's own
+            trajectory. Its mean estimates the KL of the two distributions over trajectories without bias.
+    """
+
+    prompts: list[str]
+    pictures: NDArray[np.uint8]
+    reward: NDArray[np.float64]
+    rewards: dict[str, NDArray[np.float64]]
+    kl: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def aligned(self) -> NDArray[np.bool_] | None:
+        """(N,) whether the judge of the shapes world finds all of the prompt and nothing else; None without it."""
+        alignment = self.rewards.get("shapes-alignment")
+        return None if alignment is None else alignment == 1
+
+    @property
+    def aligned_share(self) -> float | None:
+        """Share of fully aligned pictures, in [0, 1]; None if the judge of the shapes world was not asked."""
+        return None if self.aligned is None else float(self.aligned.mean())
+
+    def mean(self, component: str) -> float | None:
+        """Mean of a component over the pictures; None if there is no such component."""
+        return float(np.nanmean(self.rewards[component])) if component in self.rewards else None
+
+
+def evaluate(
+    policy: DenoisingPolicy, env: DenoisingVectorEnv, prompts: Sequence[str], seed: int, reference: bool = False
+) -> Evaluation:
+    """Draws one picture for each prompt with a policy, or with the pre-trained model that it started from.
+
+    Picture k takes x_T and all of its noise from a generator seeded with ``seed + k``: before and after training, only
+    the model differs. No other random state is read or changed.
+
+    Args:
+        policy: of the environment's model and sampler.
+        env: its reward scores the pictures. It is left between episodes; its own generators are not used.
+        prompts: N texts.
+        seed: of the first picture, at least 0.
+        reference: draw with the pre-trained model; the KL is 0 then.
+
+    Raises:
+        ValueError: if there are no prompts, or the policy takes another number of denoising steps.
+    """
+    if len(policy.schedule) != len(env.schedule):
+        raise ValueError(f"the policy takes {len(policy.schedule)} denoising steps, the environment {len(env.schedule)}")
+
+    def pretrained(observation: Observation) -> tuple[Tensor, Tensor]:
+        return policy.transition(obs_as_tensor(observation, policy.model.device), reference=True)  # type: ignore[arg-type]
+
+    def tuned(observation: Observation) -> tuple[Tensor, Tensor]:
+        return policy.transition(obs_as_tensor(observation, policy.model.device))  # type: ignore[arg-type]
+
+    return draw(pretrained, env, prompts, seed) if reference else draw(tuned, env, prompts, seed, pretrained)
+
+
+@torch.no_grad()
+def draw(
+    transition: Transition,
+    env: DenoisingVectorEnv,
+    prompts: Sequence[str],
+    seed: int,
+    reference: Transition | None = None,
+) -> Evaluation:
+    """What :func:`evaluate` does, for anything that can tell the next latent's mean and standard deviation.
+
+    Args:
+        transition: draws the pictures.
+        env: as there, and so on.
+        prompts: N texts.
+        seed: of the first picture.
+        reference: what the KL is taken to; None for a KL of 0.
+    """
+    if not len(prompts):
+        raise ValueError("there is no prompt to evaluate on; give at least one")
+    totals: list[float] = []
+    divergences: list[float] = []
+    infos: list[dict[str, Any]] = []
+    for first in range(0, len(prompts), env.num_envs):
+        texts = list(prompts[first : first + env.num_envs])
+        n_drawn = len(texts)
+        texts += texts[-1:] * (env.num_envs - n_drawn)  # the environment draws num_envs at a time or none
+        generators = [seeding.np_random(seed + first + i)[0] for i in range(env.num_envs)]
+        observation, _ = env.begin_episodes(generators, {"prompt": texts})
+        kl = np.zeros(env.num_envs)
+        for _ in range(len(env.schedule)):
+            mean, std = transition(observation)
+            if reference is not None:
+                kl += diffusion.kl_divergence(mean, reference(observation)[0], std).double().cpu().numpy()
+            noise = np.stack([rng.standard_normal(mean.shape[1:], np.float32) for rng in generators])
+            action, _ = diffusion.sample_with_log_prob(mean, std, torch.from_numpy(noise).to(mean.device))
+            observation, total, _, judged = env.advance(action.cpu().numpy())
+        totals += total[:n_drawn].tolist()
+        divergences += kl[:n_drawn].tolist()
+        infos += judged[:n_drawn]
+    return Evaluation(
+        prompts=list(prompts),
+        pictures=np.stack([info["image"] for info in infos]),
+        reward=np.array(totals),
+        rewards={name: np.array([info["rewards"][name] for info in infos]) for name in infos[0]["rewards"]},
+        kl=np.array(divergences),
+    )
+
+
+def spread(prompts: Sequence[str], n: int) -> list[str]:
+    """``n`` prompts, the same at every call: all of them in turn, or evenly spaced ones if there are more than ``n``."""
+    size = len(prompts)
+    return [prompts[k % size if n >= size else k * size // n] for k in range(n)]

@@ -1,0 +1,1 @@
+"""Every number in the README has the command here that made it."""

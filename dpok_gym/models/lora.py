@@ -1,0 +1,158 @@
+"""Low-rank adaptation of a denoiser (Hu et al. 2022), with peft."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+#: The projections of every attention layer of a diffusers UNet.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+#: What diffusers' ``load_lora_weights`` looks for, and how it knows the part of the pipeline.
+FILE_NAME, PREFIX = "pytorch_lora_weights.safetensors", "unet."
+
+_numbers = itertools.count()
+
+
+class LoRA:
+    """A trainable low-rank change of a frozen network, which is switched on for the length of a ``with`` block.
+
+    Several can live in one network without knowing of each other; outside their blocks it computes what it always did.
+    The change is B A x with A random and B zero to begin with; there is no further scale.
+
+    Args:
+        network: changed in place: its target layers become peft layers.
+        rank: of the change; 4 to 16 is usual. Each target layer gets rank x (inputs + outputs) parameters.
+        target_modules: ends of the names of the layers to change.
+
+    Raises:
+        ValueError: if the rank is not positive or no layer has such a name.
+    """
+
+    def __init__(self, network: nn.Module, rank: int, target_modules: Sequence[str] = ATTENTION) -> None:
+        if rank < 1:
+            raise ValueError(f"the LoRA rank must be at least 1, got {rank}")
+        self.name = f"lora{next(_numbers)}"
+        self.rank = rank
+        self.target_modules = tuple(target_modules)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules))
+        before = [_state(layer) for layer in _layers(network)]
+        trainable = [value for layer in _layers(network) for value in layer.parameters() if value.requires_grad]
+        try:
+            with warnings.catch_warnings():  # that there is another LoRA already, which is meant
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                inject_adapter_in_model(config, network, self.name)
+        except ValueError as error:
+            raise ValueError(f"no layer of the denoiser ends in any of {list(target_modules)}") from error
+        self._network = network
+        marker = f".{self.name}."
+        #: The trainable parameters by name.
+        self.parameters = {name: value for name, value in network.named_parameters() if marker in name}
+        _switch([(layer, [self.name], False) for layer in _layers(network)])
+        _switch(before)
+        for value in [*trainable, *self.parameters.values()]:
+            value.requires_grad_(True)
+
+    @contextmanager
+    def switched_on(self) -> Iterator[None]:
+        """Within the block, the network computes with this change, and with no other."""
+        layers = _layers(self._network)
+        before = [_state(layer) for layer in layers]
+        _switch([(layer, [self.name], True) for layer in layers])
+        try:
+            yield
+        finally:
+            _switch(before)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the file that diffusers' ``load_lora_weights(folder)`` reads; returns its path."""
+        state = get_peft_model_state_dict(self._network, adapter_name=self.name)
+        path = Path(folder) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({PREFIX + key: value.detach().cpu().contiguous() for key, value in state.items()}, path)
+        return path
+
+    def load(self, folder: str | Path) -> None:
+        """Reads such a file back.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is damaged, or of another model, rank or choice of layers.
+        """
+        found = _read(folder)
+        expected = {
+            key: value.shape for key, value in get_peft_model_state_dict(self._network, adapter_name=self.name).items()
+        }
+        if {key: value.shape for key, value in found.items()} != expected:
+            raise ValueError(
+                f"the LoRA in {folder} is of another model: it changes {len(found) // 2} layers with rank "
+                f"{_rank(found)}, and not the same layers and sizes as here, {len(expected) // 2} with rank {self.rank}"
+            )
+        set_peft_model_state_dict(self._network, found, adapter_name=self.name)
+
+    @classmethod
+    def from_folder(cls, network: nn.Module, folder: str | Path) -> LoRA:
+        """Adds the LoRA that a file holds to a network; rank and layers are taken from the file."""
+        found = _read(folder)
+        targets = sorted({key.removesuffix(f".lora_{part}.weight") for key in found for part in "AB"})
+        targets = [target for target in targets if not target.endswith(".weight")]
+        names = {name for name, _ in network.named_modules()}
+        missing = [target for target in targets if target not in names]
+        if missing:
+            raise ValueError(f"the LoRA in {folder} is of another model: there is no layer {missing[0]!r} here")
+        lora = cls(network, _rank(found), targets)
+        lora.load(folder)
+        return lora
+
+
+#: A layer, the names of its active adapters, and whether they are switched on.
+_State = tuple[BaseTunerLayer, list[str], bool]
+
+
+def _layers(network: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _state(layer: BaseTunerLayer) -> _State:
+    return layer, list(layer.active_adapters), not layer.disable_adapters
+
+
+def _switch(states: list[_State]) -> None:
+    """Puts layers in these states, whatever is trainable staying so.
+
+    peft freezes what it switches off, and a frozen parameter would miss a backward pass that is still to come.
+    """
+    for layer, names, on in states:
+        trainable = [(value, value.requires_grad) for value in layer.parameters()]
+        layer.set_adapter(names)
+        layer.enable_adapters(on)
+        for value, flag in trainable:
+            value.requires_grad_(flag)
+
+
+def _read(folder: str | Path) -> dict:
+    path = Path(folder)
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no LoRA at {folder}: expected a file {FILE_NAME}, as save_lora() writes it")
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"the LoRA file {path} is damaged ({error}); write or copy it again") from error
+    found = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    if not any(key.endswith(".lora_A.weight") for key in found):
+        raise ValueError(f"the file {path} holds no LoRA weights")
+    return found
+
+
+def _rank(state: dict) -> int:
+    return next(len(value) for key, value in state.items() if key.endswith(".lora_A.weight"))

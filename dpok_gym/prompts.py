@@ -1,0 +1,187 @@
+"""Prompt sets: what the pictures are asked to show, in training and, unseen until then, in evaluation."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+SHAPES_CATEGORIES = ("colour", "count", "composition", "location")
+HELD_OUT_FRACTION = 0.2
+_SPLIT_SEED = 0  # part of the definition of the named sets: another seed holds out other prompts
+_PER_CATEGORY = 24  # of the set "shapes": as many as the smallest category has, so that all four weigh the same
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a task.
+
+    Attributes:
+        name: for logs and error messages.
+        train: the prompts to sample in training, at least one; one that is there twice is sampled twice as often.
+        held_out: prompts to evaluate on that training never shows; may be empty.
+
+    Raises:
+        TypeError: if ``train`` or ``held_out`` is a text and not a sequence of them.
+        ValueError: if ``train`` is empty, or an entry is not a text or is blank.
+    """
+
+    name: str
+    train: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("train", "held_out"):
+            object.__setattr__(self, field, self._checked(field))
+        if not self.train:
+            raise ValueError(f"the prompt set {self.name!r} is empty; it needs at least one prompt")
+
+    def _checked(self, field: str) -> tuple[str, ...]:
+        texts = getattr(self, field)
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise TypeError(f"the prompts of {self.name!r} ({field}) must be a list of texts, not {texts!r}")
+        for index, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(
+                    f"prompt {index} of {self.name!r} ({field}) must be a text that is not blank, not {text!r}"
+                )
+        return tuple(texts)
+
+    def sample(self, np_random: np.random.Generator, n: int) -> list[str]:
+        """Draws ``n`` prompts from ``train``, uniformly and with replacement."""
+        return [self.train[index] for index in np_random.integers(len(self.train), size=n)]
+
+
+def load_prompts(spec: PromptSet | str | os.PathLike[str] | Sequence[str]) -> PromptSet:
+    """Gets a prompt set.
+
+    Args:
+        spec: one of
+
+            - a :class:`PromptSet`, returned as it is;
+            - the name of a set, see :func:`list_prompt_sets`;
+            - the path of a UTF-8 text file with a prompt on each line; blank lines and lines that start with ``#``
+              are skipped. A file with the name of a set is reached as ``./name``;
+            - a list or tuple of texts;
+            - any other text: the one prompt of the set.
+
+            Only named sets hold prompts out.
+
+    Raises:
+        FileNotFoundError: if a path, or a text that ends in ``.txt``, leads to no file.
+        TypeError: if the spec is of another kind.
+        ValueError: if there is no prompt in it, a prompt is blank or not a text, a file is not UTF-8, or the text is
+            one word that looks like a misspelt name of a set (a prompt of that word can be given as a list of one).
+    """
+    if isinstance(spec, PromptSet):
+        return spec
+    if isinstance(spec, (list, tuple)):
+        return PromptSet("list", tuple(spec))
+    if not isinstance(spec, (str, os.PathLike)):
+        raise TypeError(
+            f"prompts must be the name of a set ({', '.join(list_prompt_sets())}), a file, a list of texts or a text, "
+            f"not {spec!r}"
+        )
+    if isinstance(spec, str) and spec in _NAMED_SETS:
+        return _NAMED_SETS[spec]()
+    if os.path.isfile(spec):  # not Path.is_file(), which raises for a text too long to be a path
+        return _read_file(Path(spec))
+    if not isinstance(spec, str) or spec.lower().endswith(".txt"):
+        raise FileNotFoundError(f"there is no file of prompts at {str(spec)!r}")
+    close = difflib.get_close_matches(spec, _NAMED_SETS, n=1, cutoff=0.8)
+    if close and not any(character.isspace() for character in spec):
+        raise ValueError(
+            f"there is no prompt set {spec!r}; did you mean {close[0]!r}? The sets are "
+            f"{', '.join(list_prompt_sets())}. If it is meant as a prompt, give a list: [{spec!r}]"
+        )
+    return PromptSet("text", (spec,))
+
+
+def list_prompt_sets() -> list[str]:
+    """The names of the sets that :func:`load_prompts` knows.
+
+    ``colour``, ``count``, ``composition``, ``location``
+        Everything that can be asked for in that category of the embedded world of shapes, see
+        :mod:`dpok_gym.shapes.captions`. A fixed fifth is held out, chosen by a shuffle with a fixed seed. What is
+        held out is a combination of objects with all its wordings: the mirrored "a blue square and a red circle" is
+        on the same side as "a red circle and a blue square", and ``composition`` and ``location`` hold out the same
+        pairs. Every colour, shape, number and relation occurs in training.
+    ``shapes``
+        24 prompts of each of these categories, chosen with a fixed seed: 19 for training and 5 held out.
+    ``dpok-colour``, ``dpok-count``, ``dpok-composition``, ``dpok-location``
+        The training prompts of DPOK's experiments, one each (Fan et al. 2023, "DPOK: Reinforcement Learning for
+        Fine-tuning Text-to-Image Diffusion Models", section 5). One counterpart each is held out: that of the colour
+        is the paper's, the other three are ours.
+    ``dpok``
+        All four of DPOK's prompts, and all four held out.
+    """
+    return list(_NAMED_SETS)
+
+
+def _read_file(path: Path) -> PromptSet:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the file of prompts {str(path)!r} is not UTF-8 text: {error}") from error
+    texts = tuple(text for line in lines if (text := line.strip()) and not text.startswith("#"))
+    if not texts:
+        raise ValueError(f"there is no prompt in the file {str(path)!r}; write one on each line, without a leading #")
+    return PromptSet(str(path), texts)
+
+
+def _shapes_category(category: str) -> PromptSet:
+    from dpok_gym.shapes.captions import all_requests
+
+    requests = all_requests(category)
+    # The objects, whatever their order and relation: what is seen in one wording is not unseen in another.
+    objects = [(frozenset(request.kinds), len(request.kinds)) for request in requests]
+    distinct = list(dict.fromkeys(objects))
+    shuffled = np.random.default_rng(_SPLIT_SEED).permutation(len(distinct))
+    held_out = {distinct[index] for index in shuffled[: round(HELD_OUT_FRACTION * len(distinct))]}
+
+    def texts(held: bool) -> tuple[str, ...]:
+        return tuple(str(request) for request, key in zip(requests, objects, strict=True) if (key in held_out) == held)
+
+    return PromptSet(category, texts(held=False), texts(held=True))
+
+
+def _shapes() -> PromptSet:
+    np_random = np.random.default_rng(_SPLIT_SEED)
+    n_held_out = round(HELD_OUT_FRACTION * _PER_CATEGORY)
+
+    def choose(texts: tuple[str, ...], n: int) -> list[str]:
+        return [texts[index] for index in np.sort(np_random.choice(len(texts), n, replace=False))]
+
+    train: list[str] = []
+    held_out: list[str] = []
+    for category in map(_shapes_category, SHAPES_CATEGORIES):
+        train += choose(category.train, _PER_CATEGORY - n_held_out)
+        held_out += choose(category.held_out, n_held_out)
+    return PromptSet("shapes", tuple(train), tuple(held_out))
+
+
+#: Of each category: the prompt that DPOK trains on, and an unseen counterpart.
+_DPOK = {
+    "colour": ("A green colored rabbit.", "A green colored cat."),
+    "count": ("Four wolves in the park.", "Four birds in the park."),
+    "composition": ("A cat and a dog.", "A dog and a rabbit."),
+    "location": ("A dog on the moon.", "A cat on the moon."),
+}
+
+
+def _dpok(name: str, categories: Sequence[str]) -> PromptSet:
+    train, held_out = zip(*(_DPOK[category] for category in categories), strict=True)
+    return PromptSet(name, train, held_out)
+
+
+_NAMED_SETS: dict[str, Callable[[], PromptSet]] = {
+    **{category: partial(_shapes_category, category) for category in SHAPES_CATEGORIES},
+    "shapes": _shapes,
+    **{f"dpok-{category}": partial(_dpok, f"dpok-{category}", [category]) for category in _DPOK},
+    "dpok": partial(_dpok, "dpok", list(_DPOK)),
+}

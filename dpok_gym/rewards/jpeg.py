@@ -1,0 +1,48 @@
+"""File size as a reward: no model, no prompt, and any picture has one. Good for trying things out.
+
+Source: Black et al. 2023, "Training Diffusion Models with Reinforcement Learning" (DDPO), section 5.1.
+"""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+QUALITY = 95  # as in DDPO; Pillow's default of 75 would flatten the differences
+
+
+def jpeg_sizes(images: Tensor) -> Tensor:
+    """The size of each picture as a JPEG file of quality 95.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+
+    Returns:
+        (B,) float32, kilobytes of 1000 bytes.
+    """
+    pixels = (images * 255).round().clamp(0, 255).to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+    sizes = []
+    for picture in pixels:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, format="JPEG", quality=QUALITY)
+        sizes.append(buffer.tell() / 1000)
+    return torch.tensor(sizes)
+
+
+class JpegIncompressibility:
+    """The size of the picture as a JPEG file, kilobytes: more for more detail."""
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Returns (B,) float32, positive."""
+        return jpeg_sizes(images)
+
+
+class JpegCompressibility:
+    """Minus the size of the picture as a JPEG file, kilobytes: more for a smoother picture."""
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Returns (B,) float32, negative."""
+        return -jpeg_sizes(images)

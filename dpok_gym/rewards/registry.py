@@ -1,0 +1,73 @@
+"""The table of reward names, and the loading of what they stand for."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+#: ``(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`` or ``-> {component: (B,)}``, with (B,) a tensor, array or list.
+RewardFunction = Callable[[Tensor, list[str]], Any]
+RewardFactory = Callable[[], RewardFunction]
+
+_FACTORIES: dict[str, RewardFactory | str] = {}
+
+
+def register_reward(name: str, factory: RewardFactory | str) -> None:
+    """Gives a reward a name that :func:`~dpok_gym.rewards.make_reward` knows.
+
+    Args:
+        name: the name; also that of the reward's component.
+        factory: a callable without arguments that loads and returns the reward (a class will do), or where it is,
+            as ``"module:function"``; it is imported and called when the reward is first made.
+
+    Raises:
+        TypeError: if the factory is neither callable nor a string.
+        ValueError: if the name is blank or already stands for another factory, or the string has no colon.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"a reward's name must be a text that is not blank, not {name!r}")
+    if not (isinstance(factory, str) or callable(factory)):
+        raise TypeError(f"the factory of the reward {name!r} must be a callable or 'module:function', not {factory!r}")
+    if isinstance(factory, str) and not all(factory.partition(":")):
+        raise ValueError(f"the factory of the reward {name!r} must be written 'module:function', not {factory!r}")
+    if _FACTORIES.setdefault(name, factory) != factory:
+        raise ValueError(f"the reward {name!r} is already registered, as {_FACTORIES[name]!r}; choose another name")
+
+
+def list_rewards() -> list[str]:
+    """The registered names, in alphabetical order."""
+    return sorted(_FACTORIES)
+
+
+@functools.cache  # once per process: the environments for training and for evaluation share one copy of the weights
+def load_reward(name: str) -> RewardFunction:
+    """Loads a registered reward.
+
+    Raises:
+        ValueError: if the name is unknown.
+        ImportError: if its ``"module:function"`` cannot be imported.
+        TypeError: if its factory returns something that cannot be called.
+    """
+    if name not in _FACTORIES:
+        close = difflib.get_close_matches(name, _FACTORIES, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"unknown reward {name!r}; {hint}The registered ones are {', '.join(list_rewards())}; "
+            f"add yours with register_reward(), or pass the callable itself"
+        )
+    factory = _FACTORIES[name]
+    if isinstance(factory, str):
+        module, _, attribute = factory.partition(":")
+        try:
+            factory = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ImportError(f"the reward {name!r}, registered as {factory!r}, cannot be imported: {error}") from error
+    reward = factory()
+    if not callable(reward):
+        raise TypeError(f"the factory of the reward {name!r} must return a callable, not {reward!r}")
+    return reward

@@ -1,0 +1,6 @@
+"""The embedded world of coloured shapes: scenes, captions, judge, and the small model trained on them."""
+
+from pathlib import Path
+
+#: Folder of the embedded model, an ordinary diffusers ``StableDiffusionPipeline``.
+WEIGHTS = Path(__file__).parent / "weights"

@@ -1,0 +1,274 @@
+"""Denoising as a batched Markov decision process: the only code that steps it.
+
+Letters used for shapes: n environments, T denoising steps, L tokens of a prompt, C x h x w a latent, H x W a picture.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpok_gym import diffusion
+from dpok_gym.models import TextToImageModel, load_model
+from dpok_gym.prompts import PromptSet, load_prompts
+from dpok_gym.rewards import Reward, make_reward
+
+Observation = dict[str, NDArray[Any]]
+
+#: Bound of each latent dimension in the action space. Stable-Baselines3 wants one; a latent has a standard deviation
+#: of about 1, so it is never reached.
+LATENT_BOUND = 100.0
+
+
+class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]):
+    """``num_envs`` pictures denoised side by side; what the MDP is stands in :class:`dpok_gym.env.DenoisingEnv`.
+
+    All environments start together and last T steps, so they stay in step with one another. Autoreset is
+    ``SAME_STEP``: the step that finishes the pictures returns the first observation of the next ones, with the last
+    observation in ``infos["final_obs"]`` and pictures and rewards in ``infos["final_info"]``.
+
+    Args:
+        num_envs: n, pictures at a time.
+        model: a name or path for :func:`dpok_gym.models.load_model`, or a loaded model.
+        prompts: what :func:`dpok_gym.prompts.load_prompts` takes; the training prompts are drawn from.
+        reward: what :func:`dpok_gym.rewards.make_reward` takes.
+        num_inference_steps: T.
+        eta: DDIM's share of noise in each step, in (0, 1].
+        guidance_scale: of classifier-free guidance, for whoever acts on this environment; 1 is none.
+        device: of the networks; ignored for a loaded model, as is ``dtype``.
+        dtype: of the networks' weights.
+        non_finite: "error" or "mask", what becomes of a reward that is not finite.
+        decode_batch_size: pictures decoded at a time. With 1, a picture does not depend on which others are drawn with
+            it, not even in its last bit; more is faster where single pictures leave the device idle.
+        render_mode: "rgb_array" or None.
+
+    Raises:
+        ValueError: if an argument makes no sense; the message says which.
+    """
+
+    metadata = {  # noqa: RUF012 (gymnasium's own declaration)
+        "render_modes": ["rgb_array"],
+        "render_fps": 10,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        model: str | os.PathLike[str] | TextToImageModel = "shapes",
+        prompts: str | Sequence[str] | PromptSet = "shapes",
+        reward: Any = "shapes-alignment",
+        num_inference_steps: int = 20,
+        eta: float = 1.0,
+        guidance_scale: float = 1.0,
+        device: str = "auto",
+        dtype: str = "float32",
+        non_finite: Literal["error", "mask"] = "error",
+        decode_batch_size: int = 1,
+        render_mode: str | None = None,
+    ) -> None:
+        for name, value in {"num_envs": num_envs, "decode_batch_size": decode_batch_size}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
+        if not guidance_scale >= 0:
+            raise ValueError(f"guidance_scale must be at least 0 (1 is no guidance), got {guidance_scale}")
+        self.model = load_model(model, device, dtype) if isinstance(model, (str, os.PathLike)) else model
+        self.schedule = diffusion.make_schedule(self.model.scheduler_config, num_inference_steps, eta)
+        self.prompts = load_prompts(prompts)
+        self.model.tokenize(self.prompts.train[:1000])  # a prompt that cannot be read is better found now than later
+        self.reward: Reward = make_reward(reward, non_finite)
+        #: What a policy must know to act here, as plain JSON-able values.
+        self.sampler: dict[str, Any] = {
+            "model": self.model.name,
+            "num_inference_steps": num_inference_steps,
+            "eta": eta,
+            "guidance_scale": guidance_scale,
+        }
+        self.num_envs = num_envs
+        self.render_mode = render_mode
+        self.decode_batch_size = decode_batch_size
+
+        shape = self.model.latent_shape
+        self.single_observation_space = spaces.Dict(
+            {
+                "latent": spaces.Box(-np.inf, np.inf, shape, np.float32),
+                "step": spaces.Discrete(num_inference_steps),
+                "prompt": spaces.Box(0, self.model.vocab_size - 1, (self.model.max_tokens,), np.int64),
+            }
+        )
+        self.single_action_space = spaces.Box(-LATENT_BOUND, LATENT_BOUND, shape, np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+        self._generators: list[np.random.Generator] = []
+        self._latents = np.zeros((num_envs, *shape), np.float32)
+        self._tokens = np.zeros((num_envs, self.model.max_tokens), np.int64)
+        self._texts = [""] * num_envs
+        self._step: int | None = None  # None: an episode has to be begun first
+
+    @property
+    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]  # as SyncVectorEnv has it
+        """The environments' generators, all the randomness there is."""
+        return tuple(self._generators)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Draws prompts and noise for all environments.
+
+        Args:
+            seed: environment i is seeded with ``seed + i``, or with the i-th of a sequence; None goes on.
+            options: ``{"prompt": text}`` for all environments, or ``{"prompt": [n texts]}``, not from the prompt set.
+        """
+        seeds = [None] * self.num_envs if seed is None else seed
+        seeds = [seeds + i for i in range(self.num_envs)] if isinstance(seeds, int) else list(seeds)
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"{self.num_envs} environments need as many seeds, got {len(seeds)}")
+        old = self._generators or [None] * self.num_envs
+        self._generators = [
+            seeding.np_random(seed)[0] if generator is None or seed is not None else generator
+            for seed, generator in zip(seeds, old, strict=True)
+        ]
+        observation, infos = self.begin_episodes(self._generators, options)
+        return observation, self._gather(infos)
+
+    def step(
+        self, actions: NDArray[np.float32]
+    ) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """Takes the actions (n, C, h, w), the next latents x_{t-1}, in all environments."""
+        observation, rewards, terminated, infos = self.advance(actions)
+        gathered: dict[str, Any] = {}
+        if terminated:
+            last = [{name: values[i] for name, values in observation.items()} for i in range(self.num_envs)]
+            gathered = self._gather(
+                [{"final_obs": obs, "final_info": info} for obs, info in zip(last, infos, strict=True)]
+            )
+            observation, infos = self.begin_episodes(self._generators)
+        ended = np.full(self.num_envs, terminated)
+        return observation, rewards, ended, np.zeros_like(ended), self._gather(infos, gathered)
+
+    def render(self) -> tuple[NDArray[np.uint8], ...] | None:  # type: ignore[override]
+        """The current states x_t, decoded: n pictures (H, W, 3), uint8."""
+        if self.render_mode is None:
+            gymnasium.logger.warn("render() needs render_mode='rgb_array' when the environment is made")
+            return None
+        if not self._texts[0]:
+            raise gymnasium.error.ResetNeeded("call reset() before render()")
+        return tuple(_to_uint8(self._decode()))
+
+    def begin_episodes(
+        self, generators: Sequence[np.random.Generator], options: Mapping[str, Any] | None = None
+    ) -> tuple[Observation, list[dict[str, Any]]]:
+        """Starts an episode everywhere: a prompt z and x_T ~ N(0, I) from each environment's own generator."""
+        texts = self._chosen_prompts(options) or [self.prompts.sample(rng, 1)[0] for rng in generators]
+        # First what may be refused: an episode that goes on is not to be judged by a prompt that was never begun.
+        self._tokens = self.model.tokenize(texts).numpy()
+        self._texts = texts
+        shape = self.model.latent_shape
+        self._latents = np.stack([rng.standard_normal(shape, np.float32) for rng in generators])
+        self._step = 0
+        return self._observe(), [{"prompt": text} for text in self._texts]
+
+    def advance(
+        self, actions: NDArray[np.float32]
+    ) -> tuple[Observation, NDArray[np.float64], bool, list[dict[str, Any]]]:
+        """One denoising step everywhere, without autoreset.
+
+        Returns:
+            The observation, the rewards (n,), whether the episodes ended, and one info for each environment.
+        """
+        if self._step is None:
+            raise gymnasium.error.ResetNeeded("the episode has not begun or is over: call reset() before step()")
+        actions = np.array(actions, np.float32)
+        if actions.shape != self._latents.shape:
+            raise ValueError(
+                f"an action is the next latent x_(t-1), of shape {self._latents.shape[1:]}: expected an array of shape "
+                f"{self._latents.shape} for {self.num_envs} environment(s), got {actions.shape}"
+            )
+        if not np.isfinite(actions).all():
+            raise ValueError("the action holds NaN or infinity: the policy has diverged, or its input was broken")
+        self._latents = actions
+        self._step += 1
+        if self._step < len(self.schedule):
+            return self._observe(), np.zeros(self.num_envs), False, [{} for _ in self._texts]
+        observation = self._observe()
+        self._step = None
+        rewards, infos = self._judge()
+        return observation, rewards, True, infos
+
+    def pretrained_transition(self, observation: Observation) -> tuple[Tensor, Tensor]:
+        """The pre-trained model's p(x_{t-1} | x_t, z): its mean (n, C, h, w) and std (n,), float32 on the CPU."""
+        with torch.no_grad():
+            latents = torch.as_tensor(observation["latent"])
+            step = torch.as_tensor(observation["step"])
+            conditioning = self.model.encode(torch.as_tensor(observation["prompt"]))
+            device = self.model.device
+            timesteps = self.schedule.timesteps[step].to(device)
+            output = self.model.predict(latents.to(device), timesteps, conditioning, self.sampler["guidance_scale"])
+            return self.schedule.mean(step, latents, output.cpu()), self.schedule.std[step]
+
+    def _chosen_prompts(self, options: Mapping[str, Any] | None) -> list[str] | None:
+        options = dict(options or {})
+        chosen = options.pop("prompt", None)
+        if options:
+            raise ValueError(f"unknown reset options {sorted(options)}; the only one is 'prompt'")
+        if chosen is None:
+            return None
+        texts = [chosen] * self.num_envs if isinstance(chosen, str) else list(chosen)
+        if len(texts) != self.num_envs:
+            raise ValueError(f"the option 'prompt' takes one text or {self.num_envs}, got {len(texts)}")
+        return list(load_prompts(texts).train)  # which says so if one is blank or no text
+
+    def _observe(self) -> Observation:
+        # The observation after the last step says T - 1 again: the space ends there, and nobody acts on it.
+        step = min(self._step or 0, len(self.schedule) - 1)
+        return {
+            "latent": self._latents.copy(),
+            "step": np.full(self.num_envs, step, np.int64),
+            "prompt": self._tokens.copy(),
+        }
+
+    def _decode(self) -> Tensor:
+        chunks = torch.from_numpy(self._latents).split(self.decode_batch_size)
+        return torch.cat([self.model.decode(chunk) for chunk in chunks])
+
+    def _judge(self) -> tuple[NDArray[np.float64], list[dict[str, Any]]]:
+        """Decodes and rewards the finished pictures."""
+        pictures = self._decode()
+        judged = self.reward(pictures, self._texts)
+        frames, valid = _to_uint8(pictures), judged.valid.numpy()
+        infos: list[dict[str, Any]] = [
+            {
+                "prompt": text,
+                "image": frames[i].copy(),
+                "rewards": {name: float(values[i]) for name, values in judged.components.items()},
+                "reward_valid": bool(valid[i]),
+            }
+            for i, text in enumerate(self._texts)
+        ]
+        return judged.total.double().numpy(), infos
+
+    def _gather(self, infos: list[dict[str, Any]], gathered: dict[str, Any] | None = None) -> dict[str, Any]:
+        gathered = gathered or {}
+        for i, info in enumerate(infos):
+            gathered = self._add_info(gathered, info, i)
+        return gathered
+
+
+def _to_uint8(pictures: Tensor) -> NDArray[np.uint8]:
+    """Pictures (B, 3, H, W) in [0, 1] as (B, H, W, 3) uint8."""
+    return (255 * pictures).round().byte().permute(0, 2, 3, 1).cpu().numpy()

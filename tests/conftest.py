@@ -1,0 +1,141 @@
+"""What several test modules share: small models of random weights, seeds, and the list of warnings that may be."""
+
+import json
+import re
+import string
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+MAX_TOKENS, TEXT_WIDTH = 40, 32
+
+#: What Gymnasium's checker says of an observed latent, which is a sample of a Gaussian.
+GYMNASIUM_ADVICE = (
+    "A Box observation space minimum value is -infinity",
+    "A Box observation space maximum value is infinity",
+)
+#: What Stable-Baselines3's checker says: every array of three axes is a picture to it, and actions lie in [-1, 1].
+SB3_ADVICE = (
+    "It seems that your observation latent is an image but its `dtype` is",
+    "It seems that your observation space latent is an image but the upper and lower bounds",
+    "The minimal resolution for an image is 36x36",
+    "We recommend you to use a symmetric and normalized Box action space",
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 (it is the generator that libraries use)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # The networks are so small that more threads wait for each other.
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def _only(*allowed: str) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for text in allowed:
+            warnings.filterwarnings("ignore", message=f".*{re.escape(text)}")  # Gymnasium puts a colour code before it
+        yield
+
+
+@pytest.fixture
+def only_warnings() -> Callable[..., AbstractContextManager[None]]:
+    """``with only_warnings(text, ...)``: a warning that does not begin with one of the texts is an error."""
+    return _only
+
+
+def _make_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer of lower-case letters and a few whole words; it reads anything."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<|startoftext|>", "<|endoftext|>"], end_of_word_suffix="</w>", show_progress=False
+    )
+    letters = string.ascii_lowercase
+    words = [*letters, ".", *(letter + "z" for letter in letters), "green", "rabbit", "dog", "moon"]
+    tokenizer.train_from_iterator(words, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _save_tiny_pipeline(folder: Path, prediction_type: str) -> Path:
+    torch.manual_seed(1)
+    tokenizer = _make_tokenizer()
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=2,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion of random weights with 4x8x8 latents and 16x16 pictures, made like version 1.5."""
+    return _save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "epsilon", "epsilon")
+
+
+@pytest.fixture(scope="session")
+def tiny_v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, predicting the velocity."""
+    return _save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "velocity", "v_prediction")

@@ -1,0 +1,217 @@
+"""Low-rank changes of a denoiser: on, off, several at once, and in diffusers' own file format."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dpok_gym.models.lora import FILE_NAME, LoRA
+
+
+@pytest.fixture
+def network(tiny_sd_folder: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(tiny_sd_folder, subfolder="unet").eval().requires_grad_(False)
+
+
+def randn(*size: int, seed: int) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def output(network: nn.Module) -> Tensor:
+    return network(randn(2, 4, 8, 8, seed=0), torch.tensor([981, 21]), randn(2, 40, 32, seed=1)).sample
+
+
+def output_with(lora: LoRA) -> Tensor:
+    with torch.no_grad(), lora.switched_on():
+        return output(lora._network)
+
+
+def trained(network: nn.Module, rank: int = 2, seed: int = 2, **kwargs) -> LoRA:
+    """A LoRA that changes something, as after training."""
+    lora = LoRA(network, rank, **kwargs)
+    with torch.no_grad():
+        for i, (name, value) in enumerate(lora.parameters.items()):
+            if "lora_B" in name:
+                value.copy_(0.3 * randn(*value.shape, seed=100 * seed + i))
+    return lora
+
+
+def test_changes_nothing_to_begin_with(network: UNet2DConditionModel) -> None:
+    with torch.no_grad():
+        before = output(network)
+        lora = LoRA(network, 4)
+        assert torch.equal(output(network), before)
+    assert torch.equal(output_with(lora), before)
+    changed = trained(network)
+    assert not torch.allclose(output_with(changed), before, atol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(output(network), before)
+
+
+def test_parameters(network: UNet2DConditionModel) -> None:
+    before = set(network.parameters())
+    lora = LoRA(network, 3)
+    added = set(network.parameters()) - before
+    assert set(lora.parameters.values()) == added
+    assert all(value.requires_grad for value in added)
+    assert not any(value.requires_grad for value in before)
+    assert {min(value.shape) for value in added} == {3}
+    # Self- and cross-attention of four transformer blocks, four projections each, two matrices each.
+    assert len(added) == 4 * 2 * 4 * 2
+
+
+def test_two_in_one_network(network: UNet2DConditionModel) -> None:
+    first = trained(network, rank=2, seed=2)
+    expected_first = output_with(first)
+    second = trained(network, rank=5, seed=3, target_modules=["to_q", "ff.net.2"])
+    expected_second = output_with(second)
+    assert not torch.allclose(expected_first, expected_second, atol=1e-3)
+    assert torch.equal(output_with(first), expected_first)
+    assert not set(first.parameters) & set(second.parameters)
+    with torch.no_grad():
+        for value in second.parameters.values():
+            value.zero_()
+    assert torch.equal(output_with(first), expected_first)
+
+
+def test_backward_after_the_block(network: UNet2DConditionModel) -> None:
+    """Also when both are used before the backward pass: what is switched off must not be frozen."""
+    first, second = trained(network, seed=2), trained(network, seed=3)
+
+    def gradients(of: LoRA) -> list[Tensor]:
+        found = [value.grad.clone() for value in of.parameters.values()]
+        for value in network.parameters():
+            value.grad = None
+        return found
+
+    expected = []
+    for lora in (first, second):
+        with lora.switched_on():
+            output(network).square().sum().backward()
+        expected.append(gradients(lora))
+    assert all(bool(value.abs().sum() > 0) for value in expected[0])
+
+    losses = []
+    for lora in (first, second):
+        with lora.switched_on():
+            losses.append(output(network).square().sum())
+    with torch.no_grad():
+        output(network)
+    sum(losses).backward()
+    for lora, values in zip((first, second), expected, strict=True):
+        for value, parameter in zip(values, lora.parameters.values(), strict=True):
+            torch.testing.assert_close(parameter.grad, value)
+
+
+def test_nested_blocks(network: UNet2DConditionModel) -> None:
+    first, second = trained(network, seed=2), trained(network, seed=3, target_modules=["to_v", "ff.net.2"])
+    with torch.no_grad():
+        off = output(network)
+        expected = {lora: output_with(lora) for lora in (first, second)}
+        with first.switched_on():
+            with first.switched_on():
+                assert torch.equal(output(network), expected[first])
+            assert torch.equal(output(network), expected[first])
+            with second.switched_on():
+                assert torch.equal(output(network), expected[second])
+                with first.switched_on():
+                    assert torch.equal(output(network), expected[first])
+                assert torch.equal(output(network), expected[second])
+            assert torch.equal(output(network), expected[first])
+        assert torch.equal(output(network), off)
+
+
+def test_switched_off_after_an_error(network: UNet2DConditionModel) -> None:
+    lora = trained(network)
+    with torch.no_grad():
+        off = output(network)
+        with pytest.raises(KeyError), lora.switched_on():
+            raise KeyError
+        assert torch.equal(output(network), off)
+
+
+def test_made_within_the_block_of_another(network: UNet2DConditionModel) -> None:
+    first = trained(network)
+    expected = output_with(first)
+    with torch.no_grad(), first.switched_on():
+        trained(network, seed=3, target_modules=["to_q", "ff.net.2"])
+        assert torch.equal(output(network), expected)
+
+
+def test_plain_diffusers_reads_the_file(network: UNet2DConditionModel, tiny_sd_folder: Path, tmp_path: Path) -> None:
+    trained(network, rank=2, seed=9)  # another one in the same network stays out of the file
+    lora = trained(network, rank=4)
+    assert lora.save(tmp_path / "deep" / "folder") == tmp_path / "deep" / "folder" / FILE_NAME
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    pipeline.load_lora_weights(tmp_path / "deep" / "folder")
+    with torch.no_grad():
+        torch.testing.assert_close(output(pipeline.unet), output_with(lora), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(output(network), output_with(lora), atol=1e-3)
+
+
+@pytest.mark.parametrize("targets", [("to_q", "to_k", "to_v", "to_out.0"), ("attn2.to_q", "ff.net.2")])
+def test_save_and_load(network: UNet2DConditionModel, targets: tuple[str, ...], tmp_path: Path) -> None:
+    lora = trained(network, rank=3, target_modules=targets)
+    expected = output_with(lora)
+    path = lora.save(tmp_path)
+    same_shape = trained(network, rank=3, seed=5, target_modules=targets)
+    assert not torch.allclose(output_with(same_shape), expected, atol=1e-3)
+    same_shape.load(tmp_path)
+    assert torch.equal(output_with(same_shape), expected)
+    assert all(value.requires_grad for value in same_shape.parameters.values())
+
+    from_file = LoRA.from_folder(network, path)  # the file itself will do
+    assert from_file.rank == 3
+    assert torch.equal(output_with(from_file), expected)
+    assert torch.equal(output_with(lora), expected)
+    assert from_file.save(tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+def test_load_of_another_lora(network: UNet2DConditionModel, tmp_path: Path) -> None:
+    trained(network, rank=2).save(tmp_path)
+    for other in (LoRA(network, 3), LoRA(network, 2, ["to_q"])):
+        before = {name: value.clone() for name, value in other.parameters.items()}
+        with pytest.raises(ValueError, match="is of another model: it changes 32 layers with rank 2, and not the same"):
+            other.load(tmp_path)
+        assert all(torch.equal(value, before[name]) for name, value in other.parameters.items())
+
+
+def test_lora_of_another_model(network: UNet2DConditionModel, tmp_path: Path) -> None:
+    path = trained(network).save(tmp_path)
+    save_file({key.replace("mid_block", "middle"): value for key, value in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match="is of another model: there is no layer 'middle"):
+        LoRA.from_folder(network, tmp_path)
+
+
+def test_missing_and_damaged_files(network: UNet2DConditionModel, tmp_path: Path) -> None:
+    lora = trained(network)
+    for missing in (tmp_path, tmp_path / "nothing"):
+        for read in (lora.load, lambda folder: LoRA.from_folder(network, folder)):
+            with pytest.raises(FileNotFoundError, match=rf"no LoRA at {missing}: expected a file {FILE_NAME}"):
+                read(missing)
+    path = lora.save(tmp_path)
+    whole = path.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"not a safetensors file at all"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged"):
+            lora.load(tmp_path)
+    save_file({"unet.conv_in.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="holds no LoRA weights"):
+        lora.load(tmp_path)
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_rank_must_be_positive(network: UNet2DConditionModel, rank: int) -> None:
+    with pytest.raises(ValueError, match=f"rank must be at least 1, got {rank}"):
+        LoRA(network, rank)
+
+
+def test_no_such_layer(network: UNet2DConditionModel) -> None:
+    with pytest.raises(ValueError, match=r"no layer of the denoiser ends in any of \['to_x'\]"):
+        LoRA(network, 2, ["to_x"])
+    with torch.no_grad():
+        lora = trained(network)  # the failed attempt left the network usable
+        assert not torch.equal(output_with(lora), output(network))

@@ -1,0 +1,349 @@
+import io
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dpok_gym.rewards import list_rewards, make_reward, register_reward, registry
+
+PROMPTS = ["a cat", "a dog"]
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def clean_registry(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
+    registry.load_reward.cache_clear()
+    yield
+    registry.load_reward.cache_clear()
+
+
+def length(images, prompts):
+    return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+
+def returning(value):
+    def fixed(images, prompts):
+        return value
+
+    return fixed
+
+
+class Ones(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images, prompts):
+        assert not torch.is_grad_enabled()
+        return self.weight.expand(len(prompts))
+
+
+def test_a_callable_is_one_component(images):
+    batch = make_reward(length)(images, ["a", "abc"])
+    assert batch.total.tolist() == [1.0, 3.0]
+    assert list(batch.components) == ["length"]
+    assert batch.components["length"].tolist() == [1.0, 3.0]
+    assert batch.valid.tolist() == [True, True]
+    assert (batch.total.dtype, batch.valid.dtype) == (torch.float32, torch.bool)
+
+
+def test_a_module_is_named_by_its_class_and_runs_without_grad(images):
+    batch = make_reward(Ones())(images, PROMPTS)
+    assert list(batch.components) == ["Ones"]
+    assert not batch.total.requires_grad
+    assert not batch.components["Ones"].requires_grad
+
+
+def test_a_callable_may_return_components(images):
+    batch = make_reward(returning({"sharp": torch.tensor([1.0, 2.0]), "bright": [0.5, -4.0]}))(images, PROMPTS)
+    assert batch.total.tolist() == [1.5, -2.0]
+    assert {name: values.tolist() for name, values in batch.components.items()} == {
+        "sharp": [1.0, 2.0],
+        "bright": [0.5, -4.0],
+    }
+
+
+def test_weighted_sum(images):
+    register_reward("length", lambda: length)
+    register_reward("parts", lambda: returning({"sharp": [1.0, 2.0], "bright": [10.0, 20.0]}))
+    batch = make_reward({"length": 2, "parts": np.float32(-0.5), Ones(): 0.25})(images, ["a", "abc"])
+    # 2 * 1 - 0.5 * (1 + 10) + 0.25 and 2 * 3 - 0.5 * (2 + 20) + 0.25
+    assert batch.total.tolist() == [-3.25, -4.75]
+    assert {name: values.tolist() for name, values in batch.components.items()} == {
+        "length": [1.0, 3.0],
+        "sharp": [1.0, 2.0],
+        "bright": [10.0, 20.0],
+        "Ones": [1.0, 1.0],
+    }
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1.0, 2.0],
+        (1, 2),
+        np.array([1.0, 2.0]),
+        np.array([1, 2]),
+        torch.tensor([1, 2]),
+        torch.tensor([1.0, 2.0], dtype=torch.float16),
+        [torch.tensor(1.0), torch.tensor(2.0)],
+    ],
+)
+def test_tensor_like_values(images, value):
+    assert make_reward(returning(value))(images, PROMPTS).total.tolist() == [1.0, 2.0]
+
+
+def test_returned_values_are_copied(images):
+    buffer = torch.tensor([1.0, 2.0])
+    batch = make_reward(returning(buffer))(images, PROMPTS)
+    buffer.zero_()
+    assert batch.components["fixed"].tolist() == [1.0, 2.0]
+
+
+def test_a_reward_is_returned_as_it_is():
+    reward = make_reward(length, non_finite="mask")
+    assert make_reward(reward) is reward
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("jpeg-compresibility", ValueError, "did you mean 'jpeg-compressibility'.*shapes-alignment.*register_reward"),
+        ("zzz", ValueError, "unknown reward 'zzz'; The registered ones are"),
+        ({}, ValueError, "mapping of rewards is empty"),
+        ({"jpeg-compressibility": "1"}, TypeError, "weight of the reward 'jpeg-compressibility' must be a number"),
+        ({"jpeg-compressibility": None}, TypeError, "must be a number, not None"),
+        ({"jpeg-compressibility": True}, TypeError, "must be a number, not True"),
+        ({"jpeg-compressibility": math.nan}, ValueError, "must be finite, not nan"),
+        ({"jpeg-compressibility": -math.inf}, ValueError, "must be finite, not -inf"),
+        ({"zzz": 1.0}, ValueError, "unknown reward 'zzz'"),
+        ({3: 1.0}, TypeError, "not 3"),
+        ({Ones(): 1.0, Ones().eval(): 1.0}, ValueError, "two rewards are named 'Ones'"),
+        (3, TypeError, "must be a registered name, a callable, or a mapping"),
+        (["jpeg-compressibility"], TypeError, "must be a registered name"),
+        (None, TypeError, "not None"),
+    ],
+)
+def test_bad_specs(spec, error, message):
+    with pytest.raises(error, match=message):
+        make_reward(spec)
+
+
+@pytest.mark.parametrize("non_finite", ["ignore", None, True])
+def test_bad_non_finite(non_finite):
+    with pytest.raises(ValueError, match="non_finite must be 'error' or 'mask'"):
+        make_reward(length, non_finite=non_finite)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (None, TypeError, "reward 'fixed' returned NoneType, which is no tensor.*shape \\(2,\\)"),
+        ("good", TypeError, "returned str"),
+        (["good", "bad"], TypeError, "returned list"),
+        ([[1.0], [1.0, 2.0]], TypeError, "returned list"),
+        (1.0, ValueError, r"shape \(2,\), but the shape is \(\)"),
+        (torch.zeros(3), ValueError, r"the 2 pictures, shape \(2,\), but the shape is \(3,\)"),
+        (torch.zeros(2, 1), ValueError, r"shape is \(2, 1\)"),
+        ({"sharp": torch.zeros(3)}, ValueError, r"reward 'sharp' must return .*shape is \(3,\)"),
+        ({}, ValueError, "reward 'fixed' returned an empty mapping"),
+    ],
+)
+def test_bad_returned_values(images, value, error, message):
+    with pytest.raises(error, match=message):
+        make_reward(returning(value))(images, PROMPTS)
+
+
+def test_components_of_the_same_name(images):
+    register_reward("length", lambda: returning({"sharp": [1.0, 2.0]}))
+    with pytest.raises(ValueError, match="two rewards have a component named 'sharp'"):
+        make_reward({"length": 1.0, returning({"sharp": [1.0, 2.0]}): 1.0})(images, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("bad_images", "error", "message"),
+    [
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), TypeError, "floating-point tensor .*not torch.uint8"),
+        (np.zeros((2, 3, 8, 8)), TypeError, "not ndarray"),
+        (torch.zeros(3, 3, 8, 8), ValueError, r"\(2, 3, H, W\) for 2 prompts, not \(3, 3, 8, 8\)"),
+        (torch.zeros(2, 8, 8, 3), ValueError, r"not \(2, 8, 8, 3\)"),
+        (torch.zeros(3, 8, 8), ValueError, r"not \(3, 8, 8\)"),
+    ],
+)
+def test_bad_images(bad_images, error, message):
+    with pytest.raises(error, match=message):
+        make_reward(length)(bad_images, PROMPTS)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_reward_names_reward_and_prompt(images, number):
+    with pytest.raises(ValueError, match=f"reward 'sharp' for the prompt 'a dog' is not finite \\({number}; 1 of 2"):
+        make_reward(returning({"bright": [1.0, 2.0], "sharp": [1.0, number]}))(images, PROMPTS)
+
+
+def test_a_non_finite_reward_is_masked(images):
+    function = returning({"bright": [1.0, 2.0], "sharp": [3.0, math.nan]})
+    batch = make_reward({function: 2.0}, non_finite="mask")(images, PROMPTS)
+    assert batch.total.tolist() == [8.0, 0.0]
+    assert batch.valid.tolist() == [True, False]
+    assert batch.components["bright"].tolist() == [1.0, 2.0]
+    assert batch.components["sharp"].isnan().tolist() == [False, True]
+
+
+def test_a_sum_that_overflows_is_not_finite(images):
+    weights = {returning([1.0, 1e38]): 10.0}
+    with pytest.raises(ValueError, match="weighted sum of the rewards for the prompt 'a dog'"):
+        make_reward(weights)(images, PROMPTS)
+    batch = make_reward(weights, non_finite="mask")(images, PROMPTS)
+    assert batch.total.tolist() == [10.0, 0.0]
+    assert batch.valid.tolist() == [True, False]
+
+
+def test_a_broken_picture_has_no_reward(images):
+    images[0, 1, 2, 3] = math.nan
+
+    def needs_finite(images, prompts):
+        assert images.isfinite().all()
+        return torch.ones(len(prompts))
+
+    with pytest.raises(ValueError, match="the picture for the prompt 'a cat' is not finite"):
+        make_reward(needs_finite)(images, PROMPTS)
+    batch = make_reward(needs_finite, non_finite="mask")(images, PROMPTS)
+    assert batch.total.tolist() == [0.0, 1.0]
+    assert batch.valid.tolist() == [False, True]
+    assert batch.components["needs_finite"].isnan().tolist() == [True, False]
+    assert images.isnan().sum() == 1  # the caller's picture is left alone
+
+
+def test_names_are_loaded_when_made_and_once(images):
+    loaded = []
+
+    def factory():
+        loaded.append(1)
+        return length
+
+    register_reward("length", factory)
+    assert not loaded
+    reward = make_reward("length")
+    assert len(loaded) == 1
+    reward(images, PROMPTS)
+    make_reward({"length": 2.0})
+    assert len(loaded) == 1
+
+
+def test_registering():
+    def factory():
+        return length
+
+    register_reward("length", factory)
+    register_reward("length", factory)  # the same again does no harm
+    assert "length" in list_rewards()
+    with pytest.raises(ValueError, match="'length' is already registered"):
+        register_reward("length", lambda: length)
+    with pytest.raises(ValueError, match="name must be a text that is not blank"):
+        register_reward(" ", factory)
+    with pytest.raises(TypeError, match="must be a callable or 'module:function', not 3"):
+        register_reward("three", 3)
+    for text in ("dpok_gym.rewards.jpeg", "dpok_gym.rewards.jpeg:", ":function"):
+        with pytest.raises(ValueError, match="must be written 'module:function'"):
+            register_reward("three", text)
+
+
+@pytest.mark.parametrize("factory", ["no_such_module_of_ours:function", "dpok_gym.rewards.jpeg:no_such_function"])
+def test_a_factory_that_cannot_be_imported(factory):
+    register_reward("broken", factory)
+    with pytest.raises(ImportError, match=f"reward 'broken', registered as '{factory}', cannot be imported: .*no_such"):
+        make_reward("broken")
+
+
+def test_a_factory_that_returns_no_reward():
+    register_reward("broken", lambda: 3)
+    with pytest.raises(TypeError, match="factory of the reward 'broken' must return a callable, not 3"):
+        make_reward("broken")
+
+
+def test_built_in_names():
+    names = {"shapes-alignment", "shapes-quality", "jpeg-compressibility", "jpeg-incompressibility"}
+    assert names <= set(list_rewards())
+    assert list_rewards() == sorted(list_rewards())
+
+
+def test_import_is_light():
+    heavy = {"diffusers", "transformers", "scipy", "PIL"}
+    code = f"import sys, dpok_gym.rewards; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_jpeg_sizes_equal_pillow(images):
+    expected = []
+    for image in images:
+        pixels = np.round(image.numpy().transpose(1, 2, 0) * np.float32(255)).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="JPEG", quality=95)
+        expected.append(np.float32(len(buffer.getvalue()) / 1000))
+    assert make_reward("jpeg-incompressibility")(images, PROMPTS).total.tolist() == expected
+    assert make_reward("jpeg-compressibility")(images, PROMPTS).total.tolist() == [-size for size in expected]
+    # Out of range is clamped, not wrapped around.
+    over = make_reward("jpeg-incompressibility")(torch.full((1, 3, 16, 16), 1.5), ["white"])
+    white = make_reward("jpeg-incompressibility")(torch.ones(1, 3, 16, 16), ["white"])
+    assert over.total == white.total
+
+
+def test_detail_costs_kilobytes(images):
+    flat = torch.full_like(images, 0.3)
+    batch = torch.stack([flat[0], flat[0] + 0.1 * images[0], images[0]])
+    sizes = make_reward("jpeg-incompressibility")(batch, ["flat", "grainy", "noise"]).total
+    assert 0 < sizes[0] < sizes[1] < sizes[2]
+
+
+class TestShapes:
+    """The rewards of the embedded world say what its judge says."""
+
+    prompts = ("a red circle", "a red circle", "three blue stars")
+
+    @pytest.fixture
+    def pictures(self):
+        return torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def test_components_are_the_judges(self, pictures):
+        from dpok_gym.shapes.judge import judge
+
+        batch = make_reward({"shapes-alignment": 1.0, "shapes-quality": 0.5})(pictures, list(self.prompts))
+        judgement = judge(pictures, list(self.prompts))
+        torch.testing.assert_close(batch.components["shapes-alignment"], judgement.alignment.float(), rtol=0, atol=0)
+        torch.testing.assert_close(batch.components["shapes-quality"], judgement.quality.float(), rtol=0, atol=0)
+        torch.testing.assert_close(batch.total, judgement.alignment.float() + 0.5 * judgement.quality.float())
+
+    def test_a_picture_is_judged_once(self, pictures, monkeypatch):
+        from dpok_gym.rewards import shapes
+
+        calls = []
+
+        def counting_judge(pictures, prompts, judge=shapes.judge):
+            calls.append(prompts)
+            return judge(pictures, prompts)
+
+        monkeypatch.setattr(shapes, "judge", counting_judge)
+        monkeypatch.setattr(shapes, "_latest", None)
+        reward = make_reward({"shapes-alignment": 1.0, "shapes-quality": 1.0})
+        before = reward(pictures, list(self.prompts))
+        assert len(calls) == 1
+        # Other prompts, other pictures in the same tensor, another batch size: each is judged anew.
+        reward(pictures, ["a red circle"] * 3)
+        assert len(calls) == 2
+        pictures[:] = 0.5
+        after = reward(pictures, list(self.prompts))
+        assert len(calls) == 3
+        assert not torch.equal(before.total, after.total)
+        reward(pictures[:1], ["a red circle"])
+        assert len(calls) == 4
