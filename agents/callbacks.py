@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,30 +23,40 @@ class ProgressCallback(BaseCallback):
 
     def __init__(self, pictures: int, disable: bool | None = None) -> None:
         super().__init__()
-        self._bar = tqdm(total=pictures, unit=" pictures", disable=disable, dynamic_ncols=True)
+        self._bar: tqdm | None = None
+        self._pictures, self._disable = pictures, disable
+        self._started: float | None = None
+        #: Seconds of training, known once the bar is closed.
+        self.seconds = 0.0
 
     def _on_training_start(self) -> None:
-        self._bar.update(self._pictures() - self._bar.n)
-        self._bar.unpause()  # so that the rate is that of the training alone
+        self._bar = tqdm(
+            total=self._pictures, initial=self._drawn(), unit=" pictures", disable=self._disable, dynamic_ncols=True
+        )
+        self._started = time.perf_counter()
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_end(self) -> None:
-        self._bar.update(self._pictures() - self._bar.n)
-        values = self.logger.name_to_value
-        if self.model.ep_info_buffer:
-            recent = [episode["r"] for episode in self.model.ep_info_buffer]
-            self._bar.set_postfix_str(f"reward {np.mean(recent):.3f}, KL {values['train/kl_to_pretrained']:.2f} nats")
+        assert self._bar is not None
+        self._bar.update(self._drawn() - self._bar.n)
+        recent = [episode["r"] for episode in self.model.ep_info_buffer or ()]
+        kl = self.logger.name_to_value.get("train/kl_to_pretrained", 0.0)  # of the last update; 0 before the first
+        self._bar.set_postfix_str(f"reward {np.mean(recent):.3f}, KL {kl:.2f} nats")
 
     def _on_training_end(self) -> None:
         self.close()
 
     def close(self) -> None:
         """Ends the bar where it is, also after an interruption."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
+        if self._started is not None:
+            self.seconds += time.perf_counter() - self._started
+            self._started = None
 
-    def _pictures(self) -> int:
+    def _drawn(self) -> int:
         return self.model.num_timesteps // len(self.model.policy.schedule)  # type: ignore[arg-type]
 
 

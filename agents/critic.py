@@ -25,10 +25,10 @@ class Critic(nn.Module):
         super().__init__()
         widths = [latent_dims + text_width, hidden, hidden, hidden]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        self.gains = nn.ModuleList(nn.Embedding(num_inference_steps, hidden) for _ in self.layers)
+        self.gains = nn.ModuleList(
+            nn.Embedding.from_pretrained(torch.rand(num_inference_steps, hidden), freeze=False) for _ in self.layers
+        )
         self.head = nn.Linear(hidden, 1)
-        for gain in self.gains:
-            nn.init.uniform_(gain.weight)
 
     def forward(self, latents: Tensor, step: Tensor, text: Tensor) -> Tensor:
         """Values (B,) of latents (B, ...), denoising steps (B,) and prompt features (B, F)."""

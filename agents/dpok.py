@@ -266,9 +266,10 @@ class DPOK(DenoisingAlgorithm):
             self.logger.record(f"train/{name}", torch.cat(values).mean().item())
         buffer = self.rollout_buffer
         if self.use_critic and buffer.valid.any():
-            values, returns = (table[buffer.valid].flatten().cpu().numpy() for table in (buffer.values, buffer.returns))
-            variance = explained_variance(values, returns)
-            self.logger.record("train/explained_variance", float(variance))
+            predicted, returns = (
+                part[buffer.valid].flatten().cpu().numpy() for part in (buffer.values, buffer.returns)
+            )
+            self.logger.record("train/explained_variance", float(explained_variance(predicted, returns)))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/update_pictures_per_second", len(buffer.means) / seconds)
 

@@ -81,7 +81,8 @@ def evaluate(
         ValueError: if there are no prompts, or the policy takes another number of denoising steps.
     """
     if len(policy.schedule) != len(env.schedule):
-        raise ValueError(f"the policy takes {len(policy.schedule)} denoising steps, the environment {len(env.schedule)}")
+        steps = f"{len(policy.schedule)} denoising steps, the environment {len(env.schedule)}"
+        raise ValueError(f"the policy takes {steps}; make both with the same num_inference_steps")
 
     def pretrained(observation: Observation) -> tuple[Tensor, Tensor]:
         return policy.transition(obs_as_tensor(observation, policy.model.device), reference=True)  # type: ignore[arg-type]
@@ -141,6 +142,6 @@ def draw(
 
 
 def spread(prompts: Sequence[str], n: int) -> list[str]:
-    """``n`` prompts, the same at every call: all of them in turn, or evenly spaced ones if there are more than ``n``."""
+    """``n`` prompts, the same at every call: all of them in turn, or evenly spaced ones if there are more."""
     size = len(prompts)
     return [prompts[k % size if n >= size else k * size // n] for k in range(n)]

@@ -131,7 +131,7 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, device=str(self.device), **kwargs
         )
-        spaces = self.observation_space.spaces  # type: ignore[union-attr]
+        spaces = self.observation_space.spaces  # type: ignore[union-attr, attr-defined]
         self.rollout_buffer = TrajectoryBuffer(
             self.n_steps // n_denoising * self.n_envs,
             n_denoising,
@@ -172,7 +172,7 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         rollout_buffer.rewards.zero_()
         rollout_buffer.valid.fill_(True)
         callback.on_rollout_start()
-        self._last_obs = env.reset()
+        self._last_obs = env.reset()  # type: ignore[assignment]
         for n_collected in range(n_rollout_steps):
             episode, t = divmod(n_collected, n_denoising)
             rows = slice(episode * env.num_envs, (episode + 1) * env.num_envs)

@@ -7,6 +7,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -42,18 +43,18 @@ def learning_curve(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     names = [name.removeprefix("rollout/") for row in rows for name in row if name.startswith("rollout/")]
     components = [name for name in dict.fromkeys(names) if name not in _NO_COMPONENTS]
     pictures = [row["rollout/pictures"] for row in rows]
-    figure = Figure(figsize=(7, 0.6 + 2.1 * (len(components) + 1)), layout="constrained")
+    figure = Figure(figsize=(7, 0.6 + 1.9 * (len(components) + 1)), layout="constrained")
     panels = figure.subplots(len(components) + 1, 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, components, strict=False):
-        points = [(x, row[f"rollout/{name}"]) for x, row in zip(pictures, rows, strict=True) if f"rollout/{name}" in row]
-        _curve(axes, points, REWARD)
+        _curve(axes, _points(pictures, rows, f"rollout/{name}"), REWARD)
         axes.set_ylabel(name)
     # An update's KL is logged with the rollout after it, and is that of the policy that drew the rollout before it.
-    shifted = zip(pictures[:-1], rows[1:], strict=True)
-    _curve(panels[-1], [(x, row["train/kl_to_pretrained"]) for x, row in shifted if "train/kl_to_pretrained" in row], KL)
+    _curve(panels[-1], _points(pictures[:-1], rows[1:], "train/kl_to_pretrained"), KL)
     panels[-1].set_ylabel("KL to pre-trained\n(nats per picture)")
     panels[-1].set_ylim(bottom=0)
     panels[-1].set_xlabel("pictures drawn")
+    panels[-1].set_xlim(left=0)
+    figure.align_ylabels()
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
@@ -129,20 +130,22 @@ def before_after(
     lines = max(text.count("\n") + 1 for text in wrapped) if not single else 0
     title = "\n".join(part for part in (title, f"“{before.prompts[0]}”" if single else "") if part)
     judged = after.aligned is not None
-    figure, cells = _cells(2 * blocks, columns, title, gap=0.16 * lines, legend=judged, margin=1.25, paired=True)
-    for k, index in enumerate(chosen):
-        block, column = divmod(k, columns)
-        for row, evaluation in enumerate((before, after)):
-            aligned = evaluation.aligned
-            _show(cells[2 * block + row, column], evaluation.pictures[index], None if aligned is None else aligned[index])
-        cells[2 * block, column].set_title(wrapped[k], fontsize=7, color=INK, pad=4)
-    for axes in cells.flat[:]:
-        axes.set_visible(bool(axes.images))
-    for row, axes in enumerate(cells[:, 0]):
-        evaluation = (before, after)[row % 2]
-        share = "" if evaluation.aligned_share is None else f"\n{evaluation.aligned_share:.0%} aligned\n(of {len(after)})"
-        text = labels[row % 2] + share
-        axes.text(-0.14, 0.5, text, transform=axes.transAxes, ha="right", va="center", fontsize=8, color=INK)
+    figure, cells = _cells(2 * blocks, columns, title, gap=0.16 * lines, legend=judged, margin=1.35, paired=True)
+    for axes in cells.flat:
+        axes.set_visible(False)
+    for row, (evaluation, label) in enumerate(zip((before, after), labels, strict=True)):
+        aligned = evaluation.aligned
+        for k, index in enumerate(chosen):
+            axes = cells[2 * (k // columns) + row, k % columns]
+            axes.set_visible(True)
+            _show(axes, evaluation.pictures[index], None if aligned is None else bool(aligned[index]))
+            if row == 0:
+                axes.set_title(wrapped[k], fontsize=7, color=INK, pad=4)
+        share = evaluation.aligned_share
+        score = f"reward {evaluation.reward.mean():.3g}" if share is None else f"{share:.0%} aligned"
+        for axes in cells[row::2, 0]:
+            text = f"{label}\n{score}\n(of {len(evaluation)})"
+            axes.text(-0.12, 0.5, text, transform=axes.transAxes, ha="right", va="center", fontsize=8, color=INK)
     return _save(figure, path)
 
 
@@ -160,6 +163,8 @@ def _cells(
         margin: on the left.
         paired: whether rows come in pairs that belong together.
     """
+    width = max(margin + columns * _CELL + 0.15, 4.2)
+    title = "\n".join(textwrap.fill(line, int(11 * width)) for line in title.split("\n"))
     top = 0.12 + 0.22 * (title.count("\n") + 1) * bool(title)
     bottom = 0.42 if legend else 0.1
     least = 0.14  # between two pairs
@@ -169,7 +174,6 @@ def _cells(
         offsets.append(height)
         height += _CELL
     height += bottom
-    width = max(margin + columns * _CELL + 0.15, 4.2)
     margin += (width - (margin + columns * _CELL + 0.15)) / 2
     figure = Figure(figsize=(width, height))
     side = _CELL - 0.1
@@ -184,7 +188,9 @@ def _cells(
     if legend:
         handles = [
             Patch(facecolor="none", edgecolor=ALIGNED, linewidth=2.2, label="✓ all that was asked for, nothing else"),
-            Patch(facecolor="none", edgecolor=NOT_ALIGNED, linewidth=2.2, label="not so"),
+            Patch(
+                facecolor="none", edgecolor=NOT_ALIGNED, linewidth=2.2, label="something is missing, wrong or too much"
+            ),
         ]
         figure.legend(handles=handles, loc="lower center", ncols=2, frameon=False, fontsize=8, labelcolor=INK)
     return figure, cells
@@ -199,8 +205,13 @@ def _show(axes: Axes, picture: NDArray[np.uint8], aligned: bool | None) -> None:
     axes.spines[:].set(color=ALIGNED if aligned else NOT_ALIGNED, linewidth=2.2)
     if aligned:
         badge = {"boxstyle": "square,pad=0.12", "facecolor": ALIGNED, "edgecolor": "none"}
-        corner = {"ha": "right", "va": "top", "fontsize": 7, "color": "white", "fontweight": "bold"}
+        corner: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": 7, "color": "white", "fontweight": "bold"}
         axes.text(0.985, 0.985, "✓", transform=axes.transAxes, bbox=badge, **corner)
+
+
+def _points(x: Sequence[float], rows: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
+    """The points of a curve; a row without the value has none."""
+    return [(at, row[name]) for at, row in zip(x, rows, strict=True) if name in row]
 
 
 def _curve(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:

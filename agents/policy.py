@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from peft.tuners.tuners_utils import BaseTunerLayer
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from agents.critic import Critic
 from dpok_gym import diffusion
 from dpok_gym.models import load_model
-from dpok_gym.models.lora import ATTENTION, LoRA
+from dpok_gym.models.lora import ATTENTION, LoRA, pretrained_copy
 
 
 class DenoisingPolicy(ActorCriticPolicy):
@@ -120,7 +118,7 @@ class DenoisingPolicy(ActorCriticPolicy):
             # A parameter's name in a module must have no dots.
             self.adapter = nn.ParameterDict({k.replace(".", "/"): v for k, v in self._lora_parameters().items()})
         else:
-            self.denoiser = _plain_copy(self.model.denoiser)
+            self.denoiser = pretrained_copy(self.model.denoiser)
         dims = int(np.prod(self.model.latent_shape))
         self.critic = Critic(dims, self.model.text_width, num_inference_steps, critic_hidden).to(self.model.device)
         groups = [
@@ -231,12 +229,3 @@ class DenoisingPolicy(ActorCriticPolicy):
         if self.lora is None:
             raise ValueError("this policy trains the whole denoiser (lora_rank=0) and takes no LoRA")
         self.lora.load(folder)
-
-
-def _plain_copy(network: nn.Module) -> nn.Module:
-    """A trainable copy, without the LoRAs that other policies have put into the network."""
-    copied = copy.deepcopy(network)
-    for name, layer in list(copied.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            copied.set_submodule(name, layer.get_base_layer())
-    return copied.requires_grad_(True)

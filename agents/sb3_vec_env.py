@@ -49,7 +49,7 @@ class GymVectorVecEnv(VecEnv):
         observation, rewards, terminated, truncated, infos = self.venv.step(self._actions)
         dones = terminated | truncated
         split = [_info_of(infos, i) for i in range(self.num_envs)]
-        for i in np.flatnonzero(dones):
+        for i in np.flatnonzero(dones).tolist():
             terminal, last = split[i].pop("final_obs"), split[i].pop("final_info")
             self.reset_infos[i] = split[i]  # what is left comes from the reset
             split[i] = last | {"terminal_observation": terminal}
@@ -64,7 +64,7 @@ class GymVectorVecEnv(VecEnv):
     def get_images(self) -> Sequence[np.ndarray | None]:
         """One rendered frame for each environment."""
         frames = self.venv.render()
-        return [None] * self.num_envs if frames is None else list(frames)
+        return [None] * self.num_envs if frames is None else list(frames)  # type: ignore[arg-type]
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """The attribute of each environment; what the batch has once is repeated."""

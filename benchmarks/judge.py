@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -31,8 +32,8 @@ def share_exact(truth: Scenes, found: Scenes) -> float:
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, pictures: Tensor, batch_size: int = 50) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] through the autoencoder and back, by the mean of the posterior."""
+def reconstruct(vae: Any, pictures: Tensor, batch_size: int = 50) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] through a diffusers autoencoder and back, by the mean of the posterior."""
     batches = [vae.decode(vae.encode(2 * batch - 1).latent_dist.mode()).sample for batch in pictures.split(batch_size)]
     return ((torch.cat(batches) + 1) / 2).clamp(0, 1)
 

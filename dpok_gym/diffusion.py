@@ -91,8 +91,8 @@ def make_schedule(scheduler_config: Mapping[str, Any], num_inference_steps: int,
         raise ValueError(f"eta must lie in (0, 1], got {eta}: without noise a denoising step has no log-probability")
     scheduler = DDIMScheduler.from_config(scheduler_config, clip_sample=False, thresholding=False)
     n_train = scheduler.config.num_train_timesteps
-    if not 1 <= num_inference_steps <= n_train:
-        raise ValueError(f"num_inference_steps must lie between 1 and {n_train}, got {num_inference_steps}")
+    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= n_train:
+        raise ValueError(f"num_inference_steps must be an integer from 1 to {n_train}, got {num_inference_steps!r}")
     scheduler.set_timesteps(num_inference_steps)
 
     timesteps = scheduler.timesteps.long()

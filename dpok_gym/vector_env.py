@@ -80,12 +80,12 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         render_mode: str | None = None,
     ) -> None:
         for name, value in {"num_envs": num_envs, "decode_batch_size": decode_batch_size}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
-        if not guidance_scale >= 0:
-            raise ValueError(f"guidance_scale must be at least 0 (1 is no guidance), got {guidance_scale}")
+        if not 0 <= guidance_scale < np.inf:
+            raise ValueError(f"guidance_scale must be finite and at least 0 (1 is no guidance), got {guidance_scale}")
         self.model = load_model(model, device, dtype) if isinstance(model, (str, os.PathLike)) else model
         self.schedule = diffusion.make_schedule(self.model.scheduler_config, num_inference_steps, eta)
         self.prompts = load_prompts(prompts)
@@ -120,7 +120,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self._texts = [""] * num_envs
         self._step: int | None = None  # None: an episode has to be begun first
 
-    @property
+    @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]  # as SyncVectorEnv has it
         """The environments' generators, all the randomness there is."""
         return tuple(self._generators)
@@ -138,7 +138,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         seeds = [seeds + i for i in range(self.num_envs)] if isinstance(seeds, int) else list(seeds)
         if len(seeds) != self.num_envs:
             raise ValueError(f"{self.num_envs} environments need as many seeds, got {len(seeds)}")
-        old = self._generators or [None] * self.num_envs
+        old: list[np.random.Generator | None] = [*self._generators] or [None] * self.num_envs
         self._generators = [
             seeding.np_random(seed)[0] if generator is None or seed is not None else generator
             for seed, generator in zip(seeds, old, strict=True)

@@ -98,8 +98,8 @@ class NoiseAction(gymnasium.ActionWrapper, RecordConstructorArgs):
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, Any, bool, bool, dict[str, Any]]:
         """Takes a standardised noise (C, h, w)."""
-        self._observation, *rest = super().step(action)
-        return copy.deepcopy(self._observation), *rest
+        self._observation, reward, terminated, truncated, info = super().step(action)
+        return copy.deepcopy(self._observation), reward, terminated, truncated, info
 
     def action(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
         """The next latent for a standardised noise (C, h, w)."""

@@ -102,8 +102,9 @@ def test_numbers_by_hand() -> None:
     [
         ({}, 10, 0.0, "eta must lie in"),
         ({}, 10, 1.5, "eta must lie in"),
-        ({}, 0, 1.0, "num_inference_steps must lie between 1 and 1000"),
-        ({}, 1001, 1.0, "num_inference_steps must lie between 1 and 1000"),
+        ({}, 0, 1.0, "num_inference_steps must be an integer from 1 to 1000"),
+        ({}, 2.5, 1.0, "num_inference_steps must be an integer"),
+        ({}, 1001, 1.0, "num_inference_steps must be an integer from 1 to 1000"),
         ({"set_alpha_to_one": True}, 10, 1.0, "set_alpha_to_one=False"),
         ({"timestep_spacing": "linspace"}, 10, 1.0, "last step adds no noise"),
         ({"prediction_type": "flow"}, 10, 1.0, "prediction_type 'flow'"),

@@ -171,9 +171,10 @@ def test_encode_keeps_what_was_met_last(fresh: StableDiffusion, monkeypatch: pyt
         ([0], 1),
         ([0, 0], None),  # known
         ([1, 0, 1, 0], 1),  # only the new one, once
-        ([2, 2, 0, 1, 0], 1),  # more at a time than are kept
-        ([1, 0], None),
-        ([2], 1),  # had to go
+        ([2, 2, 0], 1),
+        ([2, 0], None),
+        ([1], 1),  # had to go
+        ([0, 1, 2], 1),  # more at a time than are kept
     ):
         encoded.clear()
         conditioning = fresh.encode(tokens[order])["encoder_hidden_states"]

@@ -34,12 +34,12 @@ def load_model(name_or_path: str | os.PathLike[str], device: str = "auto", dtype
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        found = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", so that both find the same copy
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device {device!r} cannot be used here: {error}") from error
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    return _load(str(name_or_path), str(torch.device(device)), dtype)
+    return _load(str(name_or_path), str(found), dtype)
 
 
 @functools.cache

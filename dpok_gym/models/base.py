@@ -74,8 +74,8 @@ class TextToImageModel(ABC):
             encoded = self._encode(rows[list(missing.values())].to(self.device))
             for position, key in enumerate(missing):
                 found[key] = {name: values[position] for name, values in encoded.items()}
-        for key, conditioning in found.items():
-            self._encoded[key] = conditioning
+        for key in keys:
+            self._encoded[key] = found[key]
             self._encoded.move_to_end(key)
         while len(self._encoded) > CACHED_PROMPTS:
             self._encoded.popitem(last=False)

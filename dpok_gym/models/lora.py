@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -114,15 +116,25 @@ class LoRA:
         return lora
 
 
+def pretrained_copy(network: nn.Module) -> nn.Module:
+    """A copy of a network without any LoRA that is in it."""
+    copied = copy.deepcopy(network)
+    for name, layer in list(copied.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            copied.set_submodule(name, layer.get_base_layer())
+    copied.__dict__.pop("peft_config", None)
+    return copied
+
+
 #: A layer, the names of its active adapters, and whether they are switched on.
-_State = tuple[BaseTunerLayer, list[str], bool]
+_State = tuple[Any, list[str], bool]  # Any: to mypy, peft's layers are no modules
 
 
-def _layers(network: nn.Module) -> list[BaseTunerLayer]:
+def _layers(network: nn.Module) -> list[Any]:
     return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def _state(layer: BaseTunerLayer) -> _State:
+def _state(layer: Any) -> _State:
     return layer, list(layer.active_adapters), not layer.disable_adapters
 
 

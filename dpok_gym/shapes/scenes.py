@@ -42,7 +42,7 @@ _INNER = _OUTER * torch.tensor([1.0, math.cos(math.pi / 4), math.cos(math.pi / 3
 #: Range of the objects' size in pixels, by the number of objects in the scene (index 0 is unused).
 _SIZE_RANGE = torch.tensor([[0.0, 0.0], [10.0, 15.0], [9.0, 13.0], [8.5, 11.0], [8.0, 10.0]])
 
-_GAP = 2.0  # pixels between the circumscribed circles of two objects, and between them and the border
+_GAP = 2.0  # pixels between the circumscribed circles of two objects, and half of it to the border
 
 
 @dataclass

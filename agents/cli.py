@@ -1,0 +1,166 @@
+"""The command line: ``dpok train``, ``dpok sample`` and ``dpok evaluate``, and what their options mean.
+
+What the commands do is in :mod:`agents.commands`; that module loads torch, so it is imported once a command has been
+read, and help and mistakes in the options come at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+SHAPES = "DPOK-Shapes-v0"
+
+#: Settings of ``dpok train`` for the embedded model, for two cores of a laptop. Prompts and budget are taken with
+#: every preset, the rest (arguments of the algorithm) with the preset "default". What is not here is the algorithm's.
+LAPTOP: dict[str, Any] = {
+    "prompts": "three green squares",
+    "pictures": 1920,
+    "n_envs": 64,
+}
+
+#: Pictures drawn in training for any other environment: the paper's budget for one prompt.
+PICTURES = 20_000
+
+
+def _auto(metavar: str, default: str) -> Any:
+    """For an option whose default depends on others: how the help shows it."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+@dataclass
+class Train:
+    """Fine-tune a text-to-image model with a reward, and compare it with the pre-trained model.
+
+    The run folder gets config.yaml, model.zip, the LoRA, logs, learning_curve.png, before_after.png and summary.json.
+    Ctrl-C ends a run early and keeps what was learned.
+    """
+
+    seed: int = 0
+    """Seed of prompts, noise and initial weights, 0 or more; the same seed repeats a run."""
+    out: Annotated[Path | None, _auto("FOLDER", "runs/<env>-<algo>-<time>")] = None
+    """Run folder to write; it must not hold a run already, unless that is to be resumed."""
+    env: str = SHAPES
+    """Environment id: DPOK-Shapes-v0 (embedded model, runs anywhere) or DPOK-SD15-v0 (Stable Diffusion 1.5)."""
+    prompts: Annotated[str | None, _auto("TEXT|SET|FILE", f"{LAPTOP['prompts']!r} for {SHAPES}, else the env's")] = None
+    """What to draw: a prompt, a named set (colour, count, composition, location, shapes, dpok), or a file of lines."""
+    reward: Annotated[str | None, _auto("NAME[=WEIGHT],...", "the environment's")] = None
+    """What pictures are rewarded for: a reward, or a weighted sum such as shapes-alignment=1,shapes-quality=0.2."""
+    model: Annotated[str | None, _auto("NAME|FOLDER", "the environment's")] = None
+    """Model to fine-tune: shapes, sd15, a local diffusers folder, or a hub id."""
+    algo: Literal["dpok"] = "dpok"
+    """Algorithm: dpok is policy gradient with a KL penalty (Fan et al. 2023)."""
+    preset: Literal["default", "paper", "official-code"] = "default"
+    """Settings that the options below change: of this project, or of DPOK's paper or code for Stable Diffusion."""
+    pictures: Annotated[int | None, _auto("INT", f"{LAPTOP['pictures']} for {SHAPES}, else {PICTURES}")] = None
+    """Pictures to draw in training, 1 or more, rounded up to whole iterations; the budget of the run."""
+    n_envs: Annotated[int | None, _auto("INT", "the preset's")] = None
+    """Pictures in each iteration, 1 or more, usually 10 to 256; more are slower, with less noise in the gradient."""
+    kl_coef: Annotated[float | None, _auto("FLOAT", "the preset's")] = None
+    """Weight of the KL to the pre-trained model, per nat, 0 or more; 0 allows any drift, a large value none."""
+    learning_rate: Annotated[float | None, _auto("FLOAT", "the preset's")] = None
+    """Learning rate per optimiser step; 1e-5 to 3e-4 for Stable Diffusion, 1e-3 for shapes; too much ruins them."""
+    lora_rank: Annotated[int | None, _auto("INT", "the preset's")] = None
+    """Rank of the LoRA, usually 4 to 16; 0 trains all of the denoiser's weights."""
+    batch_size: Annotated[int | None, _auto("INT", "the preset's")] = None
+    """Transitions (denoising steps) in each optimiser step, 1 or more; smaller takes more steps in each iteration."""
+    micro_batch_size: Annotated[int | None, _auto("INT", "the preset's")] = None
+    """Transitions in each forward and backward pass, 1 or more; smaller saves memory and changes nothing else."""
+    n_epochs: Annotated[int | None, _auto("INT", "the preset's")] = None
+    """Passes over each iteration's pictures, usually 1 to 4; more learn more from each picture, up to the clipping."""
+    timestep_fraction: Annotated[float | None, _auto("FLOAT", "the preset's")] = None
+    """Random share of the denoising steps that is trained on, in (0, 1]; less is faster and noisier."""
+    clip_range: Annotated[float | None, _auto("FLOAT", "the preset's")] = None
+    """How far a transition's log-probability may move in an iteration, in nats, above 0; smaller is slower, safer."""
+    num_inference_steps: Annotated[int | None, _auto("INT", "the environment's")] = None
+    """Denoising steps of each picture, 1 or more, usually 10 to 50; more are finer and cost more."""
+    guidance_scale: Annotated[float | None, _auto("FLOAT", "the environment's")] = None
+    """Scale of classifier-free guidance, 0 or more; 1 is none and halves the cost, Stable Diffusion has 5 to 7.5."""
+    eval_pictures: int = 256
+    """Pictures drawn before and after training to measure the change, 1 or more; their seeds are not trained on."""
+    device: str = "auto"
+    """Where the networks run: auto, cpu, cuda, cuda:1, ..."""
+    autocast: bool = False
+    """Run the denoiser in bfloat16, which is faster on recent GPUs and less exact."""
+    resume: bool = False
+    """Continue the run in --out with its own settings, up to --pictures pictures in all if that is given."""
+
+
+@dataclass
+class Sample:
+    """Draw pictures for a prompt with a pre-trained or a fine-tuned model."""
+
+    prompt: str
+    """Text to draw."""
+    lora: Annotated[Path | None, _auto("FOLDER", "none: the pre-trained model")] = None
+    """Run folder of dpok train (its model and sampler settings are taken too), or folder with a LoRA."""
+    env: Annotated[str | None, _auto("ID", f"the run's, or {SHAPES}")] = None
+    """Environment id, for its model and sampler settings."""
+    model: Annotated[str | None, _auto("NAME|FOLDER", "the environment's")] = None
+    """Model to draw with: shapes, sd15, a local diffusers folder, or a hub id."""
+    n: int = 16
+    """Pictures, 1 or more."""
+    seed: int = 0
+    """Seed of the first picture, 0 or more; picture k has seed + k, and looks alike in every call."""
+    out: Path = Path("sample.png")
+    """File to write, as PNG."""
+    num_inference_steps: Annotated[int | None, _auto("INT", "the environment's")] = None
+    """Denoising steps of each picture, 1 or more, usually 10 to 50."""
+    guidance_scale: Annotated[float | None, _auto("FLOAT", "the environment's")] = None
+    """Scale of classifier-free guidance, 0 or more; 1 is none, more follows the prompt more closely."""
+    device: str = "auto"
+    """Where the networks run: auto, cpu, cuda, cuda:1, ..."""
+
+
+@dataclass
+class Evaluate:
+    """Score a run on its training prompts and on prompts it never saw, before and after training.
+
+    Rewards that it was not trained on are scored too. Writes evaluation.json into the run folder.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of dpok train."""
+    pictures: int = 256
+    """Pictures for each set of prompts, before and after, 1 or more."""
+    seed: Annotated[int | None, _auto("INT", "the run's, which repeats its own evaluation")] = None
+    """Seed of the pictures, 0 or more."""
+    reward: Annotated[str | None, _auto("NAME,...", "quality and alignment for shapes, else the JPEG size")] = None
+    """Further rewards to score with, which the run was not trained on."""
+    device: str = "auto"
+    """Where the networks run: auto, cpu, cuda, cuda:1, ..."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, 2 after a mistake in the input, 130 after Ctrl-C.
+
+    With DPOK_DEBUG=1 in the environment, such a mistake shows where it was found.
+    """
+    options = tyro.extras.subcommand_cli_from_dict(
+        {"train": Train, "sample": Sample, "evaluate": Evaluate},
+        prog="dpok",
+        description="Fine-tune text-to-image models by reinforcement learning.",
+        args=argv,
+    )
+    try:
+        from agents import commands
+
+        return getattr(commands, type(options).__name__.lower())(options)
+    except KeyboardInterrupt:
+        print("dpok: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("DPOK_DEBUG"):
+            raise
+        print(f"dpok: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

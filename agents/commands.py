@@ -1,0 +1,479 @@
+"""What the commands of :mod:`agents.cli` do."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoardOutputFormat
+
+import dpok_gym  # noqa: F401  (registers the environments)
+from agents import plots
+from agents.callbacks import ProgressCallback, SaveCallback, save_agent
+from agents.cli import LAPTOP, PICTURES, SHAPES, Evaluate, Sample, Train
+from agents.dpok import DPOK, PRESETS
+from agents.evaluation import Evaluation, draw, spread
+from agents.evaluation import evaluate as evaluate_policy
+from agents.on_policy import DenoisingAlgorithm
+from agents.policy import DenoisingPolicy
+from dpok_gym.models import MODELS
+from dpok_gym.models.lora import LoRA
+from dpok_gym.prompts import PromptSet, list_prompt_sets, load_prompts
+from dpok_gym.shapes.captions import parse_prompt
+from dpok_gym.vector_env import DenoisingVectorEnv
+
+ALGORITHMS: dict[str, type[DenoisingAlgorithm]] = {"dpok": DPOK}
+
+#: Rewards that evaluations in the embedded world always have.
+SHAPES_REWARDS = ("shapes-alignment", "shapes-quality")
+
+CONFIG, MODEL, SUMMARY, LOG = "config.yaml", "model.zip", "summary.json", "progress.csv"
+
+_AT_A_TIME = 64  # pictures of an evaluation that are drawn side by side
+_FEW = 16  # pictures of the evaluation of a run that was interrupted
+
+#: The options of ``dpok train`` that are arguments of the environment, the algorithm and the policy.
+_ENV = ("model", "num_inference_steps", "guidance_scale")
+_ALGORITHM = (
+    "kl_coef",
+    "learning_rate",
+    "batch_size",
+    "micro_batch_size",
+    "n_epochs",
+    "timestep_fraction",
+    "clip_range",
+)
+_POLICY = ("lora_rank", "target_modules", "autocast", "max_batch_size", "critic_hidden")
+#: Arguments of an algorithm that are no settings of its learning, or are in the config under their own name.
+_OTHER = {
+    "policy",
+    "env",
+    "n_envs",
+    "policy_kwargs",
+    "stats_window_size",
+    "tensorboard_log",
+    "verbose",
+    "seed",
+    "device",
+}
+
+
+@dataclass
+class Config:
+    """Everything that a run depends on, resolved; ``config.yaml`` in its folder.
+
+    Attributes:
+        env: environment id.
+        algo: a key of :data:`ALGORITHMS`.
+        preset: that the settings come from.
+        seed: of everything random.
+        pictures: budget of the training.
+        n_envs: pictures in each iteration.
+        eval_pictures: pictures drawn before and after.
+        device: of the networks.
+        env_kwargs: of the environment; ``reward`` is always a dict of weights.
+        algo_kwargs: of the algorithm.
+    """
+
+    env: str
+    algo: str
+    preset: str
+    seed: int
+    pictures: int
+    n_envs: int
+    eval_pictures: int
+    device: str
+    env_kwargs: dict[str, Any]
+    algo_kwargs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("pictures", "n_envs", "eval_pictures"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"the seed must be at least 0, got {self.seed}")
+
+    @classmethod
+    def of(cls, options: Train) -> Config:
+        """The options, and defaults where they say nothing."""
+        defaults: dict[str, Any] = LAPTOP if options.env == SHAPES else {"pictures": PICTURES}
+        if options.preset != "default":
+            kept = {name: value for name, value in defaults.items() if name in ("prompts", "pictures")}
+            defaults = kept | PRESETS[options.preset]
+        algorithm = _defaults(ALGORITHMS[options.algo])
+        given = _given(options, *_ALGORITHM, "prompts", "pictures", "n_envs")
+        settings = {"prompts": None} | algorithm | defaults | given
+        policy = {name: value for name, value in _defaults(DenoisingPolicy).items() if name in _POLICY}
+        policy |= (settings["policy_kwargs"] or {}) | {"autocast": options.autocast} | _given(options, "lora_rank")
+        policy["target_modules"] = list(policy["target_modules"])
+        env_kwargs = _env_kwargs(options.env) | _given(options, *_ENV) | {"device": options.device}
+        env_kwargs["prompts"] = settings["prompts"] or env_kwargs.get("prompts", "shapes")
+        env_kwargs["reward"] = parse_reward(options.reward or env_kwargs.get("reward", SHAPES_REWARDS[0]))
+        # A run may be read again from another folder.
+        env_kwargs["prompts"] = _absolute(env_kwargs["prompts"], list_prompt_sets())
+        env_kwargs["model"] = _absolute(env_kwargs["model"], MODELS)
+        return cls(
+            env=options.env,
+            algo=options.algo,
+            preset=options.preset,
+            seed=options.seed,
+            pictures=settings["pictures"],
+            n_envs=settings["n_envs"],
+            eval_pictures=options.eval_pictures,
+            device=options.device,
+            env_kwargs=env_kwargs,
+            algo_kwargs={name: settings[name] for name in algorithm if name not in _OTHER} | {"policy_kwargs": policy},
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Config:
+        """Reads the config of a run."""
+        path = folder / CONFIG
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is no run folder: it has no {CONFIG}, as dpok train writes it")
+        try:
+            return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (TypeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} is damaged, or of another version: {error}") from error
+
+    def write(self, folder: Path) -> None:
+        """Writes it."""
+        (folder / CONFIG).write_text(
+            yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+
+    @property
+    def is_shapes(self) -> bool:
+        """Whether the judge of the embedded world can be asked."""
+        return self.env == SHAPES
+
+    @property
+    def evaluation_seed(self) -> int:
+        """Seed of the first evaluation picture, far from those that the training environments are seeded with."""
+        return 1_000_000 * (self.seed + 1)
+
+    def make_env(self, num_envs: int, also: Collection[str] = (), **changes: Any) -> DenoisingVectorEnv:
+        """Makes the environment.
+
+        Args:
+            num_envs: pictures side by side.
+            also: rewards to score with that do not count in the sum.
+            **changes: to the environment's arguments.
+        """
+        reward = dict.fromkeys(also, 0.0) | self.env_kwargs["reward"]
+        return _make_env(self.env, num_envs, **(self.env_kwargs | {"reward": reward} | changes))
+
+    def make_evaluation_env(self, n_pictures: int, also: Collection[str] = (), **changes: Any) -> DenoisingVectorEnv:
+        """The environment to evaluate in."""
+        also = (*(SHAPES_REWARDS if self.is_shapes else ()), *also)
+        return self.make_env(min(n_pictures, _AT_A_TIME), also, **changes)
+
+
+def train(options: Train) -> int:
+    """Trains, evaluates before and after, and writes the run folder."""
+    folder, config = _begin(options)
+    console = Console()
+    env = config.make_env(config.n_envs)
+    agent = _make_agent(config, folder, env)
+    prompts = spread(env.prompts.train, config.eval_pictures)
+    judge = config.make_evaluation_env(len(prompts))
+    seconds_before = _read_summary(folder).get("seconds", 0.0)
+    drawn = agent.num_timesteps // len(env.schedule)
+    if drawn >= config.pictures:
+        raise ValueError(f"the run in {folder} has drawn its {drawn} pictures; ask for more with --pictures")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config.write(folder)
+    console.print(f"writing to {folder}")
+    progress = ProgressCallback(math.ceil(config.pictures / config.n_envs) * config.n_envs)
+    interrupted = False
+    try:
+        save_agent(agent, folder)
+        console.print(f"drawing {len(prompts)} pictures with the pre-trained model")
+        before = evaluate_policy(agent.policy, judge, prompts, config.evaluation_seed, reference=True)
+        agent.set_logger(_make_logger(folder, drawn))
+        agent.learn(
+            (config.pictures - drawn) * len(env.schedule),
+            [progress, SaveCallback(folder)],
+            reset_num_timesteps=not drawn,
+        )
+        save_agent(agent, folder)
+        console.print(f"drawing {len(prompts)} pictures with the fine-tuned model")
+        after = evaluate_policy(agent.policy, judge, prompts, config.evaluation_seed)
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print("interrupted: saving what there is (Ctrl-C again leaves at once)")
+    finally:
+        progress.close()
+    summary = {
+        "env": config.env,
+        "algo": config.algo,
+        "preset": config.preset,
+        "prompts": env.prompts.train[0] if env.prompts.name == "text" else env.prompts.name,
+        "model": config.env_kwargs["model"],
+        "seed": config.seed,
+        "pictures": agent.num_timesteps // len(env.schedule),
+        "seconds": round(seconds_before + progress.seconds, 1),
+        "interrupted": interrupted,
+    }
+    if interrupted:
+        # In this order a second interruption costs only what is not written yet.
+        save_agent(agent, folder)
+        _write_json(folder / SUMMARY, summary | _scores(None, None))
+        _draw_curve(folder, config)
+        prompts = prompts[:_FEW]
+        judge = config.make_evaluation_env(len(prompts))
+        before = evaluate_policy(agent.policy, judge, prompts, config.evaluation_seed, reference=True)
+        after = evaluate_policy(agent.policy, judge, prompts, config.evaluation_seed)
+    scores = _scores(before, after)
+    _write_json(folder / SUMMARY, summary | scores)
+    _draw_curve(folder, config)
+    labels = "pre-trained", f"{config.algo.upper()},\n{summary['pictures']:,} pictures"
+    plots.before_after(before, after, folder / "before_after.png", _title(config), labels)
+    table = _table(f"{_title(config)} (means of {len(before)} pictures)", scores)
+    table.add_section()
+    table.add_row("pictures drawn in training", "", f"{summary['pictures']:,}")
+    table.add_row("seconds of training", "", f"{summary['seconds']:,}")
+    console.print(table)
+    if interrupted:
+        console.print(f"interrupted; go on with: dpok train --resume --out {folder}")
+    return 130 if interrupted else 0
+
+
+def sample(options: Sample) -> int:
+    """Draws pictures into a labelled grid."""
+    if options.n < 1:
+        raise ValueError(f"--n must be at least 1, got {options.n}")
+    if options.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {options.seed}")
+    lora, run = options.lora, None
+    if lora is not None:
+        run = next((folder for folder in (lora, lora.parent) if (folder / CONFIG).is_file()), None)
+        lora = lora / "lora" if run == lora else lora
+    config = Config.read(run) if run is not None else None
+    env_id = options.env or (config.env if config else SHAPES)
+    kwargs = config.env_kwargs if config and options.env is None else _env_kwargs(env_id)
+    judged = env_id == SHAPES and _is_readable(options.prompt)
+    kwargs = kwargs | _given(options, *_ENV) | {"device": options.device, "prompts": [options.prompt]}
+    kwargs["reward"] = SHAPES_REWARDS[0] if judged else _no_reward
+    env = _make_env(env_id, min(options.n, _AT_A_TIME), **kwargs)
+    prompts = [options.prompt] * options.n
+    if lora is None:
+        drawn = draw(env.pretrained_transition, env, prompts, options.seed)
+    else:
+        with LoRA.from_folder(env.model.denoiser, lora).switched_on():
+            drawn = draw(env.pretrained_transition, env, prompts, options.seed)
+    labels = [f"seed {options.seed + k}" for k in range(options.n)]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    plots.picture_grid(drawn.pictures, labels, options.out, f"“{options.prompt}”", drawn.aligned)
+    share = "" if drawn.aligned_share is None else f", {drawn.aligned_share:.0%} of them fully aligned"
+    Console().print(f"{options.n} pictures{share}: {options.out}")
+    return 0
+
+
+def evaluate(options: Evaluate) -> int:
+    """Scores a run on training and on held-out prompts."""
+    config = Config.read(options.run)
+    if options.pictures < 1:
+        raise ValueError(f"--pictures must be at least 1, got {options.pictures}")
+    if options.seed is not None:
+        config.seed = options.seed
+        config.__post_init__()
+    if options.reward:
+        also = tuple(parse_reward(options.reward))
+    else:
+        trained_on_size = any(name.startswith("jpeg-") for name in config.env_kwargs["reward"])
+        also = () if config.is_shapes or trained_on_size else ("jpeg-compressibility",)
+    env = config.make_evaluation_env(options.pictures, also, device=options.device)
+    agent = ALGORITHMS[config.algo].load(_model_of(options.run), device=options.device)
+    sets = {"training": env.prompts.train, "held-out": _held_out(env.prompts, config)}
+    console, found = Console(), {}
+    for name, texts in sets.items():
+        if not texts:
+            console.print(f"there are no {name} prompts")
+            continue
+        prompts = spread(texts, options.pictures)
+        before = evaluate_policy(agent.policy, env, prompts, config.evaluation_seed, reference=True)
+        after = evaluate_policy(agent.policy, env, prompts, config.evaluation_seed)
+        found[name] = {"n_prompts": len(set(texts))} | _scores(before, after)
+        console.print(_table(f"{name} prompts (means of {options.pictures} pictures)", found[name]))
+    trained = list(config.env_kwargs["reward"])
+    result = {"seed": config.seed, "pictures": options.pictures, "trained_on": trained, "prompts": found}
+    _write_json(options.run / "evaluation.json", result)
+    return 0
+
+
+def parse_reward(spec: Any) -> dict[str, float]:
+    """``name=weight,name=weight`` (a weight may be left out, for 1) as a dict; a dict is returned as it is."""
+    if not isinstance(spec, str):
+        return dict(spec)
+    weights: dict[str, float] = {}
+    for entry in spec.split(","):
+        name, equals, weight = (part.strip() for part in entry.partition("="))
+        if not name or name in weights:
+            raise ValueError(f"a reward is written NAME or NAME=WEIGHT,NAME=WEIGHT with each name once, not {spec!r}")
+        try:
+            weights[name] = float(weight) if equals else 1.0
+        except ValueError:
+            raise ValueError(f"the weight of the reward {name!r} must be a number, not {weight!r}") from None
+    return weights
+
+
+def _begin(options: Train) -> tuple[Path, Config]:
+    """The run folder, which is not made yet, and the config of the run."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = options.out or Path("runs") / f"{options.env.replace('/', '-')}-{options.algo}-{stamp}"
+    if options.resume:
+        if options.out is None:
+            raise ValueError("--resume needs the run folder to go on with: --out FOLDER")
+        config = Config.read(folder)
+        changed = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
+        changed = [f"--{name.replace('_', '-')}" for name in changed if name not in ("out", "resume", "pictures")]
+        if changed:
+            raise ValueError(f"--resume goes on with the run's own settings; leave out {', '.join(changed)}")
+        config.pictures = options.pictures or config.pictures
+        return folder, config
+    if (folder / CONFIG).exists():
+        raise FileExistsError(
+            f"{folder} already holds a run; choose another --out, or go on with it: dpok train --resume --out {folder}"
+        )
+    return folder, Config.of(options)
+
+
+def _make_agent(config: Config, folder: Path, env: DenoisingVectorEnv) -> DenoisingAlgorithm:
+    """The agent that the folder holds, or a new one."""
+    algorithm: Callable[..., DenoisingAlgorithm] = ALGORITHMS[config.algo]
+    if (folder / MODEL).is_file():
+        return ALGORITHMS[config.algo].load(folder / MODEL, env, device=config.device)
+    return algorithm("DenoisingPolicy", env, seed=config.seed, device=config.device, **config.algo_kwargs)
+
+
+def _make_logger(folder: Path, pictures: int) -> Logger:
+    """Logs into the folder, after the rows that are there already and belong to the pictures drawn so far."""
+    log = folder / LOG
+    rows = plots.read_log(log) if log.is_file() else []
+    writer = CSVOutputFormat(str(log))  # which empties the file
+    for row in rows:
+        if row["rollout/pictures"] <= pictures:
+            writer.write(dict(row), {})
+    return Logger(str(folder), [writer, TensorBoardOutputFormat(str(folder / "tensorboard"))])
+
+
+def _make_env(env_id: str, num_envs: int, **kwargs: Any) -> DenoisingVectorEnv:
+    env = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
+    if not isinstance(env, DenoisingVectorEnv):
+        raise ValueError(f"{env_id} is no denoising environment such as {SHAPES}")
+    return env
+
+
+def _env_kwargs(env_id: str) -> dict[str, Any]:
+    """The arguments that an id stands for."""
+    try:
+        return dict(gymnasium.spec(env_id).kwargs)
+    except gymnasium.error.Error as error:
+        raise ValueError(f"there is no environment {env_id!r}: {error}") from error
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.name[0] != "_"}
+
+
+def _given(options: Any, *names: str) -> dict[str, Any]:
+    """Those of the options that are not None."""
+    return {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+
+
+def _absolute(text: Any, names: Collection[str]) -> Any:
+    """A path in full; names, which go before paths, and anything else as it is."""
+    is_path = isinstance(text, str) and text not in names and os.path.exists(text)
+    return os.path.abspath(text) if is_path else text
+
+
+def _model_of(folder: Path) -> Path:
+    if not (folder / MODEL).is_file():
+        raise FileNotFoundError(f"the run in {folder} has no {MODEL}: it ended before there was one")
+    return folder / MODEL
+
+
+def _is_readable(prompt: str) -> bool:
+    try:
+        parse_prompt(prompt)
+    except ValueError:
+        return False
+    return True
+
+
+def _no_reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return torch.zeros(len(prompts))
+
+
+def _held_out(prompts: PromptSet, config: Config) -> tuple[str, ...]:
+    """Prompts that training never showed; in the embedded world any training prompts have their category's."""
+    if prompts.held_out or not config.is_shapes:
+        return prompts.held_out
+    requests = [parse_prompt(text) for text in prompts.train]
+    shown = {(frozenset(request.kinds), len(request.kinds)) for request in requests}
+    categories = dict.fromkeys(request.category for request in requests)
+    texts = [text for category in categories for text in load_prompts(category).held_out]
+    unseen = {text: parse_prompt(text) for text in texts}
+    return tuple(text for text, it in unseen.items() if (frozenset(it.kinds), len(it.kinds)) not in shown)
+
+
+def _scores(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+    """What the two evaluations say, means over the pictures; None for what was not measured."""
+    scores: dict[str, Any] = {"eval_pictures": len(after) if after else 0}
+    for when, found in {"before": before, "after": after}.items():
+        scores[f"aligned_{when}"] = found.aligned_share if found else None
+        scores[f"quality_{when}"] = found.mean("shapes-quality") if found else None
+        scores[f"reward_{when}"] = float(found.reward.mean()) if found else None
+        scores[f"rewards_{when}"] = {name: found.mean(name) for name in found.rewards} if found else {}
+    scores["kl_to_pretrained"] = float(after.kl.mean()) if after else None
+    return scores
+
+
+def _rows(scores: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    if scores["aligned_before"] is not None:
+        yield "fully aligned pictures", f"{scores['aligned_before']:.1%}", f"{scores['aligned_after']:.1%}"
+    for name, value in scores["rewards_before"].items():
+        yield name, f"{value:.3f}", f"{scores['rewards_after'][name]:.3f}"
+    yield "reward trained on", f"{scores['reward_before']:.3f}", f"{scores['reward_after']:.3f}"
+    yield "KL to pre-trained, nats per picture", "0", f"{scores['kl_to_pretrained']:.2f}"
+
+
+def _table(title: str, scores: dict[str, Any]) -> Table:
+    table = Table("", title=title, title_justify="left")
+    for heading in ("before", "after"):
+        table.add_column(heading, justify="right")
+    for row in _rows(scores):
+        table.add_row(*row)
+    return table
+
+
+def _title(config: Config) -> str:
+    return f"{config.algo.upper()} on {config.env}, seed {config.seed}"
+
+
+def _draw_curve(folder: Path, config: Config) -> None:
+    rows = plots.read_log(folder / LOG) if (folder / LOG).is_file() else []
+    plots.learning_curve(rows, folder / "learning_curve.png", _title(config))
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

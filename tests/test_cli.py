@@ -1,0 +1,313 @@
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from agents import PRESETS, commands, plots
+from agents.cli import LAPTOP, Evaluate, Sample, Train, main
+from agents.commands import Config, parse_reward
+from dpok_gym import DenoisingVectorEnv
+
+TINY = ["--num-inference-steps", "2", "--n-envs", "2", "--lora-rank", "2", "--eval-pictures", "3", "--device", "cpu"]
+WRITTEN = {
+    "config.yaml",
+    "progress.csv",
+    "tensorboard",
+    "learning_curve.png",
+    "before_after.png",
+    "lora",
+    "model.zip",
+    "summary.json",
+}
+
+
+def _train(folder, *options):
+    return main(["train", "--out", str(folder), *options])
+
+
+def _summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def _sample(folder, lora, *options):
+    out = folder / "sample.png"
+    steps = ["--num-inference-steps", "2", "--device", "cpu"]
+    code = main(
+        ["sample", "--prompt", "a red circle", "--lora", str(lora), "--n", "2", "--out", str(out), *steps, *options]
+    )
+    return code, out
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert _train(folder, "--pictures", "3", "--seed", "1", *TINY) == 0
+    return folder
+
+
+def test_a_run_leaves_everything(finished):
+    assert {path.name for path in finished.iterdir()} == WRITTEN
+    summary = _summary(finished)
+    for when in ("before", "after"):
+        assert 0 <= summary[f"aligned_{when}"] <= 1
+        assert 0 <= summary[f"quality_{when}"] <= 1
+        assert set(summary[f"rewards_{when}"]) == {"shapes-alignment", "shapes-quality"}
+        assert summary[f"reward_{when}"] == summary[f"rewards_{when}"]["shapes-alignment"]
+    assert summary["kl_to_pretrained"] > 0
+    assert summary["pictures"] == 4  # two iterations of two
+    assert summary["eval_pictures"] == 3
+    assert summary["seconds"] > 0
+    assert summary["seed"] == 1
+    assert summary["interrupted"] is False
+    assert summary["prompts"] == LAPTOP["prompts"]
+    rows = plots.read_log(finished / "progress.csv")
+    assert [row["rollout/pictures"] for row in rows] == [2, 4]
+    for name in ("learning_curve.png", "before_after.png"):
+        assert Image.open(finished / name).format == "PNG"
+    assert load_file(finished / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def test_the_config_says_everything(finished):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["env_kwargs"] | {"device": ""} == {
+        "model": "shapes",
+        "prompts": LAPTOP["prompts"],
+        "reward": {"shapes-alignment": 1.0},
+        "num_inference_steps": 2,
+        "eta": 1.0,
+        "guidance_scale": 1.0,
+        "device": "",
+    }
+    assert config["algo_kwargs"]["policy_kwargs"]["lora_rank"] == 2
+    assert config["algo_kwargs"]["kl_estimator"] == "exact"
+    assert Config.read(finished) == Config(**config)
+
+
+def test_the_same_seed_repeats_a_run(finished, tmp_path):
+    assert _train(tmp_path / "again", "--pictures", "3", "--seed", "1", *TINY) == 0
+    assert _summary(tmp_path / "again") | {"seconds": 0} == _summary(finished) | {"seconds": 0}
+    one, other = (
+        load_file(run / "lora" / "pytorch_lora_weights.safetensors") for run in (finished, tmp_path / "again")
+    )
+    assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_a_finished_run_is_not_overwritten(finished, capsys):
+    before = (finished / "summary.json").read_text()
+    assert _train(finished, *TINY) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (finished / "summary.json").read_text() == before
+
+
+def test_resume(finished, tmp_path, capsys):
+    folder = tmp_path / "resumed"
+    shutil.copytree(finished, folder)
+    assert _train(folder, "--resume") == 2
+    assert "ask for more with --pictures" in capsys.readouterr().err
+    assert _train(folder, "--resume", "--kl-coef", "0.5") == 2
+    assert "leave out --kl-coef" in capsys.readouterr().err
+    assert _train(folder, "--resume", "--pictures", "6") == 0
+    assert [row["rollout/pictures"] for row in plots.read_log(folder / "progress.csv")] == [2, 4, 6]
+    summary = _summary(folder)
+    assert summary["pictures"] == 6
+    assert summary["aligned_before"] == _summary(finished)["aligned_before"]
+    assert summary["seconds"] > _summary(finished)["seconds"]
+
+
+def _interrupt_step(monkeypatch, number):
+    """Ctrl-C in a step of the environments that are trained in."""
+    step, calls = DenoisingVectorEnv.step, []
+
+    def interrupted(self, actions):
+        calls.append(0)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return step(self, actions)
+
+    monkeypatch.setattr(DenoisingVectorEnv, "step", interrupted)
+
+
+def test_an_interrupted_run_keeps_what_it_learned(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        _interrupt_step(patched, 4)
+        assert _train(tmp_path / "run", "--pictures", "100", *TINY) == 130
+    assert "--resume" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "run").iterdir()} == WRITTEN
+    summary = _summary(tmp_path / "run")
+    assert summary["interrupted"] is True
+    assert summary["pictures"] == 3  # of the second iteration, one of two steps
+    assert summary["kl_to_pretrained"] > 0
+    assert _sample(tmp_path, tmp_path / "run")[0] == 0
+    assert _train(tmp_path / "run", "--resume", "--pictures", "4") == 0
+    assert _summary(tmp_path / "run")["interrupted"] is False
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_interruption_before_the_training(tmp_path, monkeypatch, again):
+    evaluate, calls = commands.evaluate_policy, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(0)
+        if len(calls) <= 1 + again:  # the second one while the first is dealt with
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(commands, "evaluate_policy", interrupted)
+    assert _train(tmp_path / "run", "--pictures", "2", *TINY) == 130
+    summary = _summary(tmp_path / "run")
+    assert summary["interrupted"] is True
+    assert summary["pictures"] == 0
+    assert summary["aligned_after"] == (None if again else summary["aligned_before"])
+    assert {"model.zip", "lora", "learning_curve.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_sample(finished, tmp_path, capsys):
+    code, out = _sample(tmp_path, finished)
+    assert code == 0
+    assert Image.open(out).format == "PNG"
+    assert "2 pictures" in capsys.readouterr().out
+    tuned = out.read_bytes()
+    shutil.copytree(finished / "lora", tmp_path / "elsewhere")
+    assert _sample(tmp_path, tmp_path / "elsewhere")[0] == 0
+    assert out.read_bytes() == tuned
+    # The judge cannot read this, the model can.
+    pretrained = ["sample", "--prompt", "circle", "--num-inference-steps", "2", "--n", "1", "--device", "cpu"]
+    assert main([*pretrained, "--out", str(tmp_path / "new" / "circle.png")]) == 0
+    assert "aligned" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_evaluate(finished, capsys):
+    assert main(["evaluate", str(finished), "--pictures", "3", "--device", "cpu"]) == 0
+    written = json.loads((finished / "evaluation.json").read_text())
+    (finished / "evaluation.json").unlink()
+    summary = _summary(finished)
+    training, held_out = written["prompts"]["training"], written["prompts"]["held-out"]
+    for name in ("aligned_after", "quality_after", "reward_before", "kl_to_pretrained"):  # of the same seeds
+        assert training[name] == pytest.approx(summary[name], rel=1e-3)
+    assert held_out["n_prompts"] >= 14
+    assert set(held_out["rewards_after"]) == {"shapes-alignment", "shapes-quality"}
+    out = capsys.readouterr().out
+    assert "held-out prompts" in out
+    assert "nats" in out
+
+
+def test_another_environment(tiny_sd_folder, tmp_path, capsys):
+    folder = tmp_path / "run"
+    of_model = ["--env", "DPOK-SD15-v0", "--model", str(tiny_sd_folder), "--guidance-scale", "2"]
+    assert _train(folder, "--pictures", "2", "--prompts", "a dog on the moon", *of_model, *TINY) == 0
+    summary = _summary(folder)
+    assert summary["aligned_before"] is summary["aligned_after"] is summary["quality_after"] is None
+    assert summary["rewards_after"] == {"jpeg-compressibility": pytest.approx(summary["reward_after"])}
+    assert summary["reward_after"] < 0
+    more = ["--reward", "jpeg-incompressibility"]
+    assert main(["evaluate", str(folder), "--pictures", "2", "--device", "cpu", *more]) == 0
+    scores = json.loads((folder / "evaluation.json").read_text())["prompts"]["training"]
+    assert scores["rewards_after"]["jpeg-incompressibility"] == pytest.approx(-scores["reward_after"])
+    assert "there are no held-out prompts" in capsys.readouterr().out
+    assert _sample(tmp_path, folder)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--env", "DPOK-Nothing-v0"], "DPOK-Nothing"),
+        (["--env", "CartPole-v1"], "no denoising environment"),
+        (["--reward", "shapes-beauty"], "shapes-beauty"),
+        (["--reward", "shapes-quality=much"], "must be a number"),
+        (["--prompts", "three green cats"], "cats"),
+        (["--prompts", "nothing.txt"], "nothing.txt"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--pictures", "0"], "pictures must be at least 1"),
+        (["--eval-pictures", "0"], "eval_pictures must be at least 1"),
+        (["--seed", "-1"], "seed"),
+        (["--timestep-fraction", "2"], "timestep_fraction"),
+        (["--device", "abacus"], "abacus"),
+        (["--resume"], "no run folder"),
+    ],
+)
+def test_mistakes_in_training_options(tmp_path, capsys, options, message):
+    assert _train(tmp_path / "run", *options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("dpok: error: ")
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["evaluate", "nowhere"], "no run folder"),
+        (["sample", "--prompt", "a red circle", "--lora", "nowhere"], "no LoRA"),
+        (["sample", "--prompt", "a red cat"], "cat"),
+        (["sample", "--prompt", "a red circle", "--n", "0"], "--n must be"),
+    ],
+)
+def test_mistakes_elsewhere(tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("dpok: error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_mistake_can_be_looked_into(monkeypatch):
+    monkeypatch.setenv("DPOK_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["evaluate", "nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "units"),
+    [
+        ("train", Train, ["nats", "(0, 1]", "1 or more", "0 or more"]),
+        ("sample", Sample, ["1 or more", "0 or more"]),
+        ("evaluate", Evaluate, ["1 or more"]),
+    ],
+)
+def test_help(command, options, units, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(options):
+        assert field.name == "run" or f"--{field.name.replace('_', '-')}" in text
+    assert all(unit in text for unit in units)
+
+
+def test_help_does_not_load_torch():
+    check = "import sys, agents.cli; sys.exit(bool({'torch', 'gymnasium', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_presets_and_options():
+    paper = Config.of(Train(preset="paper"))
+    assert paper.n_envs == PRESETS["paper"]["n_envs"]
+    assert paper.algo_kwargs["reward_weight"] == 10
+    assert paper.algo_kwargs["policy_kwargs"]["lora_rank"] == 4
+    assert paper.env_kwargs["prompts"] == LAPTOP["prompts"]
+    assert paper.pictures == LAPTOP["pictures"]
+    mine = Config.of(Train(preset="paper", kl_coef=0.5, lora_rank=2, autocast=True, n_envs=3, prompts="count"))
+    assert mine.algo_kwargs["kl_coef"] == 0.5
+    assert mine.algo_kwargs["policy_kwargs"]["lora_rank"] == 2
+    assert mine.algo_kwargs["policy_kwargs"]["autocast"] is True
+    assert (mine.n_envs, mine.env_kwargs["prompts"]) == (3, "count")
+    other = Config.of(Train(env="DPOK-SD15-v0"))
+    assert other.env_kwargs["prompts"] == "dpok"
+    assert other.pictures == 20_000
+
+
+def test_rewards_are_read():
+    assert parse_reward("shapes-alignment") == {"shapes-alignment": 1.0}
+    assert parse_reward("a=2, b=-0.5,c") == {"a": 2.0, "b": -0.5, "c": 1.0}
+    assert parse_reward({"a": 3}) == {"a": 3}
+    for wrong in ("", "=1", "a,a", "a=1=2"):
+        with pytest.raises(ValueError, match="reward"):
+            parse_reward(wrong)
