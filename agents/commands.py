@@ -2,183 +2,45 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoardOutputFormat
 
-import dpok_gym  # noqa: F401  (registers the environments)
 from agents import plots
 from agents.callbacks import ProgressCallback, SaveCallback, save_agent
-from agents.cli import LAPTOP, PICTURES, SHAPES, Evaluate, Sample, Train
-from agents.dpok import DPOK, PRESETS
+from agents.cli import SHAPES, Evaluate, Sample, Train
+from agents.config import (
+    ALGORITHMS,
+    AT_A_TIME,
+    CONFIG,
+    ENV_OPTIONS,
+    SHAPES_REWARDS,
+    Config,
+    default_env_kwargs,
+    given,
+    make_env,
+    parse_reward,
+)
 from agents.evaluation import Evaluation, draw, spread
 from agents.evaluation import evaluate as evaluate_policy
 from agents.on_policy import DenoisingAlgorithm
-from agents.policy import DenoisingPolicy
-from dpok_gym.models import MODELS
 from dpok_gym.models.lora import LoRA
-from dpok_gym.prompts import PromptSet, list_prompt_sets, load_prompts
+from dpok_gym.prompts import PromptSet, load_prompts
 from dpok_gym.shapes.captions import parse_prompt
 from dpok_gym.vector_env import DenoisingVectorEnv
 
-ALGORITHMS: dict[str, type[DenoisingAlgorithm]] = {"dpok": DPOK}
+MODEL, SUMMARY, LOG = "model.zip", "summary.json", "progress.csv"
 
-#: Rewards that evaluations in the embedded world always have.
-SHAPES_REWARDS = ("shapes-alignment", "shapes-quality")
-
-CONFIG, MODEL, SUMMARY, LOG = "config.yaml", "model.zip", "summary.json", "progress.csv"
-
-_AT_A_TIME = 64  # pictures of an evaluation that are drawn side by side
 _FEW = 16  # pictures of the evaluation of a run that was interrupted
-
-#: The options of ``dpok train`` that are arguments of the environment, the algorithm and the policy.
-_ENV = ("model", "num_inference_steps", "guidance_scale")
-_ALGORITHM = (
-    "kl_coef",
-    "learning_rate",
-    "batch_size",
-    "micro_batch_size",
-    "n_epochs",
-    "timestep_fraction",
-    "clip_range",
-)
-_POLICY = ("lora_rank", "target_modules", "autocast", "max_batch_size", "critic_hidden")
-#: Arguments of an algorithm that are no settings of its learning, or are in the config under their own name.
-_OTHER = {
-    "policy",
-    "env",
-    "n_envs",
-    "policy_kwargs",
-    "stats_window_size",
-    "tensorboard_log",
-    "verbose",
-    "seed",
-    "device",
-}
-
-
-@dataclass
-class Config:
-    """Everything that a run depends on, resolved; ``config.yaml`` in its folder.
-
-    Attributes:
-        env: environment id.
-        algo: a key of :data:`ALGORITHMS`.
-        preset: that the settings come from.
-        seed: of everything random.
-        pictures: budget of the training.
-        n_envs: pictures in each iteration.
-        eval_pictures: pictures drawn before and after.
-        device: of the networks.
-        env_kwargs: of the environment; ``reward`` is always a dict of weights.
-        algo_kwargs: of the algorithm.
-    """
-
-    env: str
-    algo: str
-    preset: str
-    seed: int
-    pictures: int
-    n_envs: int
-    eval_pictures: int
-    device: str
-    env_kwargs: dict[str, Any]
-    algo_kwargs: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        for name in ("pictures", "n_envs", "eval_pictures"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"the seed must be at least 0, got {self.seed}")
-
-    @classmethod
-    def of(cls, options: Train) -> Config:
-        """The options, and defaults where they say nothing."""
-        defaults: dict[str, Any] = LAPTOP if options.env == SHAPES else {"pictures": PICTURES}
-        if options.preset != "default":
-            kept = {name: value for name, value in defaults.items() if name in ("prompts", "pictures")}
-            defaults = kept | PRESETS[options.preset]
-        algorithm = _defaults(ALGORITHMS[options.algo])
-        given = _given(options, *_ALGORITHM, "prompts", "pictures", "n_envs")
-        settings = {"prompts": None} | algorithm | defaults | given
-        policy = {name: value for name, value in _defaults(DenoisingPolicy).items() if name in _POLICY}
-        policy |= (settings["policy_kwargs"] or {}) | {"autocast": options.autocast} | _given(options, "lora_rank")
-        policy["target_modules"] = list(policy["target_modules"])
-        env_kwargs = _env_kwargs(options.env) | _given(options, *_ENV) | {"device": options.device}
-        env_kwargs["prompts"] = settings["prompts"] or env_kwargs.get("prompts", "shapes")
-        env_kwargs["reward"] = parse_reward(options.reward or env_kwargs.get("reward", SHAPES_REWARDS[0]))
-        # A run may be read again from another folder.
-        env_kwargs["prompts"] = _absolute(env_kwargs["prompts"], list_prompt_sets())
-        env_kwargs["model"] = _absolute(env_kwargs["model"], MODELS)
-        return cls(
-            env=options.env,
-            algo=options.algo,
-            preset=options.preset,
-            seed=options.seed,
-            pictures=settings["pictures"],
-            n_envs=settings["n_envs"],
-            eval_pictures=options.eval_pictures,
-            device=options.device,
-            env_kwargs=env_kwargs,
-            algo_kwargs={name: settings[name] for name in algorithm if name not in _OTHER} | {"policy_kwargs": policy},
-        )
-
-    @classmethod
-    def read(cls, folder: Path) -> Config:
-        """Reads the config of a run."""
-        path = folder / CONFIG
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} is no run folder: it has no {CONFIG}, as dpok train writes it")
-        try:
-            return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (TypeError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} is damaged, or of another version: {error}") from error
-
-    def write(self, folder: Path) -> None:
-        """Writes it."""
-        (folder / CONFIG).write_text(
-            yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
-
-    @property
-    def is_shapes(self) -> bool:
-        """Whether the judge of the embedded world can be asked."""
-        return self.env == SHAPES
-
-    @property
-    def evaluation_seed(self) -> int:
-        """Seed of the first evaluation picture, far from those that the training environments are seeded with."""
-        return 1_000_000 * (self.seed + 1)
-
-    def make_env(self, num_envs: int, also: Collection[str] = (), **changes: Any) -> DenoisingVectorEnv:
-        """Makes the environment.
-
-        Args:
-            num_envs: pictures side by side.
-            also: rewards to score with that do not count in the sum.
-            **changes: to the environment's arguments.
-        """
-        reward = dict.fromkeys(also, 0.0) | self.env_kwargs["reward"]
-        return _make_env(self.env, num_envs, **(self.env_kwargs | {"reward": reward} | changes))
-
-    def make_evaluation_env(self, n_pictures: int, also: Collection[str] = (), **changes: Any) -> DenoisingVectorEnv:
-        """The environment to evaluate in."""
-        also = (*(SHAPES_REWARDS if self.is_shapes else ()), *also)
-        return self.make_env(min(n_pictures, _AT_A_TIME), also, **changes)
 
 
 def train(options: Train) -> int:
@@ -264,11 +126,11 @@ def sample(options: Sample) -> int:
         lora = lora / "lora" if run == lora else lora
     config = Config.read(run) if run is not None else None
     env_id = options.env or (config.env if config else SHAPES)
-    kwargs = config.env_kwargs if config and options.env is None else _env_kwargs(env_id)
+    kwargs = config.env_kwargs if config and options.env is None else default_env_kwargs(env_id)
     judged = env_id == SHAPES and _is_readable(options.prompt)
-    kwargs = kwargs | _given(options, *_ENV) | {"device": options.device, "prompts": [options.prompt]}
+    kwargs = kwargs | given(options, *ENV_OPTIONS) | {"device": options.device, "prompts": [options.prompt]}
     kwargs["reward"] = SHAPES_REWARDS[0] if judged else _no_reward
-    env = _make_env(env_id, min(options.n, _AT_A_TIME), **kwargs)
+    env = make_env(env_id, min(options.n, AT_A_TIME), **kwargs)
     prompts = [options.prompt] * options.n
     if lora is None:
         drawn = draw(env.pretrained_transition, env, prompts, options.seed)
@@ -315,22 +177,6 @@ def evaluate(options: Evaluate) -> int:
     return 0
 
 
-def parse_reward(spec: Any) -> dict[str, float]:
-    """``name=weight,name=weight`` (a weight may be left out, for 1) as a dict; a dict is returned as it is."""
-    if not isinstance(spec, str):
-        return dict(spec)
-    weights: dict[str, float] = {}
-    for entry in spec.split(","):
-        name, equals, weight = (part.strip() for part in entry.partition("="))
-        if not name or name in weights:
-            raise ValueError(f"a reward is written NAME or NAME=WEIGHT,NAME=WEIGHT with each name once, not {spec!r}")
-        try:
-            weights[name] = float(weight) if equals else 1.0
-        except ValueError:
-            raise ValueError(f"the weight of the reward {name!r} must be a number, not {weight!r}") from None
-    return weights
-
-
 def _begin(options: Train) -> tuple[Path, Config]:
     """The run folder, which is not made yet, and the config of the run."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -369,37 +215,6 @@ def _make_logger(folder: Path, pictures: int) -> Logger:
         if row["rollout/pictures"] <= pictures:
             writer.write(dict(row), {})
     return Logger(str(folder), [writer, TensorBoardOutputFormat(str(folder / "tensorboard"))])
-
-
-def _make_env(env_id: str, num_envs: int, **kwargs: Any) -> DenoisingVectorEnv:
-    env = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
-    if not isinstance(env, DenoisingVectorEnv):
-        raise ValueError(f"{env_id} is no denoising environment such as {SHAPES}")
-    return env
-
-
-def _env_kwargs(env_id: str) -> dict[str, Any]:
-    """The arguments that an id stands for."""
-    try:
-        return dict(gymnasium.spec(env_id).kwargs)
-    except gymnasium.error.Error as error:
-        raise ValueError(f"there is no environment {env_id!r}: {error}") from error
-
-
-def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.name[0] != "_"}
-
-
-def _given(options: Any, *names: str) -> dict[str, Any]:
-    """Those of the options that are not None."""
-    return {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
-
-
-def _absolute(text: Any, names: Collection[str]) -> Any:
-    """A path in full; names, which go before paths, and anything else as it is."""
-    is_path = isinstance(text, str) and text not in names and os.path.exists(text)
-    return os.path.abspath(text) if is_path else text
 
 
 def _model_of(folder: Path) -> Path:

@@ -166,7 +166,8 @@ def _cells(
     width = max(margin + columns * _CELL + 0.15, 4.2)
     title = "\n".join(textwrap.fill(line, int(11 * width)) for line in title.split("\n"))
     top = 0.12 + 0.22 * (title.count("\n") + 1) * bool(title)
-    bottom = 0.42 if legend else 0.1
+    columns_of_legend = 2 if width > 6 else 1
+    bottom = (0.42 if columns_of_legend == 2 else 0.6) if legend else 0.1
     least = 0.14  # between two pairs
     offsets, height = [], top
     for row in range(rows):
@@ -192,7 +193,9 @@ def _cells(
                 facecolor="none", edgecolor=NOT_ALIGNED, linewidth=2.2, label="something is missing, wrong or too much"
             ),
         ]
-        figure.legend(handles=handles, loc="lower center", ncols=2, frameon=False, fontsize=8, labelcolor=INK)
+        figure.legend(
+            handles=handles, loc="lower center", ncols=columns_of_legend, frameon=False, fontsize=8, labelcolor=INK
+        )
     return figure, cells
 
 

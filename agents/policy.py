@@ -118,7 +118,7 @@ class DenoisingPolicy(ActorCriticPolicy):
             # A parameter's name in a module must have no dots.
             self.adapter = nn.ParameterDict({k.replace(".", "/"): v for k, v in self._lora_parameters().items()})
         else:
-            self.denoiser = pretrained_copy(self.model.denoiser)
+            self.denoiser = pretrained_copy(self.model.denoiser).requires_grad_(True)
         dims = int(np.prod(self.model.latent_shape))
         self.critic = Critic(dims, self.model.text_width, num_inference_steps, critic_hidden).to(self.model.device)
         groups = [

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from agents import PRESETS, commands, plots
 from agents.cli import LAPTOP, Evaluate, Sample, Train, main
-from agents.commands import Config, parse_reward
+from agents.config import Config, parse_reward
 from dpok_gym import DenoisingVectorEnv
 
 TINY = ["--num-inference-steps", "2", "--n-envs", "2", "--lora-rank", "2", "--eval-pictures", "3", "--device", "cpu"]
@@ -75,14 +75,17 @@ def test_a_run_leaves_everything(finished):
 
 def test_the_config_says_everything(finished):
     config = yaml.safe_load((finished / "config.yaml").read_text())
-    assert config["env_kwargs"] | {"device": ""} == {
+    assert config["env_kwargs"] == {
         "model": "shapes",
         "prompts": LAPTOP["prompts"],
         "reward": {"shapes-alignment": 1.0},
         "num_inference_steps": 2,
         "eta": 1.0,
         "guidance_scale": 1.0,
-        "device": "",
+        "device": "cpu",
+        "dtype": "float32",
+        "non_finite": "error",
+        "decode_batch_size": 1,
     }
     assert config["algo_kwargs"]["policy_kwargs"]["lora_rank"] == 2
     assert config["algo_kwargs"]["kl_estimator"] == "exact"

@@ -30,7 +30,9 @@ def figures(monkeypatch):
 
 def _check_texts(figure):
     """No text runs into another one or out of the figure."""
-    renderer = FigureCanvasAgg(figure).get_renderer()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # a legend finds its place when it is drawn
+    renderer = canvas.get_renderer()
     texts = [text for axes in figure.axes for text in [axes.title, *axes.texts] if axes.get_visible()]
     texts += figure.texts + [text for legend in figure.legends for text in legend.get_texts()]
     boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]
@@ -65,7 +67,7 @@ def test_before_after(tmp_path, figures, n, varied):
     assert ticks == framed
     chosen = [k * n // min(n, 16) for k in range(min(n, 16))]
     assert len(ticks) == len(chosen) + sum(k % 3 == 0 for k in chosen)
-    if varied:
+    if varied and n > 1:  # a single prompt is the title
         assert shown[0].get_title().replace("\n", " ") == prompts[0]
 
 

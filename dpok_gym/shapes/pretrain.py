@@ -1,4 +1,14 @@
-"""Pre-trains the embedded model from nothing: ``python -m dpok_gym.shapes.pretrain``."""
+"""Pre-trains the embedded model from nothing: ``python -m dpok_gym.shapes.pretrain``.
+
+First the autoencoder learns random scenes (0.94 M parameters, 4,400 steps of 32 pictures), then the denoiser and the
+text encoder learn captioned ones together, in its latents (2.5 M parameters, 8,000 steps of 64). On two cores that
+takes about half an hour and three quarters of an hour when they have nothing else to do. Interrupted, it goes on where
+it stopped; the log and the checkpoints are in ``--work``.
+
+The shipped weights were made by this script, but not in one go: the learning rate of the autoencoder fell towards step
+5,000 for its first 1,000 steps; that of the denoiser fell towards step 7,000 for its first 2,500 steps, then to zero at
+step 6,000, and from there once more from 3.8e-4 to zero at step 8,000.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +32,7 @@ from dpok_gym.shapes.scenes import IMAGE_SIZE, render, sample_scenes
 VAE_STEPS, VAE_BATCH, VAE_LEARNING_RATE = 4400, 32, 3e-3
 VAE_KL_WEIGHT = 2e-6  # on the sum over the 256 latent dimensions, as in latent diffusion
 
-UNET_STEPS, UNET_BATCH, UNET_LEARNING_RATE = 6000, 64, 1.5e-3
+UNET_STEPS, UNET_BATCH, UNET_LEARNING_RATE = 8000, 64, 1.5e-3
 UNET_SCENES = 80_000  # encoded once; the noise and the spoilt captions are drawn anew at every step
 UNET_EMA_DECAY = 0.999
 SPOILT_CAPTIONS = 0.15  # share of training captions with one attribute wrong: what makes the model sloppy with prompts
@@ -168,8 +178,8 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def make_unet() -> UNet2DConditionModel:
     """The untrained denoiser of 4x8x8 latents, 2.4 M parameters.
 
-    Besides cross-attention at both resolutions, the prompt is pooled and added to the timestep's embedding: what it
-    says of the whole picture, how many objects of which kinds, is learned several times sooner that way.
+    Besides cross-attention at both resolutions, the prompt is pooled and added to the timestep's embedding, a short
+    way for what it says of the whole picture: how many objects, and of which kinds.
     """
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 8,
@@ -188,8 +198,8 @@ def make_unet() -> UNet2DConditionModel:
 def make_scheduler() -> DDIMScheduler:
     """DDIM with the noise schedule of Stable Diffusion, for a network that predicts v as Stable Diffusion 2 does.
 
-    On a small budget that learns more of where objects are and what they are: an error in v at the noisiest steps,
-    where this is decided, is one in the clean latent, while the noise itself is nearly given there.
+    An error in v at the noisiest steps, where it is decided what the picture shows, is one in the clean latent; the
+    noise itself is nearly given there, and its error says little.
     """
     return DDIMScheduler(
         beta_start=0.00085,

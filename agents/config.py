@@ -1,0 +1,222 @@
+"""What a run is made of: the options of ``dpok train``, resolved, as ``config.yaml`` keeps them."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import yaml
+
+import dpok_gym  # noqa: F401  (registers the environments)
+from agents.cli import LAPTOP, PICTURES, SHAPES, Train
+from agents.dpok import DPOK, PRESETS
+from agents.on_policy import DenoisingAlgorithm
+from agents.policy import DenoisingPolicy
+from dpok_gym.models import MODELS
+from dpok_gym.prompts import list_prompt_sets
+from dpok_gym.vector_env import DenoisingVectorEnv
+
+ALGORITHMS: dict[str, type[DenoisingAlgorithm]] = {"dpok": DPOK}
+
+#: Rewards that evaluations in the embedded world always have.
+SHAPES_REWARDS = ("shapes-alignment", "shapes-quality")
+
+CONFIG = "config.yaml"
+
+#: Pictures of an evaluation that are drawn side by side.
+AT_A_TIME = 64
+
+#: The options of ``dpok train`` that are arguments of the environment, the algorithm and the policy.
+ENV_OPTIONS = ("model", "num_inference_steps", "guidance_scale")
+ALGORITHM_OPTIONS = (
+    "kl_coef",
+    "learning_rate",
+    "batch_size",
+    "micro_batch_size",
+    "n_epochs",
+    "timestep_fraction",
+    "clip_range",
+)
+POLICY_OPTIONS = ("lora_rank", "target_modules", "autocast", "max_batch_size", "critic_hidden")
+#: Arguments of an algorithm that are no settings of its learning, or are in the config under their own name.
+_OTHER = {
+    "policy",
+    "env",
+    "n_envs",
+    "policy_kwargs",
+    "stats_window_size",
+    "tensorboard_log",
+    "verbose",
+    "seed",
+    "device",
+}
+
+
+@dataclass
+class Config:
+    """Everything that a run depends on, resolved; ``config.yaml`` in its folder.
+
+    Attributes:
+        env: environment id.
+        algo: a key of :data:`ALGORITHMS`.
+        preset: that the settings come from.
+        seed: of everything random.
+        pictures: budget of the training.
+        n_envs: pictures in each iteration.
+        eval_pictures: pictures drawn before and after.
+        device: of the networks.
+        env_kwargs: of the environment; ``reward`` is always a dict of weights.
+        algo_kwargs: of the algorithm.
+    """
+
+    env: str
+    algo: str
+    preset: str
+    seed: int
+    pictures: int
+    n_envs: int
+    eval_pictures: int
+    device: str
+    env_kwargs: dict[str, Any]
+    algo_kwargs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("pictures", "n_envs", "eval_pictures"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"the seed must be at least 0, got {self.seed}")
+
+    @classmethod
+    def of(cls, options: Train) -> Config:
+        """The options, and defaults where they say nothing."""
+        defaults: dict[str, Any] = LAPTOP if options.env == SHAPES else {"pictures": PICTURES}
+        if options.preset != "default":
+            kept = {name: value for name, value in defaults.items() if name in ("prompts", "pictures")}
+            defaults = kept | PRESETS[options.preset]
+        algorithm = _defaults(ALGORITHMS[options.algo])
+        chosen = given(options, *ALGORITHM_OPTIONS, "prompts", "pictures", "n_envs")
+        settings = {"prompts": None} | algorithm | defaults | chosen
+        policy = {name: value for name, value in _defaults(DenoisingPolicy).items() if name in POLICY_OPTIONS}
+        policy |= (settings["policy_kwargs"] or {}) | {"autocast": options.autocast} | given(options, "lora_rank")
+        policy["target_modules"] = list(policy["target_modules"])
+        env_kwargs = default_env_kwargs(options.env) | given(options, *ENV_OPTIONS) | {"device": options.device}
+        env_kwargs["prompts"] = settings["prompts"] or env_kwargs["prompts"]
+        env_kwargs["reward"] = parse_reward(options.reward or env_kwargs["reward"])
+        # A run may be read again from another folder.
+        env_kwargs["prompts"] = _absolute(env_kwargs["prompts"], list_prompt_sets())
+        env_kwargs["model"] = _absolute(env_kwargs["model"], MODELS)
+        return cls(
+            env=options.env,
+            algo=options.algo,
+            preset=options.preset,
+            seed=options.seed,
+            pictures=settings["pictures"],
+            n_envs=settings["n_envs"],
+            eval_pictures=options.eval_pictures,
+            device=options.device,
+            env_kwargs=env_kwargs,
+            algo_kwargs={name: settings[name] for name in algorithm if name not in _OTHER} | {"policy_kwargs": policy},
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Config:
+        """Reads the config of a run."""
+        path = folder / CONFIG
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is no run folder: it has no {CONFIG}, as dpok train writes it")
+        try:
+            return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (TypeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} is damaged, or of another version: {error}") from error
+
+    def write(self, folder: Path) -> None:
+        """Writes it."""
+        (folder / CONFIG).write_text(
+            yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+
+    @property
+    def is_shapes(self) -> bool:
+        """Whether the judge of the embedded world can be asked."""
+        return self.env == SHAPES
+
+    @property
+    def evaluation_seed(self) -> int:
+        """Seed of the first evaluation picture, far from those that the training environments are seeded with."""
+        return 1_000_000 * (self.seed + 1)
+
+    def make_env(self, num_envs: int, also: Collection[str] = (), **changes: Any) -> DenoisingVectorEnv:
+        """Makes the environment.
+
+        Args:
+            num_envs: pictures side by side.
+            also: rewards to score with that do not count in the sum.
+            **changes: to the environment's arguments.
+        """
+        reward = dict.fromkeys(also, 0.0) | self.env_kwargs["reward"]
+        return make_env(self.env, num_envs, **(self.env_kwargs | {"reward": reward} | changes))
+
+    def make_evaluation_env(self, n_pictures: int, also: Collection[str] = (), **changes: Any) -> DenoisingVectorEnv:
+        """The environment to evaluate in."""
+        also = (*(SHAPES_REWARDS if self.is_shapes else ()), *also)
+        return self.make_env(min(n_pictures, AT_A_TIME), also, **changes)
+
+
+def parse_reward(spec: Any) -> dict[str, float]:
+    """``name=weight,name=weight`` (a weight may be left out, for 1) as a dict; a dict is returned as it is."""
+    if not isinstance(spec, str):
+        return dict(spec)
+    weights: dict[str, float] = {}
+    for entry in spec.split(","):
+        name, equals, weight = (part.strip() for part in entry.partition("="))
+        if not name or name in weights:
+            raise ValueError(f"a reward is written NAME or NAME=WEIGHT,NAME=WEIGHT with each name once, not {spec!r}")
+        try:
+            weights[name] = float(weight) if equals else 1.0
+        except ValueError:
+            raise ValueError(f"the weight of the reward {name!r} must be a number, not {weight!r}") from None
+    return weights
+
+
+def make_env(env_id: str, num_envs: int, **kwargs: Any) -> DenoisingVectorEnv:
+    env = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
+    assert isinstance(env, DenoisingVectorEnv)  # as default_env_kwargs saw to
+    return env
+
+
+def default_env_kwargs(env_id: str) -> dict[str, Any]:
+    """The arguments that an id stands for, with the environment's own defaults."""
+    try:
+        spec = gymnasium.spec(env_id)
+    except gymnasium.error.Error as error:
+        raise ValueError(f"there is no environment {env_id!r}: {error}") from error
+    entry = spec.vector_entry_point
+    creator = gymnasium.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
+    if not (isinstance(creator, type) and issubclass(creator, DenoisingVectorEnv)):
+        raise ValueError(f"{env_id} is no denoising environment such as {SHAPES}")
+    own = {
+        name: value for name, value in _defaults(DenoisingVectorEnv).items() if name not in ("num_envs", "render_mode")
+    }
+    return own | spec.kwargs
+
+
+def given(options: Any, *names: str) -> dict[str, Any]:
+    """Those of the options that are not None."""
+    return {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.name[0] != "_"}
+
+
+def _absolute(text: Any, names: Collection[str]) -> Any:
+    """A path in full; names, which go before paths, and anything else as it is."""
+    is_path = isinstance(text, str) and text not in names and os.path.exists(text)
+    return os.path.abspath(text) if is_path else text
