@@ -185,6 +185,7 @@ def parse_reward(spec: Any) -> dict[str, float]:
 
 
 def make_env(env_id: str, num_envs: int, **kwargs: Any) -> DenoisingVectorEnv:
+    """Makes the environment of an id; ``kwargs`` are changes to its arguments."""
     env = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
     assert isinstance(env, DenoisingVectorEnv)  # as default_env_kwargs saw to
     return env

@@ -60,6 +60,16 @@ class Schedule:
         sample_coef, output_coef = (_along(table[step], sample) for table in (self.sample_coef, self.output_coef))
         return sample_coef * sample.float() + output_coef * output.float()
 
+    def output_weights(self) -> Tensor:
+        """(std / output_coef)^2 of each step, scaled to a mean of 1, (T,).
+
+        The inverse of the Fisher information of a step about the network's output, so a policy gradient weighted with
+        it is a natural gradient (Kakade 2001) in the outputs. Unweighted, the step before the last one has nearly all
+        of the gradient's variance, and little of the picture left to decide.
+        """
+        weights = (self.std / self.output_coef).square()
+        return weights / weights.mean()
+
     def output_mse(self, step: Tensor, mean: Tensor, other_mean: Tensor) -> Tensor:
         """Mean squared difference of the two network outputs that led to these means, (B,)."""
         return _reduce(((mean - other_mean) / _along(self.output_coef[step], mean)).square(), "mean")
