@@ -18,11 +18,16 @@ import tyro
 SHAPES = "DPOK-Shapes-v0"
 
 #: Settings of ``dpok train`` for the embedded model, for two cores of a laptop. Prompts and budget are taken with
-#: every preset, the rest (arguments of the algorithm) with the preset "default". What is not here is the algorithm's.
+#: every preset, the rest (of the environment and the algorithm) with the preset "default". What is not here is theirs.
 LAPTOP: dict[str, Any] = {
     "prompts": "three green squares",
+    "reward": "shapes-alignment=1,shapes-quality=0.2",
+    "num_inference_steps": 10,
     "pictures": 1920,
     "n_envs": 64,
+    "batch_size": 64,
+    "learning_rate": 1e-3,
+    "use_critic": False,  # for one prompt, the mean of the rollout's rewards is the better baseline
 }
 
 #: Pictures drawn in training for any other environment: the paper's budget for one prompt.

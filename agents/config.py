@@ -105,9 +105,10 @@ class Config:
         policy = {name: value for name, value in _defaults(DenoisingPolicy).items() if name in POLICY_OPTIONS}
         policy |= (settings["policy_kwargs"] or {}) | {"autocast": options.autocast} | given(options, "lora_rank")
         policy["target_modules"] = list(policy["target_modules"])
-        env_kwargs = default_env_kwargs(options.env) | given(options, *ENV_OPTIONS) | {"device": options.device}
+        env_kwargs = default_env_kwargs(options.env) | {k: v for k, v in defaults.items() if k in ENV_OPTIONS}
+        env_kwargs |= given(options, *ENV_OPTIONS) | {"device": options.device}
         env_kwargs["prompts"] = settings["prompts"] or env_kwargs["prompts"]
-        env_kwargs["reward"] = parse_reward(options.reward or env_kwargs["reward"])
+        env_kwargs["reward"] = parse_reward(options.reward or defaults.get("reward") or env_kwargs["reward"])
         # A run may be read again from another folder.
         env_kwargs["prompts"] = _absolute(env_kwargs["prompts"], list_prompt_sets())
         env_kwargs["model"] = _absolute(env_kwargs["model"], MODELS)

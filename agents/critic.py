@@ -29,6 +29,9 @@ class Critic(nn.Module):
             nn.Embedding.from_pretrained(torch.rand(num_inference_steps, hidden), freeze=False) for _ in self.layers
         )
         self.head = nn.Linear(hidden, 1)
+        # It begins with V = 0: random values would add more noise to the first advantages than small rewards have.
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, latents: Tensor, step: Tensor, text: Tensor) -> Tensor:
         """Values (B,) of latents (B, ...), denoising steps (B,) and prompt features (B, F)."""

@@ -174,6 +174,7 @@ def test_predict(make_env) -> None:
 def test_values_depend_on_everything(make_env) -> None:
     env = make_env()
     policy, observation = make_policy(env), observe(env)
+    torch.nn.init.normal_(policy.critic.head.weight)  # it begins with V = 0
     values = policy.predict_values(observation)
     assert values.shape == (N,)
     for name, other in {
