@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import torch
 from rich.console import Console
@@ -21,6 +20,7 @@ from agents.plots import picture_grid
 from dpok_gym.shapes.captions import CATEGORIES, all_requests, sample_requested_scenes
 from dpok_gym.shapes.judge import judge
 from dpok_gym.shapes.scenes import render
+from dpok_gym.vector_env import DenoisingVectorEnv
 
 
 def reconstruction_quality(n_scenes: int, seed: int) -> float:
@@ -43,9 +43,8 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, help="write a PNG of the first pictures of each category")
     options = parser.parse_args()
 
-    env = gymnasium.make_vec(
-        "DPOK-Shapes-v0",
-        num_envs=min(options.pictures, 64),
+    env = DenoisingVectorEnv(
+        min(options.pictures, 64),
         reward={"shapes-alignment": 1.0, "shapes-quality": 1.0},
         guidance_scale=options.guidance_scale,
         num_inference_steps=options.num_inference_steps,
@@ -59,7 +58,7 @@ def main() -> None:
         qualities.append(drawn.rewards["shapes-quality"].mean())
         alignment = drawn.rewards["shapes-alignment"].mean()
         table.add_row(category, f"{drawn.aligned_share:.3f}", f"{alignment:.3f}", f"{qualities[-1]:.3f}")
-        aligned.append(drawn.aligned_share)
+        aligned.append(drawn.rewards["shapes-alignment"] == 1)
         rows.append(drawn.pictures[:16])
         prompts_of += prompts[:16]
     table.add_row("all", f"{np.mean(aligned):.3f}", "", f"{np.mean(qualities):.3f}")
