@@ -58,7 +58,9 @@ def test_a_run_leaves_everything(finished):
         assert 0 <= summary[f"aligned_{when}"] <= 1
         assert 0 <= summary[f"quality_{when}"] <= 1
         assert set(summary[f"rewards_{when}"]) == {"shapes-alignment", "shapes-quality"}
-        assert summary[f"reward_{when}"] == summary[f"rewards_{when}"]["shapes-alignment"]
+        rewards = summary[f"rewards_{when}"]
+        weighted = rewards["shapes-alignment"] + 0.2 * rewards["shapes-quality"]  # the default of the embedded world
+        assert summary[f"reward_{when}"] == pytest.approx(weighted, abs=1e-6)
     assert summary["kl_to_pretrained"] > 0
     assert summary["pictures"] == 4  # two iterations of two
     assert summary["eval_pictures"] == 3
@@ -78,7 +80,7 @@ def test_the_config_says_everything(finished):
     assert config["env_kwargs"] == {
         "model": "shapes",
         "prompts": LAPTOP["prompts"],
-        "reward": {"shapes-alignment": 1.0},
+        "reward": {"shapes-alignment": 1.0, "shapes-quality": 0.2},
         "num_inference_steps": 2,
         "eta": 1.0,
         "guidance_scale": 1.0,

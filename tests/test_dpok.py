@@ -286,7 +286,7 @@ def test_kl_estimators_and_reductions(make_agent) -> None:
 
 def test_reductions_of_the_ratio(make_agent) -> None:
     """The clip range is in nats of the whole transition, whatever the ratio is of."""
-    agent = make_agent(kl_coef=0.0, reward_weight=2.0)
+    agent = make_agent(kl_coef=0.0, reward_weight=2.0, step_weighting="likelihood")
     batch, reference = changed_batch(agent, 0.03)
     found = {r: terms(agent, batch, reference, log_prob_reduction=r, clip_range=0.05) for r in ("mean", "sum")}
     ratio, whole = (found[r][1]["mean_ratio"] for r in ("mean", "sum"))
@@ -298,6 +298,12 @@ def test_reductions_of_the_ratio(make_agent) -> None:
     bound = math.exp(0.05)
     expected = -torch.minimum(batch.advantages * whole, batch.advantages * whole.clamp(1 / bound, bound))
     torch.testing.assert_close(found["sum"][0], 2 * expected, rtol=1e-4, atol=1e-5)
+    weighted, natural = terms(
+        agent, batch, reference, log_prob_reduction="sum", clip_range=0.05, step_weighting="output"
+    )
+    weights = agent.policy.schedule.output_weights()[batch.step]
+    torch.testing.assert_close(weighted, 2 * weights * expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(natural["clip_fraction"], clipped)
 
 
 def test_clippings(make_agent) -> None:
