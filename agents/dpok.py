@@ -96,8 +96,9 @@ class DPOK(DenoisingAlgorithm):
         log_prob_reduction: "mean" takes densities and KL per latent dimension, which keeps ratios near 1 (the code);
             "sum" takes them as they are (the equations), with much more variable weights.
         step_weighting: "likelihood" sums the policy gradient over the steps as it is (the paper and its code);
-            "output" takes the natural gradient in the network's outputs, which learns much faster from few pictures,
-            see :meth:`dpok_gym.diffusion.Schedule.output_weights`. It scales the loss, not the ratio.
+            "output" takes the natural gradient in the network's outputs, so that the early steps, which decide most of
+            a picture, are heard, see :meth:`dpok_gym.diffusion.Schedule.output_weights`. It scales the loss, not the
+            ratio.
         reward_weight: alpha.
         kl_coef: beta, per nat. 0 trains without regularisation; too large a value keeps the model where it was.
         kl_estimator: "exact" is the KL of the Gaussians; "output-mse" the squared difference of the networks' outputs,
@@ -164,6 +165,9 @@ class DPOK(DenoisingAlgorithm):
         self.batch_size = _at_least_one("batch_size", batch_size)
         self.micro_batch_size = _at_least_one("micro_batch_size", micro_batch_size)
         self.vf_batch_size = _at_least_one("vf_batch_size", vf_batch_size)
+        for name, value in {"n_epochs": n_epochs, "vf_epochs": vf_epochs}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.n_epochs = n_epochs
         self.vf_epochs = vf_epochs
         if not 0 < timestep_fraction <= 1:

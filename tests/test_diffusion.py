@@ -115,15 +115,17 @@ def test_bad_input(changes: dict, steps: int, eta: float, message: str) -> None:
         diffusion.make_schedule(STABLE_DIFFUSION | changes, steps, eta)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_output_weights_make_every_step_as_informative(prediction_type: str) -> None:
+@pytest.mark.parametrize(("prediction_type", "share"), [("epsilon", 0.73), ("v_prediction", 0.86)])
+def test_output_weights_make_every_step_as_informative(prediction_type: str, share: float) -> None:
     schedule = diffusion.make_schedule(STABLE_DIFFUSION | {"prediction_type": prediction_type}, 20)
     x, output = randn(20, 4, 8, 8), randn(20, 4, 8, 8, seed=1).requires_grad_()
     step = torch.arange(20)
     mean = schedule.mean(step, x, output)
     # The Fisher information of a Gaussian about its mean is 1 / std^2; about the output, (dmean / doutput / std)^2.
     (gradient,) = torch.autograd.grad(mean.sum(), output)
-    weighted = schedule.output_weights() * (gradient[:, 0, 0, 0] / schedule.std).square()
+    information = (gradient[:, 0, 0, 0] / schedule.std).square()
+    assert (information[-2] / information.sum()).item() == pytest.approx(share, abs=0.005)
+    weighted = schedule.output_weights() * information
     torch.testing.assert_close(weighted, weighted[0].expand(20), rtol=1e-4, atol=0)
     assert schedule.output_weights().mean().item() == pytest.approx(1)
 

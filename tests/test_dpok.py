@@ -681,6 +681,8 @@ def test_unmasked_rewards_are_errors(make_env, make_agent) -> None:
     [
         ({"n_steps": T + 1}, f"n_steps=4 must be a multiple of the {T} denoising steps .* for example 3"),
         ({"n_steps": -T}, "must be a multiple"),
+        ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
+        ({"vf_epochs": 0}, "vf_epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, or None for all at once, got 0"),
         ({"batch_size": -5}, "batch_size must be at least 1"),
         ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),

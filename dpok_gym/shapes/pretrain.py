@@ -1,9 +1,9 @@
 """Pre-trains the embedded model from nothing: ``python -m dpok_gym.shapes.pretrain``.
 
 First the autoencoder learns random scenes (0.94 M parameters, 4,400 steps of 32 pictures), then the denoiser and the
-text encoder learn captioned ones together, in its latents (2.5 M parameters, 8,000 steps of 64). On two cores that
-takes about half an hour and three quarters of an hour when they have nothing else to do. Interrupted, it goes on where
-it stopped; the log and the checkpoints are in ``--work``.
+text encoder learn captioned ones together, in its latents (2.5 M parameters, 8,000 steps of 64). The shipped weights
+took about 35 and 45 minutes on two cores that did other work besides. Interrupted, it goes on where it stopped; the log
+and the checkpoints are in ``--work``.
 
 The shipped weights were made by this script, but not in one go: the learning rate of the autoencoder fell towards step
 5,000 for its first 1,000 steps; that of the denoiser fell towards step 7,000 for its first 2,500 steps, then to zero at
