@@ -13,6 +13,7 @@ category                example
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -115,18 +116,21 @@ def relation_of(offset: Tensor) -> Tensor:
     return torch.where(y.abs() >= x.abs(), torch.where(y < 0, 0, 1), torch.where(x < 0, 2, 3))
 
 
-def sample_requested_scenes(n_scenes: int, generator: torch.Generator) -> tuple[Scenes, list[Request]]:
-    """Draws scenes and what is true of them; each of the four categories equally often.
+def sample_requested_scenes(
+    n_scenes: int, generator: torch.Generator, shares: Sequence[float] = (1, 1, 1, 1)
+) -> tuple[Scenes, list[Request]]:
+    """Draws scenes and what is true of them.
 
     Args:
         n_scenes: how many, B.
         generator: a CPU generator; the same state gives the same scenes.
+        shares: how often each of :data:`CATEGORIES` is drawn, up to a common factor.
     """
 
     def integers(high: int, *size: int) -> Tensor:
         return torch.randint(high, size, generator=generator)
 
-    category = integers(len(CATEGORIES), n_scenes)
+    category = torch.tensor(shares, dtype=torch.float32).multinomial(n_scenes, replacement=True, generator=generator)
     number = 2 + integers(MAX_OBJECTS - 1, n_scenes)
     count = torch.where(category == 0, 1, torch.where(category == 1, number, 2))
     # Two different kinds, and the first one everywhere where the caption speaks of one kind only.
