@@ -1,13 +1,12 @@
 """Pre-trains the embedded model from nothing: ``python -m dpok_gym.shapes.pretrain``.
 
 First the autoencoder learns random scenes (0.94 M parameters, 4,400 steps of 32 pictures), then the denoiser and the
-text encoder learn captioned ones together, in its latents (2.5 M parameters, 8,000 steps of 64). The shipped weights
-took about 35 and 45 minutes on two cores that did other work besides. Interrupted, it goes on where it stopped; the log
-and the checkpoints are in ``--work``.
+text encoder learn captioned ones together, in its latents (2.5 M parameters, 14,000 steps of 64). The shipped weights
+took about 35 and 60 minutes on two cores. Interrupted, it goes on where it stopped; the log and the checkpoints are in
+``--work``.
 
-The shipped weights were made by this script, but not in one go: the learning rate of the autoencoder fell towards step
-5,000 for its first 1,000 steps; that of the denoiser fell towards step 7,000 for its first 2,500 steps, then to zero at
-step 6,000, and from there once more from 3.8e-4 to zero at step 8,000.
+The shipped autoencoder was interrupted once, with the learning rate falling towards step 5,000 for its first 1,000
+steps; the rest is as the script has it.
 """
 
 from __future__ import annotations
@@ -237,7 +236,9 @@ def train_unet(vae: AutoencoderKL, folder: Path, steps: int = UNET_STEPS) -> Sta
     latents, requests = encode_scenes(vae, folder)
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     latents = latents * vae.config.scaling_factor
-    tokenizer, scheduler = make_tokenizer(), make_scheduler()
+    if not (folder / "tokenizer").exists():
+        make_tokenizer().save_pretrained(folder / "tokenizer")  # made anew, it would number the words differently
+    tokenizer, scheduler = CLIPTokenizer.from_pretrained(folder / "tokenizer"), make_scheduler()
     unet = make_unet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions are faster so
     modules = nn.ModuleDict({"unet": unet, "text_encoder": make_text_encoder(tokenizer)})
     tokens: dict[str, Tensor] = {}
