@@ -1,4 +1,4 @@
-"""The command line: ``dpok train``, ``dpok sample`` and ``dpok evaluate``, and what their options mean.
+"""The command line: ``dpok train``, ``sample``, ``evaluate`` and ``serve-reward``, and what their options mean.
 
 What the commands do is in :mod:`agents.commands`; that module loads torch, so it is imported once a command has been
 read, and help and mistakes in the options come at once.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -56,7 +56,15 @@ class Train:
     prompts: Annotated[str | None, _auto("TEXT|SET|FILE", f"{LAPTOP['prompts']!r} for {SHAPES}, else the env's")] = None
     """What to draw: a prompt, a named set (colour, count, composition, location, shapes, dpok), or a file of lines."""
     reward: Annotated[str | None, _auto("NAME[=WEIGHT],...", "the environment's")] = None
-    """What pictures are rewarded for: a reward, or a weighted sum such as shapes-alignment=1,shapes-quality=0.2."""
+    """What pictures are rewarded for: a reward, or a weighted sum such as shapes-alignment=1,shapes-quality=0.2.
+
+    MODULE:NAME is one, of yours; and so is http://HOST:PORT, of a server such as dpok serve-reward (several addresses
+    with spaces between them share the work).
+    """
+    normalize_rewards: bool = False
+    """Standardise each reward of a sum by its running mean and std before weighting; logs and evaluations stay raw."""
+    reward_workers: Annotated[int | None, _auto("INT", "the environment's, 0")] = None
+    """Threads that judge pictures while others are decoded, 0 or more; for rewards that wait for a server, say."""
     model: Annotated[str | None, _auto("NAME|FOLDER", "the environment's")] = None
     """Model to fine-tune: shapes, sd15, a local diffusers folder, or a hub id."""
     algo: Literal["dpok"] = "dpok"
@@ -75,7 +83,7 @@ class Train:
     """Rank of the LoRA, usually 4 to 16; 0 trains all of the denoiser's weights."""
     batch_size: Annotated[int | None, _auto("INT", "the preset's")] = None
     """Transitions (denoising steps) in each optimiser step, 1 or more; smaller takes more steps in each iteration."""
-    micro_batch_size: Annotated[int | None, _auto("INT", "the preset's")] = None
+    micro_batch_size: Annotated[int | Literal["auto"] | None, _auto("INT|auto", "the preset's")] = None
     """Transitions in each forward and backward pass, 1 or more; smaller saves memory and changes nothing else."""
     n_epochs: Annotated[int | None, _auto("INT", "the preset's")] = None
     """Passes over each iteration's pictures, usually 1 to 4; more learn more from each picture, up to the clipping."""
@@ -142,21 +150,49 @@ class Evaluate:
     """Where the networks run: auto, cpu, cuda, cuda:1, ..."""
 
 
+@dataclass
+class ServeReward:
+    """Serve a reward over HTTP, for dpok train --reward http://HOST:PORT.
+
+    There is no authentication: whoever reaches the port can have pictures judged.
+    """
+
+    reward: tyro.conf.Positional[str]
+    """What is served, written as in dpok train: NAME, or NAME=WEIGHT,NAME=WEIGHT."""
+    host: str = "127.0.0.1"
+    """Interface to listen on; 0.0.0.0 lets other machines in."""
+    port: int = 8000
+    """Port to listen on, 0 for any free one."""
+    max_batch: int = 64
+    """Pictures in a request, 1 or more; larger requests are refused."""
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": Train,
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "serve-reward": ServeReward,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 2 after a mistake in the input, 130 after Ctrl-C.
 
     With DPOK_DEBUG=1 in the environment, such a mistake shows where it was found.
     """
     options = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "sample": Sample, "evaluate": Evaluate},
+        COMMANDS,
         prog="dpok",
         description="Fine-tune text-to-image models by reinforcement learning.",
         args=argv,
     )
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for --reward module:name, which python -m would find there too
     try:
         from agents import commands
 
-        return getattr(commands, type(options).__name__.lower())(options)
+        name = next(name for name, kind in COMMANDS.items() if kind is type(options))
+        return getattr(commands, name.replace("-", "_"))(options)
     except KeyboardInterrupt:
         print("dpok: interrupted", file=sys.stderr)
         return 130

@@ -17,7 +17,7 @@ from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoard
 
 from agents import plots
 from agents.callbacks import ProgressCallback, SaveCallback, save_agent
-from agents.cli import SHAPES, Evaluate, Sample, Train
+from agents.cli import SHAPES, Evaluate, Sample, ServeReward, Train
 from agents.config import (
     ALGORITHMS,
     AT_A_TIME,
@@ -35,6 +35,7 @@ from agents.evaluation import evaluate as evaluate_policy
 from agents.on_policy import DenoisingAlgorithm
 from dpok_gym.models.lora import LoRA
 from dpok_gym.prompts import PromptSet, load_prompts
+from dpok_gym.rewards.server import serve
 from dpok_gym.shapes.captions import parse_prompt
 from dpok_gym.vector_env import DenoisingVectorEnv
 
@@ -77,6 +78,11 @@ def train(options: Train) -> int:
     except KeyboardInterrupt:
         interrupted = True
         console.print("interrupted: saving what there is (Ctrl-C again leaves at once)")
+    except Exception:  # a reward's server has gone, for example
+        if agent.num_timesteps and all(weights.isfinite().all() for weights in agent.policy.parameters()):
+            save_agent(agent, folder)
+            console.print(f"stopped by an error; what was learned is kept: dpok train --resume --out {folder}")
+        raise
     finally:
         progress.close()
     summary = {
@@ -174,6 +180,12 @@ def evaluate(options: Evaluate) -> int:
     trained = list(config.env_kwargs["reward"])
     result = {"seed": config.seed, "pictures": options.pictures, "trained_on": trained, "prompts": found}
     _write_json(options.run / "evaluation.json", result)
+    return 0
+
+
+def serve_reward(options: ServeReward) -> int:
+    """Serves a reward until Ctrl-C."""
+    serve(parse_reward(options.reward), options.host, options.port, options.max_batch)
     return 0
 
 

@@ -19,6 +19,7 @@ from agents.on_policy import DenoisingAlgorithm
 from agents.policy import DenoisingPolicy
 from dpok_gym.models import MODELS
 from dpok_gym.prompts import list_prompt_sets
+from dpok_gym.rewards.remote import is_address
 from dpok_gym.vector_env import DenoisingVectorEnv
 
 ALGORITHMS: dict[str, type[DenoisingAlgorithm]] = {"dpok": DPOK}
@@ -32,7 +33,7 @@ CONFIG = "config.yaml"
 AT_A_TIME = 64
 
 #: The options of ``dpok train`` that are arguments of the environment, the algorithm and the policy.
-ENV_OPTIONS = ("model", "num_inference_steps", "guidance_scale")
+ENV_OPTIONS = ("model", "num_inference_steps", "guidance_scale", "reward_workers")
 ALGORITHM_OPTIONS = (
     "kl_coef",
     "learning_rate",
@@ -70,7 +71,7 @@ class Config:
         n_envs: pictures in each iteration.
         eval_pictures: pictures drawn before and after.
         device: of the networks.
-        env_kwargs: of the environment; ``reward`` is always a dict of weights.
+        env_kwargs: of the environment; ``reward`` is always a dict, of weights or of settings with a weight.
         algo_kwargs: of the algorithm.
     """
 
@@ -108,7 +109,10 @@ class Config:
         env_kwargs = default_env_kwargs(options.env) | {k: v for k, v in defaults.items() if k in ENV_OPTIONS}
         env_kwargs |= given(options, *ENV_OPTIONS) | {"device": options.device}
         env_kwargs["prompts"] = settings["prompts"] or env_kwargs["prompts"]
-        env_kwargs["reward"] = parse_reward(options.reward or defaults.get("reward") or env_kwargs["reward"])
+        weights = parse_reward(options.reward or defaults.get("reward") or env_kwargs["reward"])
+        if options.normalize_rewards:
+            weights = {name: {"weight": weight, "normalize": "running"} for name, weight in weights.items()}
+        env_kwargs["reward"] = weights
         # A run may be read again from another folder.
         env_kwargs["prompts"] = _absolute(env_kwargs["prompts"], list_prompt_sets())
         env_kwargs["model"] = _absolute(env_kwargs["model"], MODELS)
@@ -169,13 +173,18 @@ class Config:
         return self.make_env(min(n_pictures, AT_A_TIME), also, **changes)
 
 
-def parse_reward(spec: Any) -> dict[str, float]:
-    """``name=weight,name=weight`` (a weight may be left out, for 1) as a dict; a dict is returned as it is."""
+def parse_reward(spec: Any) -> dict[str, Any]:
+    """``name=weight,name=weight`` (a weight may be left out, for 1) as a dict; a dict is returned as it is.
+
+    A name may be an address, or several with spaces between them: ``http://a:8000 http://b:8000=0.5``. One with a query
+    needs its weight, as that follows the last "=", and one with a comma cannot be written so.
+    """
     if not isinstance(spec, str):
         return dict(spec)
-    weights: dict[str, float] = {}
+    weights: dict[str, Any] = {}
     for entry in spec.split(","):
-        name, equals, weight = (part.strip() for part in entry.partition("="))
+        split = entry.rpartition if is_address(entry) and "=" in entry else entry.partition
+        name, equals, weight = (part.strip() for part in split("="))
         if not name or name in weights:
             raise ValueError(f"a reward is written NAME or NAME=WEIGHT,NAME=WEIGHT with each name once, not {spec!r}")
         try:

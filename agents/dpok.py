@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from agents.on_policy import DenoisingAlgorithm
 from agents.policy import DenoisingPolicy
 from agents.rollout_buffer import TrajectoryBuffer, Transitions
 from dpok_gym import diffusion
+from dpok_gym.memory import BatchSize
 
 #: Settings of the paper and of its published code, single prompt, where they are known; the rest is the default.
 #: Both take 10 pictures and 5 optimiser steps an iteration. The code keeps the last two rollouts in its buffer, and
@@ -87,9 +89,10 @@ class DPOK(DenoisingAlgorithm):
         n_envs: environments when ``env`` is an id. More pictures in a rollout mean less noise in the gradient.
         batch_size: transitions for each optimiser step; None for the whole rollout.
         micro_batch_size: transitions in each forward and backward pass, whose gradients add up to those of the batch;
-            smaller takes less memory and changes nothing else. None for the batch.
+            smaller takes less memory and changes nothing else. None for the batch, "auto" for what fits into memory.
         n_epochs: passes over the rollout. Above 1, the ratio and its clipping matter more.
-        timestep_fraction: random share of the transitions that is trained on, in (0, 1]; cheaper, and noisier.
+        timestep_fraction: random share of the transitions that is trained on, in (0, 1]; cheaper, and noisier. With
+            ``step_weighting="output"``, steps that weigh more are chosen more often, and weighed less for that.
         clip_range: how far the log-ratio of the whole transition may move, in nats, whatever the latent's size and the
             reduction are. 1.64 is the papers' 1e-4 per dimension at 4x64x64. Smaller learns more slowly.
         clipping: "pessimistic" (PPO, the paper) or "clamp" (its code), see :func:`agents.losses.policy_gradient_loss`.
@@ -135,7 +138,7 @@ class DPOK(DenoisingAlgorithm):
         n_steps: int | None = None,
         n_envs: int = 64,
         batch_size: int | None = None,
-        micro_batch_size: int | None = 128,
+        micro_batch_size: int | Literal["auto"] | None = 128,
         n_epochs: int = 1,
         timestep_fraction: float = 1.0,
         clip_range: float = 1.64,
@@ -163,7 +166,7 @@ class DPOK(DenoisingAlgorithm):
         _init_setup_model: bool = True,
     ) -> None:
         self.batch_size = _at_least_one("batch_size", batch_size)
-        self.micro_batch_size = _at_least_one("micro_batch_size", micro_batch_size)
+        self.micro_batch_size = micro_batch_size
         self.vf_batch_size = _at_least_one("vf_batch_size", vf_batch_size)
         for name, value in {"n_epochs": n_epochs, "vf_epochs": vf_epochs}.items():
             if value < 1:
@@ -202,27 +205,42 @@ class DPOK(DenoisingAlgorithm):
             _init_setup_model=_init_setup_model,
         )
 
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self._micro_batches = BatchSize("micro_batch_size", self.micro_batch_size)
+
     def train(self) -> None:
         """One update: every batch of the rollout takes a step of the denoiser, then the critic learns the returns."""
         started = time.perf_counter()
         self._update_learning_rate(self.policy.optimizer)
         parameters = self.policy.denoiser_parameters()
         found: dict[str, list[Tensor]] = defaultdict(list)
+        importance = None
+        if self.step_weighting == "output":
+            importance = (self.policy.schedule.output_weights() + 1) / 2  # half for the reward, half for the KL
         for _ in range(self.n_epochs):
-            for batch in self.rollout_buffer.get(self.batch_size, self.timestep_fraction):
-                self.policy.optimizer.zero_grad()
-                for part in batch.split(self.micro_batch_size):
-                    # The block holds on through the backward pass, which may run parts of the network again.
-                    reference, _ = self._reference(part.observation)
-                    with self.policy.tuned():
-                        loss = self._loss(part, reference, found)
-                        (loss.sum() / len(batch)).backward()
+            for batch in self.rollout_buffer.get(self.batch_size, self.timestep_fraction, importance):
+                seen = self._micro_batches.run(partial(self._backward, batch), len(batch))
+                for name, values in seen.items():
+                    found[name] += values
                 found["grad_norm"].append(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)[None])
                 self.policy.optimizer.step()
                 self._n_updates += 1
         if self.use_critic:
             self._train_critic(found)
         self._log(found, time.perf_counter() - started)
+
+    def _backward(self, batch: Transitions, micro_batch_size: int) -> dict[str, list[Tensor]]:
+        """The gradient of the batch's mean loss, a micro-batch at a time; returns what is worth logging."""
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        self.policy.optimizer.zero_grad()
+        for part in batch.split(micro_batch_size):
+            # The block holds on through the backward pass, which may run parts of the network again.
+            reference, _ = self._reference(part.observation)
+            with self.policy.tuned():
+                loss = self._loss(part, reference, found)
+                (loss.sum() / len(batch)).backward()
+        return found
 
     def _loss(self, part: Transitions, reference: Tensor, found: dict[str, list[Tensor]]) -> Tensor:
         """-alpha A rho + beta KL of each transition, (B,)."""
@@ -244,8 +262,8 @@ class DPOK(DenoisingAlgorithm):
             "mean_ratio": log_ratio.exp(),
             "clip_fraction": (log_ratio.abs() > clip_range).float(),
         }.items():
-            found[name].append(values.detach())
-        return self.reward_weight * policy_loss + self.kl_coef * kl_loss
+            found[name].append(part.weight * values.detach())
+        return part.weight * (self.reward_weight * policy_loss + self.kl_coef * kl_loss)
 
     @torch.no_grad()
     def _reference(self, observation: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,8 @@ class Evaluation:
     Attributes:
         prompts: N texts.
         pictures: (N, H, W, 3) uint8.
-        reward: (N,) float64, the environment's reward: the weighted sum of the components.
+        reward: (N,) float64, the environment's reward: the weighted sum of the components. Normalisation by running
+            statistics is left out, and does not learn from these pictures: two evaluations are to be comparable.
         rewards: each component by name, (N,) float64, before weighting.
         kl: (N,) float64, nats: the sum over the denoising steps of KL(policy || pre-trained) along the picture's own
             trajectory. Its mean estimates the KL of the two distributions over trajectories without bias.
@@ -128,7 +129,8 @@ def draw(
                 kl += diffusion.kl_divergence(mean, reference(observation)[0], std).double().cpu().numpy()
             noise = np.stack([rng.standard_normal(mean.shape[1:], np.float32) for rng in generators])
             action, _ = diffusion.sample_with_log_prob(mean, std, torch.from_numpy(noise).to(mean.device))
-            observation, total, _, judged = env.advance(action.cpu().numpy())
+            with env.reward.evaluating():
+                observation, total, _, judged = env.advance(action.cpu().numpy())
         totals += total[:n_drawn].tolist()
         divergences += kl[:n_drawn].tolist()
         infos += judged[:n_drawn]

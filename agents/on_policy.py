@@ -205,7 +205,8 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         self.logger.record("rollout/valid_share", rollout_buffer.valid.float().mean().item())
         self.logger.record("time/rollout_pictures_per_second", pictures / (time.perf_counter() - started))
         for name, found in components.items():
-            self.logger.record(f"rollout/{name}"[:36], float(np.mean(found)))
+            # SB3's console cuts off what is longer; the ends of names differ where they begin with the same address.
+            self.logger.record(f"rollout/{name[-28:]}", float(np.mean(found)))
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
@@ -225,10 +226,11 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
             state["cuda"] = torch.cuda.get_rng_state_all()
         if self.env is not None and self._last_obs is not None:  # before its first reset it may have no generators
             state["env"] = [generator.bit_generator.state for generator in self.env.get_attr("np_random")]
+            state["rewards"] = [reward.state_dict() for reward in self.env.get_attr("reward")]
         return state
 
     def _restore_random_state(self, env: VecEnv) -> None:
-        """Puts the generators where they were when the agent was saved; once, before its first rollout."""
+        """Puts generators and rewards where they were when the agent was saved; once, before its first rollout."""
         state, self._random_state = self._random_state, None
         if state is None:
             return
@@ -239,9 +241,14 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         generators = env.get_attr("np_random")
         for generator, saved in zip(generators, state.get("env", []), strict=False):
             generator.bit_generator.state = saved
+        for reward, saved in zip(env.get_attr("reward"), state.get("rewards", []), strict=False):
+            reward.load_state_dict(saved)
 
     def save(self, path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> None:
-        """Saves as SB3 does, and the random state with it: a loaded agent's next update is the one this would make."""
+        """Saves as SB3 does, with the random state and the statistics that rewards are normalised by.
+
+        So a loaded agent's next update is the one that this agent would make.
+        """
         pending = self._random_state  # of an agent that was loaded and has not gone on yet
         self._random_state = pending or self._capture_random_state()
         try:

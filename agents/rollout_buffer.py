@@ -25,6 +25,8 @@ class Transitions:
     old_means: Tensor
     advantages: Tensor
     returns: Tensor
+    #: What a mean over a random share of the rollout weighs each with, to estimate that over the whole; mean 1.
+    weight: Tensor
 
     def __len__(self) -> int:
         return len(self.step)
@@ -92,16 +94,25 @@ class TrajectoryBuffer:
             sound = self.advantages[self.valid]
             self.advantages = (self.advantages - sound.mean()) / (sound.std(correction=0) + 1e-8)
 
-    def get(self, batch_size: int | None, fraction: float = 1.0) -> Iterator[Transitions]:
+    def get(
+        self, batch_size: int | None, fraction: float = 1.0, step_importance: Tensor | None = None
+    ) -> Iterator[Transitions]:
         """Random batches of the transitions of valid trajectories, without replacement.
 
         Args:
             batch_size: transitions per batch; None for all in one.
-            fraction: share of the transitions that is used at all.
+            fraction: share of the transitions that is used at all, in (0, 1].
+            step_importance: (T,) positive; transitions of some steps are chosen more often than those of others, in
+                these proportions as far as there are enough of them. None for all alike.
         """
         n_steps = self.means.shape[1]
-        usable = torch.nonzero(self.valid.repeat_interleave(n_steps)).flatten()
-        chosen = usable[torch.randperm(len(usable))[: round(fraction * len(usable))].to(usable.device)]
+        rows = torch.nonzero(self.valid).flatten()
+        if step_importance is None:
+            step_importance = torch.ones(n_steps, device=rows.device)
+        probability = inclusion_probabilities(step_importance, fraction)
+        transitions = (rows[:, None] * n_steps + torch.arange(n_steps, device=rows.device)).flatten()
+        transitions = transitions[torch.randperm(len(transitions)).to(rows.device)]
+        chosen = systematic_sample(transitions, probability[transitions % n_steps])
         if not len(chosen):
             return  # the split of nothing would be a batch of nothing
         for index in chosen.split(batch_size or len(chosen)):
@@ -114,4 +125,30 @@ class TrajectoryBuffer:
                 self.means[row, t],
                 self.advantages[row, t],
                 self.returns[row, t],
+                fraction / probability[t],
             )
+
+
+def inclusion_probabilities(importance: Tensor, fraction: float) -> Tensor:
+    """Probabilities with a mean of ``fraction``, in proportion to the importance where that is not above 1, (T,).
+
+    Args:
+        importance: (T,) positive.
+        fraction: in (0, 1].
+    """
+    certain = torch.full_like(importance, fraction == 1, dtype=torch.bool)
+    while True:
+        left = fraction * len(importance) - certain.sum()
+        probability = torch.where(certain, 1.0, left * importance / importance[~certain].sum())
+        if not (probability > 1 + 1e-6).any():
+            return probability.clamp(max=1)
+        certain |= probability >= 1
+
+
+def systematic_sample(entries: Tensor, probability: Tensor) -> Tensor:
+    """Those of (n,) shuffled entries that are chosen, each with its probability, and as many as their sum says (+-1).
+
+    Source: Madow (1949), On the theory of systematic sampling, II.
+    """
+    marks = (probability.double().cumsum(0) + torch.rand(1, dtype=torch.float64).to(probability.device)).floor()
+    return entries[torch.diff(marks, prepend=marks.new_zeros(1)) > 0]

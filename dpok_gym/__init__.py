@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dpok_gym.env import DenoisingEnv
     from dpok_gym.models import load_model
     from dpok_gym.prompts import PromptSet, list_prompt_sets, load_prompts
-    from dpok_gym.rewards import list_rewards, make_reward, register_reward
+    from dpok_gym.rewards import RemoteReward, list_rewards, make_reward, register_reward
     from dpok_gym.vector_env import DenoisingVectorEnv
     from dpok_gym.wrappers import NoiseAction, VectorNoiseAction, pretrained_policy
 
@@ -24,6 +24,7 @@ _HOMES = {
     "DenoisingVectorEnv": "vector_env",
     "NoiseAction": "wrappers",
     "PromptSet": "prompts",
+    "RemoteReward": "rewards",
     "VectorNoiseAction": "wrappers",
     "list_prompt_sets": "prompts",
     "list_rewards": "rewards",
@@ -39,6 +40,7 @@ __all__ = [
     "DenoisingVectorEnv",
     "NoiseAction",
     "PromptSet",
+    "RemoteReward",
     "VectorNoiseAction",
     "list_prompt_sets",
     "list_rewards",

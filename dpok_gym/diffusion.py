@@ -93,13 +93,19 @@ def make_schedule(scheduler_config: Mapping[str, Any], num_inference_steps: int,
         eta: 1 for the noise of the diffusion's posterior (DDPM), towards 0 for less. Must lie in (0, 1].
 
     Raises:
-        ValueError: if T or eta is out of range, if a transition has no density (std 0), or if the network's
-            prediction type is not one of epsilon, v_prediction and sample.
+        ValueError: if T or eta is out of range, if a transition has no density (std 0), if the config is of a scheduler
+            for another kind of diffusion, or if the prediction type is not one of epsilon, v_prediction and sample.
     """
     from diffusers import DDIMScheduler  # slow to import, and only needed here
 
     if not 0 < eta <= 1:
         raise ValueError(f"eta must lie in (0, 1], got {eta}: without noise a denoising step has no log-probability")
+    kind = scheduler_config.get("_class_name", "DDIMScheduler")
+    if kind not in {cls.__name__ for cls in DDIMScheduler().compatibles} - {"EDMEulerScheduler"}:
+        raise ValueError(
+            f"the model comes with a {kind}, whose diffusion is not the variance-preserving one of DDIM with betas; "
+            "models of that kind are not supported"
+        )
     scheduler = DDIMScheduler.from_config(scheduler_config, clip_sample=False, thresholding=False)
     n_train = scheduler.config.num_train_timesteps
     if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= n_train:

@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from dpok_gym.rewards import Reward
 from dpok_gym.vector_env import DenoisingVectorEnv, Observation
 
 
@@ -59,15 +60,19 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     | Name                  | Default               | Effect                                                        |
     |-----------------------|-----------------------|---------------------------------------------------------------|
-    | `model`               | `"shapes"`            | a registered name, local diffusers folder, hub id, or a model |
+    | `model`               | `"shapes"`            | a registered name, a folder, file or hub id, or a model       |
     | `prompts`             | `"shapes"`            | a named set, a text, a list of texts, or a file               |
-    | `reward`              | `"shapes-alignment"`  | a registered name, `{name: weight}`, or a callable            |
+    | `reward`              | `"shapes-alignment"`  | a name, `http://` address, `{name: weight}`, or a callable    |
     | `num_inference_steps` | 20                    | T: more steps, finer pictures, longer episodes                |
     | `eta`                 | 1.0                   | noise in (0, 1]; 1 is that of the posterior                   |
     | `guidance_scale`      | 1.0                   | classifier-free guidance of the acting policy; 1 is none      |
+    | `negative_prompt`     | None                  | what guidance leads away from                                 |
+    | `image_size`          | None                  | pixels of a side, or (height, width); None: as trained        |
     | `device`, `dtype`     | `"auto"`, `"float32"` | where the networks run, and their weights' precision          |
+    | `model_kwargs`        | None                  | of `load_model()`: `revision`, `variant`, `compile`, ...      |
     | `non_finite`          | `"error"`             | `"mask"` lets a run survive rewards that are NaN              |
-    | `decode_batch_size`   | 1                     | pictures decoded at a time; above 1 not bit for bit the same  |
+    | `decode_batch_size`   | 1                     | pictures decoded at a time; else not bit for bit the same     |
+    | `reward_workers`      | 0                     | threads for the reward, in the vector environment             |
     | `render_mode`         | None                  | `"rgb_array"`: the current state x_t, decoded                 |
 
     ## References
@@ -95,6 +100,11 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return self._batch
 
     @property
+    def reward(self) -> Reward:
+        """What judges the pictures."""
+        return self._batch.reward
+
+    @property
     def sampler(self) -> dict[str, Any]:
         """What a policy must know to act here, as plain JSON-able values."""
         return self._batch.sampler
@@ -116,6 +126,10 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         """The current state x_t, decoded: (H, W, 3) uint8."""
         frames = self._batch.render()
         return None if frames is None else frames[0]
+
+    def close(self) -> None:
+        """Ends the threads that judge, if there are any."""
+        self._batch.close()
 
 
 def _first(observation: Observation) -> Observation:

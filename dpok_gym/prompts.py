@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
+import io
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,21 +29,37 @@ class PromptSet:
         name: for logs and error messages.
         train: the prompts to sample in training, at least one; one that is there twice is sampled twice as often.
         held_out: prompts to evaluate on that training never shows; may be empty.
+        weights: how often each of ``train`` is sampled, up to a common factor; empty for equally often.
 
     Raises:
         TypeError: if ``train`` or ``held_out`` is a text and not a sequence of them.
-        ValueError: if ``train`` is empty, or an entry is not a text or is blank.
+        ValueError: if ``train`` is empty, an entry is not a text or is blank, or the weights are not one for each
+            prompt, finite and not negative, with a positive sum.
     """
 
     name: str
     train: tuple[str, ...]
     held_out: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("train", "held_out"):
             object.__setattr__(self, field, self._checked(field))
         if not self.train:
             raise ValueError(f"the prompt set {self.name!r} is empty; it needs at least one prompt")
+        if self.weights:
+            values = np.array(self.weights, dtype=np.float64)
+            if (
+                values.shape != (len(self.train),)
+                or not (np.isfinite(values) & (values >= 0)).all()
+                or not values.any()
+            ):
+                raise ValueError(
+                    f"the weights of {self.name!r} must be {len(self.train)} finite numbers, one for each prompt, none "
+                    "negative and not all 0"
+                )
+            object.__setattr__(self, "weights", tuple(values.tolist()))
+            object.__setattr__(self, "_shares", values / values.sum())
 
     def _checked(self, field: str) -> tuple[str, ...]:
         texts = getattr(self, field)
@@ -53,7 +73,10 @@ class PromptSet:
         return tuple(texts)
 
     def sample(self, np_random: np.random.Generator, n: int) -> list[str]:
-        """Draws ``n`` prompts from ``train``, uniformly and with replacement."""
+        """Draws ``n`` prompts from ``train`` with replacement, by their weights."""
+        if self.weights:
+            shares = self._shares  # type: ignore[attr-defined]  # which a frozen class cannot declare without a field
+            return [self.train[index] for index in np_random.choice(len(self.train), n, p=shares)]
         return [self.train[index] for index in np_random.integers(len(self.train), size=n)]
 
 
@@ -65,18 +88,26 @@ def load_prompts(spec: PromptSet | str | os.PathLike[str] | Sequence[str]) -> Pr
 
             - a :class:`PromptSet`, returned as it is;
             - the name of a set, see :func:`list_prompt_sets`;
-            - the path of a UTF-8 text file with a prompt on each line; blank lines and lines that start with ``#``
-              are skipped. A file with the name of a set is reached as ``./name``;
+            - the path of a UTF-8 file, reached as ``./name`` if it has the name of a set. By its ending:
+
+              - ``.json``: ``{prompt: {"category": ...}}`` as DrawBench's is published, or a list of prompts;
+              - ``.jsonl``: an object on each line, with the prompt under ``prompt``, ``text`` or ``caption``;
+              - ``.csv``, ``.tsv``: a header, and the prompt in a column of one of these names, in any case;
+              - anything else: a prompt on each line; blank lines and lines that start with ``#`` are skipped.
+
+              Where an entry can have further fields, ``weight`` is how often its prompt is sampled, and 1 if it has
+              none;
             - a list or tuple of texts;
             - any other text: the one prompt of the set.
 
             Only named sets hold prompts out.
 
     Raises:
-        FileNotFoundError: if a path, or a text that ends in ``.txt``, leads to no file.
+        FileNotFoundError: if a path, or a text that ends as a file of prompts does, leads to no file.
         TypeError: if the spec is of another kind.
-        ValueError: if there is no prompt in it, a prompt is blank or not a text, a file is not UTF-8, or the text is
-            one word that looks like a misspelt name of a set (a prompt of that word can be given as a list of one).
+        ValueError: if there is no prompt in it, a prompt is blank or not a text, a file is not UTF-8 or not of the
+            format that its ending says, or the text is one word that looks like a misspelt name of a set (a prompt of
+            that word can be given as a list of one).
     """
     if isinstance(spec, PromptSet):
         return spec
@@ -91,7 +122,7 @@ def load_prompts(spec: PromptSet | str | os.PathLike[str] | Sequence[str]) -> Pr
         return _NAMED_SETS[spec]()
     if os.path.isfile(spec):  # not Path.is_file(), which raises for a text too long to be a path
         return _read_file(Path(spec))
-    if not isinstance(spec, str) or spec.lower().endswith(".txt"):
+    if not isinstance(spec, str) or spec.lower().endswith((".txt", *_READERS)):
         raise FileNotFoundError(f"there is no file of prompts at {str(spec)!r}")
     close = difflib.get_close_matches(spec, _NAMED_SETS, n=1, cutoff=0.8)
     if close and not any(character.isspace() for character in spec):
@@ -125,13 +156,76 @@ def list_prompt_sets() -> list[str]:
 
 def _read_file(path: Path) -> PromptSet:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"the file of prompts {str(path)!r} is not UTF-8 text: {error}") from error
-    texts = tuple(text for line in lines if (text := line.strip()) and not text.startswith("#"))
-    if not texts:
-        raise ValueError(f"there is no prompt in the file {str(path)!r}; write one on each line, without a leading #")
-    return PromptSet(str(path), texts)
+    suffix = path.suffix.lower()
+    try:
+        entries = _READERS.get(suffix, _read_lines)(content)
+    except (ValueError, TypeError, csv.Error) as error:  # json's errors are ValueErrors
+        raise ValueError(
+            f"the file of prompts {str(path)!r} cannot be read as {suffix[1:].upper()}: {error}"
+        ) from error
+    if not entries:
+        advice = "write one on each line, without a leading #" if suffix not in _READERS else "add one"
+        raise ValueError(f"there is no prompt in the file {str(path)!r}; {advice}")
+    weights = tuple(weight for _, weight in entries)
+    return PromptSet(str(path), tuple(text for text, _ in entries), (), () if set(weights) == {1.0} else weights)
+
+
+#: Prompts of a file, with their weights.
+_Entries = list[tuple[str, float]]
+
+_COLUMNS = ("prompt", "text", "caption")
+
+
+def _read_lines(content: str) -> _Entries:
+    lines = (line.strip() for line in content.split("\n"))
+    return [(line, 1.0) for line in lines if line and not line.startswith("#")]
+
+
+def _read_json(content: str) -> _Entries:
+    found = json.loads(content)
+    if isinstance(found, dict):
+        return [(text, _weight(fields, text)) for text, fields in found.items()]
+    if isinstance(found, list):
+        return [_entry(entry) if isinstance(entry, dict) else (entry, 1.0) for entry in found]
+    raise ValueError("it is neither an object with the prompts as its keys nor a list of prompts")
+
+
+def _read_json_lines(content: str) -> _Entries:
+    rows = [json.loads(line) for line in content.split("\n") if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError('each line must be an object, such as {"prompt": "a green star"}')
+    return [_entry(row) for row in rows]
+
+
+def _read_table(content: str, delimiter: str) -> _Entries:
+    return [_entry(row) for row in csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)]
+
+
+def _entry(fields: dict[Any, Any]) -> tuple[str, float]:
+    lower = {key.lower().strip(): value for key, value in fields.items() if isinstance(key, str)}
+    for column in _COLUMNS:
+        if column in lower:
+            return lower[column], _weight(lower, lower[column])
+    raise ValueError(f"none of the fields {', '.join(map(repr, lower))} is named {', '.join(map(repr, _COLUMNS))}")
+
+
+def _weight(fields: Any, text: Any) -> float:
+    weight = fields.get("weight", 1.0) if isinstance(fields, dict) else 1.0
+    try:
+        return float(weight)
+    except (TypeError, ValueError):
+        raise ValueError(f"the weight of the prompt {text!r} must be a number, not {weight!r}") from None
+
+
+_READERS: dict[str, Callable[[str], _Entries]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".csv": partial(_read_table, delimiter=","),
+    ".tsv": partial(_read_table, delimiter="\t"),
+}
 
 
 def _shapes_category(category: str) -> PromptSet:

@@ -23,6 +23,22 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
         "eta": 1.0,
         "guidance_scale": 7.5,
     },
+    "DPOK-SD21-v0": {
+        "model": "sd21",
+        "prompts": "dpok",
+        "reward": "jpeg-compressibility",
+        "num_inference_steps": 50,
+        "eta": 1.0,
+        "guidance_scale": 7.5,
+    },
+    "DPOK-SDXL-v0": {
+        "model": "sdxl",
+        "prompts": "dpok",
+        "reward": "jpeg-compressibility",
+        "num_inference_steps": 50,
+        "eta": 1.0,
+        "guidance_scale": 5.0,
+    },
 }
 
 

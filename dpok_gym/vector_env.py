@@ -5,8 +5,10 @@ Letters used for shapes: n environments, T denoising steps, L tokens of a prompt
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import gymnasium
@@ -20,9 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpok_gym import diffusion
+from dpok_gym.memory import BatchSize
 from dpok_gym.models import TextToImageModel, load_model
+from dpok_gym.models.base import CACHED_PROMPTS
 from dpok_gym.prompts import PromptSet, load_prompts
-from dpok_gym.rewards import Reward, make_reward
+from dpok_gym.rewards import Reward, judge_chunks, make_reward
 
 Observation = dict[str, NDArray[Any]]
 
@@ -46,11 +50,19 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         num_inference_steps: T.
         eta: DDIM's share of noise in each step, in (0, 1].
         guidance_scale: of classifier-free guidance, for whoever acts on this environment; 1 is none.
-        device: of the networks; ignored for a loaded model, as is ``dtype``.
-        dtype: of the networks' weights.
+        negative_prompt: what guidance leads away from; None for what the model was trained with.
+        image_size: pixels of a side, or (height, width); None for the size that the model was trained with.
+        device: of the networks; "auto" for a GPU if there is one.
+        dtype: of the networks' weights: "float32", "bfloat16" or "float16".
+        model_kwargs: further arguments of :func:`dpok_gym.models.load_model`, such as ``{"revision": "main"}``. A
+            loaded model has its own, and those of these four that are given for it are refused.
         non_finite: "error" or "mask", what becomes of a reward that is not finite.
         decode_batch_size: pictures decoded at a time. With 1, a picture does not depend on which others are drawn with
-            it, not even in its last bit; more is faster where single pictures leave the device idle.
+            it, not even in its last bit; more is faster where single pictures leave the device idle. "auto" takes as
+            many as fit into memory.
+        reward_workers: threads that judge the finished pictures, in two chunks each, while later ones are decoded;
+            for rewards that wait or compute outside of Python, and may be called by several threads. The step still
+            returns with all rewards. 0 judges all pictures at once, in this thread.
         render_mode: "rgb_array" or None.
 
     Raises:
@@ -73,34 +85,51 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         num_inference_steps: int = 20,
         eta: float = 1.0,
         guidance_scale: float = 1.0,
+        negative_prompt: str | None = None,
+        image_size: int | Sequence[int] | None = None,
         device: str = "auto",
         dtype: str = "float32",
+        model_kwargs: Mapping[str, Any] | None = None,
         non_finite: Literal["error", "mask"] = "error",
-        decode_batch_size: int = 1,
+        decode_batch_size: int | Literal["auto"] = 1,
+        reward_workers: int = 0,
         render_mode: str | None = None,
     ) -> None:
-        for name, value in {"num_envs": num_envs, "decode_batch_size": decode_batch_size}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not isinstance(num_envs, int) or num_envs < 1:
+            raise ValueError(f"num_envs must be an integer of at least 1, got {num_envs!r}")
+        if not isinstance(reward_workers, int) or reward_workers < 0:
+            raise ValueError(f"reward_workers must be an integer of at least 0, got {reward_workers!r}")
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         if not 0 <= guidance_scale < np.inf:
             raise ValueError(f"guidance_scale must be finite and at least 0 (1 is no guidance), got {guidance_scale}")
-        self.model = load_model(model, device, dtype) if isinstance(model, (str, os.PathLike)) else model
+        options = {"negative_prompt": negative_prompt, "image_size": image_size, **(model_kwargs or {})}
+        if isinstance(model, (str, os.PathLike)):
+            self.model = load_model(model, device, dtype, **options)
+        elif given := [name for name, value in {**options, "dtype": dtype}.items() if value not in (None, "float32")]:
+            raise ValueError(f"a loaded model has its own {', '.join(given)}: give these to load_model() instead")
+        else:
+            self.model = model
         self.schedule = diffusion.make_schedule(self.model.scheduler_config, num_inference_steps, eta)
         self.prompts = load_prompts(prompts)
         self.model.tokenize(self.prompts.train[:1000])  # a prompt that cannot be read is better found now than later
+        if self.model.device.type != "cpu" and len(self.prompts.train) <= CACHED_PROMPTS:
+            self.model.encode(self.model.tokenize(self.prompts.train))
+            self.model.park_text_encoder()  # its memory is better used for pictures
         self.reward: Reward = make_reward(reward, non_finite)
         #: What a policy must know to act here, as plain JSON-able values.
         self.sampler: dict[str, Any] = {
             "model": self.model.name,
+            "model_kwargs": self.model.options,
             "num_inference_steps": num_inference_steps,
             "eta": eta,
             "guidance_scale": guidance_scale,
         }
         self.num_envs = num_envs
         self.render_mode = render_mode
-        self.decode_batch_size = decode_batch_size
+        self._decoding = BatchSize("decode_batch_size", decode_batch_size)
+        self.reward_workers = reward_workers
+        self._executor = ThreadPoolExecutor(reward_workers, "reward") if reward_workers else None
 
         shape = self.model.latent_shape
         self.single_observation_space = spaces.Dict(
@@ -168,7 +197,12 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             return None
         if not self._texts[0]:
             raise gymnasium.error.ResetNeeded("call reset() before render()")
-        return tuple(_to_uint8(self._decode()))
+        return tuple(_to_uint8(self._decode(self._latents)))
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Ends the threads that judge."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
 
     def begin_episodes(
         self, generators: Sequence[np.random.Generator], options: Mapping[str, Any] | None = None
@@ -242,14 +276,23 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             "prompt": self._tokens.copy(),
         }
 
-    def _decode(self) -> Tensor:
-        chunks = torch.from_numpy(self._latents).split(self.decode_batch_size)
-        return torch.cat([self.model.decode(chunk) for chunk in chunks])
+    def _decode(self, latents: NDArray[np.float32]) -> Tensor:
+        return self._decoding.map(lambda rows: self.model.decode(torch.from_numpy(latents[rows])), len(latents))
+
+    def _finished(self) -> Iterator[tuple[Tensor, list[str]]]:
+        """The finished pictures and their prompts, decoded chunk by chunk."""
+        size = self.num_envs
+        if self.reward_workers:
+            size = math.ceil(self.num_envs / (2 * self.reward_workers))
+            decoded = self._decoding.size or 1
+            size = math.ceil(size / decoded) * decoded  # the same decoding as without
+        for first in range(0, self.num_envs, size):
+            rows = slice(first, first + size)
+            yield self._decode(self._latents[rows]), self._texts[rows]
 
     def _judge(self) -> tuple[NDArray[np.float64], list[dict[str, Any]]]:
         """Decodes and rewards the finished pictures."""
-        pictures = self._decode()
-        judged = self.reward(pictures, self._texts)
+        pictures, judged = judge_chunks(self.reward, self._finished(), self._executor)
         frames, valid = _to_uint8(pictures), judged.valid.numpy()
         infos: list[dict[str, Any]] = [
             {

@@ -1,5 +1,6 @@
 """What several test modules share: small models of random weights, seeds, and the list of warnings that may be."""
 
+import copy
 import json
 import re
 import string
@@ -7,13 +8,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 MAX_TOKENS, TEXT_WIDTH = 40, 32
 
@@ -72,32 +81,36 @@ def _make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=MAX_TOKENS)
 
 
-def _save_tiny_pipeline(folder: Path, prediction_type: str) -> Path:
-    torch.manual_seed(1)
-    tokenizer = _make_tokenizer()
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=2 * TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def _text_config(tokenizer: CLIPTokenizer, **changes: Any) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **changes,
     )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=2,
-    )
-    vae = AutoencoderKL(
+
+
+def _unet(**changes: Any) -> UNet2DConditionModel:
+    tiny: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_head_dim": 2,
+    }
+    return UNet2DConditionModel(**(tiny | changes))
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 16),
@@ -106,21 +119,23 @@ def _save_tiny_pipeline(folder: Path, prediction_type: str) -> Path:
         norm_num_groups=4,
         sample_size=16,
     )
-    scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
+
+
+#: The noise schedule of all Stable Diffusion models.
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def _save_tiny_pipeline(folder: Path, prediction_type: str) -> Path:
+    torch.manual_seed(1)
+    tokenizer = _make_tokenizer()
     pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
+        text_encoder=CLIPTextModel(_text_config(tokenizer)),
+        unet=_unet(),
+        vae=_vae(),
         tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
+        scheduler=PNDMScheduler(
+            **_BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -139,3 +154,36 @@ def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, predicting the velocity."""
     return _save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "velocity", "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion XL of random weights with 4x8x8 latents and 16x16 pictures."""
+    torch.manual_seed(2)
+    tokenizer = _make_tokenizer()
+    tokenizer_2 = copy.deepcopy(tokenizer)  # made anew, it would number its tokens differently
+    tokenizer_2.pad_token = "z"  # as in the real one: another than the first tokenizer's
+    pipeline = StableDiffusionXLPipeline(
+        text_encoder=CLIPTextModel(_text_config(tokenizer)),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, projection_dim=TEXT_WIDTH)),
+        unet=_unet(
+            cross_attention_dim=2 * TEXT_WIDTH,
+            attention_head_dim=(2, 4),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 8,
+        ),
+        vae=_vae(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        scheduler=EulerDiscreteScheduler(**_BETAS, timestep_spacing="leading", steps_offset=1),
+        add_watermarker=False,
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "xl"
+    pipeline.save_pretrained(folder)
+    # The published config says so too, though the class does not know it.
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"set_alpha_to_one": False}))
+    return folder

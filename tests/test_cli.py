@@ -1,18 +1,22 @@
 import dataclasses
 import json
+import math
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from test_rewards_remote import Endpoint, brightness
 
-from agents import PRESETS, commands, plots
-from agents.cli import LAPTOP, Evaluate, Sample, Train, main
+from agents import DPOK, PRESETS, commands, plots
+from agents.cli import LAPTOP, Evaluate, Sample, ServeReward, Train, main
 from agents.config import Config, parse_reward
-from dpok_gym import DenoisingVectorEnv
+from dpok_gym import DenoisingVectorEnv, RemoteReward
 
 TINY = ["--num-inference-steps", "2", "--n-envs", "2", "--lora-rank", "2", "--eval-pictures", "3", "--device", "cpu"]
 WRITTEN = {
@@ -84,10 +88,14 @@ def test_the_config_says_everything(finished):
         "num_inference_steps": 2,
         "eta": 1.0,
         "guidance_scale": 1.0,
+        "negative_prompt": None,
+        "image_size": None,
         "device": "cpu",
         "dtype": "float32",
+        "model_kwargs": None,
         "non_finite": "error",
         "decode_batch_size": 1,
+        "reward_workers": 0,
     }
     assert config["algo_kwargs"]["policy_kwargs"]["lora_rank"] == 2
     assert config["algo_kwargs"]["kl_estimator"] == "exact"
@@ -125,14 +133,14 @@ def test_resume(finished, tmp_path, capsys):
     assert summary["seconds"] > _summary(finished)["seconds"]
 
 
-def _interrupt_step(monkeypatch, number):
-    """Ctrl-C in a step of the environments that are trained in."""
+def _interrupt_step(monkeypatch, number, error=KeyboardInterrupt):
+    """Ctrl-C, or an error, in a step of the environments that are trained in."""
     step, calls = DenoisingVectorEnv.step, []
 
     def interrupted(self, actions):
         calls.append(0)
         if len(calls) == number:
-            raise KeyboardInterrupt
+            raise error
         return step(self, actions)
 
     monkeypatch.setattr(DenoisingVectorEnv, "step", interrupted)
@@ -151,6 +159,59 @@ def test_an_interrupted_run_keeps_what_it_learned(tmp_path, monkeypatch, capsys)
     assert _sample(tmp_path, tmp_path / "run")[0] == 0
     assert _train(tmp_path / "run", "--resume", "--pictures", "4") == 0
     assert _summary(tmp_path / "run")["interrupted"] is False
+
+
+def test_a_run_that_an_error_stops_keeps_what_it_learned(tmp_path, monkeypatch, capsys):
+    error = ConnectionError("no server of the reward 'a:1' is left")
+    with monkeypatch.context() as patched:
+        _interrupt_step(patched, 4, error)
+        assert _train(tmp_path / "run", "--pictures", "100", *TINY) == 2
+    captured = capsys.readouterr()
+    assert f"dpok train --resume --out {tmp_path / 'run'}" in " ".join(captured.out.split())
+    assert captured.err.strip().splitlines()[-1] == f"dpok: error: {error}"
+    saved = DPOK.load(tmp_path / "run" / "model.zip", device="cpu")
+    assert saved.num_timesteps == 3 * 2  # of the second iteration, one of two steps
+    assert _train(tmp_path / "run", "--resume", "--pictures", "6") == 0
+    assert _summary(tmp_path / "run")["pictures"] >= 6
+
+
+def test_an_error_of_a_diverged_agent_does_not_overwrite_a_sound_one(tmp_path, monkeypatch):
+    def diverged(self):
+        with torch.no_grad():
+            self.policy.denoiser_parameters()[0].fill_(math.nan)
+
+    monkeypatch.setattr(DPOK, "train", diverged)
+    assert _train(tmp_path / "run", "--pictures", "4", *TINY) == 2
+    saved = DPOK.load(tmp_path / "run" / "model.zip", device="cpu")
+    assert saved.num_timesteps == 0
+    assert all(weights.isfinite().all() for weights in saved.policy.parameters())
+
+
+def test_remote_rewards(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Endpoint(brightness) as endpoint:
+        thread = threading.Thread(target=endpoint.serve_forever, args=[0.01])
+        thread.start()
+        reward = ["--reward", f"{endpoint.url}=0.5,shapes-quality", "--normalize-rewards", "--reward-workers", "2"]
+        assert _train(tmp_path / "run", "--pictures", "2", *reward, *TINY) == 0
+        endpoint.shutdown()
+        thread.join()
+    config = Config.read(tmp_path / "run").env_kwargs
+    assert config["reward_workers"] == 2
+    assert config["reward"] == {
+        endpoint.url: {"weight": 0.5, "normalize": "running"},
+        "shapes-quality": {"weight": 1.0, "normalize": "running"},
+    }
+    summary = _summary(tmp_path / "run")
+    rewards = summary["rewards_after"]
+    assert set(rewards) == {"shapes-alignment", "shapes-quality", endpoint.name}
+    raw = 0.5 * rewards[endpoint.name] + rewards["shapes-quality"]  # evaluations are not normalised
+    assert summary["reward_after"] == pytest.approx(raw, rel=1e-5)
+    assert f"rollout/{endpoint.name}" in plots.read_log(tmp_path / "run" / "progress.csv")[0]
+    # Now that it is gone:
+    monkeypatch.setattr(RemoteReward.__init__, "__kwdefaults__", RemoteReward.__init__.__kwdefaults__ | {"backoff": 0})
+    assert main(["evaluate", str(tmp_path / "run"), "--pictures", "1", "--device", "cpu"]) == 2
+    assert f"{endpoint.url} failed 5 times in a row" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -225,6 +286,9 @@ def test_another_environment(tiny_sd_folder, tmp_path, capsys):
         (["--env", "CartPole-v1"], "no denoising environment"),
         (["--reward", "shapes-beauty"], "shapes-beauty"),
         (["--reward", "shapes-quality=much"], "must be a number"),
+        (["--reward", "localhost:8000"], "is http:// missing?"),
+        (["--reward", "http://localhost:port"], "written http://host:port"),
+        (["--reward-workers", "-1"], "reward_workers must be"),
         (["--prompts", "three green cats"], "cats"),
         (["--prompts", "nothing.txt"], "nothing.txt"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
@@ -251,6 +315,8 @@ def test_mistakes_in_training_options(tmp_path, capsys, options, message):
         (["sample", "--prompt", "a red circle", "--lora", "nowhere"], "no LoRA"),
         (["sample", "--prompt", "a red cat"], "cat"),
         (["sample", "--prompt", "a red circle", "--n", "0"], "--n must be"),
+        (["serve-reward", "beauty"], "unknown reward 'beauty'"),
+        (["serve-reward", "jpeg-compressibility", "--max-batch", "0"], "max_batch must be at least 1"),
     ],
 )
 def test_mistakes_elsewhere(tmp_path, monkeypatch, capsys, argv, message):
@@ -274,6 +340,7 @@ def test_a_mistake_can_be_looked_into(monkeypatch):
         ("train", Train, ["nats", "(0, 1]", "1 or more", "0 or more"]),
         ("sample", Sample, ["1 or more", "0 or more"]),
         ("evaluate", Evaluate, ["1 or more"]),
+        ("serve-reward", ServeReward, ["1 or more"]),
     ],
 )
 def test_help(command, options, units, capsys, monkeypatch):
@@ -283,7 +350,8 @@ def test_help(command, options, units, capsys, monkeypatch):
     assert ended.value.code == 0
     text = capsys.readouterr().out
     for field in dataclasses.fields(options):
-        assert field.name == "run" or f"--{field.name.replace('_', '-')}" in text
+        positional = {"evaluate": "run", "serve-reward": "reward"}.get(command)
+        assert field.name == positional or f"--{field.name.replace('_', '-')}" in text
     assert all(unit in text for unit in units)
 
 
@@ -313,6 +381,12 @@ def test_rewards_are_read():
     assert parse_reward("shapes-alignment") == {"shapes-alignment": 1.0}
     assert parse_reward("a=2, b=-0.5,c") == {"a": 2.0, "b": -0.5, "c": 1.0}
     assert parse_reward({"a": 3}) == {"a": 3}
-    for wrong in ("", "=1", "a,a", "a=1=2"):
+    assert parse_reward("http://a:1 https://b=0.5,http://c?d=e=2,mine:f=3,http://g") == {
+        "http://a:1 https://b": 0.5,
+        "http://c?d=e": 2.0,
+        "mine:f": 3.0,
+        "http://g": 1.0,
+    }
+    for wrong in ("", "=1", "a,a", "a=1=2", "http://a?b=c"):
         with pytest.raises(ValueError, match="reward"):
             parse_reward(wrong)

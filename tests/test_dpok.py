@@ -225,7 +225,7 @@ def test_micro_batches_add_up(make_agent) -> None:
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3 * value.abs().max().item() + 1e-9)
 
     expected = one_update(make_agent, micro_batch_size=None)
-    for micro_batch_size in (5, 1, 100):
+    for micro_batch_size in (5, 1, 100, "auto"):
         assert_close(one_update(make_agent, micro_batch_size=micro_batch_size))
     with pytest.raises(AssertionError):
         assert_close(one_update(make_agent, batch_size=5))
@@ -468,9 +468,11 @@ def test_seeds(make_agent) -> None:
 # --- Saving
 
 
-@pytest.mark.parametrize("kind", ["vector", "scalar", "full", "before learning", "saved twice"])
+@pytest.mark.parametrize("kind", ["vector", "scalar", "full", "before learning", "saved twice", "normalized"])
 def test_goes_on_exactly_after_loading(make_env, make_agent, settings, kind: str, tmp_path: Path) -> None:
     def env() -> Any:
+        if kind == "normalized":  # by statistics that a loaded agent must know
+            return make_env(reward={colours: {"normalize": "running"}})
         return DenoisingEnv(**settings) if kind == "scalar" else make_env()
 
     policy_kwargs = {"lora_rank": 0} if kind == "full" else {}
@@ -685,7 +687,7 @@ def test_unmasked_rewards_are_errors(make_env, make_agent) -> None:
         ({"vf_epochs": 0}, "vf_epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, or None for all at once, got 0"),
         ({"batch_size": -5}, "batch_size must be at least 1"),
-        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be an integer of at least 1"),
         ({"vf_batch_size": -1}, "vf_batch_size must be at least 1"),
         ({"timestep_fraction": 0.0}, r"timestep_fraction must lie in \(0, 1\], got 0"),
         ({"timestep_fraction": 1.5}, r"timestep_fraction must lie in \(0, 1\], got 1.5"),
@@ -699,7 +701,7 @@ def test_unmasked_rewards_are_errors(make_env, make_agent) -> None:
         ({"reward_weight": math.inf}, "reward_weight must be a number of at least 0"),
         ({"policy_kwargs": {"lora_rank": -1}}, "rank must be at least 1"),
         ({"policy_kwargs": {"target_modules": ["to_x"]}}, "no layer of the denoiser ends in"),
-        ({"policy_kwargs": {"max_batch_size": 0}}, "max_batch_size must be at least 1"),
+        ({"policy_kwargs": {"max_batch_size": 0}}, "max_batch_size must be an integer of at least 1"),
     ],
     ids=str,
 )

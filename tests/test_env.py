@@ -37,8 +37,10 @@ def finish(env: gymnasium.Env, **reset: Any) -> tuple[dict, float, bool, bool, d
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
-def test_checkers(env_id: str, steps: int, tiny_sd_folder: Path, only_warnings) -> None:
-    model = {"DPOK-SD15-v0": {"model": str(tiny_sd_folder)}}.get(env_id, {})
+def test_checkers(env_id: str, steps: int, request: pytest.FixtureRequest, only_warnings) -> None:
+    small = {"sd15": "tiny_sd_folder", "sd21": "tiny_v_folder", "sdxl": "tiny_xl_folder"}  # in place of the real ones
+    name = ENVIRONMENTS[env_id]["model"]
+    model = {"model": str(request.getfixturevalue(small[name]))} if name in small else {}
     with only_warnings(*GYMNASIUM_ADVICE):
         env = gymnasium.make(env_id, num_inference_steps=steps, render_mode="rgb_array", **model)
         check_env(env.unwrapped)
@@ -185,7 +187,7 @@ def test_bfloat16_episode() -> None:
         ({"num_inference_steps": 1001}, "num_inference_steps must be an integer from 1 to 1000, got 1001"),
         ({"eta": 0.0}, r"eta must lie in \(0, 1\], got 0"),
         ({"eta": 1.5}, r"eta must lie in \(0, 1\], got 1.5"),
-        ({"decode_batch_size": 0}, "decode_batch_size must be an integer of at least 1, got 0"),
+        ({"decode_batch_size": 0}, "decode_batch_size must be an integer of at least 1, None or 'auto', got 0"),
         ({"non_finite": "ignore"}, "non_finite must be 'error' or 'mask'"),
         ({"prompts": []}, "prompt set 'list' is empty"),
         ({"prompts": ["a red circle", " "]}, "prompt 1 of 'list'"),

@@ -127,3 +127,11 @@ def test_spread():
     assert spread(["a", "b"], 5) == ["a", "b", "a", "b", "a"]
     assert spread(["a", "b", "c", "d"], 2) == ["a", "c"]
     assert spread(["a"], 1) == ["a"]
+
+
+def test_running_normalisation_is_left_out():
+    reward = {"shapes-quality": {"weight": 2.0, "normalize": "running"}}
+    env = DenoisingVectorEnv(2, reward=reward, num_inference_steps=2, device="cpu")
+    found = draw(env.pretrained_transition, env, PROMPTS, 5)
+    np.testing.assert_allclose(found.reward, 2 * found.rewards["shapes-quality"], rtol=1e-6)
+    assert env.reward.state_dict() == {}

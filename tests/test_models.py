@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from dpok_gym.models import MODELS, TextToImageModel, load_model
+from dpok_gym.models.loading import load_networks
 from dpok_gym.models.stable_diffusion import StableDiffusion
 from dpok_gym.shapes import WEIGHTS
 
@@ -30,7 +31,7 @@ def shapes() -> TextToImageModel:
 @pytest.fixture
 def fresh(tiny_sd_folder: Path) -> StableDiffusion:
     """A copy of its own, with an empty cache."""
-    return StableDiffusion.from_pretrained("fresh", str(tiny_sd_folder), "cpu", torch.float32)
+    return load_networks("fresh", str(tiny_sd_folder), "cpu", torch.float32, None, None, False, None)
 
 
 @pytest.fixture
@@ -129,7 +130,8 @@ def test_damaged_index(broken: Path, content: str) -> None:
 def test_unsupported_pipeline(broken: Path) -> None:
     path = broken / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "FluxPipeline"}))
-    assert_cannot_be_loaded(broken, "FluxPipeline", "only StableDiffusionPipeline is supported")
+    supported = "only StableDiffusionPipeline and StableDiffusionXLPipeline are supported"
+    assert_cannot_be_loaded(broken, "FluxPipeline", supported)
 
 
 def test_tokenize(tiny: TextToImageModel, shapes: TextToImageModel) -> None:

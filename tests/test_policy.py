@@ -14,6 +14,7 @@ from torch.distributions import Independent, Normal
 
 from agents import DenoisingPolicy
 from dpok_gym import DenoisingVectorEnv, diffusion, models
+from dpok_gym.memory import BatchSize
 
 N, T = 5, 3
 SHAPE = (N, 4, 8, 8)
@@ -198,7 +199,7 @@ def test_max_batch_size(make_env, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy.model, "predict", counted)
     whole = [mean_of(policy, observation, reference=reference) for reference in (False, True)]
     assert sizes == [N, N]
-    policy.max_batch_size = 2
+    policy._batch_size = BatchSize("max_batch_size", 2)
     sizes.clear()
     for reference, expected in zip((False, True), whole, strict=True):
         torch.testing.assert_close(mean_of(policy, observation, reference=reference), expected, rtol=1e-4, atol=1e-5)
@@ -326,12 +327,12 @@ def test_autocast(make_env) -> None:
     ("kwargs", "message"),
     [
         ({"use_sde": True}, "use_sde must be False"),
-        ({"max_batch_size": 0}, "max_batch_size must be at least 1 or None, got 0"),
+        ({"max_batch_size": 0}, "max_batch_size must be an integer of at least 1, None or 'auto', got 0"),
         ({"lora_rank": -1}, "rank must be at least 1, got -1"),
         ({"target_modules": ["to_x"]}, r"no layer of the denoiser ends in any of \['to_x'\]"),
         ({"num_inference_steps": 0}, "num_inference_steps must be an integer from 1 to 1000, got 0"),
         ({"eta": 0.0}, r"eta must lie in \(0, 1\], got 0"),
-        ({"dtype": "float8"}, "dtype must be float32, bfloat16 or float16"),
+        ({"model_kwargs": {"dtype": "float8"}}, "dtype must be float32, bfloat16 or float16"),
     ],
 )
 def test_bad_arguments(make_env, kwargs: dict[str, Any], message: str) -> None:

@@ -102,6 +102,70 @@ def test_bad_files(tmp_path):
         load_prompts(tmp_path)
 
 
+WEIGHTED = (("a cat", 3.0), ("a dog, asleep", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("bench.json", '{"a cat": {"category": "pets", "weight": 3}, "a dog, asleep": {"category": "pets"}}'),
+        ("list.json", '[{"caption": "a cat", "weight": 3}, "a dog, asleep"]'),
+        ("lines.jsonl", '{"text": "a cat", "weight": "3"}\n\n{"text": "a dog, asleep"}\n'),
+        ("table.csv", 'id,Prompt,weight\n1,a cat,3\n2,"a dog, asleep",1\n'),
+        ("table.TSV", "\ufeffweight\tcaption\r\n3\ta cat\r\n1\ta dog, asleep\r\n"),
+    ],
+)
+def test_formats(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8", newline="")
+    prompts = load_prompts(str(path))
+    assert tuple(zip(prompts.train, prompts.weights, strict=True)) == WEIGHTED
+    counts = Counter(prompts.sample(np.random.default_rng(0), 4000))
+    assert 2900 < counts["a cat"] < 3100  # 3000 +- 27 (one standard deviation)
+    assert counts.total() == 4000
+
+
+def test_equal_weights_are_none(tmp_path):
+    path = tmp_path / "drawbench.json"
+    path.write_text('{"a cat": {"category": "pets"}, "a dog": {"category": "pets"}}')
+    assert load_prompts(path) == PromptSet(str(path), ("a cat", "a dog"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "{", "cannot be read as JSON: Expecting"),
+        ("a.json", "3", "neither an object with the prompts as its keys nor a list"),
+        ("a.json", "{}", "there is no prompt in the file"),
+        ("a.json", "[3]", r"prompt 0 of .* must be a text that is not blank, not 3"),
+        ("a.json", '{"a cat": {"weight": "much"}}', "the weight of the prompt 'a cat' must be a number, not 'much'"),
+        (
+            "a.json",
+            '{"a cat": {"weight": -1}, "a dog": {}}',
+            "must be 2 finite numbers, one for each prompt, none negat",
+        ),
+        ("a.jsonl", '"a cat"', "each line must be an object, such as"),
+        ("a.jsonl", '{"prompt": "a cat"}\n{"promt": "a dog"}', "none of the fields 'promt' is named 'prompt', 'text'"),
+        ("a.csv", "id,words\n1,a cat\n", "none of the fields 'id', 'words' is named"),
+        ("a.csv", "prompt\n", "there is no prompt in the file"),
+        ("a.csv", "prompt,weight\na cat\n", "the weight of the prompt 'a cat' must be a number, not None"),
+    ],
+)
+def test_files_that_are_not_of_their_format(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_prompts(str(tmp_path / name))
+    assert str(tmp_path / name) in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="there is no file of prompts at"):
+        load_prompts(f"elsewhere/{name}")
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, float("nan")), (0.0, 0.0), (2.0, -1.0)])
+def test_bad_weights(weights):
+    with pytest.raises(ValueError, match="the weights of 'pets' must be 2 finite numbers"):
+        PromptSet("pets", ("a cat", "a dog"), weights=weights)
+
+
 def test_large_file(tmp_path):
     path = tmp_path / "many.txt"
     path.write_text("\n".join(f"a picture of {n} cats" for n in range(100_000)))

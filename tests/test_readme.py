@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -18,6 +19,8 @@ def test_quick_start_and_what_follows(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "my_lora" / "pytorch_lora_weights.safetensors").is_file()
     assert names["agent"].num_timesteps == 2 * 16 * 20
     names["env"].reset(seed=0)
+    judged = names["env"].reward(torch.rand(2, 3, 64, 64), ["a red circle"] * 2)
+    assert list(judged.components) == ["contrast", "shapes-alignment"]
 
 
 def test_quick_start_is_short() -> None:

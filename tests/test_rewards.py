@@ -2,6 +2,8 @@ import io
 import math
 import subprocess
 import sys
+import threading
+import types
 
 import numpy as np
 import pytest
@@ -266,6 +268,26 @@ def test_a_factory_that_cannot_be_imported(factory):
         make_reward("broken")
 
 
+class Sized:
+    def __init__(self):
+        self.scale = 2.0
+
+    def __call__(self, images, prompts):
+        return self.scale * length(images, prompts)
+
+
+def test_rewards_of_other_modules(images, monkeypatch):
+    module = types.ModuleType("mine")
+    module.length, module.Sized, module.make, module.three = length, Sized, lambda: length, 3
+    monkeypatch.setitem(sys.modules, "mine", module)
+    assert make_reward("mine:length")(images, ["a", "abc"]).total.tolist() == [1.0, 3.0]
+    assert make_reward({"mine:Sized": 1.0, "mine:make": 1.0})(images, ["a", "abc"]).total.tolist() == [3.0, 9.0]
+    with pytest.raises(TypeError, match="'mine:three' must return a callable"):
+        make_reward("mine:three")
+    with pytest.raises(ImportError, match=r"reward 'mine:four', module:name .*, cannot be imported: .*four"):
+        make_reward("mine:four")
+
+
 def test_a_factory_that_returns_no_reward():
     register_reward("broken", lambda: 3)
     with pytest.raises(TypeError, match="factory of the reward 'broken' must return a callable, not 3"):
@@ -279,7 +301,7 @@ def test_built_in_names():
 
 
 def test_import_is_light():
-    heavy = {"diffusers", "transformers", "scipy", "PIL"}
+    heavy = {"diffusers", "transformers", "scipy", "PIL", "httpx2", "starlette"}
     code = f"import sys, dpok_gym.rewards; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -334,7 +356,7 @@ class TestShapes:
             return judge(pictures, prompts)
 
         monkeypatch.setattr(shapes, "judge", counting_judge)
-        monkeypatch.setattr(shapes, "_latest", None)
+        monkeypatch.setattr(shapes, "_latest", threading.local())
         reward = make_reward({"shapes-alignment": 1.0, "shapes-quality": 1.0})
         before = reward(pictures, list(self.prompts))
         assert len(calls) == 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.rollout_buffer import TrajectoryBuffer, Transitions
+from agents.rollout_buffer import TrajectoryBuffer, Transitions, inclusion_probabilities
 
 N, T, SHAPE, TOKENS = 4, 3, (1, 2, 2), 2
 REWARDS = torch.tensor([1.0, 2.0, 3.0, 6.0])
@@ -98,11 +98,37 @@ def test_batches_are_a_partition(batch_size: int | None, sizes: list[int]) -> No
     assert sorted(states(batches)) == EVERYTHING
 
 
-@pytest.mark.parametrize(("fraction", "count"), [(1.0, 12), (0.5, 6), (0.32, 4), (0.01, 0)])
-def test_fraction(fraction: float, count: int) -> None:
-    found = states(list(full_buffer().get(5, fraction)))
-    assert len(found) == len(set(found)) == count
-    assert set(found) <= set(EVERYTHING)
+@pytest.mark.parametrize(("fraction", "counts"), [(1.0, {12}), (0.5, {6}), (0.32, {3, 4}), (0.01, {0, 1})])
+@pytest.mark.parametrize("importance", [None, torch.tensor([3.0, 1.0, 0.1])])
+def test_fraction(fraction: float, counts: set[int], importance: torch.Tensor | None) -> None:
+    for _ in range(5):
+        found = states(list(full_buffer().get(5, fraction, importance)))
+        assert len(set(found)) == len(found)
+        assert len(found) in counts
+        assert set(found) <= set(EVERYTHING)
+
+
+def test_weighted_means_do_not_depend_on_what_is_chosen_more_often() -> None:
+    """Over many draws, the weighted mean of the chosen ones is the mean of all, each entry's share included."""
+    buffer, importance = full_buffer(), torch.tensor([3.0, 1.0, 0.1])
+    totals, n_draws = dict.fromkeys(EVERYTHING, 0.0), 4000
+    for _ in range(n_draws):
+        for batch in buffer.get(None, 0.5, importance):
+            for state, weight in zip(states([batch]), batch.weight.tolist(), strict=True):
+                totals[state] += weight / 6
+    for state, total in totals.items():
+        assert total / n_draws == pytest.approx(1 / 12, abs=0.025), state  # 0.006 is a standard deviation of the rarest
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9, 1.0])
+def test_inclusion_probabilities(fraction: float) -> None:
+    importance = torch.tensor([5.0, 2.0, 1.0, 0.5, 0.1])
+    probability = inclusion_probabilities(importance, fraction)
+    assert probability.mean().item() == pytest.approx(fraction)
+    assert probability.max() <= 1
+    proportional = probability[probability < 1] / importance[probability < 1]
+    torch.testing.assert_close(proportional, proportional[:1].expand_as(proportional))
+    assert torch.equal(inclusion_probabilities(torch.ones(4), fraction), torch.full((4,), fraction))
 
 
 def test_order_is_random() -> None:

@@ -128,8 +128,8 @@ def test_attributes_and_methods() -> None:
     for indices in (None, 2, [2, 0]):
         mine, others = (env.get_attr("np_random", indices) for env in (ours, theirs))
         assert [g.bit_generator.state for g in mine] == [g.bit_generator.state for g in others]
-    ours.set_attr("decode_batch_size", 2)
-    assert ours.get_attr("decode_batch_size") == [2] * N
+    ours.set_attr("reward_workers", 2)
+    assert ours.get_attr("reward_workers") == [2] * N
     assert [len(frames) for frames in ours.env_method("render", indices=[1, 2])] == [N, N]
     assert ours.env_is_wrapped(Monitor) == [False] * N
     assert ours.env_is_wrapped(Monitor, indices=[0]) == [False]

@@ -8,12 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 Conditioning = dict[str, Tensor]
+GuidanceGradient = Literal["both", "conditional"]
 
 #: Prompts whose conditioning is kept. 77 x 768 floats are 230 KiB, so this is at most about 115 MiB.
 CACHED_PROMPTS = 512
@@ -27,6 +28,7 @@ class TextToImageModel(ABC):
 
     Attributes:
         name: what :func:`dpok_gym.models.load_model` was called with.
+        options: its further arguments but the device, those that differ from the defaults; plain JSON-able values.
         device: where the networks are.
         latent_shape: (C, h, w).
         image_shape: (H, W) in pixels.
@@ -38,6 +40,7 @@ class TextToImageModel(ABC):
     """
 
     name: str
+    options: dict[str, Any]
     device: torch.device
     latent_shape: tuple[int, int, int]
     image_shape: tuple[int, int]
@@ -86,6 +89,10 @@ class TextToImageModel(ABC):
         """Runs the text encoder on (N, L) tokens."""
 
     @abstractmethod
+    def park_text_encoder(self) -> None:
+        """Moves the text encoder to the CPU until a prompt has to be encoded that is not among those kept."""
+
+    @abstractmethod
     def text_features(self, conditioning: Conditioning) -> Tensor:
         """One vector for each prompt, (N, F), for a critic to read."""
 
@@ -97,6 +104,7 @@ class TextToImageModel(ABC):
         conditioning: Conditioning,
         guidance_scale: float = 1.0,
         denoiser: nn.Module | None = None,
+        guidance_gradient: GuidanceGradient = "both",
     ) -> Tensor:
         """The denoiser's output, guided.
 
@@ -107,6 +115,8 @@ class TextToImageModel(ABC):
             guidance_scale: of classifier-free guidance (Ho & Salimans 2022); 1 means none and costs one forward pass
                 instead of a doubled one.
             denoiser: a fine-tuned network to use in place of the model's own.
+            guidance_gradient: "both" differentiates the guided output; "conditional" takes the unconditional one as a
+                constant: the same output, for about two thirds of the time and half of the memory of an update.
 
         Returns:
             (B, C, h, w) float32.

@@ -29,7 +29,8 @@ class LoRA:
     """A trainable low-rank change of a frozen network, which is switched on for the length of a ``with`` block.
 
     Several can live in one network without knowing of each other; outside their blocks it computes what it always did.
-    The change is B A x with A random and B zero to begin with; there is no further scale.
+    The change is B A x with A random and B zero to begin with; there is no further scale. It is float32, whatever the
+    network is.
 
     Args:
         network: changed in place: its target layers become peft layers.
@@ -61,6 +62,8 @@ class LoRA:
         self.parameters = {name: value for name, value in network.named_parameters() if marker in name}
         _switch([(layer, [self.name], False) for layer in _layers(network)])
         _switch(before)
+        for value in self.parameters.values():
+            value.data = value.data.float()  # a small step would be lost in the digits of a half-precision weight
         for value in [*trainable, *self.parameters.values()]:
             value.requires_grad_(True)
 

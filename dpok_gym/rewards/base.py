@@ -6,14 +6,20 @@ Letters used for shapes: B pictures, H x W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dpok_gym.rewards.normalization import Normalize, RunningStatistics, check_normalize, standardize
 from dpok_gym.rewards.registry import RewardFunction, load_reward
+from dpok_gym.rewards.remote import RemoteReward, is_address
+
+#: What the functions of a reward return: by function, by component, (B,) float32 on the CPU.
+Components = dict[str, dict[str, Tensor]]
 
 
 class RewardBatch(NamedTuple):
@@ -21,27 +27,53 @@ class RewardBatch(NamedTuple):
 
     Attributes:
         total: float32, the weighted sum of the components; finite, and 0 where ``valid`` is False.
-        components: float32, by name, before weighting; not finite where that is why the picture is not valid.
+        components: float32, by name, raw: before normalisation and weighting; not finite where that is why the picture
+            is not valid.
         valid: bool, False for a picture that got no finite reward and must not be learned from.
+        weighted: float32, by name, what each component adds to the total.
     """
 
     total: Tensor
     components: dict[str, Tensor]
     valid: Tensor
+    weighted: dict[str, Tensor]
+
+
+class Part(NamedTuple):
+    """One reward function of a sum.
+
+    Attributes:
+        function: see :data:`~dpok_gym.rewards.RewardFunction`.
+        weight: what its components are multiplied by.
+        normalize: how they are standardised before.
+    """
+
+    function: RewardFunction
+    weight: float = 1.0
+    normalize: Normalize = None
 
 
 class Reward:
-    """A weighted sum of reward functions, checked; made by :func:`make_reward`."""
+    """A weighted sum of reward functions, checked; made by :func:`make_reward`.
 
-    def __init__(
-        self, functions: Mapping[str, tuple[RewardFunction, float]], non_finite: Literal["error", "mask"] = "error"
-    ) -> None:
+    Attributes:
+        training: whether parts with ``normalize="running"`` are normalised, and learn from what they see. While it is
+            False they count as they are and their statistics stay, so that totals before and after training compare.
+    """
+
+    def __init__(self, parts: Mapping[str, Part], non_finite: Literal["error", "mask"] = "error") -> None:
         if non_finite not in ("error", "mask"):
             raise ValueError(f"non_finite must be 'error' or 'mask', not {non_finite!r}")
-        self._functions = dict(functions)
+        self._parts = dict(parts)
+        self._statistics: dict[str, RunningStatistics] = {}
         self.non_finite = non_finite
+        self.training = True
 
-    @torch.no_grad()
+    @property
+    def names(self) -> list[str]:
+        """The rewards in the sum, of which each may have several components."""
+        return list(self._parts)
+
     def __call__(self, images: Tensor, prompts: list[str]) -> RewardBatch:
         """Judges a batch of pictures.
 
@@ -54,28 +86,82 @@ class Reward:
             ValueError: if a shape is wrong, two components have the same name, or (unless such pictures are masked)
                 a picture or a reward is not finite.
         """
+        return self.combine(self.components(images, prompts), prompts)
+
+    @torch.no_grad()
+    def components(self, images: Tensor, prompts: list[str]) -> Components:
+        """The first half of a call, without state: asks the functions; NaN for pictures that are not finite.
+
+        Several threads may do this at once if the functions may be called so.
+        """
         prompts = list(prompts)
         _check_images(images, len(prompts))
         # A diverged model paints NaN. Rewards never see it: many would crash, or give it an innocent number.
         sound = images.isfinite().flatten(1).all(1)
-        valid = self._require_finite(torch.where(sound, 0.0, math.nan).cpu(), "the picture", prompts)
-        if not valid.all():
+        sound = self._require_finite(torch.where(sound, 0.0, math.nan).cpu(), "the picture", prompts)
+        if not sound.all():
             images = images.nan_to_num(0.0, 0.0, 0.0)
 
-        components: dict[str, Tensor] = {}
-        total = torch.zeros(len(prompts), dtype=torch.float64)
-        for name, (function, weight) in self._functions.items():
-            for component, values in _evaluate(function, name, images, prompts).items():
-                if component in components:
+        judged: Components = {}
+        names: set[str] = set()
+        for name, part in self._parts.items():
+            judged[name] = _evaluate(part.function, name, images, prompts)
+            for component, values in judged[name].items():
+                if component in names:
                     raise ValueError(f"two rewards have a component named {component!r}; rename one of them")
-                values[~valid] = math.nan
-                components[component] = values
-                total += weight * values
-        total = total.float()
+                names.add(component)
+                values[~sound] = math.nan
+        return judged
+
+    def combine(self, judged: Components, prompts: list[str]) -> RewardBatch:
+        """The second half: checks the components of a whole batch, normalises, weights and sums them."""
+        components = {component: values for found in judged.values() for component, values in found.items()}
+        valid = torch.ones(len(prompts), dtype=torch.bool)
         for component, values in components.items():
             valid &= self._require_finite(values, f"the reward {component!r}", prompts, valid)
+        weighted: dict[str, Tensor] = {}
+        for name, found in judged.items():
+            part = self._parts[name]
+            if isinstance(part.normalize, tuple) and len(found) > 1:
+                raise ValueError(
+                    f"the reward {name!r} has the components {', '.join(found)}, which one [mean, std] cannot "
+                    f"normalise; use 'running', which has a pair for each"
+                )
+            for component, values in found.items():
+                weighted[component] = part.weight * self._normalize(part.normalize, component, values, valid)
+        total = torch.zeros(len(prompts), dtype=torch.float64)
+        for values in weighted.values():
+            total += values
+        total = total.float()
         valid &= self._require_finite(total, "the weighted sum of the rewards", prompts, valid)  # it may overflow
-        return RewardBatch(total.where(valid, 0.0), components, valid)
+        return RewardBatch(total.where(valid, 0.0), components, valid, weighted)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """``with reward.evaluating()``: :attr:`training` is False."""
+        training, self.training = self.training, False
+        try:
+            yield
+        finally:
+            self.training = training
+
+    def state_dict(self) -> dict[str, tuple[float, float, float]]:
+        """The running statistics, all the state there is: count, mean and sum of squares of each component."""
+        return {component: statistics.state() for component, statistics in self._statistics.items()}
+
+    def load_state_dict(self, state: Mapping[str, tuple[float, float, float]]) -> None:
+        """Goes on with the statistics that :meth:`state_dict` returned."""
+        self._statistics = {component: RunningStatistics(*saved) for component, saved in state.items()}
+
+    def _normalize(self, how: Normalize, component: str, values: Tensor, valid: Tensor) -> Tensor:
+        """The values (B,) of a component, standardised; those of valid pictures are learned from."""
+        if how is None or (how == "running" and not self.training):
+            return values
+        if how == "running":
+            statistics = self._statistics.setdefault(component, RunningStatistics())
+            statistics.update(values[valid])
+            return standardize(values, statistics.mean, statistics.std)
+        return standardize(values, *how)
 
     def _require_finite(self, values: Tensor, what: str, prompts: list[str], expected: Tensor | None = None) -> Tensor:
         """Returns where ``values`` (B,) are finite; raises if they are not where expected, unless these are masked."""
@@ -91,17 +177,35 @@ class Reward:
 
 
 def make_reward(
-    spec: str | RewardFunction | Mapping[Any, float] | Reward, non_finite: Literal["error", "mask"] = "error"
+    spec: str | RewardFunction | Mapping[Any, Any] | Reward, non_finite: Literal["error", "mask"] = "error"
 ) -> Reward:
     """Makes a reward, and loads at once whatever it needs.
+
+    With ``"normalize": "running"`` a reward is standardised by the mean and standard deviation of all its values so
+    far, the batch itself included: weights then compare rewards of different scales. Components stay raw in
+    :class:`RewardBatch`, in ``info`` and in the logs, and only they show progress: the total's mean stays about 0. What
+    to know:
+
+    - Alone in the sum, it changes nothing for an agent that normalises its advantages, and makes a critic chase a
+      moving target. It is for sums.
+    - A picture's total depends on those before it: scalar environments, which each count for themselves, do not equal
+      the vector environment then. ``[mean, std]``, fixed numbers, have no such memory.
+    - In an evaluation it is off: ``agents.evaluation`` and :mod:`.server` see to it. In one of your own, by SB3's
+      ``EvalCallback`` for example, set :attr:`Reward.training` of that environment's reward to False.
+    - An agent of ``agents`` saves the statistics and goes on with them; others have :meth:`Reward.state_dict`.
 
     Args:
         spec: one of
 
             - a registered name, see :func:`~dpok_gym.rewards.list_rewards`;
+            - ``"module:name"``, where a callable as below is, or a class or factory without arguments that makes it;
+            - ``http://`` or ``https://`` and the rest of an address, or several with spaces between them: servers that
+              share the work, see :class:`~dpok_gym.rewards.RemoteReward`;
             - a callable ``(images, prompts) -> (B,)``: a single component, called as the function or its class is;
             - a callable ``(images, prompts) -> {component: (B,)}``: the total is the sum of the entries;
-            - ``{name: weight}``, registered names (or such callables) and the finite number that each is multiplied by;
+            - ``{name: weight}``, any of these and the finite number that each is multiplied by. In place of the number
+              may be ``{"weight": 1.0, "normalize": how}``, with ``how`` None, "running" or ``[mean, std]``, and for
+              an address RemoteReward's arguments, such as ``"timeout": 300``;
             - a :class:`Reward`, returned as it is.
         non_finite: what happens to a picture whose reward, or which itself, is NaN or infinite: ``"error"`` raises a
             ValueError that names the reward and the prompt; ``"mask"`` gives it a total of 0 and ``valid = False``.
@@ -109,25 +213,32 @@ def make_reward(
     Raises:
         TypeError: if the spec is of another kind or a weight is not a number.
         ValueError: if a name is unknown, the mapping is empty, two rewards have the same name, a weight is not finite,
-            or ``non_finite`` is neither of the two.
+            a setting or ``normalize`` is unknown, or ``non_finite`` is neither of the two.
         ImportError: if a reward needs something that is not installed.
     """
     if isinstance(spec, Reward):
         return spec
-    weights = spec.items() if isinstance(spec, Mapping) else [(spec, 1.0)]
-    if not weights:
+    entries = spec.items() if isinstance(spec, Mapping) else [(spec, 1.0)]
+    if not entries:
         raise ValueError("the mapping of rewards is empty; name at least one, such as {'jpeg-compressibility': 1.0}")
-    functions: dict[str, tuple[RewardFunction, float]] = {}
-    for key, weight in weights:
-        name, load = _identify(key)
-        if name in functions:
+    parts: dict[str, Part] = {}
+    for key, settings in entries:
+        settings = dict(settings) if isinstance(settings, Mapping) else {"weight": settings}
+        weight, normalize = settings.pop("weight", 1.0), settings.pop("normalize", None)
+        name, load = _identify(key, settings)
+        if name in parts:
             raise ValueError(f"two rewards are named {name!r}; rename one of them")
-        functions[name] = load(), _check_weight(weight, name)
-    return Reward(functions, non_finite)
+        parts[name] = Part(load(), _check_weight(weight, name), check_normalize(normalize, name))
+    return Reward(parts, non_finite)
 
 
-def _identify(key: Any) -> tuple[str, Callable[[], RewardFunction]]:
+def _identify(key: Any, settings: Mapping[str, Any]) -> tuple[str, Callable[[], RewardFunction]]:
     """The name of a reward, and what loads it."""
+    if isinstance(key, str) and is_address(key):
+        key = RemoteReward(key.split(), **settings)
+    elif settings:
+        unknown = ", ".join(map(str, settings))
+        raise ValueError(f"unknown settings {unknown} of the reward {key!r}; it has 'weight', 'normalize'")
     if isinstance(key, str):
         return key, lambda: load_reward(key)
     if callable(key):

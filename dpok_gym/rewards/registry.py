@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -46,28 +47,42 @@ def list_rewards() -> list[str]:
 
 @functools.cache  # once per process: the environments for training and for evaluation share one copy of the weights
 def load_reward(name: str) -> RewardFunction:
-    """Loads a registered reward.
+    """Loads a registered reward, or the one that a name such as ``"module:name"`` points to.
+
+    There, what needs no arguments, as most classes do, is a factory and called; a function that needs them is the
+    reward itself.
 
     Raises:
         ValueError: if the name is unknown.
         ImportError: if its ``"module:function"`` cannot be imported.
         TypeError: if its factory returns something that cannot be called.
     """
-    if name not in _FACTORIES:
+    factory: Any = _FACTORIES.get(name, name)
+    if name not in _FACTORIES and not all(name.partition(":")):
         close = difflib.get_close_matches(name, _FACTORIES, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(
             f"unknown reward {name!r}; {hint}The registered ones are {', '.join(list_rewards())}; "
-            f"add yours with register_reward(), or pass the callable itself"
+            f"add yours with register_reward(), or pass the callable itself or 'module:name'"
         )
-    factory = _FACTORIES[name]
     if isinstance(factory, str):
         module, _, attribute = factory.partition(":")
         try:
             factory = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise ImportError(f"the reward {name!r}, registered as {factory!r}, cannot be imported: {error}") from error
-    reward = factory()
+            known = f"registered as {factory!r}" if name in _FACTORIES else "module:name (or is http:// missing?)"
+            raise ImportError(f"the reward {name!r}, {known}, cannot be imported: {error}") from error
+    reward = factory if name not in _FACTORIES and _needs_arguments(factory) else factory()
     if not callable(reward):
         raise TypeError(f"the factory of the reward {name!r} must return a callable, not {reward!r}")
     return reward
+
+
+def _needs_arguments(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return True
+    except ValueError:  # a builtin that does not say what it takes
+        return False
+    return False

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
 from dpok_gym.shapes.judge import Judgement, judge
 
-_latest: tuple[Tensor, list[str], Judgement] | None = None
+_latest = threading.local()  # chunks of a batch may be judged side by side
 
 
 def _judgement(images: Tensor, prompts: list[str]) -> Judgement:
     """Asks the judge; about the pictures that it has just seen, which two rewards in one sum are, only once."""
-    global _latest
     images = images.to("cpu", torch.float32)
     # By content and not by identity: a caller may have painted something else into the same tensor.
-    latest = _latest
+    latest: tuple[Tensor, list[str], Judgement] | None = getattr(_latest, "value", None)
     if latest is None or prompts != latest[1] or not torch.equal(images, latest[0]):
-        _latest = latest = images.clone(), list(prompts), judge(images, prompts)
+        _latest.value = latest = images.clone(), list(prompts), judge(images, prompts)
     return latest[2]
 
 

@@ -1,0 +1,112 @@
+"""What pictures and prompts go through before a network judges them.
+
+The rewards' authors each have their own way, and a score is only theirs if it is kept: which rounding, which resize,
+which crop. Letters used for shapes: B pictures, H x W pixels, S the side that a network takes.
+"""
+
+from __future__ import annotations
+
+import html
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+# Of CLIP's training pictures, channel by channel. BLIP and everything made from CLIP use the same.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+Crop = Literal["torchvision", "transformers"]
+
+# What ftfy, which CLIP's own tokenizer calls, makes of characters that people do write in prompts.
+_PLAIN = str.maketrans(
+    {"‘": "'", "’": "'", "‚": "'", "‛": "'", "“": '"', "”": '"', "„": '"', "‟": '"', "ʼ": "'"}
+    | {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "ſt", "ﬆ": "st", "Ĳ": "IJ", "ĳ": "ij"}
+    | {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width
+    | {"\u3000": " "}
+)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Rounds pictures to the 256 levels that a file has.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1]; what lies outside is clamped.
+
+    Returns:
+        (B, 3, H, W) uint8.
+    """
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def resize_with_pillow(images: Tensor, side: int, crop: Crop = "torchvision") -> Tensor:
+    """Brings pictures to a square as torchvision and transformers do with PIL images: bicubic, then the centre.
+
+    Pillow itself does it, on the CPU, in some milliseconds a picture: torch's bicubic filter with antialiasing differs
+    in one pixel of five to ten, at hard edges by up to 16 of 255 levels, since Pillow rounds and clips in between.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        side: S, to which the shorter side is resized.
+        crop: whose rounding of the centre to use; they differ by a pixel when an odd number of pixels is cut.
+
+    Returns:
+        (B, 3, S, S) float32, multiples of 1/255 in [0, 1], on the device of the images.
+    """
+    height, width = images.shape[-2:]
+    size = _resized(height, width, side)
+    top, left = (_offset(length, side, crop) for length in size)
+    box = left, top, left + side, top + side
+    squares = []
+    for pixels in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy():  # (H, W, 3)
+        picture = Image.fromarray(pixels)
+        if size != (height, width):
+            picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
+        squares.append(np.asarray(picture.crop(box)))
+    return torch.from_numpy(np.stack(squares)).to(images.device).permute(0, 3, 1, 2).float() / 255
+
+
+def resize_with_torch(images: Tensor, side: int) -> Tensor:
+    """Brings pictures to a square as torchvision 0.17 and later does with tensors: bicubic with antialiasing, centre.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1]; rounded to 256 levels first, as the authors read files.
+        side: S, to which the shorter side is resized.
+
+    Returns:
+        (B, 3, S, S) float32, where bicubic overshoot leaves [0, 1] a little, on the device of the images.
+    """
+    height, width = images.shape[-2:]
+    size = _resized(height, width, side)
+    levels = to_uint8(images).float() / 255
+    if size != (height, width):
+        levels = functional.interpolate(levels, size, mode="bicubic", align_corners=False, antialias=True)
+    top, left = (_offset(length, side, "torchvision") for length in size)
+    return levels[..., top : top + side, left : left + side]
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Standardises (B, 3, S, S) in [0, 1] with the mean and standard deviation of CLIP's training pictures."""
+    mean, std = images.new_tensor(MEAN), images.new_tensor(STD)
+    return (images - mean[:, None, None]) / std[:, None, None]
+
+
+def clean_prompt(prompt: str) -> str:
+    """Cleans a prompt as CLIP's own tokenizer does: HTML entities, typographic quotes, ligatures, outer white space.
+
+    Source: ``basic_clean`` in OpenAI's CLIP and in open_clip, which calls ftfy. Not done here is what ftfy is known
+    for, the repair of texts that were decoded with the wrong encoding.
+    """
+    return html.unescape(html.unescape(prompt.translate(_PLAIN))).strip()
+
+
+def _resized(height: int, width: int, side: int) -> tuple[int, int]:
+    """The size with the shorter side S and, rounded down, the same proportions."""
+    shorter = min(height, width)
+    return side * height // shorter, side * width // shorter
+
+
+def _offset(length: int, side: int, crop: Crop) -> int:
+    return round((length - side) / 2) if crop == "torchvision" else (length - side) // 2

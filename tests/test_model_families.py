@@ -1,0 +1,417 @@
+"""Each family of models against diffusers' own pipelines, the ways to name a model, and what is refused."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+from agents.policy import DenoisingPolicy
+from dpok_gym import diffusion
+from dpok_gym.models import load_model
+from dpok_gym.models.lora import LoRA
+from dpok_gym.vector_env import DenoisingVectorEnv
+
+FOLDERS = ["tiny_sd_folder", "tiny_v_folder", "tiny_xl_folder"]
+PROMPTS = ["a green rabbit.", "dog"]
+T = 3
+
+
+@pytest.fixture(params=FOLDERS)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+def our_pictures(env: DenoisingVectorEnv, latents: Tensor) -> Tensor:
+    """What the environment's pre-trained policy draws from x_T, with the noise that diffusers' pipelines take."""
+    generator = torch.Generator().manual_seed(5)
+    env.reset(seed=0, options={"prompt": PROMPTS})
+    observation: dict[str, Any] = env._observe() | {"latent": latents.numpy()}
+    for step in range(T):
+        mean, std = env.pretrained_transition(observation)
+        noise = torch.randn(mean.shape, generator=generator)
+        sample, _ = diffusion.sample_with_log_prob(mean, std, noise)
+        observation = observation | {"latent": sample.numpy(), "step": np.full(2, step + 1)}
+    return env.model.decode(sample)
+
+
+def their_pictures(pipeline: Any, latents: Tensor, **kwargs: Any) -> Tensor:
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    return pipeline(
+        PROMPTS, latents=latents, generator=generator, eta=1.0, num_inference_steps=T, output_type="pt", **kwargs
+    ).images
+
+
+def make_env(folder: Path, **kwargs: Any) -> DenoisingVectorEnv:
+    return DenoisingVectorEnv(
+        2,
+        model=str(folder),
+        prompts=PROMPTS,
+        reward="jpeg-compressibility",
+        num_inference_steps=T,
+        device="cpu",
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "", "a dog"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_the_sampler_is_that_of_diffusers(folder: Path, guidance_scale: float, negative_prompt: str | None) -> None:
+    env = make_env(folder, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+    latents = torch.randn(2, *env.model.latent_shape, generator=torch.Generator().manual_seed(0))
+    negative = None if negative_prompt is None else [negative_prompt] * 2
+    theirs = their_pictures(
+        DiffusionPipeline.from_pretrained(folder), latents, guidance_scale=guidance_scale, negative_prompt=negative
+    )
+    torch.testing.assert_close(our_pictures(env, latents), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_negative_prompts_matter(folder: Path) -> None:
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain, other = (
+        our_pictures(make_env(folder, guidance_scale=5.0, negative_prompt=text), latents) for text in (None, "a dog")
+    )
+    assert not torch.allclose(plain, other, atol=1e-3)
+
+
+def test_other_sizes_of_pictures(folder: Path) -> None:
+    env = make_env(folder, image_size=(16, 32), guidance_scale=3.0)
+    assert (env.model.latent_shape, env.model.image_shape) == ((4, 8, 16), (16, 32))
+    latents = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    theirs = their_pictures(pipeline, latents, guidance_scale=3.0, height=16, width=32)
+    torch.testing.assert_close(our_pictures(env, latents), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [0, 15, (16, 16, 16), (16,), (16, -2)])
+def test_sizes_that_cannot_be(tiny_sd_folder: Path, size: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"multiples of 2 pixels, got {size!r}")):
+        load_model(tiny_sd_folder, "cpu", image_size=size)
+
+
+def test_sizes_and_negative_prompts_share_the_networks(folder: Path) -> None:
+    plain, other = load_model(folder, "cpu"), load_model(folder, "cpu", image_size=32, negative_prompt="dog")
+    assert plain.denoiser is other.denoiser
+    assert (plain.options, other.options) == ({}, {"image_size": 32, "negative_prompt": "dog"})
+    assert load_model(folder, "cpu", **other.options) is other
+
+
+def test_exported_lora_draws_the_same_pictures_with_diffusers(folder: Path, tmp_path: Path) -> None:
+    env = make_env(folder, guidance_scale=3.0)
+    lora = LoRA(env.model.denoiser, 2)
+    with torch.no_grad():
+        for value in lora.parameters.values():
+            value.normal_(std=0.3)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with lora.switched_on():
+        ours = our_pictures(env, latents)
+    lora.save(tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path)
+    theirs = their_pictures(pipeline, latents, guidance_scale=3.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ours, our_pictures(env, latents), atol=1e-3)
+
+
+def policy_of(env: DenoisingVectorEnv, **kwargs: Any) -> DenoisingPolicy:
+    return DenoisingPolicy(
+        env.single_observation_space, env.single_action_space, lambda _: 1e-3, device="cpu", **env.sampler, **kwargs
+    )
+
+
+def gradients(policy: DenoisingPolicy, env: DenoisingVectorEnv) -> tuple[Tensor, list[Tensor]]:
+    observation, _ = env.reset(seed=0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for value in policy.denoiser_parameters():
+            value.normal_(std=0.1)
+    with policy.tuned():
+        mean, _ = policy.transition({name: torch.as_tensor(value) for name, value in observation.items()})
+        mean.square().sum().backward()
+    return mean.detach(), [value.grad for value in policy.denoiser_parameters() if value.grad is not None]
+
+
+@pytest.mark.parametrize("lora_rank", [2, 0])
+def test_gradient_checkpointing_changes_only_what_is_kept(folder: Path, lora_rank: int, monkeypatch) -> None:
+    env = make_env(folder, guidance_scale=3.0)
+    mean, expected = gradients(policy_of(env, lora_rank=lora_rank), env)
+    calls = []
+    checkpointed = policy_of(env, lora_rank=lora_rank, gradient_checkpointing=True)
+    network = checkpointed.denoiser or env.model.denoiser
+    for module in network.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            function = module._gradient_checkpointing_func
+            monkeypatch.setattr(
+                module, "_gradient_checkpointing_func", lambda *args, f=function: calls.append(1) or f(*args)
+            )
+    try:
+        same_mean, found = gradients(checkpointed, env)
+        assert calls
+        calls.clear()
+        env.pretrained_transition(env.reset(seed=0)[0])
+        assert not calls
+    finally:
+        env.model.denoiser.disable_gradient_checkpointing()
+    torch.testing.assert_close(same_mean, mean)
+    assert len(found) == len(expected) > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_the_conditional_part_alone(folder: Path) -> None:
+    env = make_env(folder, guidance_scale=3.0)
+    mean, both = gradients(policy_of(env, lora_rank=2), env)
+    same_mean, conditional = gradients(policy_of(env, lora_rank=2, guidance_gradient="conditional"), env)
+    torch.testing.assert_close(same_mean, mean)
+    assert any(not torch.allclose(ours, theirs, rtol=0.01) for ours, theirs in zip(conditional, both, strict=True))
+    # output = (1 - s) unconditional + s conditional: with s = 1 nothing is left of the first.
+    unguided = make_env(folder)
+    _, expected = gradients(policy_of(unguided, lora_rank=2), unguided)
+    guided = policy_of(unguided, lora_rank=2, guidance_gradient="conditional")
+    guided.guidance_scale = 1 + 1e-7
+    for ours, theirs in zip(gradients(guided, unguided)[1], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_policy_and_environment_share_the_model(tiny_xl_folder: Path) -> None:
+    env = make_env(tiny_xl_folder, dtype="bfloat16", image_size=[16, 32], negative_prompt="dog")
+    json.dumps(env.sampler)
+    policy = policy_of(env, lora_rank=2)
+    assert policy.model is env.model
+    assert {value.dtype for value in policy.denoiser_parameters()} == {torch.float32}
+    mean, found = gradients(policy, env)
+    assert mean.dtype == torch.float32
+    assert all(gradient.isfinite().all() for gradient in found)
+
+
+def test_xl_autoencoder_in_a_safe_precision(tiny_xl_folder: Path) -> None:
+    model: Any = load_model(tiny_xl_folder, "cpu", "float16")
+    assert (model.denoiser.dtype, model.vae.dtype) == (torch.float16, torch.float32)
+    assert load_model(tiny_xl_folder, "cpu", "bfloat16").vae.dtype == torch.bfloat16  # type: ignore[attr-defined]
+
+
+def test_parked_text_encoders_come_back(folder: Path) -> None:
+    model: Any = load_model(folder, "cpu")
+    expected = model.encode(model.tokenize(["a dog"]))
+    model.park_text_encoder()
+    model._encoded.clear()
+    again = model.encode(model.tokenize(["a dog"]))
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_loaded_model_has_its_own_settings(tiny_sd_folder: Path) -> None:
+    model = load_model(tiny_sd_folder, "cpu", image_size=32)
+    env = DenoisingVectorEnv(1, model=model, prompts=["dog"], reward="jpeg-compressibility", num_inference_steps=2)
+    assert env.sampler["model_kwargs"] == {"image_size": 32}
+    for given in ({"image_size": 16}, {"dtype": "bfloat16"}, {"model_kwargs": {"revision": "main"}}):
+        name = next(iter(given.get("model_kwargs", given)))
+        with pytest.raises(ValueError, match=f"a loaded model has its own {name}"):
+            DenoisingVectorEnv(1, model=model, prompts=["dog"], reward="jpeg-compressibility", **given)
+
+
+def broken_copy(folder: Path, tmp_path: Path, file: str, **changes: Any) -> Path:
+    copied = Path(shutil.copytree(folder, tmp_path / "model"))
+    path = copied / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "reason"),
+    [
+        ("FluxPipeline", "flow-matching transformers are not supported"),
+        ("StableDiffusion3Pipeline", "flow-matching transformers are not supported"),
+        ("LatentConsistencyModelPipeline", "does not take DDIM's Gaussian steps"),
+        ("StableDiffusionInpaintPipeline", "it is a StableDiffusionInpaintPipeline, and only"),
+    ],
+)
+def test_families_that_are_not_supported(tiny_sd_folder: Path, tmp_path: Path, pipeline: str, reason: str) -> None:
+    copied = broken_copy(tiny_sd_folder, tmp_path, "model_index.json", _class_name=pipeline)
+    with pytest.raises(ValueError, match=reason):
+        load_model(copied, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["LCMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
+def test_schedulers_of_other_diffusions(tiny_sd_folder: Path, tmp_path: Path, kind: str) -> None:
+    copied = broken_copy(tiny_sd_folder, tmp_path, "scheduler/scheduler_config.json", _class_name=kind)
+    with pytest.raises(ValueError, match=f"the model comes with a {kind}, whose diffusion is not"):
+        make_env(copied)
+
+
+def test_denoisers_that_are_not_plain(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    for changes, reason in (({"in_channels": 9}, "inpainting"), ({"time_cond_proj_dim": 8}, "latent-consistency")):
+        folder = tmp_path / reason
+        pipeline.save_pretrained(folder)
+        unet = type(pipeline.unet).from_config({**pipeline.unet.config, **changes})
+        unet.save_pretrained(folder / "unet")
+        with pytest.raises(ValueError, match=reason):
+            load_model(folder, "cpu")
+
+
+def test_missing_second_text_encoder(tiny_xl_folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(tiny_xl_folder, tmp_path / "model"))
+    shutil.rmtree(copied / "text_encoder_2")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(copied, "cpu")
+
+
+def test_pickles_only_for_those_who_insist(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    copied = Path(shutil.copytree(tiny_sd_folder, tmp_path / "model"))
+    (copied / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(pipeline.unet.state_dict(), copied / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(copied, "cpu")
+    model: Any = load_model(copied, "cpu", allow_pickle=True)
+    assert torch.equal(model.denoiser.conv_in.weight, pipeline.unet.conv_in.weight)
+
+
+def test_variants(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight.add_(1)
+    pipeline.save_pretrained(tmp_path, variant="other")
+    model: Any = load_model(tmp_path, "cpu", variant="other")
+    assert torch.equal(model.denoiser.conv_in.weight, pipeline.unet.conv_in.weight)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(tmp_path, "cpu")
+
+
+def single_file(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
+    """The weights under the names that the models' authors published them with."""
+    n_down, per_block = len(pipeline.unet.down_blocks), pipeline.unet.config.layers_per_block + 1
+    with_attention = ["CrossAttn" in kind for kind in pipeline.unet.config.up_block_types]
+
+    def unet(key: str) -> str:
+        def block(match: re.Match[str]) -> str:
+            where, number, part, layer = match[1], int(match[2]), match[3], int(match[4])
+            if where == "down":
+                position = 1 + number * per_block + (per_block - 1 if part == "downsamplers" else layer)
+                return f"input_blocks.{position}." + {"resnets": "0", "attentions": "1", "downsamplers": "0"}[part]
+            position = number * per_block + (per_block - 1 if part == "upsamplers" else layer)
+            after = "2" if with_attention[number] else "1"
+            return f"output_blocks.{position}." + {"resnets": "0", "attentions": "1", "upsamplers": after}[part]
+
+        key = re.sub(r"^(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)", block, key)
+        key = key.replace(".0.conv.", ".0.op.") if key.startswith("input_blocks") else key
+        for theirs, published in {
+            "time_embedding.linear_1": "time_embed.0",
+            "time_embedding.linear_2": "time_embed.2",
+            "conv_norm_out": "out.0",
+            "conv_out": "out.2",
+            "mid_block.resnets.0": "middle_block.0",
+            "mid_block.attentions.0": "middle_block.1",
+            "mid_block.resnets.1": "middle_block.2",
+        }.items():
+            key = re.sub(rf"^{re.escape(theirs)}\b", published, key)
+        key = re.sub(r"^conv_in\b", "input_blocks.0.0", key)
+        if "transformer_blocks" not in key:
+            for theirs, published in {
+                ".norm1": ".in_layers.0",
+                ".conv1": ".in_layers.2",
+                ".norm2": ".out_layers.0",
+                ".conv2": ".out_layers.3",
+                ".time_emb_proj": ".emb_layers.1",
+                ".conv_shortcut": ".skip_connection",
+            }.items():
+                key = key.replace(theirs, published)
+        return "model.diffusion_model." + key
+
+    def vae(key: str) -> str:
+        key = re.sub(r"decoder\.up_blocks\.(\d+)", lambda m: f"decoder.up.{1 - int(m[1])}", key)  # two blocks
+        key = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
+        for theirs, published in {
+            "encoder.down_blocks": "encoder.down",
+            ".resnets.": ".block.",
+            ".downsamplers.0": ".downsample",
+            ".upsamplers.0": ".upsample",
+            "mid_block.attentions.0": "mid.attn_1",
+            "conv_norm_out": "norm_out",
+            "conv_shortcut": "nin_shortcut",
+            "group_norm": "norm",
+            "to_q": "q",
+            "to_k": "k",
+            "to_v": "v",
+            "to_out.0": "proj_out",
+        }.items():
+            key = key.replace(theirs, published)
+        return "first_stage_model." + key
+
+    def text(key: str) -> str:
+        return f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"
+
+    assert n_down == 2
+    parts = {unet: pipeline.unet, vae: pipeline.vae, text: pipeline.text_encoder}
+    return {rename(key): value for rename, part in parts.items() for key, value in part.state_dict().items()}
+
+
+def test_single_file(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(single_file(StableDiffusionPipeline.from_pretrained(tiny_sd_folder)), path)
+    model: Any = load_model(path, "cpu", config=tiny_sd_folder)
+    expected: Any = load_model(tiny_sd_folder, "cpu")
+    latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([501, 1])
+    told, expected_told = (each.encode(each.tokenize(PROMPTS)) for each in (model, expected))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.predict(latents, timesteps, told), expected.predict(latents, timesteps, expected_told)
+        )
+    torch.testing.assert_close(model.decode(latents), expected.decode(latents))
+    assert model.scheduler_config["beta_end"] == expected.scheduler_config["beta_end"]
+    assert model.options == {"config": str(tiny_sd_folder)}
+
+
+def test_files_that_are_no_checkpoints(tmp_path: Path, tiny_sd_folder: Path) -> None:
+    pickled = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {}}, pickled)
+    with pytest.raises(ValueError, match="a pickle may run code of its author's"):
+        load_model(pickled, "cpu")
+    with pytest.raises(ValueError, match="holds no Stable Diffusion"):
+        load_model(pickled, "cpu", allow_pickle=True)
+    other = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(2)}, other)
+    with pytest.raises(ValueError, match="holds no Stable Diffusion"):
+        load_model(other, "cpu")
+    content = other.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[:-4])
+    with pytest.raises(ValueError, match=r"the checkpoint .*cut\.safetensors cannot be loaded"):
+        load_model(tmp_path / "cut.safetensors", "cpu")
+
+
+def test_hub_cache_and_revision_offline(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    """A hub id is found in the cache without a network, at the revision that was asked for, and the error is clear."""
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    commits = {"main": "0" * 40, "v2": "1" * 40}
+    for name, commit in commits.items():
+        shutil.copytree(tiny_sd_folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    path = repository / "snapshots" / commits["v2"] / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    code = """
+from dpok_gym.models import load_model
+print(load_model("someone/tiny", "cpu").scheduler_config["prediction_type"])
+print(load_model("someone/tiny", "cpu", revision="v2").scheduler_config["prediction_type"])
+try:
+    load_model("someone/tiny", "cpu", revision="v3")
+except FileNotFoundError as error:
+    print(error)
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    first, second, message = found.stdout.splitlines()[:3]
+    assert (first, second) == ("epsilon", "v_prediction")
+    assert "nor could it be downloaded as 'someone/tiny' at the revision 'v3'" in message
