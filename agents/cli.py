@@ -23,11 +23,14 @@ LAPTOP: dict[str, Any] = {
     "prompts": "three green squares",
     "reward": "shapes-alignment=1,shapes-quality=0.2",
     "num_inference_steps": 10,
-    "pictures": 1920,
+    "decode_batch_size": 16,
+    "pictures": 2240,
     "n_envs": 64,
     "batch_size": 64,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-3,
+    "final_lr_fraction": 0.05,
     "use_critic": False,  # for one prompt, the mean of the rollout's rewards is the better baseline
+    "policy_kwargs": {"lora_rank": 16, "target_modules": "all"},
 }
 
 #: Pictures drawn in training for any other environment: the paper's budget for one prompt.
@@ -81,6 +84,8 @@ class Train:
     """Learning rate per optimiser step; 1e-5 to 3e-4 for Stable Diffusion, 1e-3 for shapes; too much ruins them."""
     lora_rank: Annotated[int | None, _auto("INT", "the preset's")] = None
     """Rank of the LoRA, usually 4 to 16; 0 trains all of the denoiser's weights."""
+    lora_layers: Annotated[Literal["attention", "all"] | None, _auto("attention|all", "the preset's")] = None
+    """Layers that get a LoRA: attention is usual for large models; small ones learn more with all of them."""
     batch_size: Annotated[int | None, _auto("INT", "the preset's")] = None
     """Transitions (denoising steps) in each optimiser step, 1 or more; smaller takes more steps in each iteration."""
     micro_batch_size: Annotated[int | Literal["auto"] | None, _auto("INT|auto", "the preset's")] = None
@@ -95,10 +100,18 @@ class Train:
     """Denoising steps of each picture, 1 or more, usually 10 to 50; more are finer and cost more."""
     guidance_scale: Annotated[float | None, _auto("FLOAT", "the environment's")] = None
     """Scale of classifier-free guidance, 0 or more; 1 is none and halves the cost, Stable Diffusion has 5 to 7.5."""
+    negative_prompt: str | None = None
+    """Text that guidance leads away from; needs a guidance scale other than 1."""
+    image_size: Annotated[int | tuple[int, int] | None, _auto("INT|HEIGHT WIDTH", "the model's")] = None
+    """Pixels of a side, or height and width; far from what the model was trained with, pictures get worse."""
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, _auto("NAME", "float32")] = None
+    """Precision of the frozen weights: float32, bfloat16 or float16; half of it saves half of the memory."""
     eval_pictures: int = 256
     """Pictures drawn before and after training to measure the change, 1 or more; their seeds are not trained on."""
     device: str = "auto"
     """Where the networks run: auto, cpu, cuda, cuda:1, ..."""
+    gradient_checkpointing: bool = False
+    """Compute parts of the denoiser twice instead of keeping them: a third slower, for a fraction of the memory."""
     autocast: bool = False
     """Run the denoiser in bfloat16, which is faster on recent GPUs and less exact."""
     resume: bool = False
@@ -127,6 +140,12 @@ class Sample:
     """Denoising steps of each picture, 1 or more, usually 10 to 50."""
     guidance_scale: Annotated[float | None, _auto("FLOAT", "the environment's")] = None
     """Scale of classifier-free guidance, 0 or more; 1 is none, more follows the prompt more closely."""
+    negative_prompt: str | None = None
+    """Text that guidance leads away from; needs a guidance scale other than 1."""
+    image_size: Annotated[int | tuple[int, int] | None, _auto("INT|HEIGHT WIDTH", "the model's")] = None
+    """Pixels of a side, or height and width; far from what the model was trained with, pictures get worse."""
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, _auto("NAME", "float32")] = None
+    """Precision of the frozen weights: float32, bfloat16 or float16; half of it saves half of the memory."""
     device: str = "auto"
     """Where the networks run: auto, cpu, cuda, cuda:1, ..."""
 

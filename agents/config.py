@@ -33,7 +33,16 @@ CONFIG = "config.yaml"
 AT_A_TIME = 64
 
 #: The options of ``dpok train`` that are arguments of the environment, the algorithm and the policy.
-ENV_OPTIONS = ("model", "num_inference_steps", "guidance_scale", "reward_workers")
+ENV_OPTIONS = (
+    "model",
+    "num_inference_steps",
+    "guidance_scale",
+    "negative_prompt",
+    "image_size",
+    "dtype",
+    "decode_batch_size",
+    "reward_workers",
+)
 ALGORITHM_OPTIONS = (
     "kl_coef",
     "learning_rate",
@@ -43,7 +52,15 @@ ALGORITHM_OPTIONS = (
     "timestep_fraction",
     "clip_range",
 )
-POLICY_OPTIONS = ("lora_rank", "target_modules", "autocast", "max_batch_size", "critic_hidden")
+POLICY_OPTIONS = (
+    "lora_rank",
+    "target_modules",
+    "autocast",
+    "gradient_checkpointing",
+    "guidance_gradient",
+    "max_batch_size",
+    "critic_hidden",
+)
 #: Arguments of an algorithm that are no settings of its learning, or are in the config under their own name.
 _OTHER = {
     "policy",
@@ -105,7 +122,9 @@ class Config:
         settings = {"prompts": None} | algorithm | defaults | chosen
         policy = {name: value for name, value in _defaults(DenoisingPolicy).items() if name in POLICY_OPTIONS}
         policy |= (settings["policy_kwargs"] or {}) | {"autocast": options.autocast} | given(options, "lora_rank")
-        policy["target_modules"] = list(policy["target_modules"])
+        policy["gradient_checkpointing"] |= options.gradient_checkpointing
+        if options.lora_layers:
+            policy["target_modules"] = options.lora_layers
         env_kwargs = default_env_kwargs(options.env) | {k: v for k, v in defaults.items() if k in ENV_OPTIONS}
         env_kwargs |= given(options, *ENV_OPTIONS) | {"device": options.device}
         env_kwargs["prompts"] = settings["prompts"] or env_kwargs["prompts"]

@@ -85,6 +85,8 @@ class DPOK(DenoisingAlgorithm):
         env: an id such as "DPOK-Shapes-v0", a Gymnasium environment or vector environment, or an SB3 ``VecEnv``.
         learning_rate: of the denoiser. A LoRA on the embedded model takes 1e-3, on Stable Diffusion 1e-5 to 3e-4; too
             large a rate shows as a high clip fraction and pictures that fall apart.
+        final_lr_fraction: what is left of the learning rate at the end of ``learn``, in [0, 1], falling linearly; 1
+            keeps it. A falling rate averages out the noise of the last updates.
         n_steps: denoising steps of each environment in a rollout, a multiple of T; None for T, one picture each.
         n_envs: environments when ``env`` is an id. More pictures in a rollout mean less noise in the gradient.
         batch_size: transitions for each optimiser step; None for the whole rollout.
@@ -99,9 +101,9 @@ class DPOK(DenoisingAlgorithm):
         log_prob_reduction: "mean" takes densities and KL per latent dimension, which keeps ratios near 1 (the code);
             "sum" takes them as they are (the equations), with much more variable weights.
         step_weighting: "likelihood" sums the policy gradient over the steps as it is (the paper and its code);
-            "output" takes the natural gradient in the network's outputs, so that the early steps, which decide most of
-            a picture, are heard, see :meth:`dpok_gym.diffusion.Schedule.output_weights`. It scales the loss, not the
-            ratio.
+            "output" lets it reach the network's output equally strong from every step, so that the early ones, which
+            decide most of a picture, are heard, see :meth:`dpok_gym.diffusion.Schedule.output_weights`. It scales the
+            loss, not the ratio.
         reward_weight: alpha.
         kl_coef: beta, per nat. 0 trains without regularisation; too large a value keeps the model where it was.
         kl_estimator: "exact" is the KL of the Gaussians; "output-mse" the squared difference of the networks' outputs,
@@ -135,6 +137,7 @@ class DPOK(DenoisingAlgorithm):
         policy: str | type[DenoisingPolicy] = "DenoisingPolicy",
         env: GymEnv | VectorEnv | str | None = None,
         learning_rate: float | Schedule = 1e-3,
+        final_lr_fraction: float = 1.0,
         n_steps: int | None = None,
         n_envs: int = 64,
         batch_size: int | None = None,
@@ -176,6 +179,9 @@ class DPOK(DenoisingAlgorithm):
         if not 0 < timestep_fraction <= 1:
             raise ValueError(f"timestep_fraction must lie in (0, 1], got {timestep_fraction}")
         self.timestep_fraction = timestep_fraction
+        if not 0 <= final_lr_fraction <= 1:
+            raise ValueError(f"final_lr_fraction must lie in [0, 1], got {final_lr_fraction}")
+        self.final_lr_fraction = final_lr_fraction
         self.clip_range = _not_negative("clip_range", clip_range)
         self.clipping: losses.Clipping = _one_of("clipping", clipping, "pessimistic", "clamp")
         self.log_prob_reduction: diffusion.Reduction = _one_of("log_prob_reduction", log_prob_reduction, "mean", "sum")
@@ -204,6 +210,10 @@ class DPOK(DenoisingAlgorithm):
             device=device,
             _init_setup_model=_init_setup_model,
         )
+
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        self.lr_schedule = partial(_falling, self.lr_schedule, self.final_lr_fraction)
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -303,6 +313,11 @@ class DPOK(DenoisingAlgorithm):
             self.logger.record("train/explained_variance", float(explained_variance(predicted, returns)))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/update_pictures_per_second", len(buffer.means) / seconds)
+
+
+def _falling(schedule: Schedule, final_fraction: float, progress_remaining: float) -> float:
+    """A learning rate that also falls linearly to a fraction of itself; the progress goes from 1 to 0."""
+    return schedule(progress_remaining) * (final_fraction + (1 - final_fraction) * progress_remaining)
 
 
 def _at_least_one(name: str, value: int | None) -> int | None:

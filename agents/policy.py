@@ -20,7 +20,7 @@ from dpok_gym import diffusion
 from dpok_gym.memory import BatchSize
 from dpok_gym.models import load_model
 from dpok_gym.models.base import GuidanceGradient
-from dpok_gym.models.lora import ATTENTION, LoRA, pretrained_copy
+from dpok_gym.models.lora import LoRA, pretrained_copy
 
 
 class DenoisingPolicy(ActorCriticPolicy):
@@ -47,7 +47,8 @@ class DenoisingPolicy(ActorCriticPolicy):
             constant, which saves about a third of the update's time and half of its memory.
         device: of the networks.
         lora_rank: of the LoRA; 0 trains a copy of the whole denoiser instead.
-        target_modules: ends of the names of the layers that get a LoRA.
+        target_modules: the layers that get a LoRA: "attention", "all" (convolutions and feed-forward layers too, which
+            small models need), or ends of their names.
         autocast: run the denoiser in bfloat16, where the device is faster at it; the transitions stay float32.
         gradient_checkpointing: compute parts of the denoiser again in the backward pass instead of keeping all of it:
             about a third slower, for a fraction of the memory.
@@ -76,7 +77,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         guidance_gradient: GuidanceGradient = "both",
         device: str = "auto",
         lora_rank: int = 8,
-        target_modules: Sequence[str] = ATTENTION,
+        target_modules: str | Sequence[str] = "attention",
         autocast: bool = False,
         gradient_checkpointing: bool = False,
         max_batch_size: int | Literal["auto"] | None = 64,
@@ -105,7 +106,7 @@ class DenoisingPolicy(ActorCriticPolicy):
             "guidance_scale": guidance_scale,
             "guidance_gradient": guidance_gradient,
             "lora_rank": lora_rank,
-            "target_modules": tuple(target_modules),
+            "target_modules": target_modules if isinstance(target_modules, str) else tuple(target_modules),
             "autocast": autocast,
             "gradient_checkpointing": gradient_checkpointing,
             "max_batch_size": max_batch_size,

@@ -16,8 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-#: The projections of every attention layer of a diffusers UNet.
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_REST = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "time_emb_proj")
+
+#: Layers by name: the projections of every attention layer of a diffusers UNet, as is usual for large models; or the
+#: feed-forward and convolutional layers of all its blocks too.
+LAYERS = {"attention": _ATTENTION, "all": _ATTENTION + _REST}
 
 #: What diffusers' ``load_lora_weights`` looks for, and how it knows the part of the pipeline.
 FILE_NAME, PREFIX = "pytorch_lora_weights.safetensors", "unet."
@@ -35,15 +39,19 @@ class LoRA:
     Args:
         network: changed in place: its target layers become peft layers.
         rank: of the change; 4 to 16 is usual. Each target layer gets rank x (inputs + outputs) parameters.
-        target_modules: ends of the names of the layers to change.
+        target_modules: the layers to change: a key of :data:`LAYERS`, or ends of their names.
 
     Raises:
         ValueError: if the rank is not positive or no layer has such a name.
     """
 
-    def __init__(self, network: nn.Module, rank: int, target_modules: Sequence[str] = ATTENTION) -> None:
+    def __init__(self, network: nn.Module, rank: int, target_modules: str | Sequence[str] = "attention") -> None:
         if rank < 1:
             raise ValueError(f"the LoRA rank must be at least 1, got {rank}")
+        if isinstance(target_modules, str):
+            if target_modules not in LAYERS:
+                raise ValueError(f"there is no choice of layers {target_modules!r}; there are {', '.join(LAYERS)}")
+            target_modules = LAYERS[target_modules]
         self.name = f"lora{next(_numbers)}"
         self.rank = rank
         self.target_modules = tuple(target_modules)

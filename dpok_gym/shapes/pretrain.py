@@ -96,9 +96,7 @@ def fit(
     averaged = torch.optim.swa_utils.AveragedModel(
         modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)
     )
-    optimizer = torch.optim.AdamW(
-        modules.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
-    )
+    optimizer = torch.optim.AdamW(modules.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, max(1 - step / steps, 0.0))
     )
