@@ -94,10 +94,11 @@ def test_the_config_says_everything(finished):
         "dtype": "float32",
         "model_kwargs": None,
         "non_finite": "error",
-        "decode_batch_size": 1,
+        "decode_batch_size": LAPTOP["decode_batch_size"],
         "reward_workers": 0,
     }
     assert config["algo_kwargs"]["policy_kwargs"]["lora_rank"] == 2
+    assert config["algo_kwargs"]["policy_kwargs"]["target_modules"] == "all"
     assert config["algo_kwargs"]["kl_estimator"] == "exact"
     assert Config.read(finished) == Config(**config)
 
@@ -367,7 +368,24 @@ def test_presets_and_options():
     assert paper.algo_kwargs["policy_kwargs"]["lora_rank"] == 4
     assert paper.env_kwargs["prompts"] == LAPTOP["prompts"]
     assert paper.pictures == LAPTOP["pictures"]
-    mine = Config.of(Train(preset="paper", kl_coef=0.5, lora_rank=2, autocast=True, n_envs=3, prompts="count"))
+    mine = Config.of(
+        Train(
+            preset="paper",
+            kl_coef=0.5,
+            lora_rank=2,
+            lora_layers="all",
+            autocast=True,
+            gradient_checkpointing=True,
+            image_size=(64, 128),
+            dtype="bfloat16",
+            n_envs=3,
+            prompts="count",
+        )
+    )
+    assert mine.env_kwargs["image_size"] == (64, 128)
+    assert mine.env_kwargs["dtype"] == "bfloat16"
+    assert mine.algo_kwargs["policy_kwargs"]["target_modules"] == "all"
+    assert mine.algo_kwargs["policy_kwargs"]["gradient_checkpointing"]
     assert mine.algo_kwargs["kl_coef"] == 0.5
     assert mine.algo_kwargs["policy_kwargs"]["lora_rank"] == 2
     assert mine.algo_kwargs["policy_kwargs"]["autocast"] is True

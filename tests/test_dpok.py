@@ -317,6 +317,17 @@ def test_clippings(make_agent) -> None:
     assert (pessimistic > clamped).any()
 
 
+def test_falling_learning_rate(make_agent, tmp_path: Path) -> None:
+    """Linear in the progress, from the whole of it to the fraction that was asked for, and after loading too."""
+    agent = make_agent(learning_rate=0.5, final_lr_fraction=0.2)
+    agent.save(tmp_path / "agent")
+    for each in (agent, type(agent).load(tmp_path / "agent")):
+        assert [each.lr_schedule(progress) for progress in (1, 0.5, 0)] == pytest.approx([0.5, 0.3, 0.1])
+    agent.learn(4 * UPDATE)
+    assert logged(agent, "train/learning_rate") == pytest.approx(0.1)  # the last update is made at the end
+    assert make_agent(learning_rate=0.5).lr_schedule(0) == 0.5
+
+
 def test_larger_kl_coef_keeps_the_model_nearer(make_agent) -> None:
     kls = []
     for kl_coef in (0.0, 30.0):
@@ -690,6 +701,7 @@ def test_unmasked_rewards_are_errors(make_env, make_agent) -> None:
         ({"micro_batch_size": 0}, "micro_batch_size must be an integer of at least 1"),
         ({"vf_batch_size": -1}, "vf_batch_size must be at least 1"),
         ({"timestep_fraction": 0.0}, r"timestep_fraction must lie in \(0, 1\], got 0"),
+        ({"final_lr_fraction": -0.1}, r"final_lr_fraction must lie in \[0, 1\], got -0.1"),
         ({"timestep_fraction": 1.5}, r"timestep_fraction must lie in \(0, 1\], got 1.5"),
         ({"clipping": "soft"}, "clipping must be one of 'pessimistic', 'clamp', got 'soft'"),
         ({"log_prob_reduction": "median"}, "log_prob_reduction must be one of 'mean', 'sum', got 'median'"),

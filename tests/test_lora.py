@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dpok_gym.models.lora import FILE_NAME, LoRA
+from dpok_gym.models.lora import FILE_NAME, LAYERS, LoRA
 
 
 @pytest.fixture
@@ -215,3 +215,21 @@ def test_no_such_layer(network: UNet2DConditionModel) -> None:
     with torch.no_grad():
         lora = trained(network)  # the failed attempt left the network usable
         assert not torch.equal(output_with(lora), output(network))
+
+
+def test_layers_by_name(network: UNet2DConditionModel) -> None:
+    attention, everything = (LoRA(network, 2, name) for name in ("attention", "all"))
+    assert attention.target_modules == LAYERS["attention"]
+
+    def changed(lora: LoRA) -> set[str]:
+        return {name.split(".lora_")[0] for name in lora.parameters}
+
+    own = {name.removesuffix(".weight").removesuffix(".base_layer") for name, _ in network.named_parameters()}
+    blocks = {name for name in own if "blocks" in name or "mid_block" in name}
+    weighted = {name for name in blocks if not any(part in name for part in ("norm", "samplers", "lora_", ".bias"))}
+    assert changed(everything) == weighted
+    assert changed(attention) == {
+        name for name in weighted if name.split(".")[-1].startswith("to_") or "to_out" in name
+    }
+    with pytest.raises(ValueError, match="there is no choice of layers 'some'; there are attention, all"):
+        LoRA(network, 2, "some")
