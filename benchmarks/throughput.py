@@ -97,7 +97,7 @@ def main() -> None:
         ceiling = ceiling or matrix_product_flops(device, getattr(torch, options.dtype))
         rows.append(measure(env, options))
     settings = {key: value for key, value in vars(options).items() if key not in ("work", "out", "pictures")}
-    settings["hardware"] = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    settings["hardware"] = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     show(rows, ceiling, settings)
     if options.out:
@@ -138,7 +138,7 @@ def measure(env: DenoisingVectorEnv, options: argparse.Namespace) -> Row:
         timed(env.model, "predict", spent, "denoiser", device),
         timed(env.model, "_encode", spent, "text encoder", device),
         timed(env.model, "decode", spent, "decoder", device),
-        timed(env, "reward", spent, "reward", device),
+        timed(env.reward, "components", spent, "reward", device),
     ):
         total = seconds_of(collect, device, options.rollouts) * options.rollouts
     shares = {name: value / total for name, value in spent.items()}
