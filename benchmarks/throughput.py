@@ -97,7 +97,9 @@ def main() -> None:
         ceiling = ceiling or matrix_product_flops(device, getattr(torch, options.dtype))
         rows.append(measure(env, options))
     settings = {key: value for key, value in vars(options).items() if key not in ("work", "out", "pictures")}
-    settings["hardware"] = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    settings["hardware"] = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
     settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     show(rows, ceiling, settings)
     if options.out:
