@@ -6,21 +6,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from agents.best_of_n import BestOfN
+    from agents.ddpo import DDPO
     from agents.dpok import DPOK, PRESETS
+    from agents.draft import DRaFT
     from agents.evaluation import Evaluation, evaluate
+    from agents.grpo import GRPO
     from agents.policy import DenoisingPolicy
+    from agents.reinforce import REINFORCE
+    from agents.rwr import RWR
     from agents.sb3_vec_env import GymVectorVecEnv
+    from agents.sft import RewardWeightedSFT
 
 _HOMES = {
+    "BestOfN": "best_of_n",
+    "DDPO": "ddpo",
     "DPOK": "dpok",
+    "DRaFT": "draft",
     "DenoisingPolicy": "policy",
     "Evaluation": "evaluation",
+    "GRPO": "grpo",
     "GymVectorVecEnv": "sb3_vec_env",
     "PRESETS": "dpok",
+    "REINFORCE": "reinforce",
+    "RWR": "rwr",
+    "RewardWeightedSFT": "sft",
     "evaluate": "evaluation",
 }
 
-__all__ = ["DPOK", "PRESETS", "DenoisingPolicy", "Evaluation", "GymVectorVecEnv", "evaluate"]
+__all__ = [
+    "DDPO",
+    "DPOK",
+    "GRPO",
+    "PRESETS",
+    "REINFORCE",
+    "RWR",
+    "BestOfN",
+    "DRaFT",
+    "DenoisingPolicy",
+    "Evaluation",
+    "GymVectorVecEnv",
+    "RewardWeightedSFT",
+    "evaluate",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from agents.on_policy import DenoisingAlgorithm
 
 
 class ProgressCallback(BaseCallback):
-    """A progress bar in pictures, with the rollout's mean reward and the KL to the pre-trained model.
+    """A progress bar in pictures, with the rollout's mean reward and what the last update says of itself.
 
     Args:
         pictures: that the training will draw in the end.
@@ -42,8 +42,13 @@ class ProgressCallback(BaseCallback):
         assert self._bar is not None
         self._bar.update(self._drawn() - self._bar.n)
         recent = [episode["r"] for episode in self.model.ep_info_buffer or ()]
-        kl = self.logger.name_to_value.get("train/kl_to_pretrained", 0.0)  # of the last update; 0 before the first
-        self._bar.set_postfix_str(f"reward {np.mean(recent):.3f}, KL {kl:.2f} nats")
+        said = [f"reward {np.mean(recent):.3f}"]
+        latest = self.logger.name_to_value  # of the last update, if there was one and the algorithm has such a thing
+        if "train/kl_to_pretrained" in latest:
+            said.append(f"KL {latest['train/kl_to_pretrained']:.2f} nats")
+        if "train/denoising_loss" in latest:
+            said.append(f"update {latest['train/n_updates']}, loss {latest['train/denoising_loss']:.4f}")
+        self._bar.set_postfix_str(", ".join(said))
 
     def _on_training_end(self) -> None:
         self.close()

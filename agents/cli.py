@@ -18,7 +18,7 @@ import tyro
 SHAPES = "DPOK-Shapes-v0"
 
 #: Settings of ``dpok train`` for the embedded model, for two cores of a laptop. Prompts and budget are taken with
-#: every preset, the rest (of the environment and the algorithm) with the preset "default". What is not here is theirs.
+#: every preset, the rest (of the environment and the algorithms) with the preset "default". What is not here is theirs.
 LAPTOP: dict[str, Any] = {
     "prompts": "three green squares",
     "reward": "shapes-alignment=1,shapes-quality=0.2",
@@ -26,11 +26,24 @@ LAPTOP: dict[str, Any] = {
     "decode_batch_size": 16,
     "pictures": 2240,
     "n_envs": 64,
-    "batch_size": 64,
     "learning_rate": 3e-3,
     "final_lr_fraction": 0.05,
-    "use_critic": False,  # for one prompt, the mean of the rollout's rewards is the better baseline
     "policy_kwargs": {"lora_rank": 16, "target_modules": "all"},
+}
+
+#: The same, of each algorithm.
+LAPTOP_ALGORITHMS: dict[str, dict[str, Any]] = {
+    "dpok": {
+        "batch_size": 64,
+        "use_critic": False,  # for one prompt, the mean of the rollout's rewards is the better baseline
+    },
+    "ddpo": {"batch_size": 64},
+    "grpo": {"batch_size": 64},
+    "reinforce": {"n_envs": 32},
+    "sft": {},
+    "rwr": {},
+    "best-of-n": {},
+    "draft": {"batch_size": 16, "n_last_steps": 2},
 }
 
 #: Pictures drawn in training for any other environment: the paper's budget for one prompt.
@@ -70,8 +83,13 @@ class Train:
     """Threads that judge pictures while others are decoded, 0 or more; for rewards that wait for a server, say."""
     model: Annotated[str | None, _auto("NAME|FOLDER", "the environment's")] = None
     """Model to fine-tune: shapes, sd15, a local diffusers folder, or a hub id."""
-    algo: Literal["dpok"] = "dpok"
-    """Algorithm: dpok is policy gradient with a KL penalty (Fan et al. 2023)."""
+    algo: Literal["dpok", "ddpo", "grpo", "reinforce", "sft", "rwr", "best-of-n", "draft"] = "dpok"
+    """Algorithm: dpok is policy gradient with a KL penalty (Fan et al. 2023).
+
+    ddpo, grpo and reinforce are other policy gradients. sft (weighted by the reward), rwr (by its exponential) and
+    best-of-n (on winners) learn from pictures of the pre-trained model. draft follows the gradient of the reward,
+    which must have one.
+    """
     preset: Literal["default", "paper", "official-code"] = "default"
     """Settings that the options below change: of this project, or of DPOK's paper or code for Stable Diffusion."""
     pictures: Annotated[int | None, _auto("INT", f"{LAPTOP['pictures']} for {SHAPES}, else {PICTURES}")] = None
@@ -96,6 +114,8 @@ class Train:
     """Random share of the denoising steps that is trained on, in (0, 1]; less is faster and noisier."""
     clip_range: Annotated[float | None, _auto("FLOAT", "the preset's")] = None
     """How far a transition's log-probability may move in an iteration, in nats, above 0; smaller is slower, safer."""
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
+    """Further arguments of the algorithm's class, such as --set kl_in=reward use_critic=true; see its documentation."""
     num_inference_steps: Annotated[int | None, _auto("INT", "the environment's")] = None
     """Denoising steps of each picture, 1 or more, usually 10 to 50; more are finer and cost more."""
     guidance_scale: Annotated[float | None, _auto("FLOAT", "the environment's")] = None

@@ -54,7 +54,7 @@ def train(options: Train) -> int:
     judge = config.make_evaluation_env(len(prompts))
     seconds_before = _read_summary(folder).get("seconds", 0.0)
     drawn = agent.num_timesteps // len(env.schedule)
-    if drawn >= config.pictures:
+    if agent.is_done(config.pictures * len(env.schedule)):
         raise ValueError(f"the run in {folder} has drawn its {drawn} pictures; ask for more with --pictures")
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def train(options: Train) -> int:
         before = evaluate_policy(agent.policy, judge, prompts, config.evaluation_seed, reference=True)
         agent.set_logger(_make_logger(folder, drawn))
         agent.learn(
-            (config.pictures - drawn) * len(env.schedule),
+            max(config.pictures - drawn, 0) * len(env.schedule),
             [progress, SaveCallback(folder)],
             reset_num_timesteps=not drawn,
         )
@@ -224,7 +224,7 @@ def _make_logger(folder: Path, pictures: int) -> Logger:
     rows = plots.read_log(log) if log.is_file() else []
     writer = CSVOutputFormat(str(log))  # which empties the file
     for row in rows:
-        if row["rollout/pictures"] <= pictures:
+        if row.get("rollout/pictures", 0) <= pictures:
             writer.write(dict(row), {})
     return Logger(str(folder), [writer, TensorBoardOutputFormat(str(folder / "tensorboard"))])
 

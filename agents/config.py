@@ -13,16 +13,32 @@ import gymnasium
 import yaml
 
 import dpok_gym  # noqa: F401  (registers the environments)
-from agents.cli import LAPTOP, PICTURES, SHAPES, Train
+from agents.best_of_n import BestOfN
+from agents.cli import LAPTOP, LAPTOP_ALGORITHMS, PICTURES, SHAPES, Train
+from agents.ddpo import DDPO
 from agents.dpok import DPOK, PRESETS
+from agents.draft import DRaFT
+from agents.grpo import GRPO
 from agents.on_policy import DenoisingAlgorithm
 from agents.policy import DenoisingPolicy
+from agents.reinforce import REINFORCE
+from agents.rwr import RWR
+from agents.sft import RewardWeightedSFT
 from dpok_gym.models import MODELS
 from dpok_gym.prompts import list_prompt_sets
 from dpok_gym.rewards.remote import is_address
 from dpok_gym.vector_env import DenoisingVectorEnv
 
-ALGORITHMS: dict[str, type[DenoisingAlgorithm]] = {"dpok": DPOK}
+ALGORITHMS: dict[str, type[DenoisingAlgorithm]] = {
+    "dpok": DPOK,
+    "ddpo": DDPO,
+    "grpo": GRPO,
+    "reinforce": REINFORCE,
+    "sft": RewardWeightedSFT,
+    "rwr": RWR,
+    "best-of-n": BestOfN,
+    "draft": DRaFT,
+}
 
 #: Rewards that evaluations in the embedded world always have.
 SHAPES_REWARDS = ("shapes-alignment", "shapes-quality")
@@ -113,12 +129,19 @@ class Config:
     @classmethod
     def of(cls, options: Train) -> Config:
         """The options, and defaults where they say nothing."""
-        defaults: dict[str, Any] = LAPTOP if options.env == SHAPES else {"pictures": PICTURES}
+        is_shapes = options.env == SHAPES
+        defaults: dict[str, Any] = LAPTOP | LAPTOP_ALGORITHMS[options.algo] if is_shapes else {"pictures": PICTURES}
         if options.preset != "default":
+            if options.algo != "dpok":
+                raise ValueError(f"the preset {options.preset!r} is one of dpok; leave it out for {options.algo}")
             kept = {name: value for name, value in defaults.items() if name in ("prompts", "pictures")}
             defaults = kept | PRESETS[options.preset]
         algorithm = _defaults(ALGORITHMS[options.algo])
-        chosen = given(options, *ALGORITHM_OPTIONS, "prompts", "pictures", "n_envs")
+        chosen = given(options, *ALGORITHM_OPTIONS) | _read_settings(options.set)
+        known = algorithm.keys() - _OTHER
+        if unknown := sorted(chosen.keys() - known):
+            raise ValueError(f"{options.algo} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        chosen |= given(options, "prompts", "pictures", "n_envs")
         settings = {"prompts": None} | algorithm | defaults | chosen
         policy = {name: value for name, value in _defaults(DenoisingPolicy).items() if name in POLICY_OPTIONS}
         policy |= (settings["policy_kwargs"] or {}) | {"autocast": options.autocast} | given(options, "lora_rank")
@@ -241,9 +264,25 @@ def given(options: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
 
 
+def _read_settings(texts: Collection[str]) -> dict[str, Any]:
+    """``name=value`` texts as a dict; values are read as in a YAML file."""
+    settings = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ValueError(f"a setting is written NAME=VALUE, not {text!r}")
+        settings[name] = yaml.safe_load(value)
+    return settings
+
+
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """The default of each argument, those that a class hands on to its base class included."""
     parameters = inspect.signature(function).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.name[0] != "_"}
+    inherited = {}
+    if isinstance(function, type) and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        inherited = _defaults(function.__mro__[1])
+    named = {it.name: it.default for it in parameters if it.name[0] != "_" and it.kind is not it.VAR_KEYWORD}
+    return inherited | named
 
 
 def _absolute(text: Any, names: Collection[str]) -> Any:

@@ -58,13 +58,30 @@ class Evaluation:
         """Share of fully aligned pictures, in [0, 1]; None if the judge of the shapes world was not asked."""
         return None if self.aligned is None else float(self.aligned.mean())
 
+    def best_of(self, n: int) -> Evaluation:
+        """Of every ``n`` pictures in a row the one with the highest reward."""
+        first = np.arange(0, len(self), n)
+        rows = first + self.reward.reshape(-1, n).argmax(axis=1)
+        return Evaluation(
+            prompts=[self.prompts[row] for row in rows],
+            pictures=self.pictures[rows],
+            reward=self.reward[rows],
+            rewards={name: values[rows] for name, values in self.rewards.items()},
+            kl=self.kl[rows],
+        )
+
     def mean(self, component: str) -> float | None:
         """Mean of a component over the pictures; None if there is no such component."""
         return float(np.nanmean(self.rewards[component])) if component in self.rewards else None
 
 
 def evaluate(
-    policy: DenoisingPolicy, env: DenoisingVectorEnv, prompts: Sequence[str], seed: int, reference: bool = False
+    policy: DenoisingPolicy,
+    env: DenoisingVectorEnv,
+    prompts: Sequence[str],
+    seed: int,
+    reference: bool = False,
+    best_of: int = 1,
 ) -> Evaluation:
     """Draws one picture for each prompt with a policy, or with the pre-trained model that it started from.
 
@@ -77,9 +94,13 @@ def evaluate(
         prompts: N texts.
         seed: of the first picture, at least 0.
         reference: draw with the pre-trained model; the KL is 0 then.
+        best_of: n pictures are drawn for each prompt, of consecutive seeds, and the one with the highest reward is
+            kept: rejection sampling, at n times the cost. The KL then leaves out what the choice itself adds, for
+            which log n - (n - 1) / n is a bound (Beirami et al. 2024).
 
     Raises:
-        ValueError: if there are no prompts, or the policy takes another number of denoising steps.
+        ValueError: if there are no prompts, ``best_of`` is not positive, or the policy takes another number of
+            denoising steps.
     """
     if len(policy.schedule) != len(env.schedule):
         steps = f"{len(policy.schedule)} denoising steps, the environment {len(env.schedule)}"
@@ -91,7 +112,11 @@ def evaluate(
     def tuned(observation: Observation) -> tuple[Tensor, Tensor]:
         return policy.transition(obs_as_tensor(observation, policy.model.device))  # type: ignore[arg-type]
 
-    return draw(pretrained, env, prompts, seed) if reference else draw(tuned, env, prompts, seed, pretrained)
+    if best_of < 1:
+        raise ValueError(f"best_of must be at least 1, got {best_of}")
+    repeated = [prompt for prompt in prompts for _ in range(best_of)]
+    drawn = draw(pretrained, env, repeated, seed) if reference else draw(tuned, env, repeated, seed, pretrained)
+    return drawn if best_of == 1 else drawn.best_of(best_of)
 
 
 @torch.no_grad()

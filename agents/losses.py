@@ -69,3 +69,12 @@ def generalized_advantages(
         running = errors[:, t] + gamma * gae_lambda * running
         advantages[:, t] = running
     return advantages, advantages + values
+
+
+def denoising_loss(output: Tensor, target: Tensor) -> Tensor:
+    """What diffusion models are trained with: the mean squared error of the output, (B,); both (B, ...).
+
+    Its mean over timesteps bounds -log p_theta(x_0 | z) from above, up to weights and a constant (Ho et al. 2020,
+    Eq. 12 and 14), which is how Eq. 10 of DPOK is minimised.
+    """
+    return (output - target).square().flatten(1).mean(dim=1)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import pathlib
 import time
-from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar, Literal, TypeVar
 
 import gymnasium
 import numpy as np
@@ -19,40 +23,49 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+from torch import Tensor, nn
 
 import dpok_gym  # noqa: F401  (registers the environments)
 from agents.policy import DenoisingPolicy
-from agents.rollout_buffer import TrajectoryBuffer
+from agents.rollout_buffer import Batch, TrajectoryBuffer
 from agents.sb3_vec_env import GymVectorVecEnv
+from dpok_gym.memory import BatchSize
 from dpok_gym.vector_env import LATENT_BOUND
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="DenoisingAlgorithm")
 
+#: What an update logs, by name: tensors of one number for each of the transitions, or whatever was learned from.
+Found = dict[str, list[Tensor]]
+
 
 class DenoisingAlgorithm(OnPolicyAlgorithm):
-    """Collects whole trajectories with a :class:`~agents.policy.DenoisingPolicy`; subclasses write ``train()``.
+    """Collects whole trajectories with a :class:`~agents.policy.DenoisingPolicy`, and takes optimiser steps.
+
+    Subclasses write ``train()``, inside ``with self._update(...) as found``, and the loss of what they learn from.
 
     Args:
         policy: "DenoisingPolicy", or a subclass of it.
         env: an id such as "DPOK-Shapes-v0", a Gymnasium environment or vector environment, or an SB3 ``VecEnv``.
-        learning_rate: of the denoiser; a function of the remaining progress, 1 to 0, is allowed.
+        learning_rate: of the denoiser. A LoRA on the embedded model takes 1e-3, on Stable Diffusion 1e-5 to 3e-4; too
+            large a rate shows as pictures that fall apart. A function of the remaining progress, 1 to 0, is allowed.
+        final_lr_fraction: what is left of the learning rate at the end of ``learn``, in [0, 1], falling linearly; 1
+            keeps it. A falling rate averages out the noise of the last updates.
         n_steps: denoising steps of each environment in a rollout, a multiple of T; None for T, one picture each.
-        n_envs: environments when ``env`` is an id: pictures drawn side by side.
-        gamma: discount per denoising step; the papers have none (1).
-        gae_lambda: 1 for Monte-Carlo returns, as the papers; less trusts the critic more.
-        normalize_advantage: whether a rollout's advantages get mean 0 and standard deviation 1.
-        vf_learning_rate: learning rate of the critic.
+        n_envs: environments when ``env`` is an id. More pictures in a rollout mean less noise in the gradient.
+        batch_size: of each optimiser step, in what the algorithm learns from; None for all there is.
+        micro_batch_size: of each forward and backward pass, whose gradients add up to those of the batch; smaller takes
+            less memory and changes nothing else. None for the batch, "auto" for what fits into memory.
         max_grad_norm: largest norm of the denoiser's gradient.
         stats_window_size: episodes that the logged means of rewards go over.
         tensorboard_log: folder for TensorBoard.
-        policy_kwargs: arguments of the policy, see :class:`~agents.policy.DenoisingPolicy`.
+        policy_kwargs: arguments of :class:`~agents.policy.DenoisingPolicy`, such as ``{"lora_rank": 16}``.
         verbose: 0 silent, 1 logs to the console.
         seed: of everything random.
         device: of the policy, "auto" for a GPU if there is one; should be the environment's.
         _init_setup_model: SB3's own.
 
     Raises:
-        ValueError: if the environment is none that a denoising policy can act in, or ``n_steps`` no multiple of T.
+        ValueError: if an argument is out of range, or the environment is none that a denoising policy can act in.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"DenoisingPolicy": DenoisingPolicy}
@@ -61,16 +74,15 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
 
     def __init__(
         self,
-        policy: str | type[DenoisingPolicy],
-        env: GymEnv | VectorEnv | str | None,
-        learning_rate: float | Schedule,
-        n_steps: int | None,
-        n_envs: int,
-        gamma: float,
-        gae_lambda: float,
-        normalize_advantage: bool,
-        vf_learning_rate: float,
-        max_grad_norm: float,
+        policy: str | type[DenoisingPolicy] = "DenoisingPolicy",
+        env: GymEnv | VectorEnv | str | None = None,
+        learning_rate: float | Schedule = 1e-3,
+        final_lr_fraction: float = 1.0,
+        n_steps: int | None = None,
+        n_envs: int = 64,
+        batch_size: int | None = None,
+        micro_batch_size: int | Literal["auto"] | None = 128,
+        max_grad_norm: float = 1.0,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -81,8 +93,11 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
     ) -> None:
         if isinstance(env, str):
             env = gymnasium.make_vec(env, num_envs=n_envs, vectorization_mode="vector_entry_point")
-        self.normalize_advantage = normalize_advantage
-        self.vf_learning_rate = vf_learning_rate
+        if not 0 <= final_lr_fraction <= 1:
+            raise ValueError(f"final_lr_fraction must lie in [0, 1], got {final_lr_fraction}")
+        self.final_lr_fraction = final_lr_fraction
+        self.batch_size = at_least_one("batch_size", batch_size)
+        self.micro_batch_size = micro_batch_size
         #: How the environment samples, from ``env.sampler``; kept so that a saved agent can be loaded without one.
         self.sampler: dict[str, Any] | None = None
         self._random_state: dict[str, Any] | None = None
@@ -91,8 +106,8 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
             env,  # type: ignore[arg-type]
             learning_rate=learning_rate,
             n_steps=n_steps,  # type: ignore[arg-type]
-            gamma=gamma,
-            gae_lambda=gae_lambda,
+            gamma=1.0,
+            gae_lambda=1.0,
             ent_coef=0.0,
             vf_coef=0.0,
             max_grad_norm=max_grad_norm,
@@ -113,8 +128,13 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
             return VecMonitor(GymVectorVecEnv(env))
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        self.lr_schedule = partial(_falling, self.lr_schedule, self.final_lr_fraction)
+
     def _setup_model(self) -> None:
         self._setup_lr_schedule()
+        self._micro_batches = BatchSize("micro_batch_size", self.micro_batch_size)
         self.set_random_seed(self.seed)
         if self.env is not None:
             self._check_sampler(self.env)
@@ -127,7 +147,7 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
                 f"n_steps={self.n_steps} must be a multiple of the {n_denoising} denoising steps of the environment, "
                 f"for example {max(1, round(self.n_steps / n_denoising)) * n_denoising}, as rewards come with pictures"
             )
-        kwargs = {"vf_learning_rate": self.vf_learning_rate, **self.sampler, **self.policy_kwargs}
+        kwargs = {**self.sampler, **self.policy_kwargs}
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, device=str(self.device), **kwargs
         )
@@ -156,11 +176,6 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         self._check_sampler(wrapped)
         super().set_env(wrapped, force_reset)
 
-    def _update_learning_rate(self, optimizers: Any) -> None:
-        super()._update_learning_rate(optimizers)
-        self.policy.optimizer.param_groups[1]["lr"] = self.vf_learning_rate
-        self.logger.record("train/vf_learning_rate", self.vf_learning_rate)
-
     def collect_rollouts(  # type: ignore[override]
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: TrajectoryBuffer, n_rollout_steps: int
     ) -> bool:
@@ -172,13 +187,14 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         rollout_buffer.rewards.zero_()
         rollout_buffer.valid.fill_(True)
         callback.on_rollout_start()
-        self._last_obs = env.reset()  # type: ignore[assignment]
         for n_collected in range(n_rollout_steps):
             episode, t = divmod(n_collected, n_denoising)
+            if t == 0:
+                self._begin_episodes(env, first=episode == 0)
             rows = slice(episode * env.num_envs, (episode + 1) * env.num_envs)
             observation = obs_as_tensor(self._last_obs, self.policy.model.device)  # type: ignore[arg-type]
             with torch.no_grad():
-                actions, means, _ = self.policy.act(observation)
+                actions, means, _ = self._act(observation)
                 values = self._values(observation)
             rollout_buffer.add(rows, t, observation, actions, means, values)  # type: ignore[arg-type]
             # No clipping to the action space, as SB3 would have it: its bounds are never reached, and a clipped action
@@ -190,6 +206,7 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
             if t == n_denoising - 1:
                 if not all(dones):
                     raise RuntimeError(f"every episode should end after {n_denoising} steps, but {dones} did")
+                rollout_buffer.texts[rows] = [info["prompt"] for info in infos]
                 valid = [info.get("reward_valid", True) for info in infos]
                 rollout_buffer.valid[rows] = torch.as_tensor(valid, device=rollout_buffer.valid.device)
                 for info, sound in zip(infos, valid, strict=True):
@@ -199,7 +216,7 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
             if not callback.on_step():
                 return False
             self._update_info_buffer(infos, dones)
-        rollout_buffer.finish(self.gamma, self.gae_lambda, self.normalize_advantage)
+        self._compute_advantages(rollout_buffer)
         pictures = n_rollout_steps // n_denoising * env.num_envs
         self.logger.record("rollout/pictures", self.num_timesteps // n_denoising)
         self.logger.record("rollout/valid_share", rollout_buffer.valid.float().mean().item())
@@ -211,14 +228,69 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         callback.on_rollout_end()
         return True
 
-    def _values(self, observation: Any) -> torch.Tensor:
-        """The baseline of each state, (n,)."""
-        return self.policy.predict_values(observation)
+    def _begin_episodes(self, env: VecEnv, first: bool) -> None:
+        """Puts the first observation into ``_last_obs``; the environment has begun later episodes by itself."""
+        if first:
+            self._last_obs = env.reset()  # type: ignore[assignment]
 
-    def _on_denoised(
-        self, rows: slice, t: int, buffer: TrajectoryBuffer, observation: Any, means: torch.Tensor
-    ) -> None:
+    def _act(self, observation: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`agents.policy.DenoisingPolicy.act`."""
+        return self.policy.act(observation)
+
+    def _values(self, observation: Any) -> Tensor:
+        """The baseline of each state, (n,)."""
+        return torch.zeros(len(observation["latent"]), device=self.policy.model.device)
+
+    def _on_denoised(self, rows: slice, t: int, buffer: TrajectoryBuffer, observation: Any, means: Tensor) -> None:
         """For algorithms that add to the rewards of a step."""
+
+    def _compute_advantages(self, buffer: TrajectoryBuffer) -> None:
+        """For algorithms that learn from advantages, once all rewards are in."""
+
+    @contextmanager
+    def _update(self, n_pictures: int) -> Iterator[Found]:
+        """Around an update: sets the learning rate; logs the means of what is put into the dict, and the speed.
+
+        Args:
+            n_pictures: that the update learns from.
+        """
+        found: Found = defaultdict(list)
+        started = time.perf_counter()
+        self._update_learning_rate(self.policy.optimizer)
+        yield found
+        for name, values in found.items():
+            self.logger.record(f"train/{name}", torch.cat(values).mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("time/update_pictures_per_second", n_pictures / (time.perf_counter() - started))
+
+    def _take_step(self, batch: Batch, found: Found) -> None:
+        """One optimiser step on the batch's mean loss."""
+        for name, values in self._micro_batches.run(partial(self._backward, batch), len(batch)).items():
+            found[name] += values
+        norm = nn.utils.clip_grad_norm_(self.policy.denoiser_parameters(), self.max_grad_norm)
+        found["grad_norm"].append(norm[None])
+        self.policy.optimizer.step()
+        self._n_updates += 1
+
+    def _backward(self, batch: Batch, micro_batch_size: int) -> Found:
+        """The gradient of the batch's mean loss, a micro-batch at a time; returns what is worth logging."""
+        found: Found = defaultdict(list)
+        self.policy.optimizer.zero_grad()
+        for part in batch.split(micro_batch_size):
+            # The block holds on through the backward pass, which may run parts of the network again.
+            reference = self._reference(part)
+            with self.policy.tuned():
+                loss = self._loss(part, reference, found)
+                (loss.sum() / len(batch)).backward()
+        return found
+
+    def _reference(self, part: Any) -> Tensor | None:
+        """What the loss needs from the pre-trained model, if anything."""
+        return None
+
+    @abstractmethod
+    def _loss(self, part: Any, reference: Any, found: Found) -> Tensor:
+        """The loss of each element of a batch, (B,)."""
 
     def _capture_random_state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "numpy": np.random.get_state()}  # noqa: NPY002 (SB3's)
@@ -243,6 +315,10 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
             generator.bit_generator.state = saved
         for reward, saved in zip(env.get_attr("reward"), state.get("rewards", []), strict=False):
             reward.load_state_dict(saved)
+
+    def is_done(self, total_timesteps: int) -> bool:
+        """Whether ``learn`` has nothing left to do for these denoising steps in all."""
+        return self.num_timesteps >= total_timesteps
 
     def save(self, path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> None:
         """Saves as SB3 does, with the random state and the statistics that rewards are normalised by.
@@ -298,3 +374,29 @@ def _check_same_sampler(known: Mapping[str, Any] | None, found: Mapping[str, Any
         raise ValueError(
             f"the agent was made for another sampler ({details}); make the environment with the agent's settings"
         )
+
+
+def _falling(schedule: Schedule, final_fraction: float, progress_remaining: float) -> float:
+    """A learning rate that also falls linearly to a fraction of itself; the progress goes from 1 to 0."""
+    return schedule(progress_remaining) * (final_fraction + (1 - final_fraction) * progress_remaining)
+
+
+def at_least_one(name: str, value: int | None) -> int | None:
+    """Checks an argument that is a number of things."""
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def not_negative(name: str, value: float) -> float:
+    """Checks an argument that is a coefficient."""
+    if not (value >= 0 and np.isfinite(value)):
+        raise ValueError(f"{name} must be a number of at least 0, got {value}")
+    return value
+
+
+def one_of(name: str, value: Any, *allowed: str) -> Any:
+    """Checks an argument that is a choice."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value

@@ -35,6 +35,8 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
 def learning_curve(rows: Sequence[Mapping[str, float]], path: str | Path, title: str = "") -> Path:
     """Draws every component of the reward, and the KL to the pre-trained model, against the pictures drawn.
 
+    Supervised algorithms have no KL in their log; theirs is the loss against the optimiser steps.
+
     Args:
         rows: of the log, see :func:`read_log`; there may be none yet.
         path: of the file to write.
@@ -42,20 +44,31 @@ def learning_curve(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     """
     names = [name.removeprefix("rollout/") for row in rows for name in row if name.startswith("rollout/")]
     components = [name for name in dict.fromkeys(names) if name not in _NO_COMPONENTS]
-    pictures = [row["rollout/pictures"] for row in rows]
+    supervised = any("train/denoising_loss" in row for row in rows)
+    drawing = [row for row in rows if "rollout/pictures" in row]
+    pictures = [row["rollout/pictures"] for row in drawing]
     figure = Figure(figsize=(7, 0.6 + 1.9 * (len(components) + 1)), layout="constrained")
-    panels = figure.subplots(len(components) + 1, 1, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(len(components) + 1, 1, squeeze=False)[:, 0]
     for axes, name in zip(panels, components, strict=False):
-        _curve(axes, _points(pictures, rows, f"rollout/{name}"), REWARD)
+        _curve(axes, _points(pictures, drawing, f"rollout/{name}"), REWARD)
         axes.set_ylabel(name)
-    # An update's KL is logged with the rollout after it, and is that of the policy that drew the rollout before it.
-    _curve(panels[-1], _points(pictures[:-1], rows[1:], "train/kl_to_pretrained"), KL)
-    panels[-1].set_ylabel("KL to pre-trained\n(nats per picture)")
-    panels[-1].set_ylim(bottom=0)
-    panels[-1].set_xlabel("pictures drawn")
-    panels[-1].set_xlim(left=0)
+        axes.sharex(panels[0])
+    if supervised:
+        panels[-2].set_xlabel("pictures drawn")
+        steps = [row.get("train/n_updates", 0.0) for row in rows]
+        _curve(panels[-1], _points(steps, rows, "train/denoising_loss"), KL)
+        panels[-1].set_ylabel("denoising loss")
+        panels[-1].set_xlabel("optimiser steps")
+    else:
+        # An update's KL is logged with the rollout after it, and is that of the policy that drew the rollout before it.
+        panels[-1].sharex(panels[0])
+        _curve(panels[-1], _points(pictures[:-1], drawing[1:], "train/kl_to_pretrained"), KL)
+        panels[-1].set_ylabel("KL to pre-trained\n(nats per picture)")
+        panels[-1].set_ylim(bottom=0)
+        panels[-1].set_xlabel("pictures drawn")
     figure.align_ylabels()
     for axes in panels:
+        axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)

@@ -46,7 +46,8 @@ class DenoisingPolicy(ActorCriticPolicy):
         guidance_gradient: "both" differentiates the guided output; "conditional" takes its unconditional part as a
             constant, which saves about a third of the update's time and half of its memory.
         device: of the networks.
-        lora_rank: of the LoRA; 0 trains a copy of the whole denoiser instead.
+        lora_rank: of the LoRA; 0 trains a copy of the whole denoiser instead; None for what suits the model, 8 for
+            diffusion models of the usual size.
         target_modules: the layers that get a LoRA: "attention", "all" (convolutions and feed-forward layers too, which
             small models need), or ends of their names.
         autocast: run the denoiser in bfloat16, where the device is faster at it; the transitions stay float32.
@@ -61,6 +62,8 @@ class DenoisingPolicy(ActorCriticPolicy):
     """
 
     optimizer: torch.optim.Optimizer
+    #: Latents that the denoiser was applied to so far: for each, one forward pass; guidance makes it two.
+    network_calls: int = 0
 
     def __init__(
         self,
@@ -76,7 +79,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         guidance_scale: float = 1.0,
         guidance_gradient: GuidanceGradient = "both",
         device: str = "auto",
-        lora_rank: int = 8,
+        lora_rank: int | None = None,
         target_modules: str | Sequence[str] = "attention",
         autocast: bool = False,
         gradient_checkpointing: bool = False,
@@ -128,6 +131,7 @@ class DenoisingPolicy(ActorCriticPolicy):
 
         self.lora: LoRA | None = None
         self.denoiser: nn.Module | None = None
+        lora_rank = self.model.default_lora_rank if lora_rank is None else lora_rank
         if lora_rank:
             self.lora = LoRA(self.model.denoiser, lora_rank, target_modules)
             # A parameter's name in a module must have no dots.
@@ -186,24 +190,31 @@ class DenoisingPolicy(ActorCriticPolicy):
             obs: ``latent`` (B, C, h, w), ``step`` (B,) or (B, 1), ``prompt`` (B, L).
             reference: whether to ask the pre-trained model.
         """
+        output = self.denoise(obs, reference, self.guidance_scale)
+        assert isinstance(obs, dict)
+        step = obs["step"].long().flatten()
+        return self.schedule.mean(step, obs["latent"], output), self.schedule.std[step]
+
+    def denoise(self, obs: PyTorchObs, reference: bool = False, guidance_scale: float = 1.0) -> Tensor:
+        """The denoiser's output for states as in :meth:`transition`, (B, C, h, w) float32; unguided by default."""
         assert isinstance(obs, dict)
         latents, step = obs["latent"], obs["step"].long().flatten()
         conditioning = self.model.encode(obs["prompt"].long())
         timesteps = self.schedule.timesteps[step]
+        self.network_calls += len(latents) * (1 if guidance_scale == 1 else 2)
 
         def predict(part: slice) -> Tensor:
             told = {name: values[part] for name, values in conditioning.items()}
             denoiser = None if reference else self.denoiser
             return self.model.predict(
-                latents[part], timesteps[part], told, self.guidance_scale, denoiser, self.guidance_gradient
+                latents[part], timesteps[part], told, guidance_scale, denoiser, self.guidance_gradient
             )
 
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast), ExitStack() as stack:
             if not reference:
                 stack.enter_context(self.tuned())
             everything = torch.is_grad_enabled()
-            output = predict(slice(None)) if everything else self._batch_size.map(predict, len(latents))
-        return self.schedule.mean(step, latents, output), self.schedule.std[step]
+            return predict(slice(None)) if everything else self._batch_size.map(predict, len(latents))
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:
         """V(x_t, t, z), (B,)."""
@@ -211,9 +222,11 @@ class DenoisingPolicy(ActorCriticPolicy):
         text = self.model.text_features(self.model.encode(obs["prompt"].long()))
         return self.critic(obs["latent"], obs["step"].long().flatten(), text)
 
-    def act(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def act(
+        self, obs: PyTorchObs, deterministic: bool = False, reference: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """An action, the mean it was drawn around (both (B, C, h, w)) and its log-probability (B,) in nats."""
-        mean, std = self.transition(obs)
+        mean, std = self.transition(obs, reference)
         noise = torch.zeros_like(mean) if deterministic else torch.randn_like(mean)
         action, log_prob = diffusion.sample_with_log_prob(mean, std, noise)
         return action, mean, log_prob

@@ -6,7 +6,8 @@ Letters used for shapes: n environments, N trajectories, T denoising steps, B tr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,9 +15,25 @@ from torch import Tensor
 from agents.losses import generalized_advantages
 
 
+class Batch:
+    """Tensors with a leading axis of B; subclasses are dataclasses of them."""
+
+    def __len__(self) -> int:
+        return len(next(iter(vars(self).values())))
+
+    def split(self, size: int | None) -> Iterator[Self]:
+        """Pieces of at most ``size`` elements; one piece if it is None."""
+        for first in range(0, len(self), size or len(self)):
+            yield self.take(slice(first, first + (size or len(self))))
+
+    def take(self, rows: slice | Tensor) -> Self:
+        """The elements ``rows``."""
+        return type(self)(*(values[rows] for values in vars(self).values()))
+
+
 @dataclass
-class Transitions:
-    """A batch of transitions; every tensor has a leading axis of B."""
+class Transitions(Batch):
+    """A batch of transitions."""
 
     latents: Tensor
     step: Tensor
@@ -28,19 +45,10 @@ class Transitions:
     #: What a mean over a random share of the rollout weighs each with, to estimate that over the whole; mean 1.
     weight: Tensor
 
-    def __len__(self) -> int:
-        return len(self.step)
-
     @property
     def observation(self) -> dict[str, Tensor]:
         """The states, as the policy takes them."""
         return {"latent": self.latents, "step": self.step, "prompt": self.prompt}
-
-    def split(self, size: int | None) -> Iterator[Transitions]:
-        """Pieces of at most ``size`` transitions; one piece if it is None."""
-        for first in range(0, len(self), size or len(self)):
-            part = slice(first, first + (size or len(self)))
-            yield Transitions(*(getattr(self, field.name)[part] for field in fields(self)))
 
 
 class TrajectoryBuffer:
@@ -70,6 +78,7 @@ class TrajectoryBuffer:
         self.prompt = torch.zeros(n, max_tokens, dtype=torch.int64, device=device)
         self.rewards, self.values, self.advantages, self.returns = torch.zeros(4, n, t, device=device).unbind()
         self.valid = torch.ones(n, dtype=torch.bool, device=device)
+        self.texts = [""] * n  # the prompts again, as rewards read them
 
     def add(
         self, rows: slice, t: int, observation: dict[str, Tensor], actions: Tensor, means: Tensor, values: Tensor

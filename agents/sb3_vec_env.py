@@ -34,7 +34,8 @@ class GymVectorVecEnv(VecEnv):
     def reset(self) -> VecEnvObs:
         """Resets all environments, with the seeds given to :meth:`seed` the first time after it."""
         seeds = self._seeds if any(seed is not None for seed in self._seeds) else None
-        observation, infos = self.venv.reset(seed=seeds, options=self._options[0] or None)  # type: ignore[arg-type]
+        options = {name: [each[name] for each in self._options] for name in self._options[0]} or None
+        observation, infos = self.venv.reset(seed=seeds, options=options)  # type: ignore[arg-type]
         self.reset_infos = [_info_of(infos, i) for i in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()

@@ -1,7 +1,7 @@
 """Text-to-image diffusion as a Gymnasium environment.
 
-Importing this package registers the ids ``DPOK-Shapes-v0`` and ``DPOK-SD15-v0``; torch and the models are imported
-when the first environment is made.
+Importing this package registers the ids of :data:`dpok_gym.registration.ENVIRONMENTS`; torch and the models are
+imported when the first environment is made.
 """
 
 from __future__ import annotations

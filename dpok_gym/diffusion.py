@@ -32,12 +32,18 @@ class Schedule:
         sample_coef: (T,) coefficient of x_t in the mean of x_{t-1}.
         output_coef: (T,) coefficient of the network's output in it.
         std: (T,) standard deviation of x_{t-1} in each dimension, positive.
+        alpha: (T,) signal's share of the variance of x_t, q(x_t | x_0) = N(sqrt(alpha) x_0, (1 - alpha) I).
+        clean_sample_coef: (T,) coefficient of x_t in the predicted x_0.
+        clean_output_coef: (T,) coefficient of the network's output in it.
     """
 
     timesteps: Tensor
     sample_coef: Tensor
     output_coef: Tensor
     std: Tensor
+    alpha: Tensor
+    clean_sample_coef: Tensor
+    clean_output_coef: Tensor
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -59,6 +65,27 @@ class Schedule:
         """
         sample_coef, output_coef = (_along(table[step], sample) for table in (self.sample_coef, self.output_coef))
         return sample_coef * sample.float() + output_coef * output.float()
+
+    def add_noise(self, step: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
+        """A sample of q(x_t | x_0), where the sampler would meet it.
+
+        Args:
+            step: (B,) int64 in [0, T).
+            clean: (B, ...) x_0.
+            noise: (B, ...) standard normal.
+
+        Returns:
+            (B, ...) x_t.
+        """
+        alpha = _along(self.alpha[step], clean)
+        return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+
+    def target(self, step: Tensor, clean: Tensor, sample: Tensor) -> Tensor:
+        """What the network should put out for a sample (B, ...) of q(x_t | x_0): the noise, v or x_0; (B, ...)."""
+        from_sample, from_output = (
+            _along(table[step], sample) for table in (self.clean_sample_coef, self.clean_output_coef)
+        )
+        return (clean - from_sample * sample) / from_output
 
     def output_weights(self) -> Tensor:
         """std / |output_coef| of each step, scaled to a mean of 1, (T,).
@@ -141,7 +168,7 @@ def make_schedule(scheduler_config: Mapping[str, Any], num_inference_steps: int,
     else:
         raise ValueError(f"prediction_type {prediction!r} is not epsilon, v_prediction or sample")
     sample_coef, output_coef = (alpha_prev.sqrt() * c + direction * n for c, n in zip(clean, noise, strict=True))
-    return Schedule(timesteps, sample_coef.float(), output_coef.float(), variance.sqrt().float())
+    return Schedule(timesteps, *(t.float() for t in (sample_coef, output_coef, variance.sqrt(), alpha, *clean)))
 
 
 def _reduce(values: Tensor, reduction: Reduction) -> Tensor:

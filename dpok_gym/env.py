@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from dpok_gym.prompts import PromptSet
 from dpok_gym.rewards import Reward
 from dpok_gym.vector_env import DenoisingVectorEnv, Observation
 
@@ -51,6 +52,7 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     A prompt drawn uniformly from the prompt set, and x_T ~ N(0, I), both from the environment's ``np_random``.
     ``reset(options={"prompt": text})`` takes any prompt that the model can read; ``info["prompt"]`` says which it is.
+    The option ``{"latent": x_T}`` starts from given noise.
 
     ## Episode End
 
@@ -105,6 +107,11 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return self._batch.reward
 
     @property
+    def prompts(self) -> PromptSet:
+        """What prompts are drawn from."""
+        return self._batch.prompts
+
+    @property
     def sampler(self) -> dict[str, Any]:
         """What a policy must know to act here, as plain JSON-able values."""
         return self._batch.sampler
@@ -112,7 +119,7 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Draws a prompt and the noise; ``options={"prompt": text}`` chooses the prompt."""
+        """Draws a prompt and the noise; ``options={"prompt": text, "latent": x_T}`` chooses either or both."""
         super().reset(seed=seed)
         observation, infos = self._batch.begin_episodes([self.np_random], options)
         return _first(observation), infos[0]

@@ -144,6 +144,9 @@ def list_prompt_sets() -> list[str]:
         pairs. Every colour, shape, number and relation occurs in training.
     ``shapes``
         24 prompts of each of these categories, chosen with a fixed seed: 19 for training and 5 held out.
+    ``mixture``
+        Three of the Gaussian mixtures of the mixture model, see :data:`dpok_gym.mixture.data.MIXTURES`; the fourth is
+        held out.
     ``dpok-colour``, ``dpok-count``, ``dpok-composition``, ``dpok-location``
         The training prompts of DPOK's experiments, one each (Fan et al. 2023, "DPOK: Reinforcement Learning for
         Fine-tuning Text-to-Image Diffusion Models", section 5). One counterpart each is held out: that of the colour
@@ -276,6 +279,7 @@ def _dpok(name: str, categories: Sequence[str]) -> PromptSet:
 _NAMED_SETS: dict[str, Callable[[], PromptSet]] = {
     **{category: partial(_shapes_category, category) for category in SHAPES_CATEGORIES},
     "shapes": _shapes,
+    "mixture": partial(PromptSet, "mixture", ("one gaussian", "two modes", "ring of six"), ("three modes",)),
     **{f"dpok-{category}": partial(_dpok, f"dpok-{category}", [category]) for category in _DPOK},
     "dpok": partial(_dpok, "dpok", list(_DPOK)),
 }

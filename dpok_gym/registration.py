@@ -15,10 +15,19 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
         "eta": 1.0,
         "guidance_scale": 1.0,
     },
+    "DPOK-Mixture-v0": {
+        "model": "mixture",
+        "prompts": "mixture",
+        "reward": "mixture-linear",
+        "num_inference_steps": 20,
+        "eta": 1.0,
+        "guidance_scale": 1.0,
+        "decode_batch_size": 64,
+    },
     "DPOK-SD15-v0": {
         "model": "sd15",
         "prompts": "dpok",
-        "reward": "jpeg-compressibility",
+        "reward": "image-reward",
         "num_inference_steps": 50,
         "eta": 1.0,
         "guidance_scale": 7.5,
@@ -26,7 +35,7 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "DPOK-SD21-v0": {
         "model": "sd21",
         "prompts": "dpok",
-        "reward": "jpeg-compressibility",
+        "reward": "image-reward",
         "num_inference_steps": 50,
         "eta": 1.0,
         "guidance_scale": 7.5,
@@ -34,7 +43,7 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "DPOK-SDXL-v0": {
         "model": "sdxl",
         "prompts": "dpok",
-        "reward": "jpeg-compressibility",
+        "reward": "image-reward",
         "num_inference_steps": 50,
         "eta": 1.0,
         "guidance_scale": 5.0,

@@ -161,7 +161,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
 
         Args:
             seed: environment i is seeded with ``seed + i``, or with the i-th of a sequence; None goes on.
-            options: ``{"prompt": text}`` for all environments, or ``{"prompt": [n texts]}``, not from the prompt set.
+            options: ``{"prompt": text}`` for all environments, or ``{"prompt": [n texts]}``, not from the prompt set;
+                ``{"latent": x_T}``, (C, h, w) for all or (n, C, h, w), not drawn.
         """
         seeds = [None] * self.num_envs if seed is None else seed
         seeds = [seeds + i for i in range(self.num_envs)] if isinstance(seeds, int) else list(seeds)
@@ -208,12 +209,15 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self, generators: Sequence[np.random.Generator], options: Mapping[str, Any] | None = None
     ) -> tuple[Observation, list[dict[str, Any]]]:
         """Starts an episode everywhere: a prompt z and x_T ~ N(0, I) from each environment's own generator."""
-        texts = self._chosen_prompts(options) or [self.prompts.sample(rng, 1)[0] for rng in generators]
+        chosen, latents = self._chosen(options)
+        texts = chosen or [self.prompts.sample(rng, 1)[0] for rng in generators]
         # First what may be refused: an episode that goes on is not to be judged by a prompt that was never begun.
         self._tokens = self.model.tokenize(texts).numpy()
         self._texts = texts
-        shape = self.model.latent_shape
-        self._latents = np.stack([rng.standard_normal(shape, np.float32) for rng in generators])
+        if latents is None:
+            shape = self.model.latent_shape
+            latents = np.stack([rng.standard_normal(shape, np.float32) for rng in generators])
+        self._latents = latents
         self._step = 0
         return self._observe(), [{"prompt": text} for text in self._texts]
 
@@ -255,17 +259,26 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             output = self.model.predict(latents.to(device), timesteps, conditioning, self.sampler["guidance_scale"])
             return self.schedule.mean(step, latents, output.cpu()), self.schedule.std[step]
 
-    def _chosen_prompts(self, options: Mapping[str, Any] | None) -> list[str] | None:
+    def _chosen(self, options: Mapping[str, Any] | None) -> tuple[list[str] | None, NDArray[np.float32] | None]:
+        """The prompts and the x_T that the reset options ask for."""
         options = dict(options or {})
-        chosen = options.pop("prompt", None)
+        texts, latents = options.pop("prompt", None), options.pop("latent", None)
         if options:
-            raise ValueError(f"unknown reset options {sorted(options)}; the only one is 'prompt'")
-        if chosen is None:
-            return None
-        texts = [chosen] * self.num_envs if isinstance(chosen, str) else list(chosen)
-        if len(texts) != self.num_envs:
-            raise ValueError(f"the option 'prompt' takes one text or {self.num_envs}, got {len(texts)}")
-        return list(load_prompts(texts).train)  # which says so if one is blank or no text
+            raise ValueError(f"unknown reset options {sorted(options)}; there are 'prompt' and 'latent'")
+        if texts is not None:
+            texts = [texts] * self.num_envs if isinstance(texts, str) else list(texts)
+            if len(texts) != self.num_envs:
+                raise ValueError(f"the option 'prompt' takes one text or {self.num_envs}, got {len(texts)}")
+            texts = list(load_prompts(texts).train)  # which says so if one is blank or no text
+        if latents is not None:
+            latents = np.array(latents, np.float32)
+            if latents.shape not in (self._latents.shape, self._latents.shape[1:]) or not np.isfinite(latents).all():
+                raise ValueError(
+                    f"the option 'latent' takes finite numbers of shape {self._latents.shape[1:]}, or "
+                    f"{self._latents.shape} for all environments, got {latents.shape}"
+                )
+            latents = np.broadcast_to(latents, self._latents.shape).copy()
+        return texts, latents
 
     def _observe(self) -> Observation:
         # The observation after the last step says T - 1 again: the space ends there, and nobody acts on it.

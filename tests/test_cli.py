@@ -267,6 +267,7 @@ def test_evaluate(finished, capsys):
 def test_another_environment(tiny_sd_folder, tmp_path, capsys):
     folder = tmp_path / "run"
     of_model = ["--env", "DPOK-SD15-v0", "--model", str(tiny_sd_folder), "--guidance-scale", "2"]
+    of_model += ["--reward", "jpeg-compressibility"]
     assert _train(folder, "--pictures", "2", "--prompts", "a dog on the moon", *of_model, *TINY) == 0
     summary = _summary(folder)
     assert summary["aligned_before"] is summary["aligned_after"] is summary["quality_after"] is None
@@ -392,6 +393,7 @@ def test_presets_and_options():
     assert (mine.n_envs, mine.env_kwargs["prompts"]) == (3, "count")
     other = Config.of(Train(env="DPOK-SD15-v0"))
     assert other.env_kwargs["prompts"] == "dpok"
+    assert other.env_kwargs["reward"] == {"image-reward": 1.0}
     assert other.pictures == 20_000
 
 

@@ -255,7 +255,7 @@ def changed_batch(agent: DPOK, scale: float) -> tuple[Transitions, Tensor]:
     collect(agent)
     change(agent, scale)
     (batch,) = agent.rollout_buffer.get(None)
-    return batch, agent._reference(batch.observation)[0]
+    return batch, agent._reference(batch)
 
 
 def terms(agent: DPOK, batch: Transitions, reference: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -696,7 +696,7 @@ def test_unmasked_rewards_are_errors(make_env, make_agent) -> None:
         ({"n_steps": -T}, "must be a multiple"),
         ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
         ({"vf_epochs": 0}, "vf_epochs must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, or None for all at once, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"batch_size": -5}, "batch_size must be at least 1"),
         ({"micro_batch_size": 0}, "micro_batch_size must be an integer of at least 1"),
         ({"vf_batch_size": -1}, "vf_batch_size must be at least 1"),

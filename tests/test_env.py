@@ -40,9 +40,11 @@ def finish(env: gymnasium.Env, **reset: Any) -> tuple[dict, float, bool, bool, d
 def test_checkers(env_id: str, steps: int, request: pytest.FixtureRequest, only_warnings) -> None:
     small = {"sd15": "tiny_sd_folder", "sd21": "tiny_v_folder", "sdxl": "tiny_xl_folder"}  # in place of the real ones
     name = ENVIRONMENTS[env_id]["model"]
-    model = {"model": str(request.getfixturevalue(small[name]))} if name in small else {}
+    ours: dict = {}
+    if name in small:
+        ours = {"model": str(request.getfixturevalue(small[name])), "reward": "jpeg-compressibility"}
     with only_warnings(*GYMNASIUM_ADVICE):
-        env = gymnasium.make(env_id, num_inference_steps=steps, render_mode="rgb_array", **model)
+        env = gymnasium.make(env_id, num_inference_steps=steps, render_mode="rgb_array", **ours)
         check_env(env.unwrapped)
     with only_warnings(*SB3_ADVICE):
         sb3_check_env(env.unwrapped)
@@ -204,7 +206,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompts": RED_CIRCLE}, r"unknown reset options \['prompts'\]; the only one is 'prompt'"),
+        ({"prompts": RED_CIRCLE}, r"unknown reset options \['prompts'\]; there are 'prompt' and 'latent'"),
         ({"prompt": "a red dragon"}, "cannot read 'dragon'"),
         ({"prompt": ""}, "not blank"),
         ({"prompt": ["a red circle", "a star"]}, "one text or 1, got 2"),

@@ -113,7 +113,9 @@ def test_advantages_equal_those_of_stable_baselines3() -> None:
 B, SHAPE = 3, (2, 2, 2)
 MEAN, OTHER, SAMPLE = (randn(B, *SHAPE, seed=seed) for seed in range(3))
 STD = tensor([0.3, 1.0, 2.5])
-SCHEDULE = diffusion.Schedule(torch.arange(B).flip(0), tensor([1.0, 0.9, 0.8]), tensor([-0.5, 0.1, 2.0]), STD)
+SCHEDULE = diffusion.Schedule(
+    torch.arange(B).flip(0), tensor([1.0, 0.9, 0.8]), tensor([-0.5, 0.1, 2.0]), STD, *tensor(3 * [[0.2, 0.5, 0.9]])
+)
 STEP = torch.tensor([2, 0, 1])
 LOG_RATIOS = tensor([0.0, INSIDE, ABOVE, BELOW] * 2, requires_grad=True)
 ADVANTAGES = tensor([1.5] * 4 + [-0.7] * 4, requires_grad=True)
@@ -152,4 +154,4 @@ def test_kl_is_the_weighted_difference_of_the_outputs() -> None:
     torch.testing.assert_close(kl, weight * mse * math.prod(SHAPE))
 
 
-TABLES = ("sample_coef", "output_coef", "std")
+TABLES = ("sample_coef", "output_coef", "std", "alpha", "clean_sample_coef", "clean_output_coef")

@@ -81,7 +81,8 @@ def test_stable_diffusion_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_stable_diffusion_from_a_folder(tiny_sd_folder: Path) -> None:
-    with gymnasium.make("DPOK-SD15-v0", model=str(tiny_sd_folder), num_inference_steps=2) as env:
+    small = {"model": str(tiny_sd_folder), "num_inference_steps": 2, "reward": "jpeg-compressibility"}
+    with gymnasium.make("DPOK-SD15-v0", **small) as env:
         assert env.unwrapped.sampler["guidance_scale"] == 7.5
         _, info = env.reset(seed=0)
         assert info["prompt"] in env.unwrapped.batch.prompts.train

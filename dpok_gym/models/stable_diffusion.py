@@ -173,7 +173,6 @@ class StableDiffusion(TextToImageModel):
     def _denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         return denoiser(latents, timesteps, **conditioning).sample.float()
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """See the base class."""
         latents = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor

@@ -9,6 +9,8 @@ name                        reward
 ==========================  ===================================================================
 ``shapes-alignment``        how well the embedded world's judge finds the prompt in the picture
 ``shapes-quality``          how clean the same judge finds the picture, whatever the prompt
+``mixture-linear``          how far right the dot of the mixture model is
+``mixture-quadratic``       minus the squared distance of that dot from (1, 0)
 ``jpeg-compressibility``    minus the size of the picture as a JPEG file, kilobytes
 ``jpeg-incompressibility``  the size of the picture as a JPEG file, kilobytes
 ``image-reward``            ImageReward-v1.0: how people would rate the picture for its prompt
@@ -37,6 +39,8 @@ __all__ = [
 
 register_reward("shapes-alignment", "dpok_gym.rewards.shapes:ShapesAlignment")
 register_reward("shapes-quality", "dpok_gym.rewards.shapes:ShapesQuality")
+register_reward("mixture-linear", "dpok_gym.rewards.mixture:MixtureLinear")
+register_reward("mixture-quadratic", "dpok_gym.rewards.mixture:MixtureQuadratic")
 register_reward("jpeg-compressibility", "dpok_gym.rewards.jpeg:JpegCompressibility")
 register_reward("jpeg-incompressibility", "dpok_gym.rewards.jpeg:JpegIncompressibility")
 register_reward("image-reward", "dpok_gym.rewards.image_reward:ImageReward")

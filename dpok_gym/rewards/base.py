@@ -136,6 +136,29 @@ class Reward:
         valid &= self._require_finite(total, "the weighted sum of the rewards", prompts, valid)  # it may overflow
         return RewardBatch(total.where(valid, 0.0), components, valid, weighted)
 
+    def check_differentiable(self) -> None:
+        """Makes sure that :meth:`differentiable` can be called.
+
+        Raises:
+            ValueError: if a function has no gradients, or its normalisation learns from what it sees.
+        """
+        for name, part in self._parts.items():
+            if not getattr(part.function, "differentiable", False):
+                raise ValueError(
+                    f"the reward {name!r} has no gradient; a differentiable one has an attribute differentiable = True "
+                    f"and a method score(images, prompts) -> (B,), such as a reward fitted by dpok fit-reward"
+                )
+            if part.normalize == "running":
+                raise ValueError(f"the reward {name!r} is normalised by running statistics, which have no gradient")
+
+    def differentiable(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """The total of a batch (B,) with its gradient in the images; not checked to be finite."""
+        totals = []
+        for part in self._parts.values():
+            values = part.function.score(images, prompts)  # type: ignore[attr-defined]
+            totals.append(part.weight * (values if part.normalize is None else standardize(values, *part.normalize)))
+        return torch.stack(totals).sum(dim=0)
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """``with reward.evaluating()``: :attr:`training` is False."""

@@ -1,0 +1,209 @@
+"""Feedback as it is collected: a JSONL file with one comparison of two pictures on each line.
+
+    {"prompt": "a red star", "pictures": ["a.png", "b.png"], "preferred": 0, "who": "ada", "when": "2026-01-31T12:00"}
+
+``pictures`` are paths relative to the file, ``preferred`` is 0 for the first and 1 for the second. ``who`` chose and
+``when`` (ISO 8601) are not learned from and may be left out, as may any further fields be there.
+
+Letters used for shapes: N choices, M pictures, S x S pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from dpok_gym.rewards.preference import resize
+
+#: Fewer choices say next to nothing.
+LEAST_CHOICES = 20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One comparison.
+
+    Attributes:
+        prompt: that the pictures were compared for.
+        preferred: path of the picture that was liked better.
+        other: path of the one that was not.
+        who: chose; None if not told.
+        when: ISO 8601; None if not told.
+        line: of the file.
+    """
+
+    prompt: str
+    preferred: Path
+    other: Path
+    who: str | None
+    when: str | None
+    line: int
+
+
+@dataclass
+class Comparisons:
+    """Choices with their pictures.
+
+    Attributes:
+        pictures: (M, 3, S, S) uint8.
+        prompts: N texts.
+        pairs: (N, 2) int64, rows of ``pictures``: first the preferred one, then the other.
+    """
+
+    pictures: Tensor
+    prompts: list[str]
+    pairs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, rows: Tensor) -> Comparisons:
+        """The choices at ``rows``, int64; the pictures stay."""
+        return Comparisons(self.pictures, [self.prompts[row] for row in rows.tolist()], self.pairs[rows])
+
+    def components(self) -> Tensor:
+        """(N,) int64: choices that share a picture, directly or over others, have the same number."""
+        first, second = self.pairs.T.numpy()
+        graph = coo_array((np.ones(len(self)), (first, second)), shape=(len(self.pictures),) * 2)
+        return torch.from_numpy(connected_components(graph, directed=False)[1]).long()[self.pairs[:, 0]]
+
+    def split(self, held_out: float, seed: int) -> tuple[Comparisons, Comparisons]:
+        """Holds choices out, at random but whole components: no picture is on both sides.
+
+        Args:
+            held_out: share of the choices, in (0, 1); it is met as closely as whole components allow.
+            seed: of the draw.
+
+        Returns:
+            The choices to learn from and those held out.
+
+        Raises:
+            ValueError: if the share is out of range or one side would be empty.
+        """
+        if not 0 < held_out < 1:
+            raise ValueError(f"the held-out share must lie between 0 and 1, got {held_out}")
+        component = self.components()
+        sizes = component.bincount()
+        shuffled = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
+        before = sizes[shuffled].cumsum(0) - sizes[shuffled] / 2  # a component is out if more than half of it fits
+        out = torch.zeros(len(sizes), dtype=torch.bool)
+        out[shuffled[before < held_out * len(self)]] = True
+        chosen = out[component]
+        if chosen.all() or not chosen.any():
+            raise ValueError(
+                f"the {len(self)} choices cannot be split so that a share of {held_out} is held out and no picture is "
+                "on both sides: too many share pictures with each other; compare each picture with few others, or "
+                "change the held-out share"
+            )
+        return self[(~chosen).nonzero()[:, 0]], self[chosen.nonzero()[:, 0]]
+
+
+def read_choices(path: str | os.PathLike[str]) -> list[Choice]:
+    """Reads a file of choices; the pictures are only looked for, not opened.
+
+    Raises:
+        FileNotFoundError: if the file or, with the number of the line, a picture is not there.
+        ValueError: if there are too few choices or, with the number of the line, one is not as above.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of choices at {str(path)!r}")
+    choices: list[Choice] = []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"line {number} of {str(path)!r}"
+            try:
+                choices.append(_choice(json.loads(line), path.parent, number))
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{where}: {error}") from None
+            except ValueError as error:  # json's and Unicode's errors are ValueErrors
+                raise ValueError(f"{where}: {error}") from None
+    if len(choices) < LEAST_CHOICES:
+        raise ValueError(
+            f"{str(path)!r} has {len(choices)} choices, and a reward needs at least {LEAST_CHOICES} to be learned and "
+            "measured; some thousands are usual"
+        )
+    return choices
+
+
+def load_comparisons(path: str | os.PathLike[str], size: int) -> Comparisons:
+    """Reads a file of choices, and each of its pictures once, resized to a square.
+
+    Args:
+        path: of the file.
+        size: S.
+
+    Raises:
+        FileNotFoundError: as :func:`read_choices` does.
+        ValueError: as it does, and if a picture cannot be read.
+    """
+    choices = read_choices(path)
+    line_of: dict[Path, int] = {}
+    for choice in choices:
+        line_of.setdefault(choice.preferred, choice.line)
+        line_of.setdefault(choice.other, choice.line)
+    row_of = {picture: row for row, picture in enumerate(line_of)}
+    pictures = torch.empty(len(row_of), 3, size, size, dtype=torch.uint8)
+    for picture, row in row_of.items():
+        try:
+            pictures[row] = _load_picture(picture, size)
+        except Exception as error:  # Pillow has many kinds for damaged files, SyntaxError among them
+            raise ValueError(
+                f"line {line_of[picture]} of {str(path)!r}: the picture {str(picture)!r} cannot be read: {error}"
+            ) from error
+    pairs = torch.tensor([[row_of[choice.preferred], row_of[choice.other]] for choice in choices])
+    return Comparisons(pictures, [choice.prompt for choice in choices], pairs)
+
+
+def _choice(fields: Any, folder: Path, line: int) -> Choice:
+    if not isinstance(fields, dict):
+        raise ValueError(f'a choice is an object such as {{"prompt": ..., "pictures": ...}}, not {fields!r}')
+    missing = [name for name in ("prompt", "pictures", "preferred") if name not in fields]
+    if missing:
+        raise ValueError(f"the field {missing[0]!r} is missing; a choice has prompt, pictures and preferred")
+    prompt, names, preferred = fields["prompt"], fields["pictures"], fields["preferred"]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"'prompt' must be a text that is not blank, not {prompt!r}")
+    if not _is_pair(names):
+        raise ValueError(f"'pictures' must be two different paths, not {names!r}")
+    if isinstance(preferred, bool) or preferred not in (0, 1):
+        raise ValueError(f"'preferred' must be 0 for the first picture or 1 for the second, not {preferred!r}")
+    who, when = fields.get("who"), fields.get("when")
+    if not isinstance(who, str | None):
+        raise ValueError(f"'who' must be a text, not {who!r}")
+    if when is not None:
+        try:
+            datetime.fromisoformat(when)
+        except (TypeError, ValueError):
+            raise ValueError(f"'when' must be a time in ISO 8601, such as 2026-01-31T12:00:00, not {when!r}") from None
+    paths = [folder / name for name in names]
+    for picture in paths:
+        if not picture.is_file():
+            raise FileNotFoundError(f"there is no picture {str(picture)!r}; paths are relative to the file of choices")
+    return Choice(prompt, paths[int(preferred)], paths[1 - int(preferred)], who, when, line)
+
+
+def _is_pair(names: Any) -> bool:
+    is_list = isinstance(names, Sequence) and not isinstance(names, str)
+    return is_list and len(names) == 2 and all(isinstance(name, str) for name in names) and names[0] != names[1]
+
+
+def _load_picture(path: Path, size: int) -> Tensor:
+    with Image.open(path) as picture:
+        pixels = torch.from_numpy(np.array(picture.convert("RGB")))  # (H, W, 3)
+    image = resize(pixels.permute(2, 0, 1)[None].float() / 255, size)[0]
+    return (255 * image).round().clamp(0, 255).byte()

@@ -1,0 +1,214 @@
+"""Learns a reward from choices, and says how far to trust it.
+
+Letters used for shapes: N choices, M pictures, S x S pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dpok_gym.rewards.preference import PreferenceConfig, PreferenceNetwork, PreferenceReward, split_words
+from dpok_gym.rewards.preference_data import Comparisons
+
+_WARMUP = 100  # optimiser steps
+_MAX_WORDS = 64  # a prompt's further words would make every prompt's reading slower
+
+
+@dataclass
+class Measured:
+    """How a reward does on choices that it was not learned from.
+
+    "Its favourite" is the picture with the higher score; p is the probability that the reward gives to the choice of
+    it, at least 1/2.
+
+    Attributes:
+        choices: N, how many.
+        agreement: share of the choices that fell on its favourite, in [0, 1].
+        loss: mean of -log sigmoid(s_preferred - s_other), nats; log 2 = 0.69 is that of a coin.
+        calibration_error: the expected calibration error: how far the next three are apart, mean weighted by counts.
+        predicted: mean p of each bin of p, the bins equally wide; empty ones are left out.
+        observed: share of its choices that fell on the favourite.
+        counts: choices in it.
+    """
+
+    choices: int
+    agreement: float
+    loss: float
+    calibration_error: float
+    predicted: list[float]
+    observed: list[float]
+    counts: list[int]
+
+
+@dataclass
+class Fit:
+    """What :func:`fit` returns.
+
+    Attributes:
+        reward: with the weights of the epoch that had the lowest loss on the held-out choices.
+        held_out: how it does on them. They chose the epoch, so new ones may agree a little less.
+        trained_on: number of choices that it learned from.
+        epoch: that the weights are of, from 1.
+        interrupted: whether Ctrl-C ended it early.
+    """
+
+    reward: PreferenceReward
+    held_out: Measured
+    trained_on: int
+    epoch: int
+    interrupted: bool
+
+
+def bradley_terry_loss(preferred: Tensor, other: Tensor) -> Tensor:
+    """-log P(preferred > other) = -log sigmoid(s_preferred - s_other), of scores of any shape, nats.
+
+    Bradley and Terry 1952, "Rank Analysis of Incomplete Block Designs"; for rewards: Christiano et al. 2017, "Deep
+    Reinforcement Learning from Human Preferences", equation 1.
+    """
+    return -F.logsigmoid(preferred - other)
+
+
+def measure(log_odds: Tensor, n_bins: int = 10) -> Measured:
+    """Agreement and calibration.
+
+    Args:
+        log_odds: (N,) s_preferred - s_other of choices.
+        n_bins: of the calibration.
+    """
+    confidence, right = log_odds.abs().sigmoid(), (log_odds > 0).float()
+    index = ((2 * confidence - 1) * n_bins).long().clamp(max=n_bins - 1)
+    counts = index.bincount(minlength=n_bins)
+    filled = counts > 0
+    predicted, observed = (
+        torch.zeros(n_bins).index_add_(0, index, values)[filled] / counts[filled] for values in (confidence, right)
+    )
+    counts = counts[filled]
+    return Measured(
+        choices=len(log_odds),
+        agreement=right.mean().item(),
+        loss=-F.logsigmoid(log_odds).mean().item(),
+        calibration_error=((predicted - observed).abs() * counts).sum().item() / len(log_odds),
+        predicted=predicted.tolist(),
+        observed=observed.tolist(),
+        counts=counts.tolist(),
+    )
+
+
+@torch.no_grad()
+def log_odds(reward: PreferenceReward, comparisons: Comparisons) -> Tensor:
+    """s_preferred - s_other of choices, (N,) float32 on the CPU."""
+    parts = []
+    for rows in torch.arange(len(comparisons)).split(reward.batch_size):
+        preferred, other = _scores(reward.network, comparisons[rows])
+        parts.append((preferred - other).cpu())
+    return torch.cat(parts)
+
+
+def fit(
+    comparisons: Comparisons,
+    *,
+    epochs: int = 50,
+    held_out: float = 0.1,
+    seed: int = 0,
+    batch_size: int = 64,
+    learning_rate: float = 1.5e-3,
+    device: str = "auto",
+    checkpoint: Path | None = None,
+    log: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> Fit:
+    """Minimises the Bradley-Terry loss with AdamW, the learning rate falling linearly to zero.
+
+    Ctrl-C after the first epoch ends it with what is best so far.
+
+    Args:
+        comparisons: the choices; their pictures' size S becomes the network's.
+        epochs: passes over the choices, 1 or more. Some hundred thousand choices in all are a good start; too many
+            passes over few choices learn them by heart, which the held-out loss shows.
+        held_out: share of the choices that is not learned from, in (0, 1); see :meth:`Comparisons.split`.
+        seed: of split, first weights, order and shifts.
+        batch_size: choices in each optimiser step, 1 or more.
+        learning_rate: the highest; 5e-4 to 3e-3.
+        device: "auto" (a GPU if there is one), or any torch device.
+        checkpoint: file to go on from if it is there, and to write after each epoch; None for none.
+        log: called after each epoch with its number, the mean training loss, and the held-out loss and agreement.
+
+    Raises:
+        ValueError: if an argument is out of range, the choices cannot be split, or the checkpoint is of another fit.
+        KeyboardInterrupt: if Ctrl-C comes before the first epoch is over.
+    """
+    for name, value in {"epochs": epochs, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate must be above 0, got {learning_rate}")
+    train, test = comparisons.split(held_out, seed)
+    torch.manual_seed(seed)
+    reward = PreferenceReward(PreferenceNetwork(_config(train)), device)
+    network = reward.network.requires_grad_(True)
+    optimizer = torch.optim.AdamW(network.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    steps = epochs * -(-len(train) // batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / _WARMUP, max(1 - step / steps, 0.0))
+    )
+    parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    settings = {"choices": len(train), "epochs": epochs, "seed": seed, "batch_size": batch_size, "held_out": held_out}
+    state = _Checkpoint(checkpoint, settings | {"learning_rate": learning_rate})
+    state.restore(parts)
+    interrupted = False
+    try:
+        for epoch in range(state.epoch, epochs):
+            network.train()
+            loss = _train_epoch(network, train, optimizer, schedule, batch_size, 1_000_000 * seed + epoch)
+            network.eval()
+            found = measure(log_odds(reward, test))
+            state.record(parts, found.loss)
+            log({"epoch": epoch + 1, "loss": loss, "held_out_loss": found.loss, "agreement": found.agreement})
+    except KeyboardInterrupt:
+        if not state.best_epoch:
+            raise
+        interrupted = True
+    # As the folder will have them, so that what is measured is what is shipped.
+    network.load_state_dict({name: weights.half().float() for name, weights in state.best.items()})
+    network.eval().requires_grad_(False)
+    return Fit(reward, measure(log_odds(reward, test)), len(train), state.best_epoch, interrupted)
+
+
+class _Checkpoint:
+    """How far a fit has come, and its best weights; on disk too, if there is a path."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.epoch = self.best_epoch = 0
+        self.best_loss = float("inf")
+        self.best: dict[str, Tensor] = {}
+
+    def restore(self, parts: dict[str, Any]) -> None:
+        if self.path is None or not self.path.exists():
+            return
+        saved = torch.load(self.path, weights_only=True)
+        if saved["settings"] != self.settings:
+            raise ValueError(
+                f"{str(self.path)!r} is the checkpoint of a fit with other settings, {saved['settings']}: remove it, or "
+                "go on with those"
+            )
+        self.epoch, self.best_epoch, self.best_loss = saved["epoch"], saved["best_epoch"], saved["best_loss"]
+        self.best = saved["best"]
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+
+    def record(self, parts: dict[str, Any], loss: float) -> None:
+        self.epoch += 1
+        if loss < self.best_loss:
+            self.best_loss, self.best_epoch = loss, self.epoch
+            self.best = {name: weights.clone() for name, weights in parts["network"].state_dict().items()}
+        if self.path is not None:
+            own = {name: value for name, value in asdict_of(self).items()}
+            torch.save(own | {name: part.state_dict() for name, part in parts.items()}, self.path.with_suffix(".tmp"))
+            self.path.with_suffix(".tmp").replace(self.path)  # so that an interruption leaves the old one whole
