@@ -1,4 +1,4 @@
-"""The command line: ``dpok train``, ``sample``, ``evaluate`` and ``serve-reward``, and what their options mean.
+"""The command line: ``dpok train``, ``sample``, ``evaluate``, ``fit-reward``, ``serve-reward``, and their options.
 
 What the commands do is in :mod:`agents.commands`; that module loads torch, so it is imported once a command has been
 read, and help and mistakes in the options come at once.
@@ -190,6 +190,38 @@ class Evaluate:
 
 
 @dataclass
+class FitReward:
+    """Learn a reward from people's choices between two pictures, for dpok train --reward FOLDER.
+
+    The folder gets the reward (config.json and model.safetensors), and how well it agrees with choices held out:
+    fit.json and calibration.png. Ctrl-C keeps the best so far; a run that was killed goes on when it is started again.
+    """
+
+    choices: tyro.conf.Positional[Path]
+    """JSONL file with a choice on each line, its paths relative to the file.
+
+    {"prompt": "a red star", "pictures": ["a.png", "b.png"], "preferred": 0, "who": "ada", "when": "2026-01-31T12:00"}
+    """
+    out: Annotated[Path, _auto("FOLDER", "none: it must be given")]
+    """Folder to write; it must not hold a reward already."""
+    held_out: float = 0.1
+    """Share of the choices that is measured on and not learned from, above 0 and below 1; no picture is on both sides.
+    """
+    epochs: int = 30
+    """Passes over the choices, 1 or more; more with few choices, until the held-out loss no longer falls."""
+    batch_size: int = 64
+    """Choices in each optimiser step, 1 or more."""
+    learning_rate: float = 1.5e-3
+    """Highest learning rate, usually 5e-4 to 3e-3."""
+    picture_size: int = 64
+    """Pixels of the side that pictures are resized to, a multiple of 8 from 16 on; more sees finer details, slower."""
+    seed: int = 0
+    """Seed of the split, the first weights and the order of the choices, 0 or more."""
+    device: str = "auto"
+    """Where the network runs: auto, cpu, cuda, cuda:1, ..."""
+
+
+@dataclass
 class ServeReward:
     """Serve a reward over HTTP, for dpok train --reward http://HOST:PORT.
 
@@ -210,6 +242,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "sample": Sample,
     "evaluate": Evaluate,
+    "fit-reward": FitReward,
     "serve-reward": ServeReward,
 }
 

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoard
 
 from agents import plots
 from agents.callbacks import ProgressCallback, SaveCallback, save_agent
-from agents.cli import SHAPES, Evaluate, Sample, ServeReward, Train
+from agents.cli import SHAPES, Evaluate, FitReward, Sample, ServeReward, Train
 from agents.config import (
     ALGORITHMS,
     AT_A_TIME,
@@ -34,7 +34,10 @@ from agents.evaluation import Evaluation, draw, spread
 from agents.evaluation import evaluate as evaluate_policy
 from agents.on_policy import DenoisingAlgorithm
 from dpok_gym.models.lora import LoRA
-from dpok_gym.prompts import PromptSet, load_prompts
+from dpok_gym.prompts import unseen_prompts
+from dpok_gym.rewards import preference
+from dpok_gym.rewards.preference_data import load_comparisons
+from dpok_gym.rewards.preference_fit import Measured, fit
 from dpok_gym.rewards.server import serve
 from dpok_gym.shapes.captions import parse_prompt
 from dpok_gym.vector_env import DenoisingVectorEnv
@@ -166,7 +169,10 @@ def evaluate(options: Evaluate) -> int:
         also = () if config.is_shapes or trained_on_size else ("jpeg-compressibility",)
     env = config.make_evaluation_env(options.pictures, also, device=options.device)
     agent = ALGORITHMS[config.algo].load(_model_of(options.run), device=options.device)
-    sets = {"training": env.prompts.train, "held-out": _held_out(env.prompts, config)}
+    sets = {
+        "training": env.prompts.train,
+        "held-out": unseen_prompts(env.prompts) if config.is_shapes else env.prompts.held_out,
+    }
     console, found = Console(), {}
     for name, texts in sets.items():
         if not texts:
@@ -181,6 +187,42 @@ def evaluate(options: Evaluate) -> int:
     result = {"seed": config.seed, "pictures": options.pictures, "trained_on": trained, "prompts": found}
     _write_json(options.run / "evaluation.json", result)
     return 0
+
+
+def fit_reward(options: FitReward) -> int:
+    """Fits a reward to choices and measures it."""
+    if (options.out / preference.CONFIG).exists():
+        raise FileExistsError(f"{options.out} already holds a reward; choose another --out")
+    if options.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {options.seed}")
+    console = Console()
+    comparisons = load_comparisons(options.choices, options.picture_size)
+    console.print(f"{len(comparisons)} choices between {len(comparisons.pictures)} pictures")
+
+    def log(row: dict[str, Any]) -> None:
+        numbers = f"loss {row['loss']:.3f}, held-out {row['held_out_loss']:.3f}, agreement {row['agreement']:.1%}"
+        console.print(f"epoch {row['epoch']}: {numbers}", highlight=False)
+
+    checkpoint = options.out / "checkpoint.pt"
+    found = fit(
+        comparisons,
+        **given(options, "epochs", "held_out", "seed", "batch_size", "learning_rate", "device"),
+        checkpoint=checkpoint,
+        log=log,
+    )
+    found.reward.save(options.out)
+    checkpoint.unlink()
+    held_out = found.held_out
+    written = {"choices": str(options.choices), "trained_on": found.trained_on, "epoch": found.epoch}
+    _write_json(options.out / "fit.json", written | {"held_out": asdict(held_out)})
+    plots.calibration(held_out, options.out / "calibration.png", f"{held_out.choices:,} choices held out")
+    console.print(_calibration_table(held_out))
+    console.print(
+        f"agreement {held_out.agreement:.1%}, loss {held_out.loss:.3f} nats, expected calibration error "
+        f"{held_out.calibration_error:.3f}; use it with: dpok train --reward {options.out}",
+        highlight=False,
+    )
+    return 130 if found.interrupted else 0
 
 
 def serve_reward(options: ServeReward) -> int:
@@ -247,18 +289,6 @@ def _no_reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     return torch.zeros(len(prompts))
 
 
-def _held_out(prompts: PromptSet, config: Config) -> tuple[str, ...]:
-    """Prompts that training never showed; in the embedded world any training prompts have their category's."""
-    if prompts.held_out or not config.is_shapes:
-        return prompts.held_out
-    requests = [parse_prompt(text) for text in prompts.train]
-    shown = {(frozenset(request.kinds), len(request.kinds)) for request in requests}
-    categories = dict.fromkeys(request.category for request in requests)
-    texts = [text for category in categories for text in load_prompts(category).held_out]
-    unseen = {text: parse_prompt(text) for text in texts}
-    return tuple(text for text, it in unseen.items() if (frozenset(it.kinds), len(it.kinds)) not in shown)
-
-
 def _scores(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
     """What the two evaluations say, means over the pictures; None for what was not measured."""
     scores: dict[str, Any] = {"eval_pictures": len(after) if after else 0}
@@ -286,6 +316,16 @@ def _table(title: str, scores: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right")
     for row in _rows(scores):
         table.add_row(*row)
+    return table
+
+
+def _calibration_table(held_out: Measured) -> Table:
+    title = f"how often the favourite was chosen ({held_out.choices} choices held out)"
+    table = Table(title=title, title_justify="left")
+    for heading in ("predicted", "observed", "choices"):
+        table.add_column(heading, justify="right")
+    for predicted, observed, count in zip(held_out.predicted, held_out.observed, held_out.counts, strict=True):
+        table.add_row(f"{predicted:.1%}", f"{observed:.1%}", str(count))
     return table
 
 

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from agents.evaluation import Evaluation
+from dpok_gym.rewards.preference_fit import Measured
 
 INK, FAINT = "#262626", "#8c8c8c"
 #: Blue and orange of the Okabe-Ito palette, and its green for aligned pictures: told apart by every eye.
@@ -159,6 +160,46 @@ def before_after(
         for axes in cells[row::2, 0]:
             text = f"{label}\n{score}\n(of {len(evaluation)})"
             axes.text(-0.12, 0.5, text, transform=axes.transAxes, ha="right", va="center", fontsize=8, color=INK)
+    return _save(figure, path)
+
+
+def calibration(measured: Measured, path: str | Path, title: str = "") -> Path:
+    """Draws how often a reward's favourite was chosen, against how likely the reward held that to be.
+
+    Args:
+        measured: on choices that the reward was not learned from.
+        path: of the file to write.
+        title: above the figure.
+    """
+    figure = Figure(figsize=(4.6, 4.9), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    axes.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1, linestyle="--")
+    axes.text(
+        0.76,
+        0.74,
+        "as predicted",
+        color=FAINT,
+        fontsize=8,
+        rotation=45,
+        ha="center",
+        va="center",
+        rotation_mode="anchor",
+        transform_rotates_text=True,
+    )
+    predicted, observed, counts = (
+        np.array(values) for values in (measured.predicted, measured.observed, measured.counts)
+    )
+    error = np.sqrt(observed * (1 - observed) / counts)
+    axes.errorbar(predicted, observed, 1.96 * error, fmt="o-", color=REWARD, linewidth=1.8, markersize=4, elinewidth=1)
+    axes.set(
+        ylabel="share of the choices that fell on it", xlim=(0.49, 1.01), ylim=(min(0.45, observed.min() - 0.05), 1.02)
+    )
+    below.bar(predicted, counts, width=0.03, color=REWARD)
+    below.set(xlabel="probability that the reward gives its favourite of two", ylabel="choices")
+    for panel in (axes, below):
+        panel.spines[["top", "right"]].set_visible(False)
+    scores = f"agreement {measured.agreement:.1%}, expected calibration error {measured.calibration_error:.3f}"
+    figure.suptitle("\n".join(part for part in (title, scores) if part), color=INK, fontsize=10)
     return _save(figure, path)
 
 

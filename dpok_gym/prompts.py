@@ -157,6 +157,30 @@ def list_prompt_sets() -> list[str]:
     return list(_NAMED_SETS)
 
 
+def unseen_prompts(prompts: PromptSet) -> tuple[str, ...]:
+    """Prompts of the embedded world that training on a set never shows: its own held-out ones, or its categories'.
+
+    Args:
+        prompts: that the embedded world can read.
+
+    Returns:
+        Prompts none of which asks for the same objects as one of ``prompts.train``.
+
+    Raises:
+        ValueError: if the set has no held-out prompts, and a training prompt is none of the embedded world.
+    """
+    from dpok_gym.shapes.captions import parse_prompt
+
+    if prompts.held_out:
+        return prompts.held_out
+    requests = [parse_prompt(text) for text in prompts.train]
+    shown = {(frozenset(request.kinds), len(request.kinds)) for request in requests}
+    categories = dict.fromkeys(request.category for request in requests)
+    texts = [text for category in categories for text in load_prompts(category).held_out]
+    unseen = {text: parse_prompt(text) for text in texts}
+    return tuple(text for text, it in unseen.items() if (frozenset(it.kinds), len(it.kinds)) not in shown)
+
+
 def _read_file(path: Path) -> PromptSet:
     try:
         content = path.read_text(encoding="utf-8-sig")

@@ -39,6 +39,32 @@ def test_transition_equals_diffusers(prediction_type: str, spacing: str, steps: 
         torch.testing.assert_close(sample, expected, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("prediction_type", "changes"),
+    [
+        ("epsilon", {}),
+        ("v_prediction", {}),
+        ("sample", {}),
+        ("v_prediction", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),  # begins with noise alone
+    ],
+)
+def test_noise_and_targets_equal_diffusers(prediction_type: str, changes: dict) -> None:
+    config = STABLE_DIFFUSION | {"prediction_type": prediction_type} | changes
+    schedule, scheduler = diffusion.make_schedule(config, 10), DDIMScheduler.from_config(config)
+    step = torch.arange(20) % 10
+    clean, noise = randn(20, 4, 8, 8), randn(20, 4, 8, 8, seed=1)
+    timesteps = schedule.timesteps[step]
+    noisy = schedule.add_noise(step, clean, noise)
+    torch.testing.assert_close(noisy, scheduler.add_noise(clean, noise, timesteps), rtol=1e-5, atol=1e-6)
+    expected = {
+        "epsilon": noise,
+        "v_prediction": scheduler.get_velocity(clean, noise, timesteps),
+        "sample": clean,
+    }[prediction_type]
+    # The last step has little noise: what is left of it has lost two digits.
+    torch.testing.assert_close(schedule.target(step, clean, noisy), expected, rtol=1e-5, atol=2e-5)
+
+
 def test_zero_terminal_snr_with_v_prediction() -> None:
     config = STABLE_DIFFUSION | {
         "prediction_type": "v_prediction",

@@ -127,6 +127,23 @@ def test_prompt_of_the_callers_choice() -> None:
     assert make(prompts=PromptSet("mine", ("a star",), ("a circle",))).reset()[1] == {"prompt": "a star"}
 
 
+def test_latent_of_the_callers_choice() -> None:
+    env = make()
+    chosen = act(env)
+    for latent in (chosen, chosen[None]):
+        observation, info = env.reset(seed=3, options={"latent": latent})
+        assert np.array_equal(observation["latent"], chosen)
+        assert info == make().reset(seed=3)[1]
+    chosen[:] = observation["latent"][:] = 7
+    following, *_ = env.step(act(env, 1))
+    assert np.array_equal(following["latent"], act(env, 1))
+    assert not np.allclose(env.reset()[0]["latent"], act(env))
+    # What is given is not drawn.
+    env.reset(seed=3, options={"latent": act(env), "prompt": RED_CIRCLE})
+    drawn, _ = env.reset(options={"prompt": RED_CIRCLE})
+    assert np.array_equal(drawn["latent"], make().reset(seed=3, options={"prompt": RED_CIRCLE})[0]["latent"])
+
+
 def test_held_out_prompts_are_never_drawn() -> None:
     env = make(prompts=PromptSet("mine", ("a star", "a square"), ("a circle",)))
     assert {env.reset(seed=seed)[1]["prompt"] for seed in range(20)} == {"a star", "a square"}
@@ -211,6 +228,9 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         ({"prompt": ""}, "not blank"),
         ({"prompt": ["a red circle", "a star"]}, "one text or 1, got 2"),
         ({"prompt": "a " * 30}, "reads at most 16"),
+        ({"latent": np.zeros((4, 8))}, r"'latent' takes finite numbers of shape \(4, 8, 8\).*got \(4, 8\)"),
+        ({"latent": np.zeros((2, 4, 8, 8))}, r"'latent' takes .*got \(2, 4, 8, 8\)"),
+        ({"latent": np.full((4, 8, 8), np.nan), "prompt": "a star"}, "'latent' takes finite numbers"),
     ],
 )
 def test_bad_reset_leaves_the_episode_alone(options: dict[str, Any], message: str) -> None:

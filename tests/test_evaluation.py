@@ -109,6 +109,41 @@ def test_what_cannot_be_evaluated_is_refused():
         evaluate(policy, env, [], 0)
     with pytest.raises(ValueError, match="same num_inference_steps"):
         evaluate(policy, _env(2, 3), PROMPTS, 0)
+    with pytest.raises(ValueError, match="best_of must be at least 1, got 0"):
+        evaluate(policy, env, PROMPTS, 0, best_of=0)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_best_of_is_the_best_of_consecutive_seeds(tiny_sd_folder, reference):
+    # Their sum tells which is the best, neither of them alone does.
+    rewards = {"jpeg-compressibility": 1.0, lambda images, prompts: 10 * images.mean((1, 2, 3)): -1.0}
+    prompts = ["a dog", "a rabbit", "the moon"]
+    model = str(tiny_sd_folder)
+    env = DenoisingVectorEnv(2, model=model, prompts=prompts, reward=rewards, num_inference_steps=2, device="cpu")
+    policy = _policy(env)
+    drawn = evaluate(policy, env, [prompt for prompt in prompts for _ in range(3)], 5, reference)
+    best = [max(range(first, first + 3), key=drawn.reward.__getitem__) for first in (0, 3, 6)]
+    found = evaluate(policy, env, prompts, 5, reference, best_of=3)
+    assert found.prompts == prompts
+    assert (found.pictures == drawn.pictures[best]).all()
+    assert (found.reward == drawn.reward[best]).all()
+    assert (found.kl == drawn.kl[best]).all()
+    assert found.rewards.keys() == drawn.rewards.keys()
+    for name, values in found.rewards.items():
+        assert (values == drawn.rewards[name][best]).all()
+
+
+def test_best_of_by_hand():
+    pictures = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    rewards = {"shapes-alignment": np.array([0.0, 1.0, 1.0, 0.5, 0.0, 1.0])}
+    total, kl = np.array([-3.0, -1.0, -2.0, 0.5, 0.5, 0.0]), np.arange(6.0)
+    found = Evaluation(["a"] * 3 + ["b"] * 3, pictures, total, rewards, kl).best_of(3)
+    assert found.prompts == ["a", "b"]
+    assert found.pictures[:, 0, 0, 0].tolist() == [1, 3]  # of two that are as good the first
+    assert found.reward.tolist() == [-1.0, 0.5]
+    assert found.rewards["shapes-alignment"].tolist() == [1.0, 0.5]
+    assert found.kl.tolist() == [1.0, 3.0]
+    assert found.aligned_share == 0.5
 
 
 def test_shares_and_means():

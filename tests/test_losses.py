@@ -71,6 +71,14 @@ def test_value_loss() -> None:
     torch.testing.assert_close(values.grad, tensor([0.0, -4.0, 5.0]))
 
 
+def test_denoising_loss() -> None:
+    output = tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]], requires_grad=True)
+    found = losses.denoising_loss(output, tensor([[[1.0, 0.0], [3.0, 5.0]], [[2.0, 0.0], [0.0, 0.0]]]))
+    torch.testing.assert_close(found, tensor([(0 + 4 + 0 + 1) / 4, 4 / 4]))
+    found.sum().backward()
+    torch.testing.assert_close(output.grad, tensor([[[0.0, 1.0], [0.0, -0.5]], [[-1.0, 0.0], [0.0, 0.0]]]))
+
+
 def test_advantages_of_dpok() -> None:
     """With gamma = lambda = 1 and a reward at the end: A = r - V, and the return is r."""
     rewards = tensor([[0.0, 0.0, 1.0], [0.0, 0.0, -2.0]])
@@ -127,6 +135,7 @@ ADVANTAGES = tensor([1.5] * 4 + [-0.7] * 4, requires_grad=True)
         (lambda r, a: losses.policy_gradient_loss(r, a, CLIP, "pessimistic"), (LOG_RATIOS, ADVANTAGES)),
         (lambda r, a: losses.policy_gradient_loss(r, a, CLIP, "clamp"), (LOG_RATIOS, ADVANTAGES)),
         (losses.value_loss, (LOG_RATIOS, ADVANTAGES)),
+        (losses.denoising_loss, (MEAN, OTHER)),
         (lambda s, m: diffusion.log_prob(s, m, STD, "sum"), (SAMPLE, MEAN)),
         (lambda s, m: diffusion.log_prob(s, m, STD, "mean"), (SAMPLE, MEAN)),
         (lambda s, m, o: diffusion.log_ratio(s, m, o, STD, "sum"), (SAMPLE, MEAN, OTHER)),
@@ -135,7 +144,8 @@ ADVANTAGES = tensor([1.5] * 4 + [-0.7] * 4, requires_grad=True)
         (lambda m, o: SCHEDULE.output_mse(STEP, m, o), (MEAN, OTHER)),
     ],
     ids=[
-        "pessimistic", "clamp", "value", "log_prob-sum", "log_prob-mean", "log_ratio-sum", "log_ratio-mean", "kl", "mse"
+        "pessimistic", "clamp", "value", "denoising",
+        "log_prob-sum", "log_prob-mean", "log_ratio-sum", "log_ratio-mean", "kl", "mse",
     ],
 )  # fmt: skip
 def test_gradients_equal_finite_differences(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:

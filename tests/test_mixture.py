@@ -12,11 +12,11 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from dpok_gym import diffusion, load_model, make_reward, pretrained_policy
 from dpok_gym.mixture.data import MIXTURES, GaussianMixture
 from dpok_gym.mixture.exact import GaussianSampler, GridPolicy, best_policy, tilted_density
-from dpok_gym.mixture.model import MixtureModel
+from dpok_gym.mixture.model import MixtureDenoiser, MixtureModel
 from dpok_gym.mixture.picture import PIXELS_PER_UNIT, REACH, draw_dots, read_dots
 from dpok_gym.models.lora import pretrained_copy
 
-GRID = 0.02 * np.arange(-300, 301)
+GRID = np.linspace(-6, 6, 601)
 ALL = [(d, prompt) for d, mixtures in MIXTURES.items() for prompt in mixtures]
 
 
@@ -51,13 +51,36 @@ def variance(policy: GridPolicy) -> float:
 
 @pytest.mark.parametrize(("d", "prompt"), ALL)
 @pytest.mark.parametrize("alpha_bar", [0.999, 0.4, 0.005])
-def test_log_density_and_score_are_those_of_torch(d: int, prompt: str, alpha_bar: float) -> None:
-    data = MIXTURES[d][prompt]
-    x = (2 * torch.randn(50, d)).double().requires_grad_(True)
-    expected = torch_mixture(data, alpha_bar).log_prob(x)
-    noised = data.noised(torch.tensor(alpha_bar).double())
-    torch.testing.assert_close(noised.log_prob(x), expected)
-    torch.testing.assert_close(noised.score(x), *torch.autograd.grad(expected.sum(), x))
+def test_log_density_is_that_of_torch(d: int, prompt: str, alpha_bar: float) -> None:
+    x = (2 * torch.randn(50, d)).double()
+    noised = MIXTURES[d][prompt].noised(torch.tensor(alpha_bar, dtype=torch.float64))
+    torch.testing.assert_close(noised.log_prob(x), torch_mixture(MIXTURES[d][prompt], alpha_bar).log_prob(x))
+
+
+@pytest.mark.parametrize("alpha_bar", [0.999, 0.4, 0.005])
+def test_posterior_is_that_of_bayes(alpha_bar: float) -> None:
+    data, x, level = (
+        MIXTURES[1]["two modes"],
+        torch.tensor([-1.2, 0.05, 0.7]).double(),
+        torch.tensor(alpha_bar, dtype=torch.float64),
+    )
+    clean = torch.linspace(-4, 4, 80001).double()
+    likelihood = torch.distributions.Normal(alpha_bar**0.5 * clean, (1 - alpha_bar) ** 0.5).log_prob(x[:, None])
+    weights = (data.log_prob(clean[:, None]) + likelihood).softmax(1)
+    mean, covariance = data.posterior(x[:, None], level.expand(3))
+    torch.testing.assert_close(mean[:, 0], weights @ clean, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(covariance[:, 0, 0], weights @ clean**2 - (weights @ clean) ** 2, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("prompt", MIXTURES[2])
+def test_tilted_density(prompt: str) -> None:
+    data, slope = MIXTURES[2][prompt], torch.tensor([0.5, -1.0]).double()
+    x = torch.randn(20, 2).double()
+    change = data.tilted(slope).log_prob(x) - data.log_prob(x) - x @ slope
+    torch.testing.assert_close(change, change[:1].expand(20))
+    side = 0.05 * torch.arange(-100, 101).double()
+    plane = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1)
+    assert 0.05**2 * data.tilted(slope).log_prob(plane).exp().sum().item() == pytest.approx(1, abs=1e-6)
 
 
 def test_responsibilities_by_hand() -> None:
@@ -83,16 +106,17 @@ def test_the_denoiser_is_exact_for_every_prompt_and_timestep(name: str) -> None:
             )
 
 
-def test_the_network_changes_the_score() -> None:
-    model = load_model("mixture", "cpu")
+def test_a_constant_tilt_of_gaussian_data_is_the_tilted_data() -> None:
+    model, slope = load_model("mixture", "cpu"), torch.tensor([0.5, -1.0])
+    tilted = model.mixtures["one gaussian"].tilted(slope.double())
     tuned = pretrained_copy(model.denoiser)
-    tuned.network[-1].bias.data = torch.tensor([0.5, -1.0])
-    x, timesteps = torch.randn(3, 2, 1, 1), torch.tensor([10, 500, 990])
-    conditioning = model.encode(model.tokenize(list(model.mixtures)[:3]))
-    change = model.predict(x, timesteps, conditioning, denoiser=tuned) - model.predict(x, timesteps, conditioning)
-    expected = -(1 - model.denoiser.alphas_cumprod[timesteps]).sqrt()[:, None] * torch.tensor([0.5, -1.0])
-    torch.testing.assert_close(change.flatten(1), expected, atol=1e-5, rtol=1e-4)
-    assert all(parameter.requires_grad is False for parameter in model.denoiser.parameters())
+    tuned.network[-1].bias.data = slope
+    expected = MixtureDenoiser([tilted], model.denoiser.alphas_cumprod)
+    x, timesteps, first = torch.randn(3, 1, 1, 2), torch.tensor([10, 500, 990]), torch.zeros(3, dtype=torch.int64)
+    noise = model.predict(x, timesteps, {"mixture": first}, denoiser=tuned)
+    torch.testing.assert_close(noise, expected(x, timesteps, first), atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(noise, model.predict(x, timesteps, {"mixture": first}), atol=0.01)
+    assert not any(parameter.requires_grad for parameter in model.denoiser.parameters())
 
 
 def test_a_position_can_be_read_from_its_picture() -> None:
@@ -116,30 +140,31 @@ def test_rewards() -> None:
     pictures = draw_dots(torch.tensor([[1.0, 2.0], [-0.5, 0.0]]))
     for name, expected in {"mixture-linear": [1.0, -0.5], "mixture-quadratic": [-4.0, -2.25]}.items():
         assert make_reward(name)(pictures, ["", ""]).total.tolist() == pytest.approx(expected, abs=2e-5)
-    with pytest.raises(ValueError, match=r"a dot is read from pictures of shape \(B, 3, 64, 64\).*got \(2, 3, 32, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"a dot is read from pictures of shape \(B, 3, 64, 64\).*got \(2, 3, 32, 32\)"
+    ):
         read_dots(pictures[:, :, ::2, ::2])
 
 
 @pytest.mark.parametrize("n_steps", [5, 20])
 def test_gaussian_data_leave_the_sampler_as_computed(n_steps: int) -> None:
     _, _, sampler = sampler_of("one gaussian", n_steps)
-    n = 4000
+    n = 2000
     env = gymnasium.make_vec("DPOK-Mixture-v0", num_envs=n, prompts="one gaussian", num_inference_steps=n_steps)
     policy = pretrained_policy(env, seed=0)
     observation, _ = env.reset(seed=0)
     for _ in range(n_steps):
         observation, _, _, _, infos = env.step(policy(observation))
     points = np.stack([last["latent"].ravel() for last in infos["final_obs"]])
-    std = sampler.covariance.diagonal().sqrt().numpy()
+    covariance = sampler.covariance.numpy()
+    std = np.sqrt(covariance.diagonal())
     assert np.abs((points.mean(0) - sampler.mean.numpy()) / std).max() < 4 / math.sqrt(n)
-    assert np.cov(points.T) / np.outer(std, std) == pytest.approx(
-        (sampler.covariance / std / std[:, None]).numpy(), abs=4 * math.sqrt(2 / n)
-    )
+    assert np.abs((np.cov(points.T) - covariance) / np.outer(std, std)).max() < 4 * math.sqrt(2 / n)
 
 
 def test_many_steps_sample_the_data() -> None:
     model, _, sampler = sampler_of("one gaussian", 500)
-    torch.testing.assert_close(sampler.covariance, model.mixtures["one gaussian"].covariances[0], atol=0.006, rtol=0)
+    torch.testing.assert_close(sampler.covariance, model.mixtures["one gaussian"].covariances[0], atol=0, rtol=0.04)
 
 
 def test_dynamic_programming_finds_the_closed_form() -> None:
@@ -226,6 +251,6 @@ def test_an_episode(model: str, only_warnings) -> None:
 
 
 def test_decoding_many_at_a_time_is_decoding_one() -> None:
-    latents = torch.randn(70, 2, 1, 1)
+    latents = torch.randn(70, 1, 1, 2)
     model = load_model("mixture", "cpu")
     assert torch.equal(model.decode(latents), torch.cat([model.decode(one[None]) for one in latents]))

@@ -230,6 +230,27 @@ def test_decode(tiny: TextToImageModel, tiny_sd_folder: Path) -> None:
     torch.testing.assert_close(tiny.decode(latents()), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_decode_is_differentiable(fresh: StableDiffusion) -> None:
+    fresh.vae.double()
+    direction = torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    weights = torch.randn(3, 3, 16, 16)  # of a reward that is linear in the pictures
+    start = latents().double().requires_grad_()
+    pictures = fresh.decode(start)
+    (gradient,) = torch.autograd.grad((weights * pictures).sum(), start)
+    with torch.no_grad():
+        ahead, behind = (fresh.decode(start + step * direction) for step in (1e-3, -1e-3))
+    slope = (weights * (ahead - behind)).sum().item() / 2e-3
+    assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-2)
+    assert all(value.grad is None for value in fresh.vae.parameters())
+
+
+def test_decode_keeps_no_graph_for_plain_latents(tiny: TextToImageModel) -> None:
+    assert torch.is_grad_enabled()
+    pictures = tiny.decode(latents())
+    assert not pictures.requires_grad
+    assert pictures.grad_fn is None
+
+
 def test_half_precision(tiny: TextToImageModel, tiny_sd_folder: Path) -> None:
     half = load_model(str(tiny_sd_folder), "cpu", "bfloat16")
     assert next(half.denoiser.parameters()).dtype == torch.bfloat16

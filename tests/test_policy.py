@@ -209,6 +209,34 @@ def test_max_batch_size(make_env, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes == [N]  # with gradients, whoever trains chooses the size
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"lora_rank": 0}, {"guidance_gradient": "conditional"}], ids=str)
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_network_calls(make_env, guidance_scale: float, kwargs: dict[str, Any]) -> None:
+    """Counts what goes through the network: the pre-trained one's passes too, and two for each latent if guided."""
+    env = make_env(guidance_scale=guidance_scale)
+    policy, observation = make_policy(env, max_batch_size=2, **kwargs), observe(env)
+    passed: list[int] = []
+    for network in {policy.model.denoiser, policy.denoiser} - {None}:
+        network.register_forward_hook(lambda module, inputs, output: passed.append(len(output.sample)))
+    each = N if guidance_scale == 1 else 2 * N
+
+    def count(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+        before = policy.network_calls
+        passed.clear()
+        call(*args, **kwargs)
+        assert policy.network_calls - before == sum(passed)
+        return sum(passed)
+
+    assert policy.network_calls == 0
+    assert count(policy.transition, observation) == each
+    assert count(policy.transition, observation, reference=True) == each
+    assert count(mean_of, policy, observation) == each  # without gradients, in batches of two
+    assert count(policy.predict, to_numpy(observation)) == each
+    assert count(policy.denoise, observation) == N  # without guidance unless asked for
+    assert count(policy.predict_values, observation) == 0
+    assert make_policy(env).network_calls == 0  # each policy counts for itself
+
+
 def test_only_what_is_trained_is_kept(make_env, tiny_sd_folder: Path) -> None:
     rank = 4
     policy = make_policy(make_env(), lora_rank=rank)

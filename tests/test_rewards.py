@@ -227,6 +227,53 @@ def test_a_broken_picture_has_no_reward(images):
     assert images.isnan().sum() == 1  # the caller's picture is left alone
 
 
+class Contrast:
+    """Has a gradient; asks the prompts, too."""
+
+    differentiable = True
+
+    def score(self, images, prompts):
+        return images.square().mean((1, 2, 3)) * length(images, prompts)
+
+    __call__ = score
+
+
+class Redness(Contrast):
+    def score(self, images, prompts):
+        return images[:, 0].mean((1, 2))
+
+    __call__ = score
+
+
+def test_a_differentiable_sum(images):
+    reward = make_reward({Contrast(): -2.0, Redness(): {"weight": 3.0, "normalize": [0.25, 0.5]}})
+    reward.check_differentiable()
+    images.requires_grad_()
+    prompts = ["a", "abc"]
+    total = reward.differentiable(images, prompts)
+    torch.testing.assert_close(total, reward(images, prompts).total)
+    with reward.evaluating():  # fixed numbers stay in an evaluation, as there
+        torch.testing.assert_close(total, reward(images, prompts).total)
+    (gradient,) = torch.autograd.grad(total.sum(), images)
+    expected = -2 * 2 * images.detach() / images[0].numel() * torch.tensor([1.0, 3.0])[:, None, None, None]
+    expected[:, 0] += 3 / 0.5 / images[0, 0].numel()
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_what_has_no_gradient(images):
+    for made in (length, "jpeg-compressibility", {Contrast(): 1.0, length: 0.5}):
+        name = "jpeg-compressibility" if isinstance(made, str) else "length"
+        with pytest.raises(ValueError, match=f"'{name}' has no gradient; .*differentiable = True and a method score"):
+            make_reward(made).check_differentiable()
+    running = {Redness(): 1.0, Contrast(): {"weight": 1.0, "normalize": "running"}}
+    with pytest.raises(ValueError, match="'Contrast' is normalised by running statistics, which have no gradient"):
+        make_reward(running).check_differentiable()
+    refused = Redness()
+    refused.differentiable = False
+    with pytest.raises(ValueError, match="'Redness' has no gradient"):
+        make_reward(refused).check_differentiable()
+
+
 def test_names_are_loaded_when_made_and_once(images):
     loaded = []
 

@@ -117,6 +117,26 @@ def test_options() -> None:
     assert len(prompts) > 1  # an option holds for one reset
 
 
+def test_options_of_each_environment() -> None:
+    ours, theirs = denoising_pair()
+    latents = random_actions(ours, np.random.default_rng(0))
+    prompts = ["a red star", "a blue circle", "a red star"]
+    options = [{"prompt": prompt, "latent": latent} for prompt, latent in zip(prompts, latents, strict=True)]
+    for env in (ours, theirs):
+        env.seed(5)
+        env.set_options(options)
+    observation = ours.reset()
+    assert_same(observation, theirs.reset())
+    assert_same(ours.reset_infos, theirs.reset_infos)
+    assert [info["prompt"] for info in ours.reset_infos] == prompts
+    assert np.array_equal(observation["latent"], latents)
+    assert_same(ours.reset(), theirs.reset())  # the options held for one reset
+    for env in (ours, theirs):
+        env.set_options({"latent": latents[1]})
+    assert_same(ours.reset(), theirs.reset())
+    assert_same(ours.reset_infos, theirs.reset_infos)
+
+
 def test_attributes_and_methods() -> None:
     ours, theirs = denoising_pair()
     for env in (ours, theirs):

@@ -107,6 +107,30 @@ def test_prompts_of_the_callers_choice() -> None:
     assert list(env.reset(options={"prompt": "a star"})[1]["prompt"]) == ["a star"] * N
 
 
+def test_latents_of_the_callers_choice() -> None:
+    env = make(reward="jpeg-compressibility")
+    latents = noise(3)
+    observation, infos = env.reset(seed=5, options={"latent": latents})
+    assert observation["latent"].dtype == np.float32
+    assert np.array_equal(observation["latent"], latents)
+    assert list(infos["prompt"]) == list(make().reset(seed=5)[1]["prompt"])  # still drawn, and the same ones
+    texts = ["a star", "a red circle", "a blue square"]
+    observation, infos = env.reset(options={"latent": latents[1].astype(float).tolist(), "prompt": texts})
+    assert np.array_equal(observation["latent"], np.stack([latents[1]] * N))
+    assert list(infos["prompt"]) == texts
+    # It holds for one episode.
+    env.step(noise(0))
+    following, *_ = env.step(noise(1))
+    assert len({latent.tobytes() for latent in following["latent"]}) == N
+
+
+def test_chosen_latents_are_not_drawn() -> None:
+    env, untouched = make(prompts=["a star"]), make(prompts=["a star"])
+    first, _ = untouched.reset(seed=5)
+    env.reset(seed=5, options={"prompt": "a star", "latent": noise()})
+    assert np.array_equal(env.reset(options={"prompt": "a star"})[0]["latent"], first["latent"])
+
+
 def test_memory_is_not_shared() -> None:
     env, untouched = make(render_mode="rgb_array"), make(render_mode="rgb_array")
     first, _ = env.reset(seed=0)
@@ -119,6 +143,14 @@ def test_memory_is_not_shared() -> None:
     assert_same(following, untouched.step(noise())[0])
     action[:] = following["latent"][:] = 7
     assert_same(env.render(), untouched.render())
+    for chosen in (noise(), noise()[0]):  # for each of them, for all of them
+        kept = chosen.copy()
+        observation, _ = env.reset(options={"latent": chosen})
+        untouched.reset(options={"latent": kept})
+        observation["latent"][0] = 7
+        assert np.array_equal(chosen, kept)
+        chosen[:] = 7
+        assert_same(env.render(), untouched.render())
 
 
 def test_masked_rewards() -> None:
@@ -176,6 +208,9 @@ def test_bad_calls() -> None:
         env.reset(options={"prompt": ["a star", "a circle"]})
     with pytest.raises(ValueError, match="unknown reset options"):
         env.reset(options={"reset_mask": np.ones(N, bool)})
+    for wrong in (noise()[:2], noise()[:, 0], noise()[None], 0.0, np.full(SHAPE, np.nan), np.full(SHAPE[1:], np.inf)):
+        with pytest.raises(ValueError, match=r"'latent' takes finite numbers of shape \(4, 8, 8\), or \(3, 4, 8, 8\)"):
+            env.reset(options={"latent": wrong})
     env.reset(seed=0)
     with pytest.raises(ValueError, match=r"expected an array of shape \(3, 4, 8, 8\) for 3 .*got \(4, 8, 8\)"):
         env.step(noise()[0])

@@ -60,6 +60,12 @@ class GaussianMixture:
             self.log_weights, alpha_bar.sqrt() * self.means, self.axes, alpha_bar * self.variances + 1 - alpha_bar
         )
 
+    def tilted(self, slope: Tensor) -> GaussianMixture:
+        """This mixture times exp(slope . x), normalised: another mixture, of the same shapes; slope (d,)."""
+        moves = self.covariances @ slope
+        log_weights = self.log_weights + self.means @ slope + 0.5 * moves @ slope
+        return GaussianMixture(log_weights.log_softmax(-1), self.means + moves, self.axes, self.variances)
+
     def posterior(self, x: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (..., d) and covariance (..., d, d) of x_0 given x_t.
 
@@ -74,7 +80,10 @@ class GaussianMixture:
         component_means = self.means + (self.axes * (gain * along)[..., None, :]).sum(-1)
         mean = (weights * component_means).sum(-2)
         within = GaussianMixture(
-            self.log_weights, self.means, self.axes, (1 - alpha_bar)[..., None, None] * self.variances / noised.variances
+            self.log_weights,
+            self.means,
+            self.axes,
+            (1 - alpha_bar)[..., None, None] * self.variances / noised.variances,
         ).covariances
         apart = component_means - mean[..., None, :]
         between = apart[..., :, None] * apart[..., None, :]

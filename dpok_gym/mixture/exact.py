@@ -1,7 +1,7 @@
 """What fine-tuning of the mixture model should find, without learning.
 
-A sampler of T steps is a chain of Gaussians N(m_t(x_t), std_t^2 I) from x_T ~ N(0, I). Fine-tuning may change the means;
-the objective (Fan et al. 2023, Eq. 8) is
+A sampler of T steps is a chain of Gaussians N(m_t(x_t), std_t^2 I) from x_T ~ N(0, I). Fine-tuning may change the
+means; the objective (Fan et al. 2023, Eq. 8) is
 
     max over the means of   E[ r(x_0) - beta sum_t KL_t ],    KL_t = ||m_t(x_t) - m_t^pre(x_t)||^2 / (2 std_t^2),
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -99,6 +100,7 @@ class GridPolicy:
             means = [mean(t, latents).flatten().double().cpu().numpy() for t in range(len(std))]
         return cls(x, np.array(means), std.double().cpu().numpy())
 
+    @cached_property
     def densities(self) -> Array:
         """Of x_T, ..., x_0 on the grid, (T + 1, n)."""
         dx = self.x[1] - self.x[0]
@@ -110,18 +112,18 @@ class GridPolicy:
     def step_kl(self, pretrained: GridPolicy) -> Array:
         """E[ KL_t ] for each step under this policy, (T,), in nats: they sum to the KL of the trajectories."""
         kl = (self.means - pretrained.means) ** 2 / (2 * self.std[:, None] ** 2)
-        return (self.densities()[:-1] * kl).sum(1) * (self.x[1] - self.x[0])
+        return (self.densities[:-1] * kl).sum(1) * (self.x[1] - self.x[0])
 
     def final_kl(self, pretrained: GridPolicy) -> float:
         """KL of the distributions of x_0, in nats."""
-        ours, theirs = self.densities()[-1], pretrained.densities()[-1]
+        ours, theirs = self.densities[-1], pretrained.densities[-1]
         inside = ours > 1e-300  # below, a density adds nothing, and its logarithm cannot be had
         log_ratio = np.log(ours[inside] / np.maximum(theirs[inside], 1e-300))
         return float((ours[inside] * log_ratio).sum() * (self.x[1] - self.x[0]))
 
     def expectation(self, function: Callable[[Array], Array]) -> float:
         """Mean of a function of x_0."""
-        return float((self.densities()[-1] * function(self.x)).sum() * (self.x[1] - self.x[0]))
+        return float((self.densities[-1] * function(self.x)).sum() * (self.x[1] - self.x[0]))
 
 
 def best_policy(
@@ -161,7 +163,7 @@ def best_policy(
 
 def tilted_density(pretrained: GridPolicy, reward: Callable[[Array], Array], beta: float) -> Array:
     """The sampler's own density of x_0 tilted by exp(r / beta), (n,)."""
-    density = pretrained.densities()[-1] * np.exp(reward(pretrained.x) / beta)
+    density = pretrained.densities[-1] * np.exp(reward(pretrained.x) / beta)
     return density / (density.sum() * (pretrained.x[1] - pretrained.x[0]))
 
 
@@ -176,7 +178,8 @@ def _smoothed(x: Array, value: Array, std: float) -> Array:
 def _spline(x: Array, value: Array) -> CubicSpline:
     """Through the values, and as far again on both sides: mirrored in the ends, as a cubic would run off there."""
     n = len(x) - 1
-    return CubicSpline(*(np.pad(values, n, mode="reflect", reflect_type="odd") for values in (x, value)))
+    wide_x, wide_value = (np.pad(values, n, mode="reflect", reflect_type="odd") for values in (x, value))
+    return CubicSpline(wide_x, wide_value)
 
 
 def _normal(x: Array, mean: Array | float, std: float) -> Array:

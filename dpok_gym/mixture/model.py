@@ -41,10 +41,10 @@ class MixtureDenoiser(nn.Module):
 
         noise = (x_t - sqrt(alpha_bar_t) x_0') / sqrt(1 - alpha_bar_t),    x_0' = E[x_0 | x_t] + Cov[x_0 | x_t] tilt
 
-    The tilt is the output of a small network, which starts as zero: fine-tuning for a reward of slope a ought to tilt
-    the data by exp(a . x_0 / beta), and a tilt of exp(h . x_0) moves the posterior's mean by Cov h (exactly for Gaussian
-    data, to first order for others). In these units the network has an answer of one size at all noise levels, and
-    learning is well-conditioned; what is curved in the reward or goes beyond first order is left for it to find.
+    The tilt is the output of a small network, which starts as zero. Fine-tuning for a reward of slope a ought to tilt
+    the data by exp(a . x_0 / beta), and data tilted by exp(h . x_0) have their posterior's mean moved by Cov h: exactly
+    if they are Gaussian, to first order otherwise. So in these units the network has an answer of one size at all noise
+    levels, and learning is well-conditioned; what is beyond first order is left for it to find.
 
     Args:
         mixtures: of the P prompts.
@@ -52,6 +52,7 @@ class MixtureDenoiser(nn.Module):
         hidden: width of the network's two hidden layers.
     """
 
+    alphas_cumprod: Tensor
     _N_WAVES = 8
 
     def __init__(self, mixtures: Sequence[GaussianMixture], alphas_cumprod: Tensor, hidden: int = 64) -> None:
@@ -62,18 +63,19 @@ class MixtureDenoiser(nn.Module):
             self.register_buffer(name, values.float(), persistent=False)
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
         d, self.n_prompts = stacked.means.shape[-1], len(mixtures)
+        last = nn.Linear(hidden, d)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         self.network = nn.Sequential(
             nn.Linear(2 * d + self._N_WAVES + self.n_prompts, hidden),
             nn.SiLU(),
             nn.Linear(hidden, hidden),
             nn.SiLU(),
-            nn.Linear(hidden, d),
+            last,
         )
-        nn.init.zeros_(self.network[-1].weight)
-        nn.init.zeros_(self.network[-1].bias)
 
     def forward(self, latents: Tensor, timesteps: Tensor, mixture: Tensor) -> Tensor:
-        """The noise (B, d, 1, 1) in latents (B, d, 1, 1) at timesteps (B,), for prompts number (B,)."""
+        """The noise (B, 1, 1, d) in latents (B, 1, 1, d) at timesteps (B,), for prompts number (B,)."""
         x, alpha_bar = latents.flatten(1).float(), self.alphas_cumprod[timesteps]
         data = GaussianMixture(*(getattr(self, name)[mixture] for name in self._names))
         mean, covariance = data.posterior(x, alpha_bar)
@@ -93,6 +95,7 @@ class MixtureModel(TextToImageModel):
         device: of the denoiser.
     """
 
+    denoiser: MixtureDenoiser
     default_lora_rank = 0
 
     def __init__(self, name: str = "mixture", device: str | torch.device = "cpu") -> None:
@@ -104,7 +107,7 @@ class MixtureModel(TextToImageModel):
         self.device = torch.device(device)
         #: What each prompt stands for.
         self.mixtures = MIXTURES[DIMENSIONS[name]]
-        self.latent_shape = (DIMENSIONS[name], 1, 1)
+        self.latent_shape = (1, 1, DIMENSIONS[name])
         self.image_shape = (SIZE, SIZE)
         words = dict.fromkeys(word for prompt in self.mixtures for word in prompt.split())
         self._ids = {word: index for index, word in enumerate(words, start=1)}  # 0 is padding

@@ -9,6 +9,7 @@ name                        reward
 ==========================  ===================================================================
 ``shapes-alignment``        how well the embedded world's judge finds the prompt in the picture
 ``shapes-quality``          how clean the same judge finds the picture, whatever the prompt
+``shapes-preference``       which pictures a simulated person likes better, learned from 20,000 choices
 ``mixture-linear``          how far right the dot of the mixture model is
 ``mixture-quadratic``       minus the squared distance of that dot from (1, 0)
 ``jpeg-compressibility``    minus the size of the picture as a JPEG file, kilobytes
@@ -39,6 +40,7 @@ __all__ = [
 
 register_reward("shapes-alignment", "dpok_gym.rewards.shapes:ShapesAlignment")
 register_reward("shapes-quality", "dpok_gym.rewards.shapes:ShapesQuality")
+register_reward("shapes-preference", "dpok_gym.rewards.preference:shapes_preference")
 register_reward("mixture-linear", "dpok_gym.rewards.mixture:MixtureLinear")
 register_reward("mixture-quadratic", "dpok_gym.rewards.mixture:MixtureQuadratic")
 register_reward("jpeg-compressibility", "dpok_gym.rewards.jpeg:JpegCompressibility")

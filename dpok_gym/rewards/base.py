@@ -221,6 +221,7 @@ def make_reward(
         spec: one of
 
             - a registered name, see :func:`~dpok_gym.rewards.list_rewards`;
+            - the path of a folder that ``dpok fit-reward`` wrote, see :mod:`.preference`;
             - ``"module:name"``, where a callable as below is, or a class or factory without arguments that makes it;
             - ``http://`` or ``https://`` and the rest of an address, or several with spaces between them: servers that
               share the work, see :class:`~dpok_gym.rewards.RemoteReward`;

@@ -48,6 +48,9 @@ class PreferenceConfig:
         width: D, of everything after it, a multiple of 8 and of ``heads``.
         layers: of the transformer.
         heads: of its attention.
+
+    Raises:
+        ValueError: if the picture size is not a multiple of 8, or below 16.
     """
 
     words: tuple[str, ...]
@@ -57,6 +60,10 @@ class PreferenceConfig:
     width: int = 64
     layers: int = 3
     heads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.picture_size < 2 * _STRIDE or self.picture_size % _STRIDE:
+            raise ValueError(f"the picture size must be a multiple of {_STRIDE} from 16 on, got {self.picture_size}")
 
 
 def split_words(prompt: str) -> list[str]:

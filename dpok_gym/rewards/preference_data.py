@@ -70,8 +70,9 @@ class Comparisons:
         return len(self.prompts)
 
     def __getitem__(self, rows: Tensor) -> Comparisons:
-        """The choices at ``rows``, int64; the pictures stay."""
-        return Comparisons(self.pictures, [self.prompts[row] for row in rows.tolist()], self.pairs[rows])
+        """The choices at ``rows``, int64, and the pictures that they are about, each once."""
+        index, pairs = self.pairs[rows].unique(return_inverse=True)
+        return Comparisons(self.pictures[index], [self.prompts[row] for row in rows.tolist()], pairs)
 
     def components(self) -> Tensor:
         """(N,) int64: choices that share a picture, directly or over others, have the same number."""

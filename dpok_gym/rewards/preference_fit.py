@@ -5,9 +5,11 @@ Letters used for shapes: N choices, M pictures, S x S pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -152,63 +154,105 @@ def fit(
     torch.manual_seed(seed)
     reward = PreferenceReward(PreferenceNetwork(_config(train)), device)
     network = reward.network.requires_grad_(True)
-    optimizer = torch.optim.AdamW(network.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(network.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     steps = epochs * -(-len(train) // batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / _WARMUP, max(1 - step / steps, 0.0))
     )
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
-    settings = {"choices": len(train), "epochs": epochs, "seed": seed, "batch_size": batch_size, "held_out": held_out}
-    state = _Checkpoint(checkpoint, settings | {"learning_rate": learning_rate})
-    state.restore(parts)
+    settings = {
+        "choices": len(train),
+        "epochs": epochs,
+        "held_out": held_out,
+        "seed": seed,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+    }
+    state: dict[str, Any] = {"settings": settings, "epoch": 0, "best_epoch": 0, "best_loss": math.inf, "best": {}}
+    if checkpoint is not None and checkpoint.exists():
+        state = _restore(checkpoint, settings, parts)
     interrupted = False
     try:
-        for epoch in range(state.epoch, epochs):
+        for epoch in range(state["epoch"] + 1, epochs + 1):
             network.train()
-            loss = _train_epoch(network, train, optimizer, schedule, batch_size, 1_000_000 * seed + epoch)
+            batches = _batches(train, batch_size, torch.Generator().manual_seed(1_000_000 * seed + epoch))
+            loss = fmean(_step(network, batch, optimizer, schedule) for batch in batches)
             network.eval()
             found = measure(log_odds(reward, test))
-            state.record(parts, found.loss)
-            log({"epoch": epoch + 1, "loss": loss, "held_out_loss": found.loss, "agreement": found.agreement})
+            state["epoch"] = epoch
+            if found.loss < state["best_loss"]:
+                weights = {name: weight.clone() for name, weight in network.state_dict().items()}
+                state |= {"best_epoch": epoch, "best_loss": found.loss, "best": weights}
+            if checkpoint is not None:
+                _save(checkpoint, state, parts)
+            log({"epoch": epoch, "loss": loss, "held_out_loss": found.loss, "agreement": found.agreement})
     except KeyboardInterrupt:
-        if not state.best_epoch:
+        if not state["best"]:
             raise
         interrupted = True
-    # As the folder will have them, so that what is measured is what is shipped.
-    network.load_state_dict({name: weights.half().float() for name, weights in state.best.items()})
+    # Rounded as in the folder, so that what is measured is what is kept.
+    network.load_state_dict({name: weight.half().float() for name, weight in state["best"].items()})
     network.eval().requires_grad_(False)
-    return Fit(reward, measure(log_odds(reward, test)), len(train), state.best_epoch, interrupted)
+    return Fit(reward, measure(log_odds(reward, test)), len(train), state["best_epoch"], interrupted)
 
 
-class _Checkpoint:
-    """How far a fit has come, and its best weights; on disk too, if there is a path."""
+def _config(comparisons: Comparisons) -> PreferenceConfig:
+    """A network for these pictures and prompts."""
+    split = [split_words(prompt) for prompt in comparisons.prompts]
+    words = tuple(sorted({word for prompt in split for word in prompt}))
+    return PreferenceConfig(words, min(max(map(len, split)), _MAX_WORDS), comparisons.pictures.shape[-1])
 
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, settings
-        self.epoch = self.best_epoch = 0
-        self.best_loss = float("inf")
-        self.best: dict[str, Tensor] = {}
 
-    def restore(self, parts: dict[str, Any]) -> None:
-        if self.path is None or not self.path.exists():
-            return
-        saved = torch.load(self.path, weights_only=True)
-        if saved["settings"] != self.settings:
-            raise ValueError(
-                f"{str(self.path)!r} is the checkpoint of a fit with other settings, {saved['settings']}: remove it, or "
-                "go on with those"
-            )
-        self.epoch, self.best_epoch, self.best_loss = saved["epoch"], saved["best_epoch"], saved["best_loss"]
-        self.best = saved["best"]
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+def _batches(comparisons: Comparisons, batch_size: int, generator: torch.Generator) -> Iterator[Comparisons]:
+    """All choices once in random order, with the pictures shifted a little, each by another random amount."""
+    for rows in torch.randperm(len(comparisons), generator=generator).split(batch_size):
+        batch = comparisons[rows]
+        yield replace(batch, pictures=_shifted(batch.pictures, generator))
 
-    def record(self, parts: dict[str, Any], loss: float) -> None:
-        self.epoch += 1
-        if loss < self.best_loss:
-            self.best_loss, self.best_epoch = loss, self.epoch
-            self.best = {name: weights.clone() for name, weights in parts["network"].state_dict().items()}
-        if self.path is not None:
-            own = {name: value for name, value in asdict_of(self).items()}
-            torch.save(own | {name: part.state_dict() for name, part in parts.items()}, self.path.with_suffix(".tmp"))
-            self.path.with_suffix(".tmp").replace(self.path)  # so that an interruption leaves the old one whole
+
+def _shifted(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures (M, 3, S, S) uint8, each moved by at most S / 16 pixels, with what is missing repeated from the border."""
+    size = pictures.shape[-1]
+    reach = size // 16
+    padded = F.pad(pictures.float(), (reach,) * 4, mode="replicate").byte()
+    corners = torch.randint(2 * reach + 1, (len(pictures), 2), generator=generator).tolist()
+    return torch.stack([padded[k, :, y : y + size, x : x + size] for k, (y, x) in enumerate(corners)])
+
+
+def _scores(network: PreferenceNetwork, batch: Comparisons) -> tuple[Tensor, Tensor]:
+    """The scores (N,) of the preferred pictures and of the others."""
+    device = network.places.device
+    seen = network.look(batch.pictures.to(device).float() / 255)
+    words = network.read(batch.prompts).to(device)
+    preferred, other = batch.pairs.to(device).T
+    scores = network.judge(seen[torch.cat([preferred, other])], words.repeat(2, 1))
+    return scores[: len(words)], scores[len(words) :]
+
+
+def _step(network: PreferenceNetwork, batch: Comparisons, optimizer: Any, schedule: Any) -> float:
+    """One optimiser step; returns the loss before it."""
+    loss = bradley_terry_loss(*_scores(network, batch)).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    return loss.item()
+
+
+def _restore(path: Path, settings: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
+    saved = torch.load(path, weights_only=True)
+    if saved["settings"] != settings:
+        raise ValueError(
+            f"{str(path)!r} is the checkpoint of a fit with other settings, {saved['settings']}; go on with those, or "
+            "remove it"
+        )
+    for name, part in parts.items():
+        part.load_state_dict(saved.pop(name))
+    return saved
+
+
+def _save(path: Path, state: dict[str, Any], parts: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state | {name: part.state_dict() for name, part in parts.items()}, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)  # so that an interruption leaves the old one whole

@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -47,23 +48,29 @@ def list_rewards() -> list[str]:
 
 @functools.cache  # once per process: the environments for training and for evaluation share one copy of the weights
 def load_reward(name: str) -> RewardFunction:
-    """Loads a registered reward, or the one that a name such as ``"module:name"`` points to.
+    """Loads a registered reward, the one in a folder, or the one that a name such as ``"module:name"`` points to.
 
     There, what needs no arguments, as most classes do, is a factory and called; a function that needs them is the
     reward itself.
 
     Raises:
-        ValueError: if the name is unknown.
+        ValueError: if the name is unknown, or what a folder holds is damaged.
+        FileNotFoundError: if a folder holds no reward.
         ImportError: if its ``"module:function"`` cannot be imported.
         TypeError: if its factory returns something that cannot be called.
     """
+    if name not in _FACTORIES and os.path.isdir(name):
+        from dpok_gym.rewards.preference import PreferenceReward
+
+        return PreferenceReward.load(name)
     factory: Any = _FACTORIES.get(name, name)
     if name not in _FACTORIES and not all(name.partition(":")):
         close = difflib.get_close_matches(name, _FACTORIES, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(
             f"unknown reward {name!r}; {hint}The registered ones are {', '.join(list_rewards())}; "
-            f"add yours with register_reward(), or pass the callable itself or 'module:name'"
+            f"add yours with register_reward(), or pass the callable itself, 'module:name', or a folder that "
+            f"dpok fit-reward wrote"
         )
     if isinstance(factory, str):
         module, _, attribute = factory.partition(":")

@@ -4,3 +4,6 @@ from pathlib import Path
 
 #: Folder of the embedded model, an ordinary diffusers ``StableDiffusionPipeline``.
 WEIGHTS = Path(__file__).parent / "weights"
+
+#: Folder of the reward ``shapes-preference``, made by :mod:`dpok_gym.shapes.choices`.
+PREFERENCE = Path(__file__).parent / "preference"

@@ -20,6 +20,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +30,12 @@ from torch import Tensor
 
 from dpok_gym import diffusion
 from dpok_gym.models import load_model
+from dpok_gym.rewards.preference_data import load_comparisons
+from dpok_gym.rewards.preference_fit import fit
+from dpok_gym.shapes import PREFERENCE
 from dpok_gym.shapes.captions import Request, sample_requested_scenes, spoil
 from dpok_gym.shapes.judge import align, quality, read
-from dpok_gym.shapes.scenes import Scenes, render
+from dpok_gym.shapes.scenes import IMAGE_SIZE, Scenes, render
 from dpok_gym.vector_env import DenoisingVectorEnv
 
 #: What is asked for, and the same with one attribute wrong.
@@ -47,6 +51,8 @@ HARD_SHARE = 0.5  # of the choices, between pictures of one group
 QUALITY_WEIGHT = 0.2
 JUST_NOTICEABLE = 0.03  # difference in what the person sees; closer pictures are not compared
 ERROR_RATE = 0.05
+
+EPOCHS = 28
 
 
 def draw(env: DenoisingVectorEnv, prompts: Sequence[str], rngs: Sequence[np.random.Generator]) -> NDArray[np.uint8]:
@@ -70,7 +76,9 @@ def reconstruct(pictures: Tensor) -> NDArray[np.uint8]:
     return (255 * (decoded / 2 + 0.5).clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def draw_groups(env: DenoisingVectorEnv, captions: Sequence[Captions], scenes: Scenes, seed: Sequence[int]):
+def draw_groups(
+    env: DenoisingVectorEnv, scenes: Scenes, captions: Sequence[Captions], seed: Sequence[int]
+) -> NDArray[np.uint8]:
     """Draws the five pictures of each group, (G, 5, H, W, 3) uint8."""
     prompts = [str(caption) for pair in captions for caption in pair for _ in range(2)]
     drawn = draw(env, prompts, [np.random.default_rng([*seed, k]) for k in range(len(prompts))])
@@ -101,7 +109,7 @@ def draw_pictures(folder: Path, seed: int, n_batches: int) -> None:
         if (folder / name(batch, GROUPS - 1, 4)).exists():  # the last one to be written
             continue
         scenes, captions = describe(seed, batch)
-        for group, pictures in enumerate(draw_groups(envs[batch % len(envs)], captions, scenes, (seed, batch))):
+        for group, pictures in enumerate(draw_groups(envs[batch % len(envs)], scenes, captions, (seed, batch))):
             for k, picture in enumerate(pictures):
                 Image.fromarray(picture).save(folder / name(batch, group, k))
         print(f"{5 * GROUPS * (batch + 1)} pictures", flush=True)
@@ -171,3 +179,35 @@ def compare_pictures(folder: Path, seed: int, n_batches: int) -> Path:
 
 def _no_reward(images: Tensor, prompts: list[str]) -> Tensor:
     return torch.zeros(len(prompts))
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    """Draws, compares and fits, or goes on where an interrupted run stopped, and writes the reward's folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("choices"), help="folder of pictures, choices and log")
+    parser.add_argument("--out", type=Path, default=PREFERENCE, help="folder of the finished reward")
+    parser.add_argument("--batches", type=int, default=BATCHES, help="of 200 choices")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    draw_pictures(options.work, options.seed, options.batches)
+    path = options.work / "choices.jsonl"
+    if not path.exists():
+        compare_pictures(options.work, options.seed, options.batches)
+
+    def log(row: dict[str, Any]) -> None:
+        line = json.dumps(row)
+        print(line, flush=True)
+        with (options.work / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    checkpoint = options.work / "reward.pt"
+    found = fit(
+        load_comparisons(path, IMAGE_SIZE), epochs=options.epochs, seed=options.seed, checkpoint=checkpoint, log=log
+    )
+    found.reward.save(options.out)
+    print(f"agreement on {found.held_out.choices} choices held out: {found.held_out.agreement:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""``dpok fit-reward``, from a file of choices to a reward that can be trained with."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_plots import _check_texts
+
+from agents import commands, plots
+from agents.cli import FitReward, main
+from dpok_gym.rewards import make_reward
+from dpok_gym.rewards.preference_fit import Measured
+
+QUICK = ["--epochs", "2", "--held-out", "0.2", "--picture-size", "16", "--batch-size", "8", "--device", "cpu"]
+WRITTEN = {"config.json", "model.safetensors", "fit.json", "calibration.png"}
+
+
+@pytest.fixture
+def choices(tmp_path):
+    """Forty choices of the brighter picture of two."""
+    rng, rows = np.random.default_rng(0), []
+    for k in range(40):
+        names = [f"{k}-{side}.png" for side in "ab"]
+        levels = rng.integers(256, size=2)
+        for name, level in zip(names, levels, strict=True):
+            Image.new("RGB", (20, 16), (int(level),) * 3).save(tmp_path / name)
+        rows.append({"prompt": "a bright day", "pictures": names, "preferred": int(levels.argmax())})
+    path = tmp_path / "choices.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_a_reward_is_fitted(choices, tmp_path, capsys):
+    out = tmp_path / "reward"
+    assert main(["fit-reward", str(choices), "--out", str(out), *QUICK]) == 0
+    assert {path.name for path in out.iterdir()} == WRITTEN
+    printed = capsys.readouterr().out
+    found = json.loads((out / "fit.json").read_text())
+    held_out = Measured(**found["held_out"])
+    assert (found["trained_on"], held_out.choices) == (32, 8)
+    assert f"agreement {held_out.agreement:.1%}" in printed
+    assert "40 choices between 80 pictures" in printed
+    assert "predicted" in printed
+    assert Image.open(out / "calibration.png").size[0] > 500
+    batch = make_reward(str(out))(torch.rand(3, 3, 64, 64), ["a bright day", "a dark day", ""])
+    assert batch.total.isfinite().all()
+
+    assert main(["fit-reward", str(choices), "--out", str(out), *QUICK]) == 2
+    assert "already holds a reward; choose another --out" in capsys.readouterr().err
+
+
+def test_it_can_be_trained_with(choices, tmp_path):
+    out = tmp_path / "reward"
+    main(["fit-reward", str(choices), "--out", str(out), *QUICK])
+    settings = ["--pictures", "2", "--n-envs", "2", "--num-inference-steps", "2", "--eval-pictures", "2"]
+    assert main(["train", "--reward", str(out), "--out", str(tmp_path / "run"), "--device", "cpu", *settings]) == 0
+    assert str(out) in json.loads((tmp_path / "run" / "summary.json").read_text())["rewards_after"]
+
+
+def test_ctrl_c_keeps_the_best_so_far(choices, tmp_path, monkeypatch):
+    fit = commands.fit
+
+    def interrupted(*args, log, **settings):
+        def log_and_stop(row):
+            log(row)
+            raise KeyboardInterrupt
+
+        return fit(*args, log=log_and_stop, **settings)
+
+    monkeypatch.setattr(commands, "fit", interrupted)
+    out = tmp_path / "reward"
+    assert main(["fit-reward", str(choices), "--out", str(out), *QUICK]) == 130
+    assert {path.name for path in out.iterdir()} == WRITTEN
+    assert json.loads((out / "fit.json").read_text())["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--held-out", "1"], "held-out share must lie between 0 and 1"),
+        (["--picture-size", "20"], "picture size must be a multiple of 8"),
+        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+    ],
+)
+def test_mistakes_are_said_and_nothing_is_written(choices, tmp_path, capsys, options, message):
+    assert main(["fit-reward", str(choices), "--out", str(tmp_path / "reward"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "reward").exists()
+
+
+def test_mistakes_in_the_file(choices, tmp_path, capsys):
+    (tmp_path / "3-a.png").unlink()
+    assert main(["fit-reward", str(choices), "--out", str(tmp_path / "reward")]) == 2
+    captured = capsys.readouterr().err
+    assert "line 4 of" in captured
+    assert captured.count("\n") == 1
+
+
+def test_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        main(["fit-reward", "--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(FitReward):
+        assert field.name == "choices" or f"--{field.name.replace('_', '-')}" in text
+    assert '"preferred": 0' in text
+
+
+def test_calibration_figure(tmp_path, monkeypatch):
+    kept = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: (kept.append(figure), save(figure, path))[1])
+    measured = Measured(100, 0.81, 0.4, 0.02, [0.55, 0.75, 0.95], [0.5, 0.8, 1.0], [20, 30, 50])
+    assert plots.calibration(measured, tmp_path / "calibration.png", "100 choices held out").is_file()
+    curve, counts = kept[0].axes
+    np.testing.assert_allclose(curve.containers[0].lines[0].get_data(), [measured.predicted, measured.observed])
+    assert [bar.get_height() for bar in counts.patches] == measured.counts
+    assert "81.0%" in kept[0].get_suptitle()
+    _check_texts(kept[0])

@@ -1,0 +1,78 @@
+"""The simulated person, and the pictures that it compares."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dpok_gym.rewards.preference_data import load_comparisons
+from dpok_gym.shapes import choices
+from dpok_gym.shapes.captions import parse_prompt, sample_requested_scenes
+from dpok_gym.shapes.judge import judge
+from dpok_gym.shapes.scenes import render
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """One cluster of four groups, in three denoising steps."""
+    monkeypatch.setattr(choices, "GROUPS", 4)
+    monkeypatch.setattr(choices, "DENOISING_STEPS", (3,))
+
+
+def test_what_the_person_sees():
+    scenes, _ = sample_requested_scenes(6, torch.Generator().manual_seed(0))
+    pictures = render(scenes)
+    prompts = ["a red circle above a blue square", "three green stars"]
+    seen = choices.utilities(pictures, [parse_prompt(prompt) for prompt in prompts])
+    for row, prompt in zip(seen, prompts, strict=True):
+        verdict = judge(pictures, [prompt] * 6)
+        torch.testing.assert_close(row, verdict.alignment + 0.2 * verdict.quality)
+
+
+def test_how_the_person_chooses():
+    rng = np.random.default_rng(0)
+    seen = torch.rand(8, 20, generator=torch.Generator().manual_seed(0))
+    seen[:, ::2] = 0.5  # half of the pictures look the same
+    chosen = [row for _ in range(200) for row in choices.choose(seen, rng)]
+    assert len(chosen) == 200 * choices.CHOICES_PER_CLUSTER
+    caption, a, b, preferred = np.array(chosen).T
+    difference = (seen[caption, b] - seen[caption, a]).numpy()
+    assert np.abs(difference).min() >= choices.JUST_NOTICEABLE
+    assert ((difference > 0) != preferred).mean() == pytest.approx(choices.ERROR_RATE, abs=0.01)
+    assert preferred.mean() == pytest.approx(0.5, abs=0.03)
+    assert (a // 5 == b // 5).mean() == pytest.approx(choices.HARD_SHARE, abs=0.05)
+    own = (a // 5 == caption // 2) | (b // 5 == caption // 2)
+    assert own.all()  # one of the two is always from the caption's own group
+    assert set(caption) == set(range(8))
+
+
+def test_pictures_and_choices_from_nothing(tmp_path, small):
+    choices.draw_pictures(tmp_path, seed=3, n_batches=1)
+    files = sorted((tmp_path / "pictures").iterdir())
+    assert [file.name for file in files] == [f"000-{group:02}-{k}.png" for group in range(4) for k in range(5)]
+    drawn = [file.read_bytes() for file in files]
+    assert len(set(drawn)) == 20
+    scenes, _ = choices.describe(3, 0)
+    true = np.stack([np.asarray(Image.open(file)) for file in files[::5]])
+    error = torch.from_numpy(true).permute(0, 3, 1, 2) / 255 - render(scenes)
+    assert error.abs().mean() < 0.03  # the first of each group is its scene
+
+    files[-1].unlink()  # as if it had been interrupted
+    files[0].unlink()
+    choices.draw_pictures(tmp_path, seed=3, n_batches=1)
+    assert [file.read_bytes() for file in files] == drawn
+    written = files[0].stat().st_mtime_ns
+    choices.draw_pictures(tmp_path, seed=3, n_batches=1)
+    assert files[0].stat().st_mtime_ns == written  # nothing is drawn twice
+
+    path = choices.compare_pictures(tmp_path, seed=3, n_batches=1)
+    assert len(load_comparisons(path, 64)) == choices.CHOICES_PER_CLUSTER
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        pictures = np.stack([np.asarray(Image.open(tmp_path / name)) for name in row["pictures"]])
+        verdict = judge(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255, [row["prompt"]] * 2)
+        torch.testing.assert_close(
+            torch.tensor(row["utilities"]), verdict.alignment + 0.2 * verdict.quality, rtol=0, atol=1e-4
+        )
