@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-SHAPES = "DPOK-Shapes-v0"
+SHAPES, MIXTURE = "DPOK-Shapes-v0", "DPOK-Mixture-v0"
 
 #: Settings of ``dpok train`` for the embedded model, for two cores of a laptop. Prompts and budget are taken with
 #: every preset, the rest (of the environment and the algorithms) with the preset "default". What is not here is theirs.
@@ -46,6 +46,21 @@ LAPTOP_ALGORITHMS: dict[str, dict[str, Any]] = {
     "draft": {"batch_size": 16, "n_last_steps": 2},
 }
 
+#: Settings for the model with a known answer, which DPOK comes to with its full gradient: see benchmarks/mixture.py.
+CLASSROOM: dict[str, Any] = {
+    "pictures": 15_360,
+    "n_envs": 256,
+    "learning_rate": 1e-2,
+    "final_lr_fraction": 0.02,
+    "step_weighting": "likelihood",
+    "normalize_advantage": False,
+    "kl_in": "reward",
+    "kl_coef": 0.5,
+    "max_grad_norm": 100.0,
+    "vf_learning_rate": 3e-3,
+    "policy_kwargs": {"critic_hidden": 64, "max_batch_size": None},
+}
+
 #: Pictures drawn in training for any other environment: the paper's budget for one prompt.
 PICTURES = 20_000
 
@@ -68,7 +83,7 @@ class Train:
     out: Annotated[Path | None, _auto("FOLDER", "runs/<env>-<algo>-<time>")] = None
     """Run folder to write; it must not hold a run already, unless that is to be resumed."""
     env: str = SHAPES
-    """Environment id: DPOK-Shapes-v0 (embedded model, runs anywhere) or DPOK-SD15-v0 (Stable Diffusion 1.5)."""
+    """Environment id: DPOK-Shapes-v0 (embedded model), DPOK-Mixture-v0 (dots, a known answer), DPOK-SD15-v0, ..."""
     prompts: Annotated[str | None, _auto("TEXT|SET|FILE", f"{LAPTOP['prompts']!r} for {SHAPES}, else the env's")] = None
     """What to draw: a prompt, a named set (colour, count, composition, location, shapes, dpok), or a file of lines."""
     reward: Annotated[str | None, _auto("NAME[=WEIGHT],...", "the environment's")] = None
@@ -92,7 +107,10 @@ class Train:
     """
     preset: Literal["default", "paper", "official-code"] = "default"
     """Settings that the options below change: of this project, or of DPOK's paper or code for Stable Diffusion."""
-    pictures: Annotated[int | None, _auto("INT", f"{LAPTOP['pictures']} for {SHAPES}, else {PICTURES}")] = None
+    pictures: Annotated[
+        int | None,
+        _auto("INT", f"{LAPTOP['pictures']} for {SHAPES}, {CLASSROOM['pictures']} for {MIXTURE}, else {PICTURES}"),
+    ] = None
     """Pictures to draw in training, 1 or more, rounded up to whole iterations; the budget of the run."""
     n_envs: Annotated[int | None, _auto("INT", "the preset's")] = None
     """Pictures in each iteration, 1 or more, usually 10 to 256; more are slower, with less noise in the gradient."""
@@ -204,6 +222,8 @@ class FitReward:
     """
     out: Annotated[Path, _auto("FOLDER", "none: it must be given")]
     """Folder to write; it must not hold a reward already."""
+    start: Annotated[Path | None, _auto("FOLDER", "none: learn from nothing")] = None
+    """Reward to start from, written by this command; fewer choices do then, but its words are all that it knows."""
     held_out: float = 0.1
     """Share of the choices that is measured on and not learned from, above 0 and below 1; no picture is on both sides.
     """
@@ -213,7 +233,7 @@ class FitReward:
     """Choices in each optimiser step, 1 or more."""
     learning_rate: float = 1.5e-3
     """Highest learning rate, usually 5e-4 to 3e-3."""
-    picture_size: int = 64
+    picture_size: Annotated[int | None, _auto("INT", "64, or that of --start")] = None
     """Pixels of the side that pictures are resized to, a multiple of 8 from 16 on; more sees finer details, slower."""
     seed: int = 0
     """Seed of the split, the first weights and the order of the choices, 0 or more."""

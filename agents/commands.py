@@ -17,7 +17,7 @@ from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoard
 
 from agents import plots
 from agents.callbacks import ProgressCallback, SaveCallback, save_agent
-from agents.cli import SHAPES, Evaluate, FitReward, Sample, ServeReward, Train
+from agents.cli import MIXTURE, SHAPES, Evaluate, FitReward, Sample, ServeReward, Train
 from agents.config import (
     ALGORITHMS,
     AT_A_TIME,
@@ -143,6 +143,9 @@ def sample(options: Sample) -> int:
     prompts = [options.prompt] * options.n
     if lora is None:
         drawn = draw(env.pretrained_transition, env, prompts, options.seed)
+    elif run is not None and config is not None and not lora.is_dir():  # it trained the whole denoiser
+        agent = ALGORITHMS[config.algo].load(_model_of(run), device=options.device)
+        drawn = evaluate_policy(agent.policy, env, prompts, options.seed)
     else:
         with LoRA.from_folder(env.model.denoiser, lora).switched_on():
             drawn = draw(env.pretrained_transition, env, prompts, options.seed)
@@ -166,7 +169,7 @@ def evaluate(options: Evaluate) -> int:
         also = tuple(parse_reward(options.reward))
     else:
         trained_on_size = any(name.startswith("jpeg-") for name in config.env_kwargs["reward"])
-        also = () if config.is_shapes or trained_on_size else ("jpeg-compressibility",)
+        also = () if config.env in (SHAPES, MIXTURE) or trained_on_size else ("jpeg-compressibility",)
     env = config.make_evaluation_env(options.pictures, also, device=options.device)
     agent = ALGORITHMS[config.algo].load(_model_of(options.run), device=options.device)
     sets = {
@@ -196,7 +199,13 @@ def fit_reward(options: FitReward) -> int:
     if options.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {options.seed}")
     console = Console()
-    comparisons = load_comparisons(options.choices, options.picture_size)
+    start = preference.PreferenceReward.load(options.start).network if options.start else None
+    picture_size = options.picture_size or (start.config.picture_size if start else 64)
+    if start and picture_size != start.config.picture_size:
+        raise ValueError(
+            f"{options.start} takes pictures of {start.config.picture_size} pixels; leave out --picture-size"
+        )
+    comparisons = load_comparisons(options.choices, picture_size)
     console.print(f"{len(comparisons)} choices between {len(comparisons.pictures)} pictures")
 
     def log(row: dict[str, Any]) -> None:
@@ -206,6 +215,7 @@ def fit_reward(options: FitReward) -> int:
     checkpoint = options.out / "checkpoint.pt"
     found = fit(
         comparisons,
+        network=start,
         **given(options, "epochs", "held_out", "seed", "batch_size", "learning_rate", "device"),
         checkpoint=checkpoint,
         log=log,

@@ -14,7 +14,7 @@ import yaml
 
 import dpok_gym  # noqa: F401  (registers the environments)
 from agents.best_of_n import BestOfN
-from agents.cli import LAPTOP, LAPTOP_ALGORITHMS, PICTURES, SHAPES, Train
+from agents.cli import CLASSROOM, LAPTOP, LAPTOP_ALGORITHMS, MIXTURE, PICTURES, SHAPES, Train
 from agents.ddpo import DDPO
 from agents.dpok import DPOK, PRESETS
 from agents.draft import DRaFT
@@ -129,8 +129,8 @@ class Config:
     @classmethod
     def of(cls, options: Train) -> Config:
         """The options, and defaults where they say nothing."""
-        is_shapes = options.env == SHAPES
-        defaults: dict[str, Any] = LAPTOP | LAPTOP_ALGORITHMS[options.algo] if is_shapes else {"pictures": PICTURES}
+        of_env = {SHAPES: LAPTOP | LAPTOP_ALGORITHMS[options.algo], MIXTURE: CLASSROOM}
+        defaults: dict[str, Any] = of_env.get(options.env, {"pictures": PICTURES})
         if options.preset != "default":
             if options.algo != "dpok":
                 raise ValueError(f"the preset {options.preset!r} is one of dpok; leave it out for {options.algo}")

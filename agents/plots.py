@@ -173,27 +173,13 @@ def calibration(measured: Measured, path: str | Path, title: str = "") -> Path:
     """
     figure = Figure(figsize=(4.6, 4.9), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    axes.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1, linestyle="--")
-    axes.text(
-        0.76,
-        0.74,
-        "as predicted",
-        color=FAINT,
-        fontsize=8,
-        rotation=45,
-        ha="center",
-        va="center",
-        rotation_mode="anchor",
-        transform_rotates_text=True,
-    )
-    predicted, observed, counts = (
-        np.array(values) for values in (measured.predicted, measured.observed, measured.counts)
-    )
-    error = np.sqrt(observed * (1 - observed) / counts)
-    axes.errorbar(predicted, observed, 1.96 * error, fmt="o-", color=REWARD, linewidth=1.8, markersize=4, elinewidth=1)
-    axes.set(
-        ylabel="share of the choices that fell on it", xlim=(0.49, 1.01), ylim=(min(0.45, observed.min() - 0.05), 1.02)
-    )
+    predicted, observed, counts = map(np.array, (measured.predicted, measured.observed, measured.counts))
+    interval = 1.96 * np.sqrt(observed * (1 - observed) / counts)
+    axes.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1, linestyle="--", label="as predicted")
+    style: dict[str, Any] = {"fmt": "o-", "color": REWARD, "linewidth": 1.8, "markersize": 4, "elinewidth": 1}
+    axes.errorbar(predicted, observed, interval, label="observed, with 95 % interval", **style)
+    axes.legend(loc="lower right", frameon=False, fontsize=8, labelcolor=INK)
+    axes.set(ylabel="share of the choices that fell on it", xlim=(0.49, 1.01))
     below.bar(predicted, counts, width=0.03, color=REWARD)
     below.set(xlabel="probability that the reward gives its favourite of two", ylabel="choices")
     for panel in (axes, below):

@@ -32,7 +32,8 @@ class PolicyGradient(DenoisingAlgorithm):
         step_weighting: "likelihood" sums the policy gradient over the steps as it is (the papers and their codes);
             "output" lets it reach the network's output equally strong from every step, so that the early ones, which
             decide most of a picture, are heard, see :meth:`dpok_gym.diffusion.Schedule.output_weights`. It scales the
-            loss, not the ratio.
+            policy gradient alone, not the ratio and not a KL beside it: with one, each step has a beta of its own, and
+            what the algorithm comes to is the optimum of its equation with "likelihood" only.
         **kwargs: further arguments of :class:`~agents.on_policy.DenoisingAlgorithm`; batches are of transitions.
 
     Raises:

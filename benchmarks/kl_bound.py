@@ -102,16 +102,16 @@ def main() -> None:
             reward,
             options.beta,
             N_STEPS,
-            options.iterations,
             options.seed,
             "mixture-1d",
+            options.iterations,
             measure,
             kl_in=kl_in,
         )
         measure.measure()
         found[kl_in] = {"training": measure.rows, "exact": measure.optimum(options.beta, kl_in == "reward")}
         print(f"exact: {found[kl_in]['exact']}")
-        show(f"KL in the {kl_in}, beta = {options.beta}", measure.rows[:: len(measure.rows) // 8], Console())
+        show(f"KL in the {kl_in}, beta = {options.beta}", measure.rows[:: max(1, len(measure.rows) // 8)], Console())
     draw_figure(found, options.out / "kl_bound.png")
     (options.out / "kl_bound.json").write_text(json.dumps({"beta": options.beta, **found}, indent=1) + "\n")
 

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import json
 import math
 import shutil
@@ -13,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_rewards_remote import Endpoint, brightness
 
-from agents import DPOK, PRESETS, commands, plots
-from agents.cli import LAPTOP, Evaluate, Sample, ServeReward, Train, main
-from agents.config import Config, parse_reward
-from dpok_gym import DenoisingVectorEnv, RemoteReward
+from agents import DPOK, PRESETS, RewardWeightedSFT, commands, plots
+from agents.cli import LAPTOP, LAPTOP_ALGORITHMS, Evaluate, Sample, ServeReward, Train, main
+from agents.config import ALGORITHMS, Config, parse_reward
+from dpok_gym import DenoisingVectorEnv, RemoteReward, models
 
 TINY = ["--num-inference-steps", "2", "--n-envs", "2", "--lora-rank", "2", "--eval-pictures", "3", "--device", "cpu"]
 WRITTEN = {
@@ -126,12 +127,85 @@ def test_resume(finished, tmp_path, capsys):
     assert "ask for more with --pictures" in capsys.readouterr().err
     assert _train(folder, "--resume", "--kl-coef", "0.5") == 2
     assert "leave out --kl-coef" in capsys.readouterr().err
+    assert _train(folder, "--resume", "--set", "n_epochs=2") == 2
+    assert "leave out --set" in capsys.readouterr().err
     assert _train(folder, "--resume", "--pictures", "6") == 0
     assert [row["rollout/pictures"] for row in plots.read_log(folder / "progress.csv")] == [2, 4, 6]
     summary = _summary(folder)
     assert summary["pictures"] == 6
     assert summary["aligned_before"] == _summary(finished)["aligned_before"]
     assert summary["seconds"] > _summary(finished)["seconds"]
+
+
+@pytest.fixture
+def _fresh_models():
+    models._load.cache_clear()  # else every agent would leave its LoRA in the same network
+
+
+FIT = ["n_gradient_steps=2", "log_every=1", "batch_size=2"]
+FEW_LAYERS = ["--lora-layers", "attention"]  # faster
+
+
+@pytest.mark.usefixtures("_fresh_models")
+@pytest.mark.parametrize(
+    ("algo", "options"),
+    [
+        ("ddpo", ["--clip-range", "0.5"]),
+        ("grpo", ["--kl-coef", "0.5", "--set", "group_size=2"]),
+        ("reinforce", []),
+        ("sft", ["--set", "regularization=KL-O", *FIT]),
+        ("rwr", ["--set", "temperature=0.5", *FIT]),
+        ("best-of-n", ["--set", "n=2", *FIT]),
+        ("draft", ["--reward", "test_algorithms:Brightness", "--batch-size", "1"]),
+    ],
+)
+def test_algorithms(tmp_path, algo, options):
+    folder = tmp_path / "run"
+    tiny = [*TINY, *FEW_LAYERS, "--eval-pictures", "1"]
+    assert _train(folder, "--algo", algo, "--pictures", "2", *tiny, *options) == 0
+    assert {path.name for path in folder.iterdir()} == WRITTEN
+    summary = _summary(folder)
+    assert summary["algo"] == Config.read(folder).algo == algo
+    assert summary["kl_to_pretrained"] > 0
+    assert main(["evaluate", str(folder), "--pictures", "1", "--device", "cpu"]) == 0
+    scores = json.loads((folder / "evaluation.json").read_text())["prompts"]["training"]
+    assert scores["kl_to_pretrained"] == pytest.approx(summary["kl_to_pretrained"], rel=1e-3)
+    assert _train(folder, "--resume", "--pictures", "4") == 0
+    assert _summary(folder)["pictures"] == 4
+    rows = plots.read_log(folder / "progress.csv")
+    assert [row["rollout/pictures"] for row in rows if "rollout/pictures" in row] == [2, 4]
+    saved = ALGORITHMS[algo].load(folder / "model.zip", device="cpu")
+    assert type(saved) is ALGORITHMS[algo]
+    for setting in options[options.index("--set") + 1 :] if "--set" in options else ():
+        name, value = setting.split("=")
+        assert str(getattr(saved, name)) == value
+
+
+@pytest.mark.usefixtures("_fresh_models")
+def test_an_interrupted_fit_is_resumed(tmp_path, monkeypatch):
+    folder, fit = tmp_path / "run", RewardWeightedSFT.train
+
+    def interrupted(self):
+        if self._n_updates == 1:
+            raise KeyboardInterrupt
+        fit(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RewardWeightedSFT, "train", interrupted)
+        assert _train(folder, "--algo", "sft", "--pictures", "4", *TINY, *FEW_LAYERS, "--set", *FIT) == 130
+    summary = _summary(folder)
+    assert (summary["interrupted"], summary["pictures"]) == (True, 4)
+    halfway = RewardWeightedSFT.load(folder / "model.zip", device="cpu")
+    assert (halfway._n_updates, len(halfway.pictures)) == (1, 4)
+    assert _train(folder, "--resume") == 0
+    summary = _summary(folder)
+    assert (summary["interrupted"], summary["pictures"]) == (False, 4)
+    rows = plots.read_log(folder / "progress.csv")
+    assert [row["rollout/pictures"] for row in rows if "rollout/pictures" in row] == [2, 4]
+    assert [row["train/n_updates"] for row in rows if "train/denoising_loss" in row] == [1, 2]
+    finished = RewardWeightedSFT.load(folder / "model.zip", device="cpu")
+    assert torch.equal(finished.pictures.latents, halfway.pictures.latents)  # none was drawn again
+    assert _train(folder, "--resume") == 2
 
 
 def _interrupt_step(monkeypatch, number, error=KeyboardInterrupt):
@@ -300,6 +374,16 @@ def test_another_environment(tiny_sd_folder, tmp_path, capsys):
         (["--timestep-fraction", "2"], "timestep_fraction"),
         (["--device", "abacus"], "abacus"),
         (["--resume"], "no run folder"),
+        (["--set", "kl_coef"], "a setting is written NAME=VALUE, not 'kl_coef'"),
+        (["--set", "n_epochs=2", "=3"], "a setting is written NAME=VALUE, not '=3'"),
+        (["--set", "kl_coefficient=1"], "dpok has no setting kl_coefficient; it has batch_size, clip_range, "),
+        (["--set", "kl_in=advantage"], "kl_in must be one of"),
+        (["--algo", "rwr", "--set", "group_size=2", "n=2"], "rwr has no setting group_size, n; it has batch_size, "),
+        (["--algo", "ddpo", "--kl-coef", "0.1"], "ddpo has no setting kl_coef; it has advantage_clip, "),
+        (["--algo", "sft", "--clip-range", "0.1"], "sft has no setting clip_range"),
+        (["--algo", "grpo", "--preset", "paper"], "the preset 'paper' is one of dpok; leave it out for grpo"),
+        (["--algo", "grpo", "--n-envs", "24"], "24 environments cannot be split into groups of 16"),
+        (["--algo", "draft", "--device", "cpu"], "the reward 'shapes-alignment' has no gradient"),
     ],
 )
 def test_mistakes_in_training_options(tmp_path, capsys, options, message):
@@ -395,6 +479,32 @@ def test_presets_and_options():
     assert other.env_kwargs["prompts"] == "dpok"
     assert other.env_kwargs["reward"] == {"image-reward": 1.0}
     assert other.pictures == 20_000
+
+
+def test_settings_are_typed():
+    texts = ("kl_in=reward", "use_critic=true", "batch_size=null", "n_epochs=3", "target_kl_to_pretrained=2.5")
+    settings = Config.of(Train(set=texts)).algo_kwargs
+    expected = {
+        "kl_in": "reward", "use_critic": True, "batch_size": None, "n_epochs": 3, "target_kl_to_pretrained": 2.5
+    }  # fmt: skip
+    found = {name: settings[name] for name in expected}
+    assert found == expected
+    assert [type(value) for value in found.values()] == [type(value) for value in expected.values()]
+    others = Config.of(Train()).algo_kwargs
+    assert {name for name in others if others[name] != settings[name]} == set(expected)
+    assert Config.of(Train(algo="rwr", set=("sparse_fraction=0.25",))).algo_kwargs["sparse_fraction"] == 0.25
+
+
+def test_settings_of_each_algorithm():
+    for algo, algorithm in ALGORITHMS.items():
+        config = Config.of(Train(algo=algo))
+        own = inspect.signature(algorithm).parameters.keys() - {"policy", "env", "kwargs"}
+        assert own <= config.algo_kwargs.keys()
+        for name, value in LAPTOP_ALGORITHMS[algo].items():
+            assert (config.n_envs if name == "n_envs" else config.algo_kwargs[name]) == value
+        assert config.algo_kwargs["learning_rate"] == LAPTOP["learning_rate"]
+        elsewhere = Config.of(Train(algo=algo, env="DPOK-SD15-v0"))
+        assert elsewhere.algo_kwargs["learning_rate"] == 1e-3
 
 
 def test_rewards_are_read():

@@ -52,6 +52,18 @@ def test_a_reward_is_fitted(choices, tmp_path, capsys):
     assert "already holds a reward; choose another --out" in capsys.readouterr().err
 
 
+def test_it_goes_on_from_a_reward(choices, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    main(["fit-reward", str(choices), "--out", str(first), *QUICK])
+    arguments = ["fit-reward", str(choices), "--out", str(second), "--start", str(first), "--learning-rate", "1e-12"]
+    assert main([*arguments, "--picture-size", "24"]) == 2
+    assert "takes pictures of 16 pixels" in capsys.readouterr().err
+    assert main([*arguments, "--held-out", "0.2", "--epochs", "1", "--device", "cpu"]) == 0
+    images, prompts = torch.rand(3, 3, 16, 16), ["a bright day"] * 3
+    one, other = (make_reward(str(folder))(images, prompts).total for folder in (first, second))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
+
+
 def test_it_can_be_trained_with(choices, tmp_path):
     out = tmp_path / "reward"
     main(["fit-reward", str(choices), "--out", str(out), *QUICK])

@@ -204,6 +204,17 @@ def test_no_policy_beats_dynamic_programming() -> None:
     assert right == pytest.approx([0.7165, 0.6866], abs=1e-3)  # written down: the benchmark's numbers
 
 
+def test_kl_in_the_loss_goes_half_of_the_way_at_half_of_beta() -> None:
+    pretrained = pretrained_on_grid("two modes", 50)
+    uncharged = best_policy(pretrained, lambda x: 0.5 * x, 1.0, charge_later_kl=False)
+    further = best_policy(pretrained, lambda x: 0.5 * x, 0.5)
+    half = GridPolicy(GRID, (pretrained.means + further.means) / 2, pretrained.std)
+    assert uncharged.step_kl(pretrained).sum() == pytest.approx(half.step_kl(pretrained).sum(), rel=0.05)
+    assert uncharged.expectation(np.tanh) == pytest.approx(half.expectation(np.tanh), rel=0.02)
+    best = best_policy(pretrained, lambda x: 0.5 * x, 1.0)
+    assert uncharged.expectation(np.tanh) < 0.97 * best.expectation(np.tanh)
+
+
 def test_the_sum_of_step_kls_bounds_the_final_one() -> None:
     pretrained = pretrained_on_grid("two modes", 10)
     best = best_policy(pretrained, lambda x: 0.5 * x, 1.0)

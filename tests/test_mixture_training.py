@@ -57,7 +57,7 @@ def test_dpok_finds_the_optimum_of_gaussian_data() -> None:
     exact_variance = sampler.covariance.item()
     shift = sampler.optimal_shift(torch.ones(1).double(), BETA).item()
     assert moments(on_grid(agent, "one gaussian")) == pytest.approx((0, exact_variance), abs=1e-4)
-    agent.learn(60 * 128 * T)
+    agent.learn(40 * 128 * T)
     mean, variance = moments(on_grid(agent, "one gaussian"))
     assert shift > 0.5 * exact_variance**0.5  # there is something to learn
     assert abs(mean - shift) < 0.1 * exact_variance**0.5
@@ -72,7 +72,7 @@ def test_dpok_finds_the_best_policy_of_two_modes() -> None:
         return policy.expectation(lambda x: x) - BETA * policy.step_kl(pretrained).sum()
 
     best = best_policy(pretrained, lambda x: x, BETA)
-    agent.learn(60 * 128 * T)
+    agent.learn(40 * 128 * T)
     learned = on_grid(agent, "two modes")
     gained = (objective(learned) - objective(pretrained)) / (objective(best) - objective(pretrained))
     assert 0.9 < gained < 1
@@ -87,6 +87,8 @@ def test_the_whole_denoiser_is_trained_unless_a_rank_is_given() -> None:
     assert {tuple(value.shape) for value in agent.policy.denoiser_parameters()} >= {(64, 64), (1, 64)}
     with pytest.raises(ValueError, match="no layer of the denoiser ends in"):
         make_agent("two modes", policy_kwargs={"lora_rank": 4})
+    with pytest.raises(ValueError, match="too small for gradient checkpointing"):
+        make_agent("two modes", policy_kwargs={"gradient_checkpointing": True})
 
 
 def test_saved_and_loaded(tmp_path) -> None:

@@ -108,6 +108,43 @@ def test_learning_curve(tmp_path, figures):
     assert len(x) == 38
 
 
+def test_learning_curve_of_a_supervised_run(tmp_path, figures):
+    drawing = [
+        {"rollout/pictures": 64.0 * k, "rollout/shapes-alignment": 0.5 + 0.01 * k, "rollout/shapes-quality": 0.4}
+        for k in range(1, 6)
+    ]
+    # Stable-Baselines3 repeats the last episodes' reward in every row.
+    fitting = [
+        {"rollout/ep_rew_mean": 0.5, "train/n_updates": 50.0 * k, "train/denoising_loss": 1 / k} for k in range(1, 11)
+    ]
+    plots.learning_curve(drawing + fitting, tmp_path / "curve.png", "a title")
+    alignment, quality, loss = figures[0].axes
+    assert [axes.get_ylabel() for axes in (alignment, quality, loss)] == [
+        "shapes-alignment",
+        "shapes-quality",
+        "denoising loss",
+    ]
+    assert [axes.get_xlabel() for axes in (alignment, quality, loss)] == ["", "pictures drawn", "optimiser steps"]
+    for axes, rows, x, y in (
+        (alignment, drawing, "rollout/pictures", "rollout/shapes-alignment"),
+        (quality, drawing, "rollout/pictures", "rollout/shapes-quality"),
+        (loss, fitting, "train/n_updates", "train/denoising_loss"),
+    ):
+        found = axes.lines[0].get_data()
+        np.testing.assert_allclose(found, [[row[name] for row in rows] for name in (x, y)])
+    assert alignment.get_xlim() == quality.get_xlim()
+    assert loss.get_xlim()[1] >= 500 > alignment.get_xlim()[1]  # two kinds of axes
+
+
+def test_learning_curve_without_any_kl(tmp_path, figures):
+    rows = [{"rollout/pictures": 64.0 * k, "rollout/shapes-alignment": 0.01 * k} for k in range(1, 6)]
+    for row in rows[1:]:
+        row["train/grad_norm"] = 1.0
+    plots.learning_curve(rows, tmp_path / "curve.png")
+    assert figures[0].axes[0].lines[0].get_data()[0].tolist() == [64, 128, 192, 256, 320]
+    assert not any(axes.lines for axes in figures[0].axes[1:])
+
+
 @pytest.mark.parametrize("rows", [[], [{"rollout/pictures": 2.0, "rollout/shapes-alignment": 0.5}]])
 def test_learning_curve_of_a_run_that_hardly_began(tmp_path, rows):
     assert plots.learning_curve(rows, tmp_path / "curve.png").is_file()

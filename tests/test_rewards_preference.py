@@ -20,7 +20,7 @@ WORDS = ("a", "above", "blue", "circle", "red", "square")
 
 
 def small_network(**changes):
-    sizes = {"max_words": 6, "picture_size": 16, "channels": 16, "width": 16, "layers": 1, "heads": 2}
+    sizes = {"max_words": 6, "picture_size": 16, "width": 32, "layers": 1, "heads": 2}
     return PreferenceNetwork(PreferenceConfig(WORDS, **sizes | changes))
 
 

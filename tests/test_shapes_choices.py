@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dpok_gym.rewards import make_reward
 from dpok_gym.rewards.preference_data import load_comparisons
 from dpok_gym.shapes import choices
 from dpok_gym.shapes.captions import parse_prompt, sample_requested_scenes
@@ -19,6 +20,8 @@ def small(monkeypatch):
     """One cluster of four groups, in three denoising steps."""
     monkeypatch.setattr(choices, "GROUPS", 4)
     monkeypatch.setattr(choices, "DENOISING_STEPS", (3,))
+    monkeypatch.setattr(choices, "CAPTION_STEPS", 2)
+    monkeypatch.setattr(choices, "CAPTION_BATCH", 8)
 
 
 def test_what_the_person_sees():
@@ -76,3 +79,16 @@ def test_pictures_and_choices_from_nothing(tmp_path, small):
         torch.testing.assert_close(
             torch.tensor(row["utilities"]), verdict.alignment + 0.2 * verdict.quality, rtol=0, atol=1e-4
         )
+
+
+def test_the_whole_way(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(choices, "GROUPS", 8)  # two clusters, one of them to hold out
+    command = ["--work", str(tmp_path), "--out", str(tmp_path / "reward"), "--batches", "1", "--epochs", "2"]
+    choices.main(command)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows if "epoch" in row] == [1, 2]
+    weights = (tmp_path / "reward" / "model.safetensors").read_bytes()
+    reward = make_reward(str(tmp_path / "reward"))
+    assert reward(torch.rand(2, 3, 64, 64), ["a red star", "a wolf"]).total.isfinite().all()
+    choices.main(command)  # nothing is left to do
+    assert (tmp_path / "reward" / "model.safetensors").read_bytes() == weights

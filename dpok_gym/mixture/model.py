@@ -86,6 +86,14 @@ class MixtureDenoiser(nn.Module):
         noise = (x - alpha_bar.sqrt()[:, None] * clean) / (1 - alpha_bar).sqrt()[:, None]
         return noise.reshape(latents.shape)
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Refuses.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("the mixture model is too small for gradient checkpointing: leave gradient_checkpointing off")
+
 
 class MixtureModel(TextToImageModel):
     """Draws a point of a Gaussian mixture, as the picture of a dot; which mixture is what the prompt says.

@@ -1,4 +1,4 @@
-"""The picture of a point: a soft round dot on a sheet with axes, from which its position can be read exactly.
+"""The picture of a point: a soft round dot on a sheet with lines, from which its position can be read exactly.
 
 The dot is a Gaussian bump on the grid of pixels. Its centre of mass is the point, up to exp(-2 pi^2 s^2) of a pixel for
 a bump of s pixels (Poisson summation: 5e-20 at s = 1.5), so what limits the reading is the precision of the picture.
@@ -16,9 +16,9 @@ PIXELS_PER_UNIT = 8
 DOT_PIXELS = 1.5  # standard deviation of the dot
 REACH = 3.0  # points further out are drawn here: a unit or five deviations of the dot before the sheet ends
 
-#: How much of each channel (red, green, blue) the dot and the axes take away from white. Positions are read in red,
-#: which the axes leave alone.
-_DOT, _AXES = (1.0, 0.55, 0.3), (0.0, 0.1, 0.1)
+#: How much of each channel (red, green, blue) the dot, and the axes and the frame, take away from white. Positions are
+#: read in red, which the lines leave alone.
+_DOT, _LINES = (1.0, 0.55, 0.3), (0.0, 0.12, 0.12)
 
 
 def _coordinates() -> Tensor:
@@ -35,10 +35,10 @@ def draw_dots(points: Tensor) -> Tensor:
     side = _coordinates().to(points.device)
     bumps = (-0.5 * ((side - points[..., None]) * PIXELS_PER_UNIT / DOT_PIXELS).square()).exp()
     dot = bumps[:, 1].flip(1)[:, :, None] * bumps[:, 0][:, None, :]
-    is_axis = side.abs() < 1 / PIXELS_PER_UNIT
-    axes = (is_axis[:, None] | is_axis).float()
-    dot_colour, axes_colour = (torch.tensor(colour, device=points.device)[:, None, None] for colour in (_DOT, _AXES))
-    return (1 - dot_colour * dot[:, None]) * (1 - axes_colour * axes)
+    is_line = (side.abs() < side[-1] - side[-2]) | (side.abs() == side[-1])
+    lines = (is_line[:, None] | is_line).float()
+    dot_colour, line_colour = (torch.tensor(colour, device=points.device)[:, None, None] for colour in (_DOT, _LINES))
+    return (1 - dot_colour * dot[:, None]) * (1 - line_colour * lines)
 
 
 def read_dots(images: Tensor) -> Tensor:

@@ -44,8 +44,7 @@ class PreferenceConfig:
         words: the vocabulary, see :func:`split_words`; any other word tells the network nothing.
         max_words: words of a prompt that are read, from its beginning.
         picture_size: S, to which pictures are resized, a multiple of 8; finer details than S shows are not seen.
-        channels: of the first layer.
-        width: D, of everything after it, a multiple of 8 and of ``heads``.
+        width: D, a multiple of 32 and of ``heads``.
         layers: of the transformer.
         heads: of its attention.
 
@@ -56,7 +55,6 @@ class PreferenceConfig:
     words: tuple[str, ...]
     max_words: int
     picture_size: int = 64
-    channels: int = 48
     width: int = 64
     layers: int = 3
     heads: int = 4
@@ -106,10 +104,14 @@ class PreferenceNetwork(nn.Module):
         self.config = config
         width, side = config.width, config.picture_size // _STRIDE
         self.trunk = nn.Sequential(
-            nn.Conv2d(3, config.channels, 6, stride=4, padding=1),
-            nn.GroupNorm(8, config.channels),
+            nn.Conv2d(3, width // 4, 3, stride=2, padding=1),
+            nn.GroupNorm(8, width // 4),
             nn.SiLU(),
-            nn.Conv2d(config.channels, width, 3, stride=2, padding=1),
+            nn.Conv2d(width // 4, width // 2, 3, stride=2, padding=1),
+            _Block(width // 2),
+            nn.GroupNorm(8, width // 2),
+            nn.SiLU(),
+            nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
             _Block(width),
             nn.GroupNorm(8, width),
         )

@@ -91,7 +91,7 @@ class Comparisons:
             The choices to learn from and those held out.
 
         Raises:
-            ValueError: if the share is out of range or one side would be empty.
+            ValueError: if the share is out of range, or all choices are one component.
         """
         if not 0 < held_out < 1:
             raise ValueError(f"the held-out share must lie between 0 and 1, got {held_out}")
@@ -101,12 +101,12 @@ class Comparisons:
         before = sizes[shuffled].cumsum(0) - sizes[shuffled] / 2  # a component is out if more than half of it fits
         out = torch.zeros(len(sizes), dtype=torch.bool)
         out[shuffled[before < held_out * len(self)]] = True
+        out[sizes.argmin()] |= not out.any()
         chosen = out[component]
-        if chosen.all() or not chosen.any():
+        if chosen.all():
             raise ValueError(
-                f"the {len(self)} choices cannot be split so that a share of {held_out} is held out and no picture is "
-                "on both sides: too many share pictures with each other; compare each picture with few others, or "
-                "change the held-out share"
+                f"the {len(self)} choices cannot be split so that no picture is on both sides: all of them share "
+                "pictures with each other; compare each picture with few others only"
             )
         return self[(~chosen).nonzero()[:, 0]], self[chosen.nonzero()[:, 0]]
 

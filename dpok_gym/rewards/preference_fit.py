@@ -5,8 +5,9 @@ Letters used for shapes: N choices, M pictures, S x S pixels.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -113,9 +114,17 @@ def log_odds(reward: PreferenceReward, comparisons: Comparisons) -> Tensor:
     return torch.cat(parts)
 
 
+def make_network(prompts: Iterable[str], picture_size: int) -> PreferenceNetwork:
+    """An untrained network for pictures of this size, whose words are those of the prompts."""
+    split = [split_words(prompt) for prompt in prompts]
+    words = tuple(sorted({word for prompt in split for word in prompt}))
+    return PreferenceNetwork(PreferenceConfig(words, min(max(map(len, split)), _MAX_WORDS), picture_size))
+
+
 def fit(
     comparisons: Comparisons,
     *,
+    network: PreferenceNetwork | None = None,
     epochs: int = 50,
     held_out: float = 0.1,
     seed: int = 0,
@@ -131,6 +140,8 @@ def fit(
 
     Args:
         comparisons: the choices; their pictures' size S becomes the network's.
+        network: to start from, for pictures of that size; it is not changed. None for an untrained one that knows the
+            words of the prompts.
         epochs: passes over the choices, 1 or more. Some hundred thousand choices in all are a good start; too many
             passes over few choices learn them by heart, which the held-out loss shows.
         held_out: share of the choices that is not learned from, in (0, 1); see :meth:`Comparisons.split`.
@@ -152,7 +163,8 @@ def fit(
         raise ValueError(f"learning_rate must be above 0, got {learning_rate}")
     train, test = comparisons.split(held_out, seed)
     torch.manual_seed(seed)
-    reward = PreferenceReward(PreferenceNetwork(_config(train)), device)
+    start = network or make_network(train.prompts, comparisons.pictures.shape[-1])
+    reward = PreferenceReward(copy.deepcopy(start), device)
     network = reward.network.requires_grad_(True)
     optimizer = torch.optim.AdamW(network.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     steps = epochs * -(-len(train) // batch_size)
@@ -196,13 +208,6 @@ def fit(
     return Fit(reward, measure(log_odds(reward, test)), len(train), state["best_epoch"], interrupted)
 
 
-def _config(comparisons: Comparisons) -> PreferenceConfig:
-    """A network for these pictures and prompts."""
-    split = [split_words(prompt) for prompt in comparisons.prompts]
-    words = tuple(sorted({word for prompt in split for word in prompt}))
-    return PreferenceConfig(words, min(max(map(len, split)), _MAX_WORDS), comparisons.pictures.shape[-1])
-
-
 def _batches(comparisons: Comparisons, batch_size: int, generator: torch.Generator) -> Iterator[Comparisons]:
     """All choices once in random order, with the pictures shifted a little, each by another random amount."""
     for rows in torch.randperm(len(comparisons), generator=generator).split(batch_size):
@@ -211,7 +216,7 @@ def _batches(comparisons: Comparisons, batch_size: int, generator: torch.Generat
 
 
 def _shifted(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures (M, 3, S, S) uint8, each moved by at most S / 16 pixels, with what is missing repeated from the border."""
+    """Pictures (M, 3, S, S) uint8, each moved by at most S / 16 pixels, what is missing repeated from the border."""
     size = pictures.shape[-1]
     reach = size // 16
     padded = F.pad(pictures.float(), (reach,) * 4, mode="replicate").byte()
