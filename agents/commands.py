@@ -69,7 +69,7 @@ def train(options: Train) -> int:
         save_agent(agent, folder)
         console.print(f"drawing {len(prompts)} pictures with the pre-trained model")
         before = evaluate_policy(agent.policy, judge, prompts, config.evaluation_seed, reference=True)
-        agent.set_logger(_make_logger(folder, drawn))
+        agent.set_logger(_make_logger(folder, drawn, agent._n_updates))
         agent.learn(
             max(config.pictures - drawn, 0) * len(env.schedule),
             [progress, SaveCallback(folder)],
@@ -270,13 +270,13 @@ def _make_agent(config: Config, folder: Path, env: DenoisingVectorEnv) -> Denois
     return algorithm("DenoisingPolicy", env, seed=config.seed, device=config.device, **config.algo_kwargs)
 
 
-def _make_logger(folder: Path, pictures: int) -> Logger:
-    """Logs into the folder, after the rows that are there already and belong to the pictures drawn so far."""
+def _make_logger(folder: Path, pictures: int, n_updates: int) -> Logger:
+    """Logs into the folder, after the rows that are there already and belong to what the agent has done so far."""
     log = folder / LOG
     rows = plots.read_log(log) if log.is_file() else []
     writer = CSVOutputFormat(str(log))  # which empties the file
     for row in rows:
-        if row.get("rollout/pictures", 0) <= pictures:
+        if row.get("rollout/pictures", 0) <= pictures and row.get("train/n_updates", 0) <= n_updates:
             writer.write(dict(row), {})
     return Logger(str(folder), [writer, TensorBoardOutputFormat(str(folder / "tensorboard"))])
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ class Config:
             kept = {name: value for name, value in defaults.items() if name in ("prompts", "pictures")}
             defaults = kept | PRESETS[options.preset]
         algorithm = _defaults(ALGORITHMS[options.algo])
-        chosen = given(options, *ALGORITHM_OPTIONS) | _read_settings(options.set)
+        chosen = given(options, *ALGORITHM_OPTIONS) | _read_settings(options.set, algorithm)
         known = algorithm.keys() - _OTHER
         if unknown := sorted(chosen.keys() - known):
             raise ValueError(f"{options.algo} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
@@ -264,14 +265,28 @@ def given(options: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
 
 
-def _read_settings(texts: Collection[str]) -> dict[str, Any]:
-    """``name=value`` texts as a dict; values are read as in a YAML file."""
-    settings = {}
+def _read_settings(texts: Collection[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``name=value`` texts as a dict; values are read as in a YAML file, and must be of the kind of their defaults."""
+    settings: dict[str, Any] = {}
     for text in texts:
-        name, equals, value = text.partition("=")
+        name, equals, written = text.partition("=")
         if not (name and equals):
             raise ValueError(f"a setting is written NAME=VALUE, not {text!r}")
-        settings[name] = yaml.safe_load(value)
+        try:
+            value = yaml.safe_load(written)
+        except yaml.YAMLError:
+            raise ValueError(
+                f"the value of {text!r} cannot be read: write a number, true, false, null or a word"
+            ) from None
+        with contextlib.suppress(TypeError, ValueError):
+            value = float(value) if isinstance(value, str) else value  # 1e-3, a text to YAML
+        default = defaults.get(name)
+        kind = (int, float) if isinstance(default, float) else type(default)
+        if default is not None and (
+            not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool)
+        ):
+            raise ValueError(f"{name} must be of the kind of its default, {default!r}, not {value!r}")
+        settings[name] = value
     return settings
 
 

@@ -59,9 +59,16 @@ class Evaluation:
         return None if self.aligned is None else float(self.aligned.mean())
 
     def best_of(self, n: int) -> Evaluation:
-        """Of every ``n`` pictures in a row the one with the highest reward."""
-        first = np.arange(0, len(self), n)
-        rows = first + self.reward.reshape(-1, n).argmax(axis=1)
+        """Of every ``n`` pictures in a row the one with the highest reward; one without a valid reward comes last.
+
+        Raises:
+            ValueError: if they cannot be split so.
+        """
+        if n < 1 or len(self) % n:
+            raise ValueError(f"{len(self)} pictures cannot be split into groups of {n}")
+        valid = np.isfinite(list(self.rewards.values())).all(axis=0)
+        groups = np.where(valid, self.reward, -np.inf).reshape(-1, n)
+        rows = np.arange(0, len(self), n) + groups.argmax(axis=1)
         return Evaluation(
             prompts=[self.prompts[row] for row in rows],
             pictures=self.pictures[rows],

@@ -383,8 +383,8 @@ def _falling(schedule: Schedule, final_fraction: float, progress_remaining: floa
 
 def at_least_one(name: str, value: int | None) -> int | None:
     """Checks an argument that is a number of things."""
-    if value is not None and value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     return value
 
 

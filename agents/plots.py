@@ -36,7 +36,7 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
 def learning_curve(rows: Sequence[Mapping[str, float]], path: str | Path, title: str = "") -> Path:
     """Draws every component of the reward, and the KL to the pre-trained model, against the pictures drawn.
 
-    Supervised algorithms have no KL in their log; theirs is the loss against the optimiser steps.
+    Supervised algorithms log the loss against the optimiser steps in its place, others that have no KL nothing.
 
     Args:
         rows: of the log, see :func:`read_log`; there may be none yet.
@@ -45,28 +45,30 @@ def learning_curve(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     """
     names = [name.removeprefix("rollout/") for row in rows for name in row if name.startswith("rollout/")]
     components = [name for name in dict.fromkeys(names) if name not in _NO_COMPONENTS]
-    supervised = any("train/denoising_loss" in row for row in rows)
     drawing = [row for row in rows if "rollout/pictures" in row]
     pictures = [row["rollout/pictures"] for row in drawing]
-    figure = Figure(figsize=(7, 0.6 + 1.9 * (len(components) + 1)), layout="constrained")
-    panels = figure.subplots(len(components) + 1, 1, squeeze=False)[:, 0]
+    is_supervised = any("train/denoising_loss" in row for row in rows)
+    has_kl = len(drawing) < 2 or any("train/kl_to_pretrained" in row for row in rows)  # the second row has the first
+    n_panels = len(components) + (is_supervised or has_kl or not components)
+    figure = Figure(figsize=(7, 0.6 + 1.9 * n_panels), layout="constrained")
+    panels = figure.subplots(n_panels, 1, squeeze=False)[:, 0]
     for axes, name in zip(panels, components, strict=False):
         _curve(axes, _points(pictures, drawing, f"rollout/{name}"), REWARD)
         axes.set_ylabel(name)
+    by_pictures = panels[:-1] if is_supervised else panels
+    for axes in by_pictures:
         axes.sharex(panels[0])
-    if supervised:
-        panels[-2].set_xlabel("pictures drawn")
+    if len(by_pictures):
+        by_pictures[-1].set_xlabel("pictures drawn by the pre-trained model" if is_supervised else "pictures drawn")
+    if is_supervised:
         steps = [row.get("train/n_updates", 0.0) for row in rows]
         _curve(panels[-1], _points(steps, rows, "train/denoising_loss"), KL)
-        panels[-1].set_ylabel("denoising loss")
-        panels[-1].set_xlabel("optimiser steps")
-    else:
+        panels[-1].set(ylabel="denoising loss", xlabel="optimiser steps")
+    elif has_kl:
         # An update's KL is logged with the rollout after it, and is that of the policy that drew the rollout before it.
-        panels[-1].sharex(panels[0])
         _curve(panels[-1], _points(pictures[:-1], drawing[1:], "train/kl_to_pretrained"), KL)
         panels[-1].set_ylabel("KL to pre-trained\n(nats per picture)")
         panels[-1].set_ylim(bottom=0)
-        panels[-1].set_xlabel("pictures drawn")
     figure.align_ylabels()
     for axes in panels:
         axes.set_xlim(left=0)

@@ -34,8 +34,15 @@ class GymVectorVecEnv(VecEnv):
     def reset(self) -> VecEnvObs:
         """Resets all environments, with the seeds given to :meth:`seed` the first time after it."""
         seeds = self._seeds if any(seed is not None for seed in self._seeds) else None
-        options = {name: [each[name] for each in self._options] for name in self._options[0]} or None
-        observation, infos = self.venv.reset(seed=seeds, options=options)  # type: ignore[arg-type]
+        options: Any = self._options[0]
+        if any(each is not options for each in self._options):  # not one for all, but a list of them
+            if any(each.keys() != options.keys() for each in self._options):
+                raise ValueError(
+                    "the reset options must have the same names for all environments, got "
+                    f"{[sorted(each) for each in self._options]}"
+                )
+            options = {name: [each[name] for each in self._options] for name in options}
+        observation, infos = self.venv.reset(seed=seeds, options=options or None)  # type: ignore[arg-type]
         self.reset_infos = [_info_of(infos, i) for i in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()

@@ -104,6 +104,7 @@ class Supervised(DenoisingAlgorithm):
         total, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, name, progress_bar)
         callback.on_training_start(locals(), globals())
         assert self.env is not None
+        self._restore_random_state(self.env)
         iteration, going = 0, True
         while going and self.num_timesteps < total:
             going = self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps)
@@ -176,7 +177,8 @@ class Supervised(DenoisingAlgorithm):
         return self.policy.act(observation, reference=True)
 
     def _keep(self, buffer: TrajectoryBuffer) -> None:
-        """Adds a rollout's pictures to those there are."""
+        """Adds a rollout's pictures to those there are; what was fitted before is fitted again, with them."""
+        self._n_updates = 0
         sound = buffer.valid
         new = Pictures(buffer.latents[sound, -1], buffer.prompt[sound], buffer.rewards[sound, -1])
         kept = vars(self.pictures)

@@ -91,7 +91,7 @@ def run(description: dict[str, Any], pictures: Path | None = None) -> dict[str, 
 
 
 def summary(found: Evaluation) -> dict[str, float]:
-    """Means over the pictures: aligned (share), alignment, quality, reward, kl (nats), and diversity if there is one."""
+    """Means over the pictures: aligned (share), alignment, quality, reward, kl (nats), and diversity if any."""
     components = {name.removeprefix("shapes-"): found.mean(name) for name in JUDGE}
     means = {"aligned": found.aligned_share, **components, "reward": found.reward.mean(), "kl": found.kl.mean()}
     means["diversity"] = diversity(found.pictures, found.prompts)

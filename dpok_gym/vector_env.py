@@ -271,7 +271,10 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
                 raise ValueError(f"the option 'prompt' takes one text or {self.num_envs}, got {len(texts)}")
             texts = list(load_prompts(texts).train)  # which says so if one is blank or no text
         if latents is not None:
-            latents = np.array(latents, np.float32)
+            try:
+                latents = np.array(latents, np.float32)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"the option 'latent' takes an array of numbers: {error}") from error
             if latents.shape not in (self._latents.shape, self._latents.shape[1:]) or not np.isfinite(latents).all():
                 raise ValueError(
                     f"the option 'latent' takes finite numbers of shape {self._latents.shape[1:]}, or "

@@ -101,14 +101,12 @@ def test_learns_predicts_and_saves(name: str, make, settings, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_goes_on_after_loading_as_if_nothing_had_happened(name: str, make, settings, tmp_path: Path) -> None:
-    agent = make(name, n_gradient_steps=7) if issubclass(ALGORITHMS[name][0], Supervised) else make(name)
+    agent = make(name)
     agent.learn(2 * N * T)
     agent.save(tmp_path / "agent")
     saved = weights(agent)
 
     def go_on(agent: Any) -> dict[str, Tensor]:
-        if isinstance(agent, Supervised):
-            agent.n_gradient_steps += 3
         agent.learn(N * T, reset_num_timesteps=False)
         return weights(agent)
 
@@ -199,7 +197,7 @@ def test_improves_its_reward_on_the_embedded_world(name: str, kwargs: dict[str, 
     ("name", "kwargs", "message"),
     [
         ("DDPO-SF", {"batch_size": 2}, "leave batch_size None"),
-        ("DDPO-IS", {"min_count": 0}, "min_count must be at least 1"),
+        ("DDPO-IS", {"min_count": 0}, "min_count must be an integer of at least 1"),
         ("DDPO-IS", {"advantage_clip": -1.0}, "advantage_clip must be a number of at least 0"),
         ("DDPO-IS", {"timestep_fraction": 0.0}, "timestep_fraction must lie in"),
         ("REINFORCE", {"n_epochs": 2}, "one optimiser step in each rollout"),
@@ -208,7 +206,7 @@ def test_improves_its_reward_on_the_embedded_world(name: str, kwargs: dict[str, 
         ("GRPO", {"kl_coef": -1.0}, "kl_coef must be a number of at least 0"),
         ("SFT-KL-D", {"regularization": "KL"}, "regularization must be one of 'KL-D', 'KL-O', 'none'"),
         ("SFT-KL-D", {"gamma_kl": float("nan")}, "gamma_kl must be a number of at least 0"),
-        ("SFT-KL-D", {"n_gradient_steps": 0}, "n_gradient_steps must be at least 1"),
+        ("SFT-KL-D", {"n_gradient_steps": 0}, "n_gradient_steps must be an integer of at least 1"),
         ("RWR", {"temperature": 0.0}, "temperature must be above 0"),
         ("RWR", {"sparse_fraction": 1.5}, "sparse_fraction must lie in"),
         ("BestOfN", {"n": 1}, "n must be at least 2"),
@@ -331,24 +329,40 @@ def test_the_set_of_pictures_is_the_pretrained_models(make) -> None:
     torch.testing.assert_close(agent.pictures.latents, drawn)
 
 
-def test_an_interrupted_fit_goes_on(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    agent = make("BestOfN", n_gradient_steps=9)
+@pytest.mark.parametrize("name", ["BestOfN", "SFT-KL-D"])
+def test_an_interrupted_fit_goes_on(name: str, make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uninterrupted = make(name, n_gradient_steps=9)
+    uninterrupted.learn(N * T)
+    models._load.cache_clear()
+    agent = make(name, n_gradient_steps=9)
 
-    def interrupt(*args: Any) -> None:
-        raise KeyboardInterrupt
+    def interrupt(self: Any, iteration: int) -> None:
+        if iteration > 2:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(agent), "dump_logs", lambda self, iteration: iteration > 2 and interrupt())
+        patch.setattr(type(agent), "dump_logs", interrupt)
         with pytest.raises(KeyboardInterrupt):
             agent.learn(N * T)
     assert agent._n_updates == 6
     assert not agent.is_done(N * T)
     agent.save(tmp_path / "agent")
-    loaded = BestOfN.load(tmp_path / "agent", agent.env, device="cpu")
+    loaded = type(agent).load(tmp_path / "agent", agent.env, device="cpu")
     assert torch.equal(loaded.pictures.latents, agent.pictures.latents)
     loaded.learn(0, reset_num_timesteps=False)
     assert loaded._n_updates == 9
     assert loaded.num_timesteps == N * T
+    assert same(weights(loaded), weights(uninterrupted))
+
+
+def test_more_pictures_are_fitted_too(make) -> None:
+    agent = make("RWR")
+    agent.learn(N * T)
+    before = weights(agent)
+    agent.learn(N * T, reset_num_timesteps=False)
+    assert len(agent.pictures) == 2 * N
+    assert agent._n_updates == agent.n_gradient_steps
+    assert not same(before, weights(agent))
 
 
 def test_weights_by_hand(make) -> None:

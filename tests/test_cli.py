@@ -378,6 +378,11 @@ def test_another_environment(tiny_sd_folder, tmp_path, capsys):
         (["--set", "n_epochs=2", "=3"], "a setting is written NAME=VALUE, not '=3'"),
         (["--set", "kl_coefficient=1"], "dpok has no setting kl_coefficient; it has batch_size, clip_range, "),
         (["--set", "kl_in=advantage"], "kl_in must be one of"),
+        (["--set", "n_epochs=["], "the value of 'n_epochs=[' cannot be read"),
+        (["--set", "n_epochs=two"], "n_epochs must be of the kind of its default, 1, not 'two'"),
+        (["--set", "n_epochs=1.5"], "n_epochs must be of the kind of its default, 1, not 1.5"),
+        (["--set", "use_critic=nonsense"], "use_critic must be of the kind of its default, True, not 'nonsense'"),
+        (["--set", "batch_size=2.5"], "batch_size must be an integer of at least 1, got 2.5"),
         (["--algo", "rwr", "--set", "group_size=2", "n=2"], "rwr has no setting group_size, n; it has batch_size, "),
         (["--algo", "ddpo", "--kl-coef", "0.1"], "ddpo has no setting kl_coef; it has advantage_clip, "),
         (["--algo", "sft", "--clip-range", "0.1"], "sft has no setting clip_range"),
@@ -520,3 +525,22 @@ def test_rewards_are_read():
     for wrong in ("", "=1", "a,a", "a=1=2", "http://a?b=c"):
         with pytest.raises(ValueError, match="reward"):
             parse_reward(wrong)
+
+
+def test_the_class_room_environment(tmp_path, capsys):
+    """It trains the whole of its small network, with settings of its own; what was trained can be drawn with."""
+    few = ["--pictures", "8", "--n-envs", "4", "--eval-pictures", "4", "--device", "cpu"]
+    assert _train(tmp_path / "run", "--env", "DPOK-Mixture-v0", *few) == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["algo_kwargs"]["kl_in"] == "reward"
+    assert config["algo_kwargs"]["step_weighting"] == "likelihood"
+    assert not (tmp_path / "run" / "lora").exists()
+    out = tmp_path / "sample.png"
+    sample = ["sample", "--prompt", "two modes", "--n", "2", "--device", "cpu", "--out", str(out)]
+    assert main([*sample, "--lora", str(tmp_path / "run")]) == 0
+    tuned = out.read_bytes()
+    assert main([*sample, "--env", "DPOK-Mixture-v0"]) == 0
+    assert out.read_bytes() != tuned
+    assert main(["evaluate", str(tmp_path / "run"), "--pictures", "2", "--device", "cpu"]) == 0
+    written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert set(written["prompts"]["held-out"]["rewards_after"]) == {"mixture-linear"}

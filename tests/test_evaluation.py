@@ -170,3 +170,13 @@ def test_running_normalisation_is_left_out():
     found = draw(env.pretrained_transition, env, PROMPTS, 5)
     np.testing.assert_allclose(found.reward, 2 * found.rewards["shapes-quality"], rtol=1e-6)
     assert env.reward.state_dict() == {}
+
+
+def test_the_best_is_never_one_without_a_reward():
+    pictures = np.zeros((4, 2, 2, 3), np.uint8)
+    values = np.array([np.nan, -3.0, -2.0, -1.0])
+    found = Evaluation(["a"] * 4, pictures, np.array([0.0, -3.0, -2.0, -1.0]), {"r": values}, np.zeros(4))
+    assert found.best_of(2).reward.tolist() == [-3.0, -1.0]
+    for n in (0, 3):
+        with pytest.raises(ValueError, match="4 pictures cannot be split into groups"):
+            found.best_of(n)

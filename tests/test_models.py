@@ -204,7 +204,7 @@ def test_guidance(tiny: TextToImageModel, guidance_scale: float) -> None:
         untold = tiny.denoiser(latents(), TIMESTEPS, **empty).sample
     if guidance_scale == 1:
         assert torch.equal(ours, told)
-    torch.testing.assert_close(ours, untold + guidance_scale * (told - untold), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, untold + guidance_scale * (told - untold), rtol=1e-4, atol=3e-5)
     assert not torch.allclose(told, untold, atol=1e-4)  # otherwise there would be nothing to see
 
 

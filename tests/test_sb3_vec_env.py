@@ -189,3 +189,20 @@ def test_other_autoreset_modes_are_refused(mode: AutoresetMode) -> None:
     env = gymnasium.make_vec("CartPole-v1", 2, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode})
     with pytest.raises(ValueError, match="must have autoreset mode SAME_STEP, it has AutoresetMode"):
         GymVectorVecEnv(env)
+
+
+def test_options_of_some_environments_only() -> None:
+    env, _ = denoising_pair()
+    prompt = env.venv.prompts.train[3]  # type: ignore[attr-defined]
+    for options in ([{}] * (N - 1) + [{"prompt": prompt}], [{"prompt": prompt}] * (N - 1) + [{}]):
+        env.set_options([dict(each) for each in options])
+        with pytest.raises(ValueError, match="the same names for all environments"):
+            env.reset()
+
+
+def test_one_option_for_all_is_passed_on_as_it_is() -> None:
+    env = GymVectorVecEnv(
+        gymnasium.make_vec("CartPole-v1", 2, "sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP})
+    )
+    env.set_options({"low": -0.01, "high": 0.01})
+    assert np.abs(env.reset()).max() <= 0.01

@@ -57,8 +57,8 @@ QUALITY_WEIGHT = 0.2
 JUST_NOTICEABLE = 0.03  # difference in what the person sees; closer pictures are not compared
 ERROR_RATE = 0.05
 
-CAPTION_STEPS, CAPTION_BATCH, CAPTION_LEARNING_RATE = 5000, 64, 1e-3
-EPOCHS, LEARNING_RATE = 10, 7e-4
+CAPTION_STEPS, CAPTION_BATCH, CAPTION_LEARNING_RATE = 4000, 64, 1e-3
+EPOCHS, LEARNING_RATE = 8, 7e-4
 
 
 def draw(env: DenoisingVectorEnv, prompts: Sequence[str], rngs: Sequence[np.random.Generator]) -> NDArray[np.uint8]:
