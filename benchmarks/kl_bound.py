@@ -111,7 +111,11 @@ def main() -> None:
         measure.measure()
         found[kl_in] = {"training": measure.rows, "exact": measure.optimum(options.beta, kl_in == "reward")}
         print(f"exact: {found[kl_in]['exact']}")
-        show(f"KL in the {kl_in}, beta = {options.beta}", measure.rows[:: max(1, len(measure.rows) // 8)], Console())
+        show(
+            f"KL in the {kl_in}, beta = {options.beta}",
+            measure.rows[:: max(1, len(measure.rows) // 8)],
+            Console(width=120),
+        )
     draw_figure(found, options.out / "kl_bound.png")
     (options.out / "kl_bound.json").write_text(json.dumps({"beta": options.beta, **found}, indent=1) + "\n")
 

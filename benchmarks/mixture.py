@@ -280,7 +280,7 @@ def main() -> None:
         parser.error(f"--seeds must be at least 1, not {options.seeds}")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    console = Console()
+    console = Console(width=120)
     found = {"gaussian": gaussian(options.seeds)}
     show("one Gaussian, r = x_1, beta = 0.5, T = 20", found["gaussian"], console)
     found["mixtures"], policies = mixtures(options.seeds)

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 MAX_TOKENS, TEXT_WIDTH = 40, 32
+WIDER = 48  # of the second text encoder, by which the two are told apart
 
 #: What Gymnasium's checker says of an observed latent, which is a sample of a Gaussian.
 GYMNASIUM_ADVICE = (
@@ -82,18 +83,18 @@ def _make_tokenizer() -> CLIPTokenizer:
 
 
 def _text_config(tokenizer: CLIPTokenizer, **changes: Any) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **changes,
-    )
+    tiny: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPTextConfig(**(tiny | changes))
 
 
 def _unet(**changes: Any) -> UNet2DConditionModel:
@@ -165,15 +166,15 @@ def tiny_xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer_2.pad_token = "z"  # as in the real one: another than the first tokenizer's
     pipeline = StableDiffusionXLPipeline(
         text_encoder=CLIPTextModel(_text_config(tokenizer)),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, projection_dim=TEXT_WIDTH)),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, hidden_size=WIDER, projection_dim=WIDER)),
         unet=_unet(
-            cross_attention_dim=2 * TEXT_WIDTH,
+            cross_attention_dim=TEXT_WIDTH + WIDER,
             attention_head_dim=(2, 4),
             transformer_layers_per_block=(1, 2),
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 8,
+            projection_class_embeddings_input_dim=WIDER + 6 * 8,
         ),
         vae=_vae(),
         tokenizer=tokenizer,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -290,7 +290,7 @@ def test_variants(tiny_sd_folder: Path, tmp_path: Path) -> None:
         load_model(tmp_path, "cpu")
 
 
-def single_file(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
+def single_file(pipeline: Any) -> dict[str, Tensor]:
     """The weights under the names that the models' authors published them with."""
     n_down, per_block = len(pipeline.unet.down_blocks), pipeline.unet.config.layers_per_block + 1
     with_attention = ["CrossAttn" in kind for kind in pipeline.unet.config.up_block_types]
@@ -310,6 +310,8 @@ def single_file(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
         for theirs, published in {
             "time_embedding.linear_1": "time_embed.0",
             "time_embedding.linear_2": "time_embed.2",
+            "add_embedding.linear_1": "label_emb.0.0",
+            "add_embedding.linear_2": "label_emb.0.2",
             "conv_norm_out": "out.0",
             "conv_out": "out.2",
             "mid_block.resnets.0": "middle_block.0",
@@ -350,19 +352,56 @@ def single_file(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
             key = key.replace(theirs, published)
         return "first_stage_model." + key
 
+    is_xl = hasattr(pipeline, "text_encoder_2")
+
     def text(key: str) -> str:
-        return f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"
+        home = "conditioner.embedders.0.transformer" if is_xl else "cond_stage_model.transformer"
+        return f"{home}.text_model.{key.removeprefix('text_model.')}"
 
     assert n_down == 2
     parts = {unet: pipeline.unet, vae: pipeline.vae, text: pipeline.text_encoder}
-    return {rename(key): value for rename, part in parts.items() for key, value in part.state_dict().items()}
+    found = {rename(key): value for rename, part in parts.items() for key, value in part.state_dict().items()}
+    return found | (open_clip(pipeline.text_encoder_2.state_dict()) if is_xl else {})
 
 
-def test_single_file(tiny_sd_folder: Path, tmp_path: Path) -> None:
+def open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP text encoder under OpenCLIP's names, where queries, keys and values are one matrix."""
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for theirs, published in {
+            "text_model.embeddings.token_embedding": "token_embedding",
+            "text_model.embeddings.position_embedding.weight": "positional_embedding",
+            "text_model.final_layer_norm": "ln_final",
+            "text_model.encoder.layers": "transformer.resblocks",
+            "layer_norm1": "ln_1",
+            "layer_norm2": "ln_2",
+            "self_attn": "attn",
+            "mlp.fc1": "mlp.c_fc",
+            "mlp.fc2": "mlp.c_proj",
+        }.items():
+            key = key.replace(theirs, published)
+        if match := re.fullmatch(r"(.*)\.([qkv])_proj\.(weight|bias)", key):
+            key = f"{match[1]}.in_proj_{match[3]}"
+            names = [f"{match[1]}.{letter}_proj.{match[3]}" for letter in "qkv"]
+            found.setdefault(key, torch.empty(3, *value.shape))[[f".{match[2]}_" in name for name in names]] = value
+        else:
+            found[key] = value
+    found["text_projection"] = found.pop("text_projection.weight").T.contiguous()
+    return {
+        f"conditioner.embedders.1.model.{key}": value.flatten(0, 1) if "in_proj" in key else value
+        for key, value in found.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("folder", "pipeline"), [("tiny_sd_folder", StableDiffusionPipeline), ("tiny_xl_folder", StableDiffusionXLPipeline)]
+)
+def test_single_file(folder: str, pipeline: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    config: Path = request.getfixturevalue(folder)
     path = tmp_path / "model.safetensors"
-    save_file(single_file(StableDiffusionPipeline.from_pretrained(tiny_sd_folder)), path)
-    model: Any = load_model(path, "cpu", config=tiny_sd_folder)
-    expected: Any = load_model(tiny_sd_folder, "cpu")
+    save_file(single_file(pipeline.from_pretrained(config)), path)
+    model: Any = load_model(path, "cpu", config=config)
+    expected: Any = load_model(config, "cpu")
     latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([501, 1])
     told, expected_told = (each.encode(each.tokenize(PROMPTS)) for each in (model, expected))
     with torch.no_grad():
@@ -371,7 +410,7 @@ def test_single_file(tiny_sd_folder: Path, tmp_path: Path) -> None:
         )
     torch.testing.assert_close(model.decode(latents), expected.decode(latents))
     assert model.scheduler_config["beta_end"] == expected.scheduler_config["beta_end"]
-    assert model.options == {"config": str(tiny_sd_folder)}
+    assert model.options == {"config": str(config)}
 
 
 def test_files_that_are_no_checkpoints(tmp_path: Path, tiny_sd_folder: Path) -> None:
