@@ -75,6 +75,7 @@ def train(options: Train) -> int:
             [progress, SaveCallback(folder)],
             reset_num_timesteps=not drawn,
         )
+        agent.logger.close()
         save_agent(agent, folder)
         console.print(f"drawing {len(prompts)} pictures with the fine-tuned model")
         after = evaluate_policy(agent.policy, judge, prompts, config.evaluation_seed)

@@ -162,7 +162,8 @@ class PreferenceReward(NetworkReward):
 
     Args:
         network: fitted; its parameters are frozen.
-        **options: of :class:`~dpok_gym.rewards.network.NetworkReward`; the network runs in float32.
+        device: see :class:`~dpok_gym.rewards.network.NetworkReward`; the network runs in float32.
+        batch_size: see there.
     """
 
     half_on_gpu = False
