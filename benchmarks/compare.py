@@ -2,7 +2,7 @@
 
 Every algorithm of ``compare.yaml`` on every task of it, over several seeds. Each run is one line of ``runs.jsonl``; an
 interrupted sweep goes on where it stopped. Table and figures are made again from these lines whenever this is called,
-with ``--report`` without any run. ``--tune`` makes the runs that the settings were chosen by.
+with ``--report`` without any run. ``--tune`` makes the runs that settings can be chosen by.
 """
 
 from __future__ import annotations
