@@ -27,6 +27,7 @@ from agents.rwr import RWR
 from agents.sft import RewardWeightedSFT
 from dpok_gym.models import MODELS
 from dpok_gym.prompts import list_prompt_sets
+from dpok_gym.rewards import list_rewards
 from dpok_gym.rewards.remote import is_address
 from dpok_gym.vector_env import DenoisingVectorEnv
 
@@ -153,6 +154,7 @@ class Config:
         env_kwargs |= given(options, *ENV_OPTIONS) | {"device": options.device}
         env_kwargs["prompts"] = settings["prompts"] or env_kwargs["prompts"]
         weights = parse_reward(options.reward or defaults.get("reward") or env_kwargs["reward"])
+        weights = {_absolute(name, list_rewards()): weight for name, weight in weights.items()}
         if options.normalize_rewards:
             weights = {name: {"weight": weight, "normalize": "running"} for name, weight in weights.items()}
         env_kwargs["reward"] = weights

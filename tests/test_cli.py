@@ -486,6 +486,13 @@ def test_presets_and_options():
     assert other.pictures == 20_000
 
 
+def test_a_folder_with_a_reward_is_found_from_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "my_reward").mkdir()
+    monkeypatch.chdir(tmp_path)
+    weights = Config.of(Train(reward="my_reward=0.5,shapes-quality")).env_kwargs["reward"]
+    assert weights == {str(tmp_path / "my_reward"): 0.5, "shapes-quality": 1.0}
+
+
 def test_settings_are_typed():
     texts = ("kl_in=reward", "use_critic=true", "batch_size=null", "n_epochs=3", "target_kl_to_pretrained=2.5")
     settings = Config.of(Train(set=texts)).algo_kwargs
