@@ -53,7 +53,6 @@ def run(description: dict[str, Any], pictures: Path | None = None) -> dict[str, 
         The description, and ``curve`` (a list of points), ``scores`` (by set of prompts), ``before`` (the pre-trained
         model's), ``network_calls`` per picture, ``seconds`` of training.
     """
-    torch.set_num_threads(1)  # runs go side by side
     prompts = load_prompts(description["prompts"])
     settings = dict(description["settings"])
     n_envs = settings.pop("n_envs", description["n_envs"])
@@ -185,7 +184,8 @@ def sweep(descriptions: Sequence[dict[str, Any]], file: Path, processes: int) ->
         first = min(description["seed"] for description in descriptions)
         context = multiprocessing.get_context("spawn")
         # A fresh process for each run: the LoRAs of earlier ones would stay in the shared network.
-        with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
+        one_thread: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
+        with ProcessPoolExecutor(processes, context, max_tasks_per_child=1, **one_thread) as pool:
             futures = []
             for description in missing:
                 names = description["task"], description["label"]
