@@ -10,6 +10,7 @@ from torch import Tensor
 
 from agents.on_policy import DenoisingAlgorithm, Found
 from agents.rollout_buffer import Batch
+from dpok_gym import diffusion
 
 
 @dataclass
@@ -74,9 +75,12 @@ class DRaFT(DenoisingAlgorithm):
         buffer, first = self.rollout_buffer, len(self.policy.schedule) - self.n_last_steps
         rows = torch.nonzero(buffer.valid).flatten()
         rows = rows[torch.randperm(len(rows)).to(rows.device)]
-        std = self.policy.schedule.std[first:, None, None, None]
-        noise = (buffer.latents[rows, first + 1 :] - buffer.means[rows, first:]) / std
-        ends = LastSteps(buffer.latents[rows, first], noise, buffer.prompt[rows], rows)
+        steps, std = range(first, len(self.policy.schedule)), self.policy.schedule.std
+        noise = [
+            diffusion.noise_of(buffer.latents[rows, t + 1], buffer.means[rows, t], std[t].expand(len(rows)))
+            for t in steps
+        ]
+        ends = LastSteps(buffer.latents[rows, first], torch.stack(noise, dim=1), buffer.prompt[rows], rows)
         with self._update(len(rows)) as found:
             for batch in ends.split(self.batch_size):
                 self._take_step(batch, found)
@@ -87,7 +91,7 @@ class DRaFT(DenoisingAlgorithm):
         for step, noise in enumerate(part.noise.unbind(dim=1), len(self.policy.schedule) - self.n_last_steps):
             observation = {"latent": latents, "step": torch.full_like(part.index, step), "prompt": part.prompt}
             mean, std = self.policy.transition(observation)
-            latents = mean + std[:, None, None, None] * noise
+            latents, _ = diffusion.sample_with_log_prob(mean, std, noise)
         assert self.env is not None
         texts = [self.rollout_buffer.texts[i] for i in part.index.tolist()]
         reward = self.env.get_attr("reward")[0].differentiable(self.policy.model.decode(latents), texts)

@@ -212,6 +212,20 @@ def sample_with_log_prob(
     return sample, log_prob(sample, mean, std, reduction)
 
 
+def noise_of(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The standard normal noise that made a sample: the inverse of :func:`sample_with_log_prob`.
+
+    Args:
+        sample: (B, ...) x_{t-1}.
+        mean: (B, ...).
+        std: (B,).
+
+    Returns:
+        (B, ...).
+    """
+    return (sample - mean) / _along(std, sample)
+
+
 def log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor, reduction: Reduction = "sum") -> Tensor:
     """log p(sample) - log p_old(sample) of two Gaussians with the same std, in nats.
 

@@ -159,3 +159,10 @@ def test_output_weights_make_every_step_equally_strong(prediction_type: str, sha
 def test_bad_reduction() -> None:
     with pytest.raises(ValueError, match="'mean' or 'sum'"):
         diffusion.log_prob(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1), "none")  # type: ignore[arg-type]
+
+
+def test_noise_is_found_again() -> None:
+    mean, noise = (torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    std = torch.tensor([0.2, 1.0, 3.0])
+    sample, _ = diffusion.sample_with_log_prob(mean, std, noise)
+    torch.testing.assert_close(diffusion.noise_of(sample, mean, std), noise, rtol=1e-5, atol=1e-5)
