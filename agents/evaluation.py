@@ -34,18 +34,23 @@ class Evaluation:
         reward: (N,) float64, the environment's reward: the weighted sum of the components. Normalisation by running
             statistics is left out, and does not learn from these pictures: two evaluations are to be comparable.
         rewards: each component by name, (N,) float64, before weighting.
-        kl: (N,) float64, nats: the sum over the denoising steps of KL(policy || pre-trained) along the picture's own
-            trajectory. Its mean estimates the KL of the two distributions over trajectories without bias.
+        step_kl: (N, T) float64, nats: KL(policy || pre-trained) of each denoising step along the picture's own
+            trajectory.
     """
 
     prompts: list[str]
     pictures: NDArray[np.uint8]
     reward: NDArray[np.float64]
     rewards: dict[str, NDArray[np.float64]]
-    kl: NDArray[np.float64]
+    step_kl: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def kl(self) -> NDArray[np.float64]:
+        """(N,) nats: the sum over the steps, whose mean is an unbiased estimate of the KL of the trajectories."""
+        return self.step_kl.sum(axis=1)
 
     @property
     def aligned(self) -> NDArray[np.bool_] | None:
@@ -74,7 +79,7 @@ class Evaluation:
             pictures=self.pictures[rows],
             reward=self.reward[rows],
             rewards={name: values[rows] for name, values in self.rewards.items()},
-            kl=self.kl[rows],
+            step_kl=self.step_kl[rows],
         )
 
     def mean(self, component: str) -> float | None:
@@ -146,7 +151,7 @@ def draw(
     if not len(prompts):
         raise ValueError("there is no prompt to evaluate on; give at least one")
     totals: list[float] = []
-    divergences: list[float] = []
+    divergences: list[NDArray[np.float64]] = []
     infos: list[dict[str, Any]] = []
     for first in range(0, len(prompts), env.num_envs):
         texts = list(prompts[first : first + env.num_envs])
@@ -154,24 +159,24 @@ def draw(
         texts += texts[-1:] * (env.num_envs - n_drawn)  # the environment draws num_envs at a time or none
         generators = [seeding.np_random(seed + first + i)[0] for i in range(env.num_envs)]
         observation, _ = env.begin_episodes(generators, {"prompt": texts})
-        kl = np.zeros(env.num_envs)
-        for _ in range(len(env.schedule)):
+        kl = np.zeros((env.num_envs, len(env.schedule)))
+        for t in range(len(env.schedule)):
             mean, std = transition(observation)
             if reference is not None:
-                kl += diffusion.kl_divergence(mean, reference(observation)[0], std).double().cpu().numpy()
+                kl[:, t] = diffusion.kl_divergence(mean, reference(observation)[0], std).double().cpu().numpy()
             noise = np.stack([rng.standard_normal(mean.shape[1:], np.float32) for rng in generators])
             action, _ = diffusion.sample_with_log_prob(mean, std, torch.from_numpy(noise).to(mean.device))
             with env.reward.evaluating():
                 observation, total, _, judged = env.advance(action.cpu().numpy())
         totals += total[:n_drawn].tolist()
-        divergences += kl[:n_drawn].tolist()
+        divergences.append(kl[:n_drawn])
         infos += judged[:n_drawn]
     return Evaluation(
         prompts=list(prompts),
         pictures=np.stack([info["image"] for info in infos]),
         reward=np.array(totals),
         rewards={name: np.array([info["rewards"][name] for info in infos]) for name in infos[0]["rewards"]},
-        kl=np.array(divergences),
+        step_kl=np.concatenate(divergences),
     )
 
 

@@ -160,6 +160,15 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
             self.policy.model.device,
         )
 
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seeds all generators as SB3 does, but lets no two runs share an environment's.
+
+        SB3's environment i gets ``seed + i``: of 64, runs 0 and 1 would share 63, with their noise and prompts.
+        """
+        super().set_random_seed(seed)
+        if seed is not None and self.env is not None:
+            self.env.seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+
     def _check_sampler(self, env: VecEnv) -> None:
         """Takes the sampler's settings from the environment, or checks that they are those learned with."""
         sampler = _sampler_of(env)

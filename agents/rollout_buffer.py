@@ -23,8 +23,9 @@ class Batch:
 
     def split(self, size: int | None) -> Iterator[Self]:
         """Pieces of at most ``size`` elements; one piece if it is None."""
-        for first in range(0, len(self), size or len(self)):
-            yield self.take(slice(first, first + (size or len(self))))
+        size = size or max(len(self), 1)
+        for first in range(0, len(self), size):
+            yield self.take(slice(first, first + size))
 
     def take(self, rows: slice | Tensor) -> Self:
         """The elements ``rows``."""

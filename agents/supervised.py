@@ -29,7 +29,7 @@ class Pictures(Batch):
 
 @dataclass
 class NoisyPictures(Batch):
-    """A batch to learn from: latents, noise and noisy (B, C, h, w), step (B,), prompt (B, L), weight (B,)."""
+    """A batch to learn from: latents and noisy (B, C, h, w), step (B,), prompt (B, L), weight (B,)."""
 
     latents: Tensor
     noisy: Tensor
@@ -115,7 +115,6 @@ class Supervised(DenoisingAlgorithm):
                     self.dump_logs(iteration)
         while going and not self.is_done(total):
             callback.on_rollout_start()  # where callbacks save
-            self._update_current_progress_remaining(self._n_updates, self.n_gradient_steps)
             self.train()
             callback.on_rollout_end()
             iteration += 1
@@ -143,6 +142,8 @@ class Supervised(DenoisingAlgorithm):
         n_steps = min(self.log_every, self.n_gradient_steps - self._n_updates)
         with self._update(n_steps * batch_size) as found:
             for _ in range(n_steps):
+                self._update_current_progress_remaining(self._n_updates + 1, self.n_gradient_steps)
+                self._update_learning_rate(self.policy.optimizer)
                 chosen = rows[torch.randint(len(rows), (batch_size,)).to(rows.device)]
                 self._take_step(self._add_noise(self.pictures.take(chosen), weights[chosen]), found)
 

@@ -8,7 +8,7 @@ with ``--report`` without any run. ``--tune`` makes the runs that settings can b
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,37 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import compare_figures
-from benchmarks.runs import default_processes, read_runs, sweep
-from benchmarks.statistics import Interval, interquartile_mean, probability_of_improvement
+from benchmarks.runs import default_processes, known, sweep
+from benchmarks.statistics import Interval, improvement, interquartile_mean, probability_of_improvement
 
 HERE = Path(__file__).parent
-OURS = "DPOK"
+#: The pair of the paper's comparison.
+OURS, THEIRS = "DPOK", "SFT"
 
-#: Columns of the tables: heading, where the number is, its factor, its format, and whether with its interval.
-COLUMNS: dict[str, tuple[tuple[str, ...], float, str, bool]] = {
-    "aligned, %": (("scores", "training", "aligned"), 100, ".1f", True),
-    "quality": (("scores", "training", "quality"), 1, ".3f", True),
-    "reward": (("scores", "training", "reward"), 1, ".2f", True),
-    "unseen: aligned, %": (("scores", "held_out", "aligned"), 100, ".1f", True),
-    "unseen: quality": (("scores", "held_out", "quality"), 1, ".3f", True),
-    "KL, nats": (("scores", "training", "kl"), 1, ".1f", False),
-    "diversity": (("scores", "training", "diversity"), 1, ".3f", False),
-    "calls to draw": (("network_calls_to_draw",), 1, ".0f", False),
-    "seconds": (("seconds",), 1, ".0f", False),
+#: Columns of the tables: heading, what it is of a run, its factor, its format, and whether with its interval.
+COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], float | None], float, str, bool]] = {
+    "aligned, %": (lambda run: run["scores"]["training"]["aligned"], 100, ".1f", True),
+    "quality": (lambda run: run["scores"]["training"]["quality"], 1, ".3f", True),
+    "reward": (lambda run: run["scores"]["training"]["reward"], 1, ".2f", True),
+    "unseen: aligned, %": (lambda run: run["scores"]["held_out"]["aligned"], 100, ".1f", True),
+    "unseen: quality": (lambda run: run["scores"]["held_out"]["quality"], 1, ".3f", True),
+    "KL, nats": (lambda run: run["scores"]["training"]["kl"], 1, ".1f", True),
+    "of it in one step, %": (lambda run: largest_share(run["scores"]["training"]["step_kl"]), 100, ".0f", False),
+    "diversity": (lambda run: run["scores"]["training"].get("diversity"), 1, ".3f", True),
+    "calls to train": (lambda run: run["network_calls"], 1, ".0f", False),
+    "calls to draw": (lambda run: run["network_calls_to_draw"], 1, ".0f", False),
+    "seconds": (lambda run: run["seconds"], 1, ".0f", False),
 }
+
+#: What is not comparable between tasks: the learned reward has a zero of its own for each prompt.
+_WITHIN_TASKS = ("reward",)
+
+_EXPLANATION = """\
+Interquartile means over {seeds} seeds (of three runs the mean, of five that of the middle three), with 95 % bootstrap
+intervals, which of so few runs are rather too narrow; for all tasks, means over tasks. KL: of the trajectories, in nats
+per picture; of the best of n, the bound log n - (n - 1) / n. Calls: passes of the denoiser over one picture, without
+backward passes; those to train are of a whole run, those to draw of a delivered picture. Seconds: of one core.
+"""
 
 
 def main() -> None:
@@ -52,13 +65,19 @@ def main() -> None:
     settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
     folder = options.out or (Path("runs/compare-quick") if options.quick else HERE / "results" / "compare")
     if options.tune:
-        tune(settings, folder / "tuning.jsonl", options.processes)
-        return
-    wanted = list(descriptions(settings, settings["quick"] if options.quick else {}))
-    file = folder / "runs.jsonl"
-    records = read_runs(file) if options.report else sweep(wanted, file, options.processes)
-    order = list(settings["algorithms"])
-    report(sorted(records, key=lambda record: order.index(record["label"])), folder)
+        wanted, file = list(trials(settings)), folder / "tuning.jsonl"
+    else:
+        wanted, file = list(descriptions(settings, settings["quick"] if options.quick else {})), folder / "runs.jsonl"
+    try:
+        if not options.report:
+            sweep(wanted, file, options.processes, pictures=not options.tune)
+    finally:
+        made = [record for record in known(wanted, file) if record]
+        if made and options.tune:
+            rank(made, settings["settings"])
+        elif made:
+            report(made, list(settings["algorithms"]), folder)
+        print(f"{len(made)} of {len(wanted)} runs are in {file}")
 
 
 def descriptions(settings: dict[str, Any], chosen: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -79,84 +98,90 @@ def describe(
 ) -> dict[str, Any]:
     """One run; ``changes`` are to the algorithm's settings."""
     entry = settings["algorithms"][label]
-    own = entry["settings"] | (changes or {})
+    task_settings = dict(settings["tasks"][task])
+    own = entry["settings"] | task_settings.pop("settings", {}).get(label, {}) | (changes or {})
     if entry["algorithm"] != "rejection":
         own = settings["settings"] | own
     run = {"label": label, "task": task, "algorithm": entry["algorithm"], "seed": seed, "settings": own}
-    return settings["common"] | settings["tasks"][task] | run
+    return settings["common"] | task_settings | run
 
 
-def tune(settings: dict[str, Any], file: Path, processes: int) -> None:
-    """Makes the runs of the tuning, and prints each algorithm's from the best to the worst."""
+def trials(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The runs of the tuning."""
     tuning = settings["tuning"]
-    changes = {"eval_pictures": tuning["eval_pictures"], "held_out": False}
-    wanted = [
-        describe(settings, tuning["task"], label, tuning["seed"], change) | changes
-        for label, grid in tuning["grids"].items()
-        for change in grid
-    ]
-    records = sweep(wanted, file, processes)
-    table = Table("algorithm", "settings", "reward", "aligned, %", "quality", "KL, nats", title="Tuning, by the reward")
-    shared = settings["settings"]
-    for label in tuning["grids"]:
-        runs = [record for record in records if record["label"] == label]
+    for task, grids in tuning["grids"].items():
+        for label, grid in grids.items():
+            for change in grid:
+                run = describe(settings, task, label, tuning["seed"], change)
+                yield run | {"eval_pictures": tuning["eval_pictures"], "held_out": False}
+
+
+def rank(records: Sequence[dict[str, Any]], shared: dict[str, Any]) -> None:
+    """Prints the runs of the tuning, each algorithm's from the best to the worst.
+
+    Args:
+        records: of the runs.
+        shared: settings that need not be told.
+    """
+    table = Table("task", "", "settings", "reward", "aligned, %", "quality", "KL, nats", title="Tuning, by the reward")
+    for task, label in dict.fromkeys((record["task"], record["label"]) for record in records):
+        runs = [record for record in records if (record["task"], record["label"]) == (task, label)]
         for record in sorted(runs, key=lambda record: -record["scores"]["training"]["reward"]):
             own = ", ".join(f"{k} {v}" for k, v in record["settings"].items() if shared.get(k) != v)
             found = record["scores"]["training"]
             scores = (f"{found['reward']:.3f}", f"{100 * found['aligned']:.1f}", f"{found['quality']:.3f}")
-            table.add_row(label, own, *scores, f"{found['kl']:.1f}")
+            table.add_row(task, label, own, *scores, f"{found['kl']:.1f}")
         table.add_section()
-    Console(width=140).print(table)
+    Console(width=160).print(table)
 
 
-def report(records: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Table and figures of runs, into a folder and onto the screen."""
-    if not records:
-        raise SystemExit(f"there are no runs in {folder}: make some, without --report")
-    tasks = list(dict.fromkeys(record["task"] for record in records))
+def report(records: Sequence[dict[str, Any]], order: Sequence[str], folder: Path) -> None:
+    """Table and figures of runs, into a folder and onto the screen; algorithms in this order."""
+    records = sorted(records, key=lambda record: order.index(record["label"]))
+    tasks = list(dict.fromkeys(record["task"] for record in sorted(records, key=lambda record: record["seed"])))
     labels = list(dict.fromkeys(record["label"] for record in records))
-    text, console = "", Console(width=200)
+    text = _EXPLANATION.format(seeds=len({record["seed"] for record in records}))
+    console = Console(width=220)
     for task in (*tasks, "all tasks") if len(tasks) > 1 else tasks:
         among = tasks if task == "all tasks" else [task]
         rows = {label: row for label in labels if (row := _row(records, label, among))}
-        text += f"\n### {task}\n\n" + _markdown(rows)
+        text += f"\n### {task}\n\n" + markdown(rows, COLUMNS)
         table = Table("", *COLUMNS, title=task)
         for label, cells in rows.items():
             table.add_row(label, *cells)
         console.print(table)
-    text += "\n### How likely a run of DPOK is better aligned than one of ...\n\n" + _improvements(
-        records, labels, tasks
-    )
-    n_seeds = len({record["seed"] for record in records})
-    head = f"Interquartile means over {n_seeds} seeds, with 95 % bootstrap intervals, stratified by task.\n"
-    (folder / "table.md").write_text(head + text, encoding="utf-8")
-    compare_figures.curves(records, folder / "curves.png")
-    compare_figures.frontier(records, folder / "frontier.png")
-    compare_figures.grid(folder / "pictures", tasks, labels, folder / "grid.png")
+    text += f"\n### {OURS} over {THEIRS}\n\n" + _differences(records, tasks)
+    text += "\n### How likely a run of the row is better aligned than one of the column\n\n"
+    text += _improvements(records, labels, tasks)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    compare_figures.curves(records, tasks, folder / "curves.png")
+    compare_figures.frontier(records, tasks, folder / "frontier.png")
+    for task in tasks:
+        compare_figures.grid(folder / "pictures", task, labels, folder / f"grid-{task}.png")
     console.print(f"table and figures: {folder}")
 
 
-def numbers(records: Sequence[dict[str, Any]], label: str, task: str, path: Sequence[str]) -> list[float]:
-    """What the runs of an algorithm on a task say under a path of keys; those that do not say it left out."""
-    found = []
-    for record in records:
-        if (record["label"], record["task"]) == (label, task):
-            value: Any = record
-            for key in path:
-                value = value.get(key, {})
-            if value != {}:
-                found.append(float(value))
-    return found
+def largest_share(parts: Sequence[float]) -> float | None:
+    """Of the sum, that of the largest; None if there is nothing."""
+    return max(parts) / sum(parts) if sum(parts) > 0 else None
+
+
+def numbers(records: Sequence[dict[str, Any]], label: str, task: str, column: str) -> list[float]:
+    """What the runs of an algorithm on a task have in a column; those that have nothing left out."""
+    value = COLUMNS[column][0]
+    runs = [record for record in records if (record["label"], record["task"]) == (label, task)]
+    return [float(found) for run in runs if (found := value(run)) is not None]
 
 
 def _row(records: Sequence[dict[str, Any]], label: str, tasks: Sequence[str]) -> list[str]:
     """The cells of an algorithm; empty if it has no runs on one of the tasks."""
+    if not all(numbers(records, label, task, "aligned, %") for task in tasks):
+        return []
     cells = []
-    for path, scale, written, with_interval in COLUMNS.values():
-        by_task = [numbers(records, label, task, path) for task in tasks]
-        if not all(by_task):
-            if path[0] == "scores" and path[1] == "training":
-                return []
+    for column, (_, scale, written, with_interval) in COLUMNS.items():
+        by_task = [numbers(records, label, task, column) for task in tasks]
+        if not all(by_task) or (len(tasks) > 1 and column in _WITHIN_TASKS):
             cells.append("")
             continue
         found = Interval(*(scale * number for number in interquartile_mean(by_task)))
@@ -164,17 +189,41 @@ def _row(records: Sequence[dict[str, Any]], label: str, tasks: Sequence[str]) ->
     return cells
 
 
-def _improvements(records: Sequence[dict[str, Any]], labels: Sequence[str], tasks: Sequence[str]) -> str:
+def _differences(records: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
+    """Of our algorithm and the supervised one, for each task and all: how far apart, and how likely better."""
+    shown = ("aligned, %", "quality", "unseen: aligned, %", "unseen: quality")
     rows = {}
-    for label in labels:
-        both = [[numbers(records, name, task, COLUMNS["aligned, %"][0]) for task in tasks] for name in (OURS, label)]
-        if label != OURS and all(map(all, both)):
-            rows[label] = [format(probability_of_improvement(*both), ".2f")]
-    return _markdown(rows, ["probability"])
+    for task in (*tasks, "all tasks") if len(tasks) > 1 else tasks:
+        cells = []
+        for column in shown:
+            among = tasks if task == "all tasks" else [task]
+            both = [[numbers(records, label, name, column) for name in among] for label in (OURS, THEIRS)]
+            if all(map(all, both)):
+                _, scale, written, _ = COLUMNS[column]
+                found = Interval(*(scale * number for number in improvement(*both)))
+                cells += [f"{found:+{written}}", f"{probability_of_improvement(*both).value:.2f}"]
+        if len(cells) == 2 * len(shown):
+            rows[task] = cells
+    return markdown(rows, [heading for column in shown for heading in (column, "probability")])
 
 
-def _markdown(rows: dict[str, list[str]], headings: Sequence[str] = tuple(COLUMNS)) -> str:
-    lines = [["", *headings], ["---"] * (len(headings) + 1), *([label, *cells] for label, cells in rows.items())]
+def _improvements(records: Sequence[dict[str, Any]], labels: Sequence[str], tasks: Sequence[str]) -> str:
+    found = {label: [numbers(records, label, task, "aligned, %") for task in tasks] for label in labels}
+    complete = {label: by_task for label, by_task in found.items() if all(by_task)}
+    rows = {
+        label: [
+            "" if other == label else f"{probability_of_improvement(by_task, complete[other]).value:.2f}"
+            for other in complete
+        ]
+        for label, by_task in complete.items()
+    }
+    return markdown(rows, list(complete))
+
+
+def markdown(rows: dict[str, list[str]], headings: Iterable[str]) -> str:
+    """A table whose first column has no heading."""
+    headings = ["", *headings]
+    lines = [headings, ["---"] * len(headings), *([label, *cells] for label, cells in rows.items())]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

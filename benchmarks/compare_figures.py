@@ -10,39 +10,58 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.statistics import interquartile_mean
 
-#: What curves are drawn against.
-AXES = {"pictures": "pictures drawn", "network_calls": "denoiser calls", "seconds": "seconds of one core"}
+#: The panels of the curves: what is shown, against what.
+PANELS = (
+    ("alignment", "pictures"),
+    ("alignment", "network_calls"),
+    ("alignment", "seconds"),
+    ("reward", "pictures"),
+    ("quality", "pictures"),
+)
+NAMES = {
+    "alignment": "alignment",
+    "reward": "reward trained on",
+    "quality": "quality",
+    "pictures": "pictures drawn",
+    "network_calls": "denoiser calls",
+    "seconds": "seconds of one core",
+}
 
-#: Points of a curve.
-_POINTS = 30
+#: Points of a curve, and how many rollouts their running mean goes over.
+_POINTS, _WINDOW = 30, 5
 
 
-def curves(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Alignment in training against pictures, denoiser calls and time, a row of panels for each task."""
-    tasks, colours = _tasks(records), _colours(records)
-    figure = Figure(figsize=(12, 0.6 + 2.3 * len(tasks)), layout="constrained")
-    panels = figure.subplots(len(tasks), len(AXES), squeeze=False, sharey="row")
+def curves(records: Sequence[dict[str, Any]], tasks: Sequence[str], path: Path) -> None:
+    """How training pictures get better, a row of panels for each task.
+
+    Each point is of the model that had cost so much: interquartile means and 95 % bootstrap intervals over seeds, of
+    running means. Supervised algorithms draw with the pre-trained model first; the rest of their curve is learning.
+    """
+    colours = _colours(records)
+    figure = Figure(figsize=(3.6 * len(PANELS), 0.6 + 2.6 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), len(PANELS), squeeze=False)
     for row, task in zip(panels, tasks, strict=True):
-        for axes, (name, heading) in zip(row, AXES.items(), strict=True):
+        for axes, (shown, against) in zip(row, PANELS, strict=True):
             for label, colour in colours.items():
                 found = [r["curve"] for r in records if (r["label"], r["task"]) == (label, task) and r["curve"]]
                 if found:
-                    _band(axes, found, name, colour, label)
-            axes.set_xlabel(heading)
+                    _band(axes, found, shown, against, colour, label)
+            axes.set_xlabel(NAMES[against])
+            axes.set_title(f"{task}: {NAMES[shown]}", fontsize=10)
             tidy(axes)
-        row[0].set_ylabel(f"{task}\nalignment in training")
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
     save(figure, path)
 
 
-def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
+def frontier(records: Sequence[dict[str, Any]], tasks: Sequence[str], path: Path) -> None:
     """Where each run ends: reward, alignment and quality against the KL to the pre-trained model."""
-    tasks, colours = _tasks(records), _colours(records)
+    colours = _colours(records)
     shown = {"reward": "reward trained on", "aligned": "share fully aligned", "quality": "quality"}
     figure = Figure(figsize=(12, 0.6 + 2.6 * len(tasks)), layout="constrained")
     panels = figure.subplots(len(tasks), len(shown), squeeze=False)
@@ -62,52 +81,54 @@ def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
             axes.set_title(task, fontsize=10)
             tidy(axes)
     handles, names = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=5, frameon=False)
+    figure.legend(handles, names, loc="outside upper center", ncols=6, frameon=False)
     save(figure, path)
 
 
-def grid(folder: Path, tasks: Sequence[str], labels: Sequence[str], path: Path) -> None:
-    """Pictures of the same seeds of each algorithm, a block for each task; what has none is left out."""
-    rows = {
-        (task, label): file for task in tasks for label in labels if (file := _row_of(folder, task, label)).is_file()
-    }
+def grid(folder: Path, task: str, labels: Sequence[str], path: Path) -> None:
+    """Pictures of the same seeds of each algorithm; those that have none are left out."""
+    rows = {label: file for label in labels if (file := folder / f"{task}-{label}.png").is_file()}
     if not rows:
         return
-    figure = Figure(figsize=(9, 0.5 + 0.95 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, 0.4 + 0.95 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
-    latest = None
-    for axes, ((task, label), file) in zip(panels, rows.items(), strict=True):
+    for axes, (label, file) in zip(panels, rows.items(), strict=True):
         axes.imshow(np.asarray(Image.open(file)), interpolation="nearest")
         axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-        if task != latest:
-            axes.set_title(task, loc="left", fontsize=10, fontweight="bold")
-            latest = task
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
+    panels[0].set_title(task, loc="left", fontsize=10, fontweight="bold")
     save(figure, path)
 
 
-def _row_of(folder: Path, task: str, label: str) -> Path:
-    return folder / f"{task}-{label}.png"
+def _band(
+    axes: Axes, found: Sequence[list[dict[str, float]]], shown: str, against: str, colour: Any, label: str
+) -> None:
+    """Interquartile mean of the seeds' curves, and its interval."""
+    seeds = [_smooth(points, shown, against) for points in found]
+    x = np.linspace(max(at[0] for at, _ in seeds), min(at[-1] for at, _ in seeds), _POINTS)
+    middle = [interquartile_mean([column]) for column in np.array([np.interp(x, at, y) for at, y in seeds]).T]
+    axes.plot(x, [it.value for it in middle], color=colour, linewidth=1.8, label=label)
+    low, high = ([getattr(it, end) for it in middle] for end in ("low", "high"))
+    axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
-def _band(axes: Axes, found: Sequence[list[dict[str, float]]], name: str, colour: Any, label: str) -> None:
-    """Interquartile mean of the seeds' curves, and the range of the seeds."""
-    last = min(points[-1][name] for points in found)
-    x = np.linspace(max(points[0][name] for points in found), last, _POINTS) if len(found[0]) > 1 else np.array([last])
-    y = np.array([np.interp(x, [p[name] for p in points], [p["alignment"] for p in points]) for points in found])
-    middle = [interquartile_mean([column]).value for column in y.T]
-    axes.plot(x, middle, color=colour, linewidth=1.8, label=label)
-    axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.13, linewidth=0)
+def _smooth(points: Sequence[dict[str, float]], shown: str, against: str) -> tuple[NDArray, NDArray]:
+    """One run's curve, increasing in x: a running mean of what is drawn, and of what is fitted thereafter all points.
 
-
-def _tasks(records: Sequence[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(record["task"] for record in records))
+    Of points at the same x, as a fit's are against pictures, the last one counts.
+    """
+    y = np.array([point[shown] for point in points])
+    drawing = sum(point["pictures"] < points[-1]["pictures"] for point in points)
+    reach = _WINDOW // 2
+    means = [y[max(k - reach, 0) : min(k + reach + 1, drawing)].mean() for k in range(drawing)]
+    last = {point[against]: value for point, value in zip(points, [*means, *y[drawing:]], strict=True)}
+    return np.array(list(last)), np.array(list(last.values()))
 
 
 def _colours(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     labels = dict.fromkeys(record["label"] for record in records)
-    return dict(zip(labels, mpl.colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
+    return dict(zip(labels, mpl.colormaps["tab20"].colors[::2] + mpl.colormaps["tab20"].colors[1::2], strict=False))  # type: ignore[attr-defined]
 
 
 def tidy(axes: Axes) -> None:

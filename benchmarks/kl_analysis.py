@@ -18,16 +18,26 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import HERE, describe
+from benchmarks.compare import HERE, describe, markdown
 from benchmarks.compare_figures import save, tidy
-from benchmarks.runs import default_processes, read_runs, sweep
-from benchmarks.statistics import Interval, interquartile_mean
+from benchmarks.runs import default_processes, known, sweep
+from benchmarks.statistics import Interval, improvement, interquartile_mean
 
-#: What is shown: the key of a score, and how it is called.
-SHOWN = {"reward": "reward trained on", "aligned": "share fully aligned", "quality": "quality", "kl": "KL, nats"}
+#: What is shown: its name, where it is among the scores, and its format.
+SHOWN = {
+    "reward trained on": ("training", "reward", ".2f"),
+    "share fully aligned": ("training", "aligned", ".3f"),
+    "quality": ("training", "quality", ".3f"),
+    "unseen: aligned": ("held_out", "aligned", ".3f"),
+    "unseen: quality": ("held_out", "quality", ".3f"),
+    "KL, nats": ("training", "kl", ".1f"),
+}
 
+#: The panels of the figure.
+PANELS = ("reward trained on", "share fully aligned", "quality", "unseen: quality")
 
-WRITTEN = {"reward": ".2f", "aligned": ".3f", "quality": ".3f", "kl": ".1f"}
+#: Of a family, by value: the runs' scores by name.
+Families = dict[str, dict[float, dict[str, list[float]]]]
 
 
 def main() -> None:
@@ -38,16 +48,16 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="make no runs: table and figure of those there are")
     parser.add_argument("--processes", type=int, default=default_processes(), help="runs side by side")
     options = parser.parse_args()
-    file = options.out / "runs.jsonl"
-    if options.report:
-        records = read_runs(file)
-    else:
-        records = sweep(
-            descriptions(yaml.safe_load(options.settings.read_text(encoding="utf-8"))), file, options.processes
-        )
-    if not records:
-        raise SystemExit(f"there are no runs in {options.out}: make some, without --report")
-    report(records, options.out)
+    settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
+    wanted, file = descriptions(settings), options.out / "runs.jsonl"
+    try:
+        if not options.report:
+            sweep(wanted, file, options.processes)
+    finally:
+        made = [record for record in known(wanted, file) if record]
+        if made:
+            report(made, settings["claims"], options.out)
+        print(f"{len(made)} of {len(wanted)} runs are in {file}")
 
 
 def descriptions(settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -60,58 +70,82 @@ def descriptions(settings: dict[str, Any]) -> list[dict[str, Any]]:
             for value in values:
                 changes = family.get("fixed", {}) | {argument: value}
                 run = describe(shared, settings["task"], family["label"], seed, changes)
-                run |= {"label": f"{name}, {value:g}", "family": name, "value": value, "held_out": False}
-                found.append(run | {"pictures": settings["pictures"]})
+                run["pictures"] = family.get("pictures", run["pictures"])
+                found.append(run | {"label": _label(name, value), "family": name, "value": value})
     return found
 
 
-def report(records: Sequence[dict[str, Any]], folder: Path) -> None:
-    """A table of each family, and the figure."""
-    families: dict[str, dict[float, dict[str, Interval]]] = {}
+def report(records: Sequence[dict[str, Any]], claims: Sequence[tuple[str, str]], folder: Path) -> None:
+    """A table of each family, one of the claims, and the figure.
+
+    Args:
+        records: of the runs.
+        claims: pairs of labels.
+        folder: for the files.
+    """
+    families: Families = {}
     for record in records:
-        families.setdefault(record["family"], {}).setdefault(record["value"], {})
-    for name, points in families.items():
-        for value in points:
-            found = [r["scores"]["training"] for r in records if (r["family"], r["value"]) == (name, value)]
-            points[value] = {key: interquartile_mean([[scores[key] for scores in found]]) for key in SHOWN}
-    table = Table("", "value", *SHOWN.values(), title="Interquartile means, 95 % bootstrap intervals")
-    lines = [f"| | value | {' | '.join(SHOWN.values())} |\n", f"|{'---|' * (len(SHOWN) + 2)}\n"]
-    for name, points in families.items():
-        for value, scores in sorted(points.items()):
-            cells = [name, f"{value:g}", *(format(scores[key], WRITTEN[key]) for key in SHOWN)]
-            table.add_row(*cells)
-            lines.append(f"| {' | '.join(cells)} |\n")
-        table.add_section()
-    Console(width=150).print(table)
+        scores = families.setdefault(record["family"], {}).setdefault(record["value"], {})
+        for name, (prompts, score, _) in SHOWN.items():
+            scores.setdefault(name, []).append(record["scores"][prompts][score])
+    by_label = {_label(name, value): scores for name, points in families.items() for value, scores in points.items()}
+    rows = {}
+    for label, scores in by_label.items():
+        rows[label] = [format(interquartile_mean([scores[name]]), SHOWN[name][2]) for name in SHOWN]
+    differences = {}
+    for one, other in claims:
+        if one in by_label and other in by_label:
+            both = ((by_label[one][name], by_label[other][name]) for name in SHOWN)
+            found = [improvement([ours], [theirs]) for ours, theirs in both]
+            written = [written for _, _, written in SHOWN.values()]
+            differences[f"{one} - {other}"] = [f"{it:+{how}}" for it, how in zip(found, written, strict=True)]
+    text = "Interquartile means over up to {} seeds, with 95 % bootstrap intervals.\n\n{}\n### Differences\n\n{}"
+    n_seeds = len({record["seed"] for record in records})
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text("".join(lines), encoding="utf-8")
+    (folder / "table.md").write_text(
+        text.format(n_seeds, markdown(rows, SHOWN), markdown(differences, SHOWN)), encoding="utf-8"
+    )
+    console = Console(width=180)
+    for title, lines in {"Means": rows, "Differences": differences}.items():
+        table = Table("", *SHOWN, title=title)
+        for label, cells in lines.items():
+            table.add_row(label, *cells)
+        console.print(table)
     figure(families, folder / "kl_analysis.png")
 
 
-def figure(families: dict[str, dict[float, dict[str, Interval]]], path: Path) -> None:
+def figure(families: Families, path: Path) -> None:
     """Reward, alignment and quality against KL: a curve for each family, a point for each strength."""
-    drawn = Figure(figsize=(13, 4.6), layout="constrained")
-    panels = drawn.subplots(1, 3)
+    drawn = Figure(figsize=(4.4 * len(PANELS), 5.2), layout="constrained")
+    panels = drawn.subplots(1, len(PANELS))
     colours = mpl.colormaps["tab10"].colors  # type: ignore[attr-defined]
-    for axes, key in zip(panels, ("reward", "aligned", "quality"), strict=True):
+    for axes, shown in zip(panels, PANELS, strict=True):
         for colour, (name, points) in zip(colours, families.items(), strict=False):
-            ordered = [points[value] for value in sorted(points)]
-            x, y = ([scores[what] for scores in ordered] for what in ("kl", key))
+            values = sorted(points)
+            x, y = ([interquartile_mean([points[value][what]]) for value in values] for what in ("KL, nats", shown))
             marker = "s" if name.startswith("SFT") else "o"
             axes.plot([it.value for it in x], [it.value for it in y], "-", color=colour, alpha=0.5, linewidth=1)
-            for at, it, value in zip(x, y, sorted(points), strict=True):
-                axes.plot(at.value, it.value, marker, color=colour, markersize=6)
-                axes.vlines(at.value, it.low, it.high, color=colour, linewidth=1)
-                axes.annotate(f"{value:g}", (at.value, it.value), (4, 4), textcoords="offset points", fontsize=7)
+            for at, it, value in zip(x, y, values, strict=True):
+                _point(axes, at, it, f"{value:g}", marker, colour)
             axes.plot([], [], f"{marker}-", color=colour, label=name)
         axes.set_xscale("symlog", linthresh=10)
         axes.set_xlim(left=0)
         axes.set_xlabel("KL to pre-trained, nats per picture")
-        axes.set_ylabel(SHOWN[key])
+        axes.set_ylabel(shown)
         tidy(axes)
     handles, names = panels[0].get_legend_handles_labels()
-    drawn.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
+    drawn.legend(handles, names, loc="outside upper center", ncols=4, frameon=False)
     save(drawn, path)
+
+
+def _point(axes: Any, x: Interval, y: Interval, text: str, marker: str, colour: Any) -> None:
+    axes.plot(x.value, y.value, marker, color=colour, markersize=6)
+    axes.vlines(x.value, y.low, y.high, color=colour, linewidth=1)
+    axes.annotate(text, (x.value, y.value), (4, 4), textcoords="offset points", fontsize=7)
+
+
+def _label(family: str, value: float) -> str:
+    return f"{family}, {value:g}"
 
 
 if __name__ == "__main__":

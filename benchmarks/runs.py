@@ -8,6 +8,7 @@ again.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -39,6 +40,9 @@ JUDGE = ("shapes-alignment", "shapes-quality")
 #: Pictures of the evaluations within a run of a supervised algorithm, whose curve rollouts do not tell.
 _FEW = 64
 
+#: Pictures of a row in the grids.
+_ROW = 8
+
 
 def run(description: dict[str, Any], pictures: Path | None = None) -> dict[str, Any]:
     """Trains and evaluates.
@@ -50,8 +54,8 @@ def run(description: dict[str, Any], pictures: Path | None = None) -> dict[str, 
         pictures: file for a row of pictures of the trained model.
 
     Returns:
-        The description, and ``curve`` (a list of points), ``scores`` (by set of prompts), ``before`` (the pre-trained
-        model's), ``network_calls`` per picture, ``seconds`` of training.
+        The description, and ``scores`` (by set of prompts, see :func:`summary`), ``curve`` (a list of points, see
+        :class:`Curve`), ``network_calls`` and ``seconds`` of the training, ``network_calls_to_draw`` a picture.
     """
     prompts = load_prompts(description["prompts"])
     settings = dict(description["settings"])
@@ -64,37 +68,56 @@ def run(description: dict[str, Any], pictures: Path | None = None) -> dict[str, 
         "device": "cpu",
     }
     env = DenoisingVectorEnv(n_envs, **kwargs)
-    best_of = settings.pop("n") if description["algorithm"] == REJECTION else 1
+    trained = description["algorithm"] != REJECTION
+    best_of = 1 if trained else settings.pop("n")
     algorithm: Callable[..., DenoisingAlgorithm] = ALGORITHMS.get(description["algorithm"], ALGORITHMS["dpok"])
     agent = algorithm("DenoisingPolicy", env, seed=description["seed"], device="cpu", **settings)
     judge = DenoisingVectorEnv(AT_A_TIME, **kwargs)
     curve = Curve(judge, description["seed"])
-    if description["algorithm"] != REJECTION:
+    if trained:
         agent.learn(description["pictures"] * len(env.schedule), curve)
+    cost = curve.cost()
     sets = {"training": prompts.train} | ({"held_out": unseen_prompts(prompts)} if description["held_out"] else {})
     seed = 1_000_000 * (description["seed"] + 1)
     scores = {}
     for name, texts in sets.items():
         chosen = spread(texts, description["eval_pictures"])
-        found = evaluate(agent.policy, judge, chosen, seed, best_of=best_of)
+        found = evaluate(agent.policy, judge, chosen, seed, reference=not trained, best_of=best_of)
         scores[name] = summary(found)
+        if not trained:  # the choice's own KL, or rather a bound of it: see evaluate()
+            scores[name]["kl"] = math.log(best_of) - (best_of - 1) / best_of
         if pictures is not None and name == "training":
             pictures.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.concatenate(found.pictures[:8], axis=1)).save(pictures)
+            Image.fromarray(np.concatenate(found.pictures[_row(found.prompts)], axis=1)).save(pictures)
+    if trained:
+        curve.add(cost, scores["training"])
     return description | {
         "scores": scores,
         "curve": curve.points,
+        "network_calls": cost["network_calls"],
         "network_calls_to_draw": best_of * len(env.schedule),
-        "seconds": round(curve.seconds, 1),
+        "seconds": cost["seconds"],
     }
 
 
-def summary(found: Evaluation) -> dict[str, float]:
-    """Means over the pictures: aligned (share), alignment, quality, reward, kl (nats), and diversity if any."""
+def summary(found: Evaluation) -> dict[str, Any]:
+    """Means over the pictures.
+
+    Returns:
+        ``aligned`` (share), ``alignment``, ``quality``, ``reward``, ``kl`` (nats), ``step_kl`` (nats of each denoising
+        step), and ``diversity`` if there are two pictures of a prompt.
+    """
     components = {name.removeprefix("shapes-"): found.mean(name) for name in JUDGE}
     means = {"aligned": found.aligned_share, **components, "reward": found.reward.mean(), "kl": found.kl.mean()}
     means["diversity"] = diversity(found.pictures, found.prompts)
-    return {name: float(value) for name, value in means.items() if value is not None}
+    by_step = [round(float(value), 4) for value in found.step_kl.mean(axis=0)]
+    return {name: float(value) for name, value in means.items() if value is not None} | {"step_kl": by_step}
+
+
+def _row(prompts: Sequence[str]) -> list[int]:
+    """Which pictures to show: of different prompts, if there are as many."""
+    first = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)]
+    return first[:: len(first) // _ROW][:_ROW] if len(first) >= _ROW else list(range(min(_ROW, len(prompts))))
 
 
 def diversity(pictures: NDArray[np.uint8], prompts: Sequence[str]) -> float | None:
@@ -114,23 +137,39 @@ def diversity(pictures: NDArray[np.uint8], prompts: Sequence[str]) -> float | No
 
 
 class Curve(BaseCallback):
-    """Notes how a run gets on: after each rollout, and at times within a supervised fit by pictures of its own.
+    """Notes how a run gets on: what each rollout's pictures are worth, and in a supervised fit some of its own.
+
+    A point has the means of ``alignment``, ``quality`` and ``reward``, and what the model that drew the pictures had
+    cost until then: ``pictures`` and ``network_calls`` in all, and ``seconds``.
 
     Args:
-        judge: draws these; neither their time nor their network calls count.
+        judge: draws the pictures in supervised fits; neither their time nor their network calls count.
         seed: of the run.
     """
 
+    _SHOWN = ("alignment", "quality", "reward")
+
     def __init__(self, judge: DenoisingVectorEnv, seed: int) -> None:
         super().__init__()
-        self._judge, self._seed, self._fits = judge, seed, 0
-        self._started, self._apart = time.perf_counter(), 0.0
+        self._judge, self._seed = judge, seed
+        self._started, self._apart = math.nan, 0.0
+        self._before: dict[str, float] = {}
         self.points: list[dict[str, float]] = []
 
-    @property
-    def seconds(self) -> float:
-        """Of the run so far, without these evaluations."""
-        return time.perf_counter() - self._started - self._apart
+    def cost(self) -> dict[str, float]:
+        """Of the run so far, without these evaluations; nothing if there was no training."""
+        if math.isnan(self._started):
+            return {"pictures": 0, "network_calls": 0, "seconds": 0.0}
+        policy: Any = self.model.policy
+        return {
+            "pictures": self.model.num_timesteps // len(policy.schedule),
+            "network_calls": policy.network_calls,
+            "seconds": round(time.perf_counter() - self._started - self._apart, 1),
+        }
+
+    def add(self, cost: dict[str, float], means: dict[str, Any]) -> None:
+        """Adds a point."""
+        self.points.append(cost | {name: round(means[name], 4) for name in self._SHOWN})
 
     def _on_training_start(self) -> None:
         self._started = time.perf_counter()
@@ -138,69 +177,83 @@ class Curve(BaseCallback):
     def _on_step(self) -> bool:
         return True
 
+    def _on_rollout_start(self) -> None:
+        self._before = self.cost()
+
     def _on_rollout_end(self) -> None:
         logged = self.logger.name_to_value
-        names = ("alignment", "quality")
-        means = {name: float(logged[key]) for name in names if (key := f"rollout/shapes-{name}") in logged}
+        means = {name: float(logged[key]) for name in self._SHOWN if (key := f"rollout/shapes-{name}") in logged}
         if means:
-            means["reward"] = float(np.mean([episode["r"] for episode in self._latest()]))
-        else:
-            self._fits += 1
-            if self._fits % 5:
-                return
-            means = self._evaluate()
-        policy: Any = self.model.policy
-        pictures = self.model.num_timesteps // len(policy.schedule)
-        at = {"pictures": pictures, "network_calls": policy.network_calls, "seconds": round(self.seconds, 1)}
-        self.points.append(at | {name: round(value, 4) for name, value in means.items()})
+            self.add(self._before, means | {"reward": float(np.mean([episode["r"] for episode in self._latest()]))})
+        else:  # within a supervised fit
+            self.add(self.cost(), self._evaluate())
 
     def _latest(self) -> list[dict[str, float]]:
         episodes = self.model.ep_info_buffer
         assert episodes is not None
         return list(episodes)[-self.training_env.num_envs :]
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, Any]:
         policy: Any = self.model.policy
         started, calls = time.perf_counter(), policy.network_calls
         prompts = spread(self._judge.prompts.train, _FEW)
-        found = summary(evaluate(policy, self._judge, prompts, 500_000_000 + self._seed))
+        found = summary(evaluate(policy, self._judge, prompts, 500_000_000 + 1000 * self._seed))
         self._apart += time.perf_counter() - started
         policy.network_calls = calls
-        return {name: found[name] for name in ("alignment", "quality", "reward")}
+        return found
 
 
-def sweep(descriptions: Sequence[dict[str, Any]], file: Path, processes: int) -> list[dict[str, Any]]:
-    """Makes the runs that are missing in a file of JSON lines, and returns all that were asked for.
+def sweep(descriptions: Sequence[dict[str, Any]], file: Path, processes: int, pictures: bool = True) -> None:
+    """Makes the runs that are missing in a file of JSON lines.
 
     Args:
         descriptions: of the runs.
-        file: to read and append to; rows of pictures of the runs with the lowest seed go into a folder beside it.
+        file: to read and append to.
         processes: runs side by side, each with one thread.
+        pictures: whether rows of pictures of the runs with the lowest seed go into a folder beside the file.
+
+    Raises:
+        RuntimeError: if runs failed, once all others are made.
     """
+    missing = [
+        description for description, record in zip(descriptions, known(descriptions, file), strict=True) if not record
+    ]
+    if not missing:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _drop_cut_off_line(file)
+    first = min(description["seed"] for description in descriptions)
+    context = multiprocessing.get_context("spawn")
+    failures = []
+    # A fresh process for each run: the LoRAs of earlier ones would stay in the shared network.
+    one_thread: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(processes, context, max_tasks_per_child=1, **one_thread) as pool:
+        futures = {}
+        for description in missing:
+            name = f"{description['task']}, {description['label']}, seed {description['seed']}"
+            row = file.parent / "pictures" / f"{description['task']}-{description['label']}.png"
+            shown = row if pictures and description["seed"] == first else None
+            futures[pool.submit(run, description, shown)] = name
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), unit=" runs"):
+                error = future.exception()
+                if error is not None:
+                    failures.append(f"{futures[future]}: {error}")
+                    tqdm.write(f"failed: {failures[-1]}")
+                    continue
+                with open(file, "a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(future.result()) + "\n")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failures:
+        raise RuntimeError("\n".join(["runs failed; the others are kept:", *failures]))
+
+
+def known(descriptions: Sequence[dict[str, Any]], file: Path) -> list[dict[str, Any] | None]:
+    """The run in a file for each description; None where there is none."""
     done = {_key(record): record for record in read_runs(file)}
-    missing = [description for description in descriptions if _key(description) not in done]
-    if missing:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        first = min(description["seed"] for description in descriptions)
-        context = multiprocessing.get_context("spawn")
-        # A fresh process for each run: the LoRAs of earlier ones would stay in the shared network.
-        one_thread: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
-        with ProcessPoolExecutor(processes, context, max_tasks_per_child=1, **one_thread) as pool:
-            futures = []
-            for description in missing:
-                names = description["task"], description["label"]
-                row = file.parent / "pictures" / f"{'-'.join(names)}.png" if description["seed"] == first else None
-                futures.append(pool.submit(run, description, row))
-            try:
-                for future in tqdm(as_completed(futures), total=len(futures), unit=" runs"):
-                    record = future.result()
-                    with open(file, "a", encoding="utf-8") as lines:
-                        lines.write(json.dumps(record) + "\n")
-                    done[_key(record)] = record
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    return [done[_key(description)] for description in descriptions]
+    return [done.get(_key(description)) for description in descriptions]
 
 
 def read_runs(file: Path) -> list[dict[str, Any]]:
@@ -209,14 +262,9 @@ def read_runs(file: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: if another line is no JSON.
     """
-    if not file.is_file():
-        return []
-    text = file.read_text(encoding="utf-8")
-    lines = text.split("\n")
-    if lines[-1]:
-        file.write_text(text[: len(text) - len(lines[-1])], encoding="utf-8")
     found = []
-    for number, line in enumerate(lines[:-1], 1):
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+    for number, line in enumerate(lines, 1):
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -226,12 +274,18 @@ def read_runs(file: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _drop_cut_off_line(file: Path) -> None:
+    if file.is_file():
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+
+
 def default_processes() -> int:
     """As many runs side by side as there are cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_RESULTS = ("scores", "curve", "network_calls_to_draw", "seconds")
+_RESULTS = ("scores", "curve", "network_calls", "network_calls_to_draw", "seconds")
 
 
 def _key(record: dict[str, Any]) -> str:

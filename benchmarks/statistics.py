@@ -24,16 +24,29 @@ class Interval(NamedTuple):
 
 
 def interquartile_mean(by_task: Sequence[ArrayLike]) -> Interval:
-    """The mean of the middle half of all runs.
+    """The mean of the middle half of a task's runs (of three runs all, of five three), and the mean of that over tasks.
+
+    Tasks differ more than runs of one do, so the middle half of all runs together would be that of some tasks only.
 
     Args:
         by_task: the runs' numbers, a sequence of seeds for each task; resampled within each task (stratified).
     """
+    return _interval(by_task, lambda *samples, axis: np.mean([_middle(sample, axis) for sample in samples], axis=0))
+
+
+def improvement(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike]) -> Interval:
+    """By how much the interquartile mean of ours is above that of theirs; arguments as in the next function."""
 
     def statistic(*samples: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-        return np.asarray(trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis))
+        middles = [_middle(sample, axis) for sample in samples]
+        half = len(samples) // 2
+        return np.mean(middles[:half], axis=0) - np.mean(middles[half:], axis=0)
 
-    return _interval(by_task, statistic)
+    return _interval([*ours, *theirs], statistic)
+
+
+def _middle(sample: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    return np.asarray(trim_mean(sample, 0.25, axis=axis))
 
 
 def probability_of_improvement(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike]) -> Interval:

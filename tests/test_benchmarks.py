@@ -1,6 +1,7 @@
 """The machinery of the comparisons: statistics, one run, and sweeps that go on where they stopped."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from benchmarks import compare, kl_analysis, runs
-from benchmarks.statistics import interquartile_mean, probability_of_improvement
+from benchmarks.statistics import improvement, interquartile_mean, probability_of_improvement
 
 SETTINGS = yaml.safe_load((Path(compare.__file__).parent / "compare.yaml").read_text())
 KL_SETTINGS = yaml.safe_load((Path(compare.__file__).parent / "kl_analysis.yaml").read_text())
@@ -27,11 +28,14 @@ TINY: dict[str, Any] = {
 }
 
 
+PROMPTS = ("training", "held_out")
+
+
 def test_interquartile_mean() -> None:
     found = interquartile_mean([[0.0, 2.0, 3.0, 100.0], [1.0, 1.0, 4.0, -50.0]])
-    assert found.value == np.mean([1, 1, 2, 3])  # the middle half of -50, 0, 1, 1, 2, 3, 4, 100
+    assert found.value == np.mean([np.mean([2, 3]), np.mean([1, 1])])  # of each task the middle half
     assert found.low < found.value < found.high
-    assert f"{found:.1f}" == f"1.8 [{found.low:.1f}, {found.high:.1f}]"
+    assert f"{found:.2f}" == f"1.75 [{found.low:.2f}, {found.high:.2f}]"
     assert f"{interquartile_mean([[0.5]]):.2f}" == "0.50"  # one run has no interval
 
 
@@ -42,6 +46,14 @@ def test_intervals_get_narrower_and_are_resampled_within_tasks() -> None:
     # Tasks far apart: a bootstrap that mixed them would have wide intervals.
     apart = interquartile_mean([rng.normal(size=50), 1000 + rng.normal(size=50)])
     assert apart.high - apart.low < 50
+
+
+def test_improvement() -> None:
+    ours, theirs = [[3.0, 1.0], [5.0, 6.0]], [[2.0, 0.0], [5.0, 5.0]]
+    found = improvement(ours, theirs)
+    assert found.value == np.mean([1.0, 0.5])
+    assert found.low < found.value < found.high
+    assert improvement(theirs, ours).value == -found.value
 
 
 def test_probability_of_improvement() -> None:
@@ -62,24 +74,39 @@ def test_diversity() -> None:
 
 @pytest.mark.parametrize(
     ("algorithm", "settings"),
-    [("dpok", {"use_critic": False}), ("rwr", {"n_gradient_steps": 5, "log_every": 1, "batch_size": 2})],
+    [
+        ("dpok", {"use_critic": False}),
+        ("draft", {"batch_size": 2}),
+        ("rwr", {"n_gradient_steps": 4, "log_every": 2, "batch_size": 2}),
+    ],
 )
 def test_a_run(algorithm: str, settings: dict[str, Any], tmp_path: Path) -> None:
     description = TINY | {"algorithm": algorithm, "settings": settings}
+    if algorithm == "draft":
+        description["reward"] = {"shapes-preference": 1.0}
     found = runs.run(description, tmp_path / "pictures" / "row.png")
     assert json.loads(json.dumps(found)) == found
     assert description.items() <= found.items()
     assert set(found["scores"]) == {"training", "held_out"}
     names = {"aligned", "alignment", "quality", "reward", "kl"}
-    assert found["scores"]["training"].keys() == names | {"diversity"}
-    assert found["scores"]["held_out"].keys() == names  # three pictures of three prompts
-    assert all(np.isfinite(list(scores.values())).all() for scores in found["scores"].values())
-    assert found["scores"]["training"]["reward"] < 0  # minus the size in kB
-    assert [point["pictures"] for point in found["curve"]][:2] == [2, 4]
-    calls = [point["network_calls"] for point in found["curve"]]
-    # Of DPOK: two pictures, and their update with the pre-trained model's pass; then two more pictures. Of RWR: four
-    # pictures, and five updates of two. The evaluations within a run do not count.
-    assert calls == ([2, 2 + 4 + 2] if algorithm == "dpok" else [2, 4, 4 + 10])
+    assert found["scores"]["training"].keys() == names | {"diversity", "step_kl"}
+    assert found["scores"]["held_out"].keys() == names | {"step_kl"}  # three pictures of three prompts
+    for scores in found["scores"].values():
+        assert sum(scores["step_kl"]) == pytest.approx(scores["kl"], abs=1e-3)
+        assert np.isfinite([scores[name] for name in names]).all()
+    assert algorithm == "draft" or found["scores"]["training"]["reward"] < 0  # minus the size in kB
+    points = [(point["pictures"], point["network_calls"]) for point in found["curve"]]
+    # Two pictures, and their update, of DPOK with the pre-trained model's pass; then once more. Of RWR: four pictures,
+    # and four updates of two. The evaluations within a run do not count.
+    expected = {
+        "dpok": [(0, 0), (2, 2 + 4), (4, 12)],
+        "draft": [(0, 0), (2, 2 + 2), (4, 8)],
+        "rwr": [(0, 0), (2, 2), (4, 4 + 4), (4, 4 + 8), (4, 4 + 8)],
+    }
+    assert points == expected[algorithm]
+    assert found["network_calls"] == points[-1][1]
+    assert 0 < found["seconds"] == found["curve"][-1]["seconds"]
+    assert found["curve"][-1]["alignment"] == pytest.approx(found["scores"]["training"]["alignment"], abs=1e-4)
     assert (tmp_path / "pictures" / "row.png").is_file()
 
 
@@ -87,26 +114,44 @@ def test_rejection_costs_network_calls() -> None:
     plain, best = (runs.run(TINY | {"algorithm": "rejection", "settings": {"n": n}}) for n in (1, 4))
     assert (plain["network_calls_to_draw"], best["network_calls_to_draw"]) == (1, 4)
     assert best["scores"]["training"]["reward"] > plain["scores"]["training"]["reward"]
-    assert best["scores"]["training"]["kl"] == 0
+    assert plain["scores"]["training"]["kl"] == 0
+    assert best["scores"]["training"]["kl"] == pytest.approx(np.log(4) - 3 / 4)
     assert best["curve"] == []
+    assert (best["network_calls"], best["seconds"]) == (0, 0)
 
 
 def test_a_sweep_goes_on(tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
     wanted = [TINY | {"algorithm": "rejection", "settings": {"n": 1}, "seed": seed} for seed in range(2)]
     done = wanted[1] | {"scores": {"training": {"aligned": 0.5}}, "curve": [], "seconds": 1.0}
-    done |= {"network_calls_to_draw": 1}
+    done |= {"network_calls_to_draw": 1, "network_calls": 0}
     file.write_text(json.dumps(done) + "\n" + json.dumps(wanted[0])[:20])  # the last line was cut off
-    found = runs.sweep(wanted, file, processes=1)
-    assert found[1] == done
-    assert found[0]["seed"] == 0
-    assert np.isfinite(found[0]["scores"]["training"]["aligned"])
+    assert runs.known(wanted, file) == [None, done]
+    runs.sweep(wanted, file, processes=1)
+    made, kept = runs.known(wanted, file)
+    assert kept == done
+    assert made is not None
+    assert made["seed"] == 0
+    assert np.isfinite(made["scores"]["training"]["aligned"])
     assert (tmp_path / "pictures" / "count-ours.png").is_file()
-    assert runs.read_runs(file) == [done, found[0]]
-    assert runs.sweep(wanted, file, processes=1) == found
+    assert runs.read_runs(file) == [done, made]
+    runs.sweep(wanted, file, processes=1)
+    assert runs.known(wanted, file) == [made, done]
     file.write_text("no json\n")
     with pytest.raises(ValueError, match=r"line 1 of .* is no JSON"):
         runs.read_runs(file)
+
+
+def test_a_sweep_survives_a_failing_run(tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    sound = TINY | {"algorithm": "rejection", "settings": {"n": 1}}
+    wanted = [sound | {"settings": {"n": 0}}, sound]
+    with pytest.raises(RuntimeError, match=r"count, ours, seed 0: best_of must be at least 1"):
+        runs.sweep(wanted, file, processes=1, pictures=False)
+    failed, made = runs.known(wanted, file)
+    assert failed is None
+    assert made is not None
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_descriptions() -> None:
@@ -117,8 +162,13 @@ def test_descriptions() -> None:
     assert all(description in everything for description in quick)
     kl = kl_analysis.descriptions(KL_SETTINGS)
     assert len({json.dumps(description, sort_keys=True) for description in kl}) == len(kl)
-    budgets = {len(grid) for grid in SETTINGS["tuning"]["grids"].values()}
-    assert len(budgets) == 1  # the same for each
+    trials = list(compare.trials(SETTINGS))
+    budgets = Counter((trial["task"], trial["label"]) for trial in trials)
+    assert {(task, n) for (task, _), n in budgets.items()} == {("count", 4), ("many", 2)}  # the same for each
+    assert len({json.dumps(trial, sort_keys=True) for trial in trials}) == len(trials)
+    assert not any(trial["seed"] in range(SETTINGS["seeds"]) for trial in trials)
+    many = {each["label"]: each for each in everything if each["task"] == "many"}
+    assert (many["SFT"]["settings"]["n_gradient_steps"], many["DPOK"]["pictures"]) == (600, 1920)
 
 
 def fake_records(descriptions: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -127,19 +177,29 @@ def fake_records(descriptions: list[dict[str, Any]]) -> list[dict[str, Any]]:
     axes = ("pictures", "network_calls", "seconds", "alignment", "quality", "reward")
     return [
         description
-        | {"scores": {name: dict.fromkeys(names, rng.random()) for name in ("training", "held_out")}}
+        | {"scores": {name: {"step_kl": [0.5, 0.5]} | dict.fromkeys(names, rng.random()) for name in PROMPTS}}
         | {"curve": [dict.fromkeys(axes, float(k)) for k in range(3)], "seconds": 2.0, "network_calls_to_draw": 10}
+        | {"network_calls": 100}
         for description in descriptions
     ]
 
 
 def test_reports(tmp_path: Path) -> None:
-    compare.report(fake_records(list(compare.descriptions(SETTINGS, {"seeds": 2}))), tmp_path)
+    order = list(SETTINGS["algorithms"])
+    records = fake_records(list(compare.descriptions(SETTINGS, {"seeds": 2})))
+    compare.report(records, order, tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert all(f"### {task}" in text for task in (*SETTINGS["tasks"], "all tasks"))
-    assert text.count("| DDPO |") == len(SETTINGS["tasks"]) + 2
-    kl_analysis.report(fake_records(kl_analysis.descriptions(KL_SETTINGS)), tmp_path)
+    assert text.count("| DDPO |") == len(SETTINGS["tasks"]) + 1 + 2  # and a row and a column of probabilities
+    rows = [line for line in text.split("\n") if line.startswith("| count |")]
+    assert len(rows) == 1  # DPOK over SFT
+    ours, theirs = (
+        [100 * x["scores"]["training"]["aligned"] for x in records if x["label"] == y and x["task"] == "count"]
+        for y in ("DPOK", "SFT")
+    )
+    assert rows[0].startswith(f"| count | {np.mean(ours) - np.mean(theirs):+.1f} [")
+    kl_analysis.report(fake_records(kl_analysis.descriptions(KL_SETTINGS)), KL_SETTINGS["claims"], tmp_path)
+    differences = (tmp_path / "table.md").read_text().split("### Differences")[1]
+    assert all(f"| {one} - {other} |" in differences for one, other in KL_SETTINGS["claims"])
     names = ("curves.png", "frontier.png", "kl_analysis.png")
     assert all((tmp_path / name).stat().st_size > 10_000 for name in names)
-    with pytest.raises(SystemExit, match="there are no runs"):
-        compare.report([], tmp_path)

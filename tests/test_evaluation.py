@@ -137,7 +137,7 @@ def test_best_of_by_hand():
     pictures = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
     rewards = {"shapes-alignment": np.array([0.0, 1.0, 1.0, 0.5, 0.0, 1.0])}
     total, kl = np.array([-3.0, -1.0, -2.0, 0.5, 0.5, 0.0]), np.arange(6.0)
-    found = Evaluation(["a"] * 3 + ["b"] * 3, pictures, total, rewards, kl).best_of(3)
+    found = Evaluation(["a"] * 3 + ["b"] * 3, pictures, total, rewards, kl[:, None]).best_of(3)
     assert found.prompts == ["a", "b"]
     assert found.pictures[:, 0, 0, 0].tolist() == [1, 3]  # of two that are as good the first
     assert found.reward.tolist() == [-1.0, 0.5]
@@ -148,7 +148,7 @@ def test_best_of_by_hand():
 
 def test_shares_and_means():
     rewards = {"shapes-alignment": np.array([1.0, 0.75, 1.0, 0.0]), "shapes-quality": np.array([0.5, 0.5, 0.7, np.nan])}
-    found = Evaluation(["a green star"] * 4, np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4), rewards, np.zeros(4))
+    found = Evaluation(["a green star"] * 4, np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4), rewards, np.zeros((4, 1)))
     assert found.aligned.tolist() == [True, False, True, False]
     assert found.aligned_share == 0.5
     assert found.mean("shapes-quality") == pytest.approx(1.7 / 3)
@@ -175,7 +175,7 @@ def test_running_normalisation_is_left_out():
 def test_the_best_is_never_one_without_a_reward():
     pictures = np.zeros((4, 2, 2, 3), np.uint8)
     values = np.array([np.nan, -3.0, -2.0, -1.0])
-    found = Evaluation(["a"] * 4, pictures, np.array([0.0, -3.0, -2.0, -1.0]), {"r": values}, np.zeros(4))
+    found = Evaluation(["a"] * 4, pictures, np.array([0.0, -3.0, -2.0, -1.0]), {"r": values}, np.zeros((4, 1)))
     assert found.best_of(2).reward.tolist() == [-3.0, -1.0]
     for n in (0, 3):
         with pytest.raises(ValueError, match="4 pictures cannot be split into groups"):

@@ -16,7 +16,7 @@ def _evaluation(prompts, aligned, rewards=None):
     n = len(prompts)
     pictures = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), np.uint8)
     rewards = {"shapes-alignment": np.array(aligned, float)} if rewards is None else rewards
-    return Evaluation(list(prompts), pictures, np.zeros(n), rewards, np.zeros(n))
+    return Evaluation(list(prompts), pictures, np.zeros(n), rewards, np.zeros((n, 1)))
 
 
 @pytest.fixture

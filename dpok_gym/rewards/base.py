@@ -137,12 +137,15 @@ class Reward:
         return RewardBatch(total.where(valid, 0.0), components, valid, weighted)
 
     def check_differentiable(self) -> None:
-        """Makes sure that :meth:`differentiable` can be called.
+        """Makes sure that :meth:`differentiable` can be called; parts of weight 0, which only inform, need no gradient.
 
         Raises:
-            ValueError: if a function has no gradients, or its normalisation learns from what it sees.
+            ValueError: if a function has no gradients, its normalisation learns from what it sees, or no part has a
+                weight.
         """
-        for name, part in self._parts.items():
+        if not self._counting():
+            raise ValueError("every reward has the weight 0, so there is no gradient to follow; give one a weight")
+        for name, part in self._counting():
             if not getattr(part.function, "differentiable", False):
                 raise ValueError(
                     f"the reward {name!r} has no gradient; a differentiable one has an attribute differentiable = True "
@@ -154,10 +157,14 @@ class Reward:
     def differentiable(self, images: Tensor, prompts: list[str]) -> Tensor:
         """The total of a batch (B,) with its gradient in the images; not checked to be finite."""
         totals = []
-        for part in self._parts.values():
+        for _, part in self._counting():
             values = part.function.score(images, prompts)  # type: ignore[attr-defined]
             totals.append(part.weight * (values if part.normalize is None else standardize(values, *part.normalize)))
         return torch.stack(totals).sum(dim=0)
+
+    def _counting(self) -> list[tuple[str, Part]]:
+        """The parts with a weight."""
+        return [(name, part) for name, part in self._parts.items() if part.weight]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
