@@ -21,7 +21,7 @@ class DDPO(PolicyGradient):
         DDPO_IS:  E[ sum_t  grad rho_t  A ],      DDPO_SF:  E[ sum_t  grad log p_theta(x_{t-1} | x_t, z)  A ],
 
     A = (r - mean_z) / std_z with the statistics of the last pictures of the same prompt z. The first has a clipped
-    importance ratio rho_t, so that a rollout serves for several optimiser steps; the second is exact for one.
+    importance ratio rho_t, so that a rollout serves for several optimiser steps; the second holds for one only.
 
     Args:
         policy: "DenoisingPolicy", or a subclass of it.

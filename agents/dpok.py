@@ -89,7 +89,8 @@ class DPOK(PolicyGradient):
         target_kl_to_pretrained: nats per picture that ``kl_coef`` is adapted to hold, from where it was set: after each
             update it changes by up to a fifth, up if the KL is above the target and down if below (the controller of
             Ziegler et al. 2019, Sec. 2.2, with gain 1). None leaves it as it is.
-        use_critic: whether V is the baseline; otherwise the rewards are used as they are.
+        use_critic: whether V is the baseline; otherwise there is none but the mean that ``normalize_advantage``
+            subtracts.
         vf_learning_rate: learning rate of the critic.
         vf_batch_size: transitions for each step of the critic; None for the whole rollout.
         vf_epochs: passes of the critic over the rollout.

@@ -41,6 +41,8 @@ class DRaFT(DenoisingAlgorithm):
             :class:`~dpok_gym.rewards.preference.PreferenceReward` is.
         n_last_steps: K. The late steps alone decide little of what a picture shows; each more costs time and memory.
         batch_size: pictures in each optimiser step; None for the whole rollout.
+        micro_batch_size: most pictures at a time in a backward pass, which holds what the decoder and the reward
+            computed too.
         **kwargs: further arguments of :class:`~agents.on_policy.DenoisingAlgorithm`.
 
     Raises:

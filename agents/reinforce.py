@@ -18,7 +18,8 @@ class REINFORCE(PolicyGradient):
         E[ sum_t  grad log p_theta(x_{t-1} | x_t, z)  (r - b) ],
 
     b the mean reward of the other pictures of the same prompt in the rollout, or of all others if there is none. As b
-    does not depend on the picture itself, the gradient has no bias (leave-one-out: Kool et al. 2019).
+    does not depend on the picture itself, it adds no bias to the gradient (leave-one-out: Kool et al. 2019); weights of
+    the steps do (``step_weighting``).
 
     Args:
         policy: "DenoisingPolicy", or a subclass of it.

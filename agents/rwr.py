@@ -16,7 +16,8 @@ class RWR(Supervised):
 
         w = exp(r / temperature) / Z,     or, sparse,     w = 1 if r is among the best of its prompt, else 0.
 
-    Z is the mean over the pictures of the same prompt, so that easy prompts do not crowd out the others.
+    Z is the mean over the pictures of the same prompt, so that easy prompts do not crowd out the others. This is one
+    round of it; that paper also goes on to draw pictures with the model so trained, and to train on these.
 
     Args:
         policy: "DenoisingPolicy", or a subclass of it.

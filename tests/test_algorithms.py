@@ -99,6 +99,16 @@ def test_learns_predicts_and_saves(name: str, make, settings, tmp_path: Path) ->
     assert agent.save_lora(tmp_path).is_file()
 
 
+def test_runs_of_different_seeds_share_no_noise(make, settings) -> None:
+    latents = []
+    for seed in range(2):
+        for env in (None, DummyVecEnv([lambda: DenoisingEnv(device="cpu", **settings)] * N)):
+            latents.append(make("DPOK", env, seed=seed).env.reset()["latent"])
+    one, single, other, _ = latents
+    assert (one == single).all()  # of one seed, in any kind of environment, it is the same
+    assert not (one[:, None] == other[None]).all(axis=(2, 3, 4)).any()
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_goes_on_after_loading_as_if_nothing_had_happened(name: str, make, settings, tmp_path: Path) -> None:
     agent = make(name)
@@ -145,7 +155,8 @@ def test_pictures_without_a_reward_are_not_learned_from(name: str, make, setting
         return torch.full((len(images),), torch.nan)
 
     never.differentiable = True  # type: ignore[attr-defined]
-    agent = make(name, DenoisingVectorEnv(N, device="cpu", **(settings | {"reward": never, "non_finite": "mask"})))
+    env = DenoisingVectorEnv(N, device="cpu", **(settings | {"reward": never, "non_finite": "mask"}))
+    agent = make(name, env, **({"batch_size": None} if name == "DRaFT" else {}))
     before = weights(agent)
     if isinstance(agent, Supervised):
         with pytest.raises(ValueError, match="no picture got a reward"):
@@ -310,6 +321,20 @@ def test_the_score_function_is_the_gradient_of_the_log_density(make) -> None:
 
 
 # --- Supervised learning
+
+
+def test_the_rate_falls_with_each_step_of_a_fit(make) -> None:
+    agent = make("SFT-KL-D", learning_rate=1.0, final_lr_fraction=0.2)  # four steps, logged after three
+    taken = []
+    take_step = agent.policy.optimizer.step
+
+    def step() -> None:
+        taken.append(agent.policy.optimizer.param_groups[0]["lr"])
+        take_step()
+
+    agent.policy.optimizer.step = step
+    agent.learn(N * T)
+    assert taken == pytest.approx([0.8, 0.6, 0.4, 0.2])
 
 
 def test_the_set_of_pictures_is_the_pretrained_models(make) -> None:

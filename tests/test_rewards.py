@@ -246,7 +246,8 @@ class Redness(Contrast):
 
 
 def test_a_differentiable_sum(images):
-    reward = make_reward({Contrast(): -2.0, Redness(): {"weight": 3.0, "normalize": [0.25, 0.5]}})
+    parts = {Contrast(): -2.0, Redness(): {"weight": 3.0, "normalize": [0.25, 0.5]}}
+    reward = make_reward(parts | {"jpeg-compressibility": 0.0})  # what only informs needs no gradient
     reward.check_differentiable()
     images.requires_grad_()
     prompts = ["a", "abc"]
@@ -268,6 +269,8 @@ def test_what_has_no_gradient(images):
     running = {Redness(): 1.0, Contrast(): {"weight": 1.0, "normalize": "running"}}
     with pytest.raises(ValueError, match="'Contrast' is normalised by running statistics, which have no gradient"):
         make_reward(running).check_differentiable()
+    with pytest.raises(ValueError, match="every reward has the weight 0"):
+        make_reward({Redness(): 0.0}).check_differentiable()
     refused = Redness()
     refused.differentiable = False
     with pytest.raises(ValueError, match="'Redness' has no gradient"):
