@@ -239,7 +239,7 @@ def fit_reward(options: FitReward) -> int:
 def serve_reward(options: ServeReward) -> int:
     """Serves a reward until Ctrl-C."""
     serve(parse_reward(options.reward), options.host, options.port, options.max_batch)
-    return 0
+    return 130  # only Ctrl-C ends it, which uvicorn sometimes keeps to itself
 
 
 def _begin(options: Train) -> tuple[Path, Config]:
