@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -94,12 +95,18 @@ def descriptions(settings: dict[str, Any], chosen: dict[str, Any]) -> Iterator[d
 
 
 def describe(
-    settings: dict[str, Any], task: str, label: str, seed: int, changes: dict[str, Any] | None = None
+    settings: dict[str, Any],
+    task: str,
+    label: str,
+    seed: int,
+    changes: dict[str, Any] | None = None,
+    tuned: bool = True,
 ) -> dict[str, Any]:
-    """One run; ``changes`` are to the algorithm's settings."""
+    """One run; ``changes`` are to the algorithm's settings, those that the tuning chose or those that it began with."""
     entry = settings["algorithms"][label]
     task_settings = dict(settings["tasks"][task])
-    own = entry["settings"] | task_settings.pop("settings", {}).get(label, {}) | (changes or {})
+    chosen = entry.get("tuned", {}) if tuned else {}
+    own = entry["settings"] | chosen | task_settings.pop("settings", {}).get(label, {}) | (changes or {})
     if entry["algorithm"] != "rejection":
         own = settings["settings"] | own
     run = {"label": label, "task": task, "algorithm": entry["algorithm"], "seed": seed, "settings": own}
@@ -108,31 +115,34 @@ def describe(
 
 def trials(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The runs of the tuning."""
-    tuning = settings["tuning"]
-    for task, grids in tuning["grids"].items():
-        for label, grid in grids.items():
+    changes = {"eval_pictures": settings["tuning"]["eval_pictures"], "held_out": False}
+    for each in settings["tuning"]["rounds"]:
+        for label, grid in each["grids"].items():
             for change in grid:
-                run = describe(settings, task, label, tuning["seed"], change)
-                yield run | {"eval_pictures": tuning["eval_pictures"], "held_out": False}
+                yield describe(settings, each["task"], label, each["seed"], change, each["tuned"]) | changes
 
 
 def rank(records: Sequence[dict[str, Any]], shared: dict[str, Any]) -> None:
-    """Prints the runs of the tuning, each algorithm's from the best to the worst.
+    """Prints what was tried in the tuning, each algorithm's settings from the best to the worst, means over seeds.
 
     Args:
         records: of the runs.
         shared: settings that need not be told.
     """
-    table = Table("task", "", "settings", "reward", "aligned, %", "quality", "KL, nats", title="Tuning, by the reward")
-    for task, label in dict.fromkeys((record["task"], record["label"]) for record in records):
-        runs = [record for record in records if (record["task"], record["label"]) == (task, label)]
-        for record in sorted(runs, key=lambda record: -record["scores"]["training"]["reward"]):
-            own = ", ".join(f"{k} {v}" for k, v in record["settings"].items() if shared.get(k) != v)
-            found = record["scores"]["training"]
-            scores = (f"{found['reward']:.3f}", f"{100 * found['aligned']:.1f}", f"{found['quality']:.3f}")
-            table.add_row(task, label, own, *scores, f"{found['kl']:.1f}")
+    shown = {"reward": ".3f", "aligned": ".3f", "quality": ".3f", "kl": ".1f"}
+    tried: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for record in records:
+        own = ", ".join(f"{name} {value}" for name, value in record["settings"].items() if shared.get(name) != value)
+        runs = tried.setdefault((record["task"], record["label"]), {})
+        runs.setdefault(own, []).append(record["scores"]["training"])
+    table = Table("task", "", "settings", *shown, "runs", title="Tuning, by the reward")
+    for (task, label), by_settings in tried.items():
+        means = {own: {name: fmean(run[name] for run in runs) for name in shown} for own, runs in by_settings.items()}
+        for own in sorted(means, key=lambda own: -means[own]["reward"]):
+            cells = (format(means[own][name], written) for name, written in shown.items())
+            table.add_row(task, label, own, *cells, str(len(by_settings[own])))
         table.add_section()
-    Console(width=160).print(table)
+    Console(width=180).print(table)
 
 
 def report(records: Sequence[dict[str, Any]], order: Sequence[str], folder: Path) -> None:

@@ -163,8 +163,9 @@ def test_descriptions() -> None:
     kl = kl_analysis.descriptions(KL_SETTINGS)
     assert len({json.dumps(description, sort_keys=True) for description in kl}) == len(kl)
     trials = list(compare.trials(SETTINGS))
-    budgets = Counter((trial["task"], trial["label"]) for trial in trials)
-    assert {(task, n) for (task, _), n in budgets.items()} == {("count", 4), ("many", 2)}  # the same for each
+    budgets = Counter((trial["task"], trial["seed"], trial["label"]) for trial in trials)
+    assert len({(task, seed, n) for (task, seed, _), n in budgets.items()}) == len(SETTINGS["tuning"]["rounds"])
+    assert len(budgets) == len(SETTINGS["tuning"]["rounds"]) * 8  # the same for each
     assert len({json.dumps(trial, sort_keys=True) for trial in trials}) == len(trials)
     assert not any(trial["seed"] in range(SETTINGS["seeds"]) for trial in trials)
     many = {each["label"]: each for each in everything if each["task"] == "many"}
