@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="folder; benchmarks/results/compare, or runs/compare-quick with --quick"
     )
-    parser.add_argument("--quick", action="store_true", help="few algorithms, one task, three seeds")
+    parser.add_argument("--quick", action="store_true", help="few algorithms, one task, three seeds, fewer pictures")
     parser.add_argument("--tune", action="store_true", help="make the runs of the tuning instead, and rank them")
     parser.add_argument("--report", action="store_true", help="make no runs: table and figures of those there are")
     parser.add_argument("--processes", type=int, default=default_processes(), help="runs side by side")
@@ -68,7 +68,7 @@ def main() -> None:
     if options.tune:
         wanted, file = list(trials(settings)), folder / "tuning.jsonl"
     else:
-        wanted, file = list(descriptions(settings, settings["quick"] if options.quick else {})), folder / "runs.jsonl"
+        wanted, file = list(descriptions(settings, options.quick)), folder / "runs.jsonl"
     try:
         if not options.report:
             sweep(wanted, file, options.processes, pictures=not options.tune)
@@ -81,17 +81,20 @@ def main() -> None:
         print(f"{len(made)} of {len(wanted)} runs are in {file}")
 
 
-def descriptions(settings: dict[str, Any], chosen: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def descriptions(settings: dict[str, Any], quick: bool = False) -> Iterator[dict[str, Any]]:
     """The runs, those of the first seed first.
 
     Args:
         settings: as in ``compare.yaml``.
-        chosen: ``seeds``, ``tasks`` and ``algorithms`` of it, where they are not all.
+        quick: the fewer and shorter ones.
     """
-    for seed in range(chosen.get("seeds", settings["seeds"])):
-        for task in chosen.get("tasks", settings["tasks"]):
-            for label in chosen.get("algorithms", settings["algorithms"]):
-                yield describe(settings, task, label, seed)
+    differences = settings["quick"] if quick else {}
+    tasks = differences.get("tasks", settings["tasks"])
+    for seed in range(differences.get("seeds", settings["seeds"])):
+        for task in tasks:
+            for label in differences.get("algorithms", settings["algorithms"]):
+                run = describe(settings | {"tasks": tasks}, task, label, seed)
+                yield run | {"eval_pictures": differences.get("eval_pictures", run["eval_pictures"])}
 
 
 def describe(

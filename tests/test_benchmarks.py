@@ -155,11 +155,12 @@ def test_a_sweep_survives_a_failing_run(tmp_path: Path) -> None:
 
 
 def test_descriptions() -> None:
-    everything = list(compare.descriptions(SETTINGS, {}))
+    everything = list(compare.descriptions(SETTINGS))
     assert len(everything) == SETTINGS["seeds"] * len(SETTINGS["tasks"]) * len(SETTINGS["algorithms"])
     assert len({json.dumps(description, sort_keys=True) for description in everything}) == len(everything)
-    quick = list(compare.descriptions(SETTINGS, SETTINGS["quick"]))
-    assert all(description in everything for description in quick)
+    quick = list(compare.descriptions(SETTINGS, quick=True))
+    assert len(quick) == 3 * 4
+    assert {(run["task"], run["pictures"], run["eval_pictures"]) for run in quick} == {("count", 960, 128)}
     kl = kl_analysis.descriptions(KL_SETTINGS)
     assert len({json.dumps(description, sort_keys=True) for description in kl}) == len(kl)
     trials = list(compare.trials(SETTINGS))
@@ -187,7 +188,7 @@ def fake_records(descriptions: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_reports(tmp_path: Path) -> None:
     order = list(SETTINGS["algorithms"])
-    records = fake_records(list(compare.descriptions(SETTINGS, {"seeds": 2})))
+    records = fake_records(list(compare.descriptions(SETTINGS | {"seeds": 2})))
     compare.report(records, order, tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert all(f"### {task}" in text for task in (*SETTINGS["tasks"], "all tasks"))
