@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.statistics import interquartile_mean
+from benchmarks.statistics import interquartile_band, interquartile_mean
 
 #: The panels of the curves: what is shown, against what.
 PANELS = (
@@ -107,9 +107,8 @@ def _band(
     """Interquartile mean of the seeds' curves, and its interval."""
     seeds = [_smooth(points, shown, against) for points in found]
     x = np.linspace(max(at[0] for at, _ in seeds), min(at[-1] for at, _ in seeds), _POINTS)
-    middle = [interquartile_mean([column]) for column in np.array([np.interp(x, at, y) for at, y in seeds]).T]
-    axes.plot(x, [it.value for it in middle], color=colour, linewidth=1.8, label=label)
-    low, high = ([getattr(it, end) for it in middle] for end in ("low", "high"))
+    middle, low, high = interquartile_band([np.interp(x, at, y) for at, y in seeds])
+    axes.plot(x, middle, color=colour, linewidth=1.8, label=label)
     axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
 
 

@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import DegenerateDataWarning, bootstrap, trim_mean
 
+#: An array of numbers.
+Numbers = NDArray[np.float64]
+
 
 class Interval(NamedTuple):
     """A statistic with its 95 % bootstrap interval, which is empty (NaN) if there is one run only."""
@@ -34,10 +37,15 @@ def interquartile_mean(by_task: Sequence[ArrayLike]) -> Interval:
     return _interval(by_task, lambda *samples, axis: np.mean([_middle(sample, axis) for sample in samples], axis=0))
 
 
+def interquartile_band(curves: ArrayLike) -> tuple[Numbers, Numbers, Numbers]:
+    """The interquartile mean at each point of curves, and both ends of its interval; arguments (seeds, points)."""
+    return _bounds([np.asarray(curves).T], _middle)
+
+
 def improvement(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike]) -> Interval:
     """By how much the interquartile mean of ours is above that of theirs; arguments as in the next function."""
 
-    def statistic(*samples: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+    def statistic(*samples: Numbers, axis: int = -1) -> Numbers:
         middles = [_middle(sample, axis) for sample in samples]
         half = len(samples) // 2
         return np.mean(middles[:half], axis=0) - np.mean(middles[half:], axis=0)
@@ -45,7 +53,7 @@ def improvement(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike]) -> Inter
     return _interval([*ours, *theirs], statistic)
 
 
-def _middle(sample: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+def _middle(sample: Numbers, axis: int) -> Numbers:
     return np.asarray(trim_mean(sample, 0.25, axis=axis))
 
 
@@ -57,7 +65,7 @@ def probability_of_improvement(ours: Sequence[ArrayLike], theirs: Sequence[Array
         theirs: the same of the other algorithm, for the same tasks.
     """
 
-    def statistic(*samples: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+    def statistic(*samples: Numbers, axis: int = -1) -> Numbers:
         half = len(samples) // 2
         shares = []
         for one, other in zip(samples[:half], samples[half:], strict=True):
@@ -68,12 +76,17 @@ def probability_of_improvement(ours: Sequence[ArrayLike], theirs: Sequence[Array
     return _interval([*ours, *theirs], statistic)
 
 
-def _interval(samples: Sequence[ArrayLike], statistic: Callable[..., NDArray[np.float64]]) -> Interval:
+def _interval(samples: Sequence[ArrayLike], statistic: Callable[..., Numbers]) -> Interval:
+    return Interval(*map(float, _bounds(samples, statistic)))
+
+
+def _bounds(samples: Sequence[ArrayLike], statistic: Callable[..., Numbers]) -> tuple[Numbers, Numbers, Numbers]:
+    """A statistic over the last axis, which is resampled, and both ends of its interval, for each of the other axes."""
     arrays = [np.asarray(sample, np.float64) for sample in samples]
-    value = float(statistic(*arrays, axis=-1))
-    if any(len(array) < 2 for array in arrays):
-        return Interval(value, np.nan, np.nan)
-    settings = {"n_resamples": 2000, "method": "percentile", "vectorized": True, "rng": 0}
+    value = statistic(*arrays, axis=-1)
+    if any(array.shape[-1] < 2 for array in arrays):
+        return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
+    settings = {"n_resamples": 2000, "axis": -1, "method": "percentile", "vectorized": True, "rng": 0}
     with warnings.catch_warnings(category=DegenerateDataWarning, action="ignore"):  # of runs that all agree
         found = bootstrap(arrays, statistic, **settings).confidence_interval  # type: ignore[call-overload]
-    return Interval(value, float(found.low), float(found.high))
+    return value, found.low, found.high

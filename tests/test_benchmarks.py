@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from benchmarks import compare, kl_analysis, runs
-from benchmarks.statistics import improvement, interquartile_mean, probability_of_improvement
+from benchmarks.statistics import improvement, interquartile_band, interquartile_mean, probability_of_improvement
 
 SETTINGS = yaml.safe_load((Path(compare.__file__).parent / "compare.yaml").read_text())
 KL_SETTINGS = yaml.safe_load((Path(compare.__file__).parent / "kl_analysis.yaml").read_text())
@@ -37,6 +37,14 @@ def test_interquartile_mean() -> None:
     assert found.low < found.value < found.high
     assert f"{found:.2f}" == f"1.75 [{found.low:.2f}, {found.high:.2f}]"
     assert f"{interquartile_mean([[0.5]]):.2f}" == "0.50"  # one run has no interval
+
+
+def test_interquartile_band() -> None:
+    curves = np.random.default_rng(0).normal([0, 10, 20], size=(5, 3))
+    band = interquartile_band(curves)
+    points = [interquartile_mean([column]) for column in curves.T]
+    np.testing.assert_allclose(np.array(band), np.array(points).T)
+    assert np.isnan(interquartile_band(curves[:1])[1:]).all()
 
 
 def test_intervals_get_narrower_and_are_resampled_within_tasks() -> None:
