@@ -7,8 +7,8 @@ with ``--report`` without any run. ``--tune`` makes the runs that settings can b
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import compare_figures
-from benchmarks.runs import default_processes, known, sweep
+from benchmarks.runs import sweep_and_report, sweep_options
 from benchmarks.statistics import Interval, improvement, interquartile_mean, probability_of_improvement
 
 HERE = Path(__file__).parent
@@ -53,32 +53,18 @@ backward passes; those to train are of a whole run, those to draw of a delivered
 
 def main() -> None:
     """Runs what is missing, and reports."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", type=Path, default=HERE / "compare.yaml")
-    parser.add_argument(
-        "--out", type=Path, help="folder; benchmarks/results/compare, or runs/compare-quick with --quick"
-    )
+    parser = sweep_options(__doc__, HERE / "compare.yaml")
     parser.add_argument("--quick", action="store_true", help="few algorithms, one task, three seeds, fewer pictures")
     parser.add_argument("--tune", action="store_true", help="make the runs of the tuning instead, and rank them")
-    parser.add_argument("--report", action="store_true", help="make no runs: table and figures of those there are")
-    parser.add_argument("--processes", type=int, default=default_processes(), help="runs side by side")
     options = parser.parse_args()
     settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
     folder = options.out or (Path("runs/compare-quick") if options.quick else HERE / "results" / "compare")
     if options.tune:
-        wanted, file = list(trials(settings)), folder / "tuning.jsonl"
+        ranked = partial(rank, shared=settings["settings"])
+        sweep_and_report(list(trials(settings)), folder / "tuning.jsonl", options, ranked, pictures=False)
     else:
-        wanted, file = list(descriptions(settings, options.quick)), folder / "runs.jsonl"
-    try:
-        if not options.report:
-            sweep(wanted, file, options.processes, pictures=not options.tune)
-    finally:
-        made = [record for record in known(wanted, file) if record]
-        if made and options.tune:
-            rank(made, settings["settings"])
-        elif made:
-            report(made, list(settings["algorithms"]), folder)
-        print(f"{len(made)} of {len(wanted)} runs are in {file}")
+        reported = partial(report, order=list(settings["algorithms"]), folder=folder)
+        sweep_and_report(list(descriptions(settings, options.quick)), folder / "runs.jsonl", options, reported)
 
 
 def descriptions(settings: dict[str, Any], quick: bool = False) -> Iterator[dict[str, Any]]:

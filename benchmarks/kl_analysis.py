@@ -7,8 +7,8 @@ tight the bound is that the KL of trajectories gives is measured by :mod:`benchm
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.compare import HERE, describe, markdown
 from benchmarks.compare_figures import save, tidy
-from benchmarks.runs import default_processes, known, sweep
+from benchmarks.runs import sweep_and_report, sweep_options
 from benchmarks.statistics import Interval, improvement, interquartile_mean
 
 #: What is shown: its name, where it is among the scores, and its format.
@@ -42,22 +42,11 @@ Families = dict[str, dict[float, dict[str, list[float]]]]
 
 def main() -> None:
     """Runs what is missing, and reports."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", type=Path, default=HERE / "kl_analysis.yaml")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "kl_analysis")
-    parser.add_argument("--report", action="store_true", help="make no runs: table and figure of those there are")
-    parser.add_argument("--processes", type=int, default=default_processes(), help="runs side by side")
-    options = parser.parse_args()
+    options = sweep_options(__doc__, HERE / "kl_analysis.yaml").parse_args()
     settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
-    wanted, file = descriptions(settings), options.out / "runs.jsonl"
-    try:
-        if not options.report:
-            sweep(wanted, file, options.processes)
-    finally:
-        made = [record for record in known(wanted, file) if record]
-        if made:
-            report(made, settings["claims"], options.out)
-        print(f"{len(made)} of {len(wanted)} runs are in {file}")
+    folder = options.out or HERE / "results" / "kl_analysis"
+    reported = partial(report, claims=settings["claims"], folder=folder)
+    sweep_and_report(descriptions(settings), folder / "runs.jsonl", options, reported)
 
 
 def descriptions(settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ again.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import multiprocessing
@@ -201,6 +202,45 @@ class Curve(BaseCallback):
         self._apart += time.perf_counter() - started
         policy.network_calls = calls
         return found
+
+
+def sweep_options(documentation: str | None, settings: Path) -> argparse.ArgumentParser:
+    """The options of a command that makes a sweep.
+
+    Args:
+        documentation: of the command.
+        settings: the file that it has its settings from, unless told otherwise.
+    """
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", type=Path, default=settings)
+    parser.add_argument("--out", type=Path, help="folder for runs, table and figures")
+    parser.add_argument("--report", action="store_true", help="make no runs: table and figures of those there are")
+    parser.add_argument("--processes", type=int, default=default_processes(), help="runs side by side")
+    return parser
+
+
+def sweep_and_report(
+    descriptions: Sequence[dict[str, Any]],
+    file: Path,
+    options: argparse.Namespace,
+    report: Callable[[list[dict[str, Any]]], None],
+    pictures: bool = True,
+) -> None:
+    """Makes the runs that are missing, and reports those there are, even if interrupted.
+
+    Args:
+        descriptions, file, pictures: see :func:`sweep`.
+        options: see :func:`sweep_options`.
+        report: what to do with the runs; not called if there are none.
+    """
+    try:
+        if not options.report:
+            sweep(descriptions, file, options.processes, pictures)
+    finally:
+        made = [record for record in known(descriptions, file) if record]
+        if made:
+            report(made)
+        print(f"{len(made)} of {len(descriptions)} runs are in {file}")
 
 
 def sweep(descriptions: Sequence[dict[str, Any]], file: Path, processes: int, pictures: bool = True) -> None:
