@@ -265,7 +265,7 @@ def sweep(descriptions: Sequence[dict[str, Any]], file: Path, processes: int, pi
     first = min(description["seed"] for description in descriptions)
     context = multiprocessing.get_context("spawn")
     failures = []
-    # A fresh process for each run: the LoRAs of earlier ones would stay in the shared network.
+    # A fresh process for each run, so that it is the same whatever was made before it.
     one_thread: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with ProcessPoolExecutor(processes, context, max_tasks_per_child=1, **one_thread) as pool:
         futures = {}

@@ -141,6 +141,22 @@ def test_made_within_the_block_of_another(network: UNet2DConditionModel) -> None
         assert torch.equal(output(network), expected)
 
 
+def test_the_forgotten_leave_the_network(network: UNet2DConditionModel) -> None:
+    kept, forgotten = trained(network), trained(network, seed=3)
+    before = output_with(kept)
+    name = forgotten.name
+    with forgotten.switched_on():  # is what the layers were switched to last
+        pass
+    del forgotten
+    assert any(name in key for key, _ in network.named_parameters())
+    added = LoRA(network, 2)
+    assert not any(name in key for key, _ in network.named_parameters())
+    assert set(network.peft_config) == {kept.name, added.name}
+    assert set(kept.parameters.values()) | set(added.parameters.values()) <= set(network.parameters())
+    assert all(value.requires_grad for lora in (kept, added) for value in lora.parameters.values())
+    assert torch.equal(output_with(kept), before)
+
+
 def test_plain_diffusers_reads_the_file(network: UNet2DConditionModel, tiny_sd_folder: Path, tmp_path: Path) -> None:
     trained(network, rank=2, seed=9)  # another one in the same network stays out of the file
     lora = trained(network, rank=4)

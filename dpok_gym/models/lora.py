@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -28,11 +30,16 @@ FILE_NAME, PREFIX = "pytorch_lora_weights.safetensors", "unet."
 
 _numbers = itertools.count()
 
+#: Names of LoRAs that nobody refers to any more. They are not removed at once: the garbage collector may come at any
+#: moment, also while the layers of the network are being gone through.
+_forgotten: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
+
 
 class LoRA:
     """A trainable low-rank change of a frozen network, which is switched on for the length of a ``with`` block.
 
     Several can live in one network without knowing of each other; outside their blocks it computes what it always did.
+    What nobody refers to any more leaves the network when the next one is added.
     The change is B A x with A random and B zero to begin with; there is no further scale. It is float32, whatever the
     network is.
 
@@ -52,6 +59,7 @@ class LoRA:
             if target_modules not in LAYERS:
                 raise ValueError(f"there is no choice of layers {target_modules!r}; there are {', '.join(LAYERS)}")
             target_modules = LAYERS[target_modules]
+        _remove_forgotten(network)
         self.name = f"lora{next(_numbers)}"
         self.rank = rank
         self.target_modules = tuple(target_modules)
@@ -74,6 +82,7 @@ class LoRA:
             value.data = value.data.float()  # a small step would be lost in the digits of a half-precision weight
         for value in [*trainable, *self.parameters.values()]:
             value.requires_grad_(True)
+        weakref.finalize(self, _forgotten.setdefault(network, []).append, self.name)
 
     @contextmanager
     def switched_on(self) -> Iterator[None]:
@@ -135,6 +144,17 @@ def pretrained_copy(network: nn.Module) -> nn.Module:
             copied.set_submodule(name, layer.get_base_layer())
     copied.__dict__.pop("peft_config", None)
     return copied
+
+
+def _remove_forgotten(network: nn.Module) -> None:
+    names = _forgotten.get(network, [])
+    while names:
+        name = names.pop()
+        for layer in _layers(network):
+            others = [active for active in layer.active_adapters if active != name]
+            _switch([(layer, others, not layer.disable_adapters)])  # else peft chooses another one in its place
+            layer.delete_adapter(name)
+        del network.peft_config[name]  # type: ignore[operator, union-attr]
 
 
 #: A layer, the names of its active adapters, and whether they are switched on.
