@@ -1,4 +1,4 @@
-"""What the commands of :mod:`agents.cli` do."""
+"""What the commands do whose options are in :mod:`agents.options`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoard
 
 from agents import plots
 from agents.callbacks import ProgressCallback, SaveCallback, save_agent
-from agents.cli import MIXTURE, SHAPES, Evaluate, FitReward, Sample, ServeReward, Train
 from agents.config import (
     ALGORITHMS,
     AT_A_TIME,
@@ -33,6 +32,7 @@ from agents.config import (
 from agents.evaluation import Evaluation, draw, spread
 from agents.evaluation import evaluate as evaluate_policy
 from agents.on_policy import DenoisingAlgorithm
+from agents.options import MIXTURE, SHAPES, Evaluate, FitReward, Sample, ServeReward, Train
 from dpok_gym.models.lora import LoRA
 from dpok_gym.prompts import unseen_prompts
 from dpok_gym.rewards import preference

@@ -15,12 +15,12 @@ import yaml
 
 import dpok_gym  # noqa: F401  (registers the environments)
 from agents.best_of_n import BestOfN
-from agents.cli import CLASSROOM, LAPTOP, LAPTOP_ALGORITHMS, MIXTURE, PICTURES, SHAPES, Train
 from agents.ddpo import DDPO
 from agents.dpok import DPOK, PRESETS
 from agents.draft import DRaFT
 from agents.grpo import GRPO
 from agents.on_policy import DenoisingAlgorithm
+from agents.options import CLASSROOM, LAPTOP, LAPTOP_ALGORITHMS, MIXTURE, PICTURES, SHAPES, Train
 from agents.policy import DenoisingPolicy
 from agents.reinforce import REINFORCE
 from agents.rwr import RWR

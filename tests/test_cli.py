@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from test_rewards_remote import Endpoint, brightness
 
 from agents import DPOK, PRESETS, RewardWeightedSFT, commands, plots
-from agents.cli import LAPTOP, LAPTOP_ALGORITHMS, Evaluate, Sample, ServeReward, Train, main
+from agents.cli import main
 from agents.config import ALGORITHMS, Config, parse_reward
+from agents.options import LAPTOP, LAPTOP_ALGORITHMS, Evaluate, Sample, ServeReward, Train
 from dpok_gym import DenoisingVectorEnv, RemoteReward, models
 
 TINY = ["--num-inference-steps", "2", "--n-envs", "2", "--lora-rank", "2", "--eval-pictures", "3", "--device", "cpu"]

@@ -10,7 +10,8 @@ from PIL import Image
 from test_plots import _check_texts
 
 from agents import commands, plots
-from agents.cli import FitReward, main
+from agents.cli import main
+from agents.options import FitReward
 from dpok_gym.rewards import make_reward
 from dpok_gym.rewards.preference_fit import Measured
 
