@@ -9,7 +9,7 @@ from torch import Tensor
 
 from agents import losses
 from agents.on_policy import Found, not_negative, one_of
-from agents.supervised import NoisyPictures, Supervised
+from agents.supervised import NoisyPictures, Supervised, same_prompt
 
 
 class RewardWeightedSFT(Supervised):
@@ -21,13 +21,15 @@ class RewardWeightedSFT(Supervised):
     - "KL-O" adds gamma || output_theta - output_pre ||^2, on the same noisy pictures.
 
     Negative weights, which would push the model away from pictures without bound, count as 0 (App. B). So rewards
-    should be mostly positive, or gamma large enough.
+    should be mostly positive, or gamma large enough; of those whose zero means nothing, the mean can be taken off.
 
     Args:
         policy: "DenoisingPolicy", or a subclass of it.
         env: see :class:`~agents.on_policy.DenoisingAlgorithm`.
         regularization: "KL-D", "KL-O" or "none".
         gamma_kl: gamma; the paper tries 0.1, 1, 2 and 5.
+        center_rewards: subtract the mean reward of each prompt's pictures first. For rewards learned from choices, whose
+            zero is another one for each prompt; not in the paper, whose reward is standardised.
         **kwargs: further arguments of :class:`~agents.supervised.Supervised`.
 
     Raises:
@@ -41,14 +43,19 @@ class RewardWeightedSFT(Supervised):
         *,
         regularization: Literal["KL-D", "KL-O", "none"] = "KL-D",
         gamma_kl: float = 1.0,
+        center_rewards: bool = False,
         **kwargs: Any,
     ) -> None:
         self.regularization = one_of("regularization", regularization, "KL-D", "KL-O", "none")
         self.gamma_kl = not_negative("gamma_kl", gamma_kl)
+        self.center_rewards = center_rewards
         super().__init__(policy, env, **kwargs)
 
     def picture_weights(self, rewards: Tensor, prompts: Tensor) -> Tensor:
-        """r, or r + gamma with KL-D, and 0 where that is negative."""
+        """r, or r + gamma with KL-D, and 0 where that is negative; r perhaps less its prompt's mean."""
+        if self.center_rewards:
+            groups = same_prompt(prompts)
+            rewards = rewards - (groups.bincount(rewards) / groups.bincount())[groups]
         return (rewards + (self.gamma_kl if self.regularization == "KL-D" else 0)).clamp(min=0)
 
     def _loss(self, part: NoisyPictures, reference: Any, found: Found) -> Tensor:

@@ -395,6 +395,8 @@ def test_weights_by_hand(make) -> None:
     sft = make("SFT-KL-D", gamma_kl=0.5)
     assert sft.picture_weights(rewards, prompts).tolist() == [0.0, 1.0, 1.5, 3.5]
     assert make("SFT-KL-O").picture_weights(rewards, prompts).tolist() == [0.0, 0.5, 1.0, 3.0]
+    centered = make("SFT-KL-D", gamma_kl=0.5, center_rewards=True)
+    assert centered.picture_weights(rewards, prompts).tolist() == [0.0, 1.75, 0.0, 1.5]
     rwr = make("RWR", temperature=2.0).picture_weights(rewards, prompts)
     expected = torch.cat([torch.softmax(rewards[:2] / 2, 0), torch.softmax(rewards[2:] / 2, 0)]) * 2
     torch.testing.assert_close(rwr, expected)
