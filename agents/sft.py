@@ -28,8 +28,8 @@ class RewardWeightedSFT(Supervised):
         env: see :class:`~agents.on_policy.DenoisingAlgorithm`.
         regularization: "KL-D", "KL-O" or "none".
         gamma_kl: gamma; the paper tries 0.1, 1, 2 and 5.
-        center_rewards: subtract the mean reward of each prompt's pictures first. For rewards learned from choices, whose
-            zero is another one for each prompt; not in the paper, whose reward is standardised.
+        center_rewards: subtract the mean reward of each prompt's pictures first. For rewards learned from choices,
+            whose zero is another one for each prompt; not in the paper, whose reward is standardised.
         **kwargs: further arguments of :class:`~agents.supervised.Supervised`.
 
     Raises:

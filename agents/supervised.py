@@ -135,8 +135,8 @@ class Supervised(DenoisingAlgorithm):
         if not (weights > 0).any():
             raise ValueError(
                 f"none of the {len(weights)} pictures has a positive weight (rewards {self.pictures.rewards.min():.3g} "
-                f"to {self.pictures.rewards.max():.3g}), so there is nothing to learn from: use a reward that is above 0 "
-                "for good pictures, or let RewardWeightedSFT shift it (center_rewards, gamma_kl)"
+                f"to {self.pictures.rewards.max():.3g}), so there is nothing to learn from: use a reward that is above "
+                "0 for good pictures, or let RewardWeightedSFT shift it (center_rewards, gamma_kl)"
             )
         rows = torch.nonzero(weights).flatten()
         batch_size = self.batch_size or len(rows)
