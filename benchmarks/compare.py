@@ -7,6 +7,7 @@ with ``--report`` without any run. ``--tune`` makes the runs that settings can b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -139,7 +140,8 @@ def report(records: Sequence[dict[str, Any]], order: Sequence[str], folder: Path
     records = sorted(records, key=lambda record: order.index(record["label"]))
     tasks = list(dict.fromkeys(record["task"] for record in sorted(records, key=lambda record: record["seed"])))
     labels = list(dict.fromkeys(record["label"] for record in records))
-    text = _EXPLANATION.format(seeds=len({record["seed"] for record in records}))
+    counts = Counter((record["label"], record["task"]) for record in records).values()
+    text = _EXPLANATION.format(seeds=" to ".join(map(str, sorted({min(counts), max(counts)}))))
     console = Console(width=220)
     for task in (*tasks, "all tasks") if len(tasks) > 1 else tasks:
         among = tasks if task == "all tasks" else [task]
