@@ -41,16 +41,21 @@ def curves(records: Sequence[dict[str, Any]], tasks: Sequence[str], path: Path) 
 
     Each point is of the model that had cost so much: interquartile means and 95 % bootstrap intervals over seeds, of
     running means. Supervised algorithms draw with the pre-trained model first; the rest of their curve is learning.
+    A panel ends where the second lowest curve does: if one algorithm ruins the pictures, the others can be told apart.
     """
     colours = _colours(records)
     figure = Figure(figsize=(3.6 * len(PANELS), 0.6 + 2.6 * len(tasks)), layout="constrained")
     panels = figure.subplots(len(tasks), len(PANELS), squeeze=False)
     for row, task in zip(panels, tasks, strict=True):
         for axes, (shown, against) in zip(row, PANELS, strict=True):
+            middles = []
             for label, colour in colours.items():
                 found = [r["curve"] for r in records if (r["label"], r["task"]) == (label, task) and r["curve"]]
                 if found:
-                    _band(axes, found, shown, against, colour, label)
+                    middles.append(_band(axes, found, shown, against, colour, label))
+            if len(middles) > 1:
+                low, high = sorted(middle.min() for middle in middles)[1], max(middle.max() for middle in middles)
+                axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
             axes.set_xlabel(NAMES[against])
             axes.set_title(f"{task}: {NAMES[shown]}", fontsize=10)
             tidy(axes)
@@ -103,13 +108,14 @@ def grid(folder: Path, task: str, labels: Sequence[str], path: Path) -> None:
 
 def _band(
     axes: Axes, found: Sequence[list[dict[str, float]]], shown: str, against: str, colour: Any, label: str
-) -> None:
-    """Interquartile mean of the seeds' curves, and its interval."""
+) -> NDArray:
+    """Draws the interquartile mean of the seeds' curves, which is returned, and its interval."""
     seeds = [_smooth(points, shown, against) for points in found]
     x = np.linspace(max(at[0] for at, _ in seeds), min(at[-1] for at, _ in seeds), _POINTS)
     middle, low, high = interquartile_band([np.interp(x, at, y) for at, y in seeds])
     axes.plot(x, middle, color=colour, linewidth=1.8, label=label)
     axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+    return middle
 
 
 def _smooth(points: Sequence[dict[str, float]], shown: str, against: str) -> tuple[NDArray, NDArray]:
@@ -140,4 +146,4 @@ def tidy(axes: Axes) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
