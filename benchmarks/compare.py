@@ -80,7 +80,8 @@ def descriptions(settings: dict[str, Any], quick: bool = False) -> Iterator[dict
     for seed in range(differences.get("seeds", settings["seeds"])):
         for task in tasks:
             for label in differences.get("algorithms", settings["algorithms"]):
-                run = describe(settings | {"tasks": tasks}, task, label, seed)
+                tuned = tasks[task].get("tuned", {}).get(label)
+                run = describe(settings | {"tasks": tasks}, task, label, seed, tuned)
                 yield run | {"eval_pictures": differences.get("eval_pictures", run["eval_pictures"])}
 
 
@@ -94,7 +95,7 @@ def describe(
 ) -> dict[str, Any]:
     """One run; ``changes`` are to the algorithm's settings, those that the tuning chose or those that it began with."""
     entry = settings["algorithms"][label]
-    task_settings = dict(settings["tasks"][task])
+    task_settings = {name: value for name, value in settings["tasks"][task].items() if name != "tuned"}
     chosen = entry.get("tuned", {}) if tuned else {}
     own = entry["settings"] | chosen | task_settings.pop("settings", {}).get(label, {}) | (changes or {})
     if entry["algorithm"] != "rejection":
