@@ -306,8 +306,7 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state_all()
         if self.env is not None and self._last_obs is not None:  # before its first reset it may have no generators
-            state["env"] = [generator.bit_generator.state for generator in self.env.get_attr("np_random")]
-            state["rewards"] = [reward.state_dict() for reward in self.env.get_attr("reward")]
+            state["envs"] = self.env.env_method("state_dict")
         return state
 
     def _restore_random_state(self, env: VecEnv) -> None:
@@ -319,11 +318,8 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         np.random.set_state(state["numpy"])  # noqa: NPY002 (SB3's)
         if torch.cuda.is_available() and len(state.get("cuda", [])) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda"])
-        generators = env.get_attr("np_random")
-        for generator, saved in zip(generators, state.get("env", []), strict=False):
-            generator.bit_generator.state = saved
-        for reward, saved in zip(env.get_attr("reward"), state.get("rewards", []), strict=False):
-            reward.load_state_dict(saved)
+        for i, saved in zip(range(env.num_envs), state.get("envs", []), strict=False):
+            env.env_method("load_state_dict", saved, indices=i)
 
     def is_done(self, total_timesteps: int) -> bool:
         """Whether ``learn`` has nothing left to do for these denoising steps in all."""

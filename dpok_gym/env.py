@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
@@ -115,6 +116,14 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def sampler(self) -> dict[str, Any]:
         """What a policy must know to act here, as plain JSON-able values."""
         return self._batch.sampler
+
+    def state_dict(self) -> dict[str, Any]:
+        """What going on exactly needs: the generator's state, and the statistics that rewards are normalised by."""
+        return self._batch.state_dict([self.np_random])
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with what :meth:`state_dict` returned."""
+        self._batch.load_state_dict(state, [self.np_random])
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -154,6 +154,25 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         """The environments' generators, all the randomness there is."""
         return tuple(self._generators)
 
+    def state_dict(self, generators: Sequence[np.random.Generator] | None = None) -> dict[str, Any]:
+        """What going on exactly needs: the generators' states, and the statistics that rewards are normalised by.
+
+        Args:
+            generators: one for each environment; None for its own, of which there are none before the first reset.
+        """
+        states = [generator.bit_generator.state for generator in generators or self._generators]
+        return {"np_random": states, "reward": self.reward.state_dict()}
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], generators: Sequence[np.random.Generator] | None = None
+    ) -> None:
+        """Goes on with what :meth:`state_dict` returned; one of more or fewer environments leaves the generators."""
+        own = generators or self._generators
+        if len(own) == len(state["np_random"]):
+            for generator, saved in zip(own, state["np_random"], strict=True):
+                generator.bit_generator.state = saved
+        self.reward.load_state_dict(state["reward"])
+
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:

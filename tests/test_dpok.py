@@ -16,7 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback,
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from torch import Tensor
 
 from agents import DPOK, PRESETS, GymVectorVecEnv
@@ -479,11 +479,15 @@ def test_seeds(make_agent) -> None:
 # --- Saving
 
 
-@pytest.mark.parametrize("kind", ["vector", "scalar", "full", "before learning", "saved twice", "normalized"])
+@pytest.mark.parametrize(
+    "kind", ["vector", "scalar", "processes", "full", "before learning", "saved twice", "normalized"]
+)
 def test_goes_on_exactly_after_loading(make_env, make_agent, settings, kind: str, tmp_path: Path) -> None:
     def env() -> Any:
         if kind == "normalized":  # by statistics that a loaded agent must know
             return make_env(reward={colours: {"normalize": "running"}})
+        if kind == "processes":
+            return SubprocVecEnv([lambda: DenoisingEnv(**settings)] * 2)
         return DenoisingEnv(**settings) if kind == "scalar" else make_env()
 
     policy_kwargs = {"lora_rank": 0} if kind == "full" else {}
