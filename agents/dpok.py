@@ -14,7 +14,7 @@ from agents import losses
 from agents.on_policy import Found, at_least_one, not_negative, one_of
 from agents.policy import DenoisingPolicy
 from agents.policy_gradient import PolicyGradient
-from agents.rollout_buffer import TrajectoryBuffer, Transitions
+from agents.rollout_buffer import Normalization, TrajectoryBuffer, Transitions
 from dpok_gym import diffusion
 
 #: Settings of the paper and of its published code, single prompt, where they are known; the rest is the default.
@@ -85,7 +85,7 @@ class DPOK(PolicyGradient):
             which drops a weight that varies between timesteps (the code).
         kl_in: "loss" adds the KL of the transition alone (the paper, which drops a term of the gradient); "reward" also
             charges the exact KL of later steps to the earlier actions that led there: the full gradient of Eq. 8
-            (with ``normalize_advantage=False``, which would weigh the two parts differently).
+            (with ``normalize_advantage="center"`` or False: a scale would weigh the two parts differently).
         target_kl_to_pretrained: nats per picture that ``kl_coef`` is adapted to hold, from where it was set: after each
             update it changes by up to a fifth, up if the KL is above the target and down if below (the controller of
             Ziegler et al. 2019, Sec. 2.2, with gain 1). None leaves it as it is.
@@ -94,8 +94,10 @@ class DPOK(PolicyGradient):
         vf_learning_rate: learning rate of the critic.
         vf_batch_size: transitions for each step of the critic; None for the whole rollout.
         vf_epochs: passes of the critic over the rollout.
-        normalize_advantage: whether a rollout's advantages get mean 0 and standard deviation 1, so that the reward's
-            scale does not matter.
+        normalize_advantage: True gives a rollout's advantages mean 0 and standard deviation 1, so that the reward's
+            scale does not matter; "center" takes off the mean of each denoising step, and leaves the scale; False takes
+            them as they are. Then a critic that lags behind falling returns makes all of them negative, which with
+            ``log_prob_reduction="mean"`` drives the model away from wherever it is: E[rho] falls with the distance.
         gamma: discount per denoising step; the paper has none (1).
         gae_lambda: 1 for the paper's advantage, less trusts the critic more.
         **kwargs: further arguments of :class:`~agents.policy_gradient.PolicyGradient`. The paper clips as PPO does
@@ -119,7 +121,7 @@ class DPOK(PolicyGradient):
         vf_learning_rate: float = 3e-4,
         vf_batch_size: int | None = 256,
         vf_epochs: int = 1,
-        normalize_advantage: bool = True,
+        normalize_advantage: Normalization = True,
         gamma: float = 1.0,
         gae_lambda: float = 1.0,
         **kwargs: Any,
@@ -139,7 +141,9 @@ class DPOK(PolicyGradient):
         self.vf_batch_size = at_least_one("vf_batch_size", vf_batch_size)
         self.vf_epochs = vf_epochs
         at_least_one("vf_epochs", vf_epochs)
-        self.normalize_advantage = normalize_advantage
+        self.normalize_advantage: Normalization = one_of(
+            "normalize_advantage", normalize_advantage, True, False, "center"
+        )
         super().__init__(policy, env, **kwargs)
         self.gamma, self.gae_lambda = gamma, gae_lambda
 

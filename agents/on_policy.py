@@ -400,7 +400,7 @@ def not_negative(name: str, value: float) -> float:
     return value
 
 
-def one_of(name: str, value: Any, *allowed: str) -> Any:
+def one_of(name: str, value: Any, *allowed: str | bool) -> Any:
     """Checks an argument that is a choice."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from agents.losses import generalized_advantages
+
+#: What is done to advantages, see :meth:`TrajectoryBuffer.finish`.
+Normalization = bool | Literal["center"]
 
 
 class Batch:
@@ -91,18 +94,22 @@ class TrajectoryBuffer:
         self.means[rows, t] = means
         self.values[rows, t] = values
 
-    def finish(self, gamma: float, gae_lambda: float, normalize: bool) -> None:
+    def finish(self, gamma: float, gae_lambda: float, normalize: Normalization) -> None:
         """Computes advantages and returns once all rewards are in.
 
         Args:
             gamma: discount per denoising step.
             gae_lambda: see :func:`agents.losses.generalized_advantages`.
-            normalize: whether the advantages of the rollout get mean 0 and standard deviation 1.
+            normalize: True gives the advantages of the rollout mean 0 and standard deviation 1, "center" those of each
+                denoising step mean 0; False leaves them.
         """
         self.advantages, self.returns = generalized_advantages(self.rewards, self.values, gamma, gae_lambda)
         if normalize and self.valid.any():
             sound = self.advantages[self.valid]
-            self.advantages = (self.advantages - sound.mean()) / (sound.std(correction=0) + 1e-8)
+            if normalize == "center":
+                self.advantages = self.advantages - sound.mean(dim=0)
+            else:
+                self.advantages = (self.advantages - sound.mean()) / (sound.std(correction=0) + 1e-8)
 
     def get(
         self, batch_size: int | None, fraction: float = 1.0, step_importance: Tensor | None = None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.rollout_buffer import TrajectoryBuffer, Transitions, inclusion_probabilities
+from agents.rollout_buffer import Normalization, TrajectoryBuffer, Transitions, inclusion_probabilities
 
 N, T, SHAPE, TOKENS = 4, 3, (1, 2, 2), 2
 REWARDS = torch.tensor([1.0, 2.0, 3.0, 6.0])
@@ -15,7 +15,7 @@ def filled(numbers: Tensor) -> Tensor:
     return numbers.float().reshape(-1, 1, 1, 1).expand(-1, *SHAPE)
 
 
-def full_buffer(normalize: bool = False, gamma: float = 1.0, **valid: list[bool]) -> TrajectoryBuffer:
+def full_buffer(normalize: Normalization = False, gamma: float = 1.0, **valid: list[bool]) -> TrajectoryBuffer:
     """Two pictures from each of two environments; every number tells the trajectory n and the step t it belongs to."""
     buffer = TrajectoryBuffer(N, T, SHAPE, TOKENS, "cpu")
     for rows in (slice(0, 2), slice(2, 4)):
@@ -73,6 +73,12 @@ def test_normalized_advantages() -> None:
     plain, normal = full_buffer().advantages, full_buffer(normalize=True).advantages
     torch.testing.assert_close(normal, (plain - plain.mean()) / plain.std(correction=0))
     torch.testing.assert_close(full_buffer(normalize=True).returns, full_buffer().returns)
+
+
+def test_centred_advantages() -> None:
+    plain, centred = full_buffer().advantages, full_buffer(normalize="center").advantages
+    torch.testing.assert_close(centred.mean(dim=0), torch.zeros(T), atol=1e-6, rtol=0)
+    torch.testing.assert_close(centred - plain, (centred - plain)[:1].expand(N, T))  # a shift of each step
 
 
 def test_invalid_trajectories_count_for_nothing() -> None:
