@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compare import HERE, describe, markdown
-from benchmarks.compare_figures import save, tidy
+from benchmarks.compare_figures import grid, save, tidy
 from benchmarks.runs import sweep_and_report, sweep_options
 from benchmarks.statistics import Interval, improvement, interquartile_mean
 
@@ -30,6 +30,7 @@ SHOWN = {
     "quality": ("training", "quality", ".3f"),
     "unseen: aligned": ("held_out", "aligned", ".3f"),
     "unseen: quality": ("held_out", "quality", ".3f"),
+    "diversity": ("training", "diversity", ".3f"),
     "KL, nats": ("training", "kl", ".1f"),
 }
 
@@ -45,7 +46,7 @@ def main() -> None:
     options = sweep_options(__doc__, HERE / "kl_analysis.yaml").parse_args()
     settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
     folder = options.out or HERE / "results" / "kl_analysis"
-    reported = partial(report, claims=settings["claims"], folder=folder)
+    reported = partial(report, settings=settings, folder=folder)
     sweep_and_report(descriptions(settings), folder / "runs.jsonl", options, reported)
 
 
@@ -64,13 +65,13 @@ def descriptions(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def report(records: Sequence[dict[str, Any]], claims: Sequence[tuple[str, str]], folder: Path) -> None:
-    """A table of each family, one of the claims, and the figure.
+def report(records: Sequence[dict[str, Any]], settings: dict[str, Any], folder: Path) -> None:
+    """A table of each family, one of the claims, the figure, and some of the pictures.
 
     Args:
         records: of the runs.
-        claims: pairs of labels.
-        folder: for the files.
+        settings: as in ``kl_analysis.yaml``.
+        folder: for the files; with the runs' pictures in ``pictures``.
     """
     families: Families = {}
     for record in records:
@@ -82,7 +83,7 @@ def report(records: Sequence[dict[str, Any]], claims: Sequence[tuple[str, str]],
     for label, scores in by_label.items():
         rows[label] = [format(interquartile_mean([scores[name]]), SHOWN[name][2]) for name in SHOWN]
     differences = {}
-    for one, other in claims:
+    for one, other in settings["claims"]:
         if one in by_label and other in by_label:
             both = ((by_label[one][name], by_label[other][name]) for name in SHOWN)
             found = [improvement([ours], [theirs]) for ours, theirs in both]
@@ -101,6 +102,7 @@ def report(records: Sequence[dict[str, Any]], claims: Sequence[tuple[str, str]],
             table.add_row(label, *cells)
         console.print(table)
     figure(families, folder / "kl_analysis.png")
+    grid(folder / "pictures", settings["task"], settings["shown"], folder / "grid.png")
 
 
 def figure(families: Families, path: Path) -> None:

@@ -208,7 +208,7 @@ def test_reports(tmp_path: Path) -> None:
         for y in ("DPOK", "SFT")
     )
     assert rows[0].startswith(f"| count | {np.mean(ours) - np.mean(theirs):+.1f} [")
-    kl_analysis.report(fake_records(kl_analysis.descriptions(KL_SETTINGS)), KL_SETTINGS["claims"], tmp_path)
+    kl_analysis.report(fake_records(kl_analysis.descriptions(KL_SETTINGS)), KL_SETTINGS, tmp_path)
     differences = (tmp_path / "table.md").read_text().split("### Differences")[1]
     assert all(f"| {one} - {other} |" in differences for one, other in KL_SETTINGS["claims"])
     names = ("curves.png", "frontier.png", "kl_analysis.png")
