@@ -96,8 +96,8 @@ class DPOK(PolicyGradient):
         vf_epochs: passes of the critic over the rollout.
         normalize_advantage: True gives a rollout's advantages mean 0 and standard deviation 1, so that the reward's
             scale does not matter; "center" takes off the mean of each denoising step, and leaves the scale; False takes
-            them as they are. Then a critic that lags behind falling returns makes all of them negative, which with
-            ``log_prob_reduction="mean"`` drives the model away from wherever it is: E[rho] falls with the distance.
+            them as they are. With ``log_prob_reduction="mean"``, E[rho] falls with the distance from the old policy, so
+            that advantages which are negative on average push the model away from wherever it is.
         gamma: discount per denoising step; the paper has none (1).
         gae_lambda: 1 for the paper's advantage, less trusts the critic more.
         **kwargs: further arguments of :class:`~agents.policy_gradient.PolicyGradient`. The paper clips as PPO does

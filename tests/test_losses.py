@@ -63,6 +63,15 @@ def test_unknown_clipping() -> None:
         losses.policy_gradient_loss(torch.zeros(1), torch.ones(1), CLIP, "soft")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("reduction", "expected"), [("sum", 1.0), ("mean", math.exp(-(1 - 1 / 8) / 8))])
+def test_expected_ratio(reduction: diffusion.Reduction, expected: float) -> None:
+    # Taken per dimension (8 here), it falls with the distance (KL = 1 nat here): a constant advantage has a gradient.
+    old_mean, std = torch.zeros(100_000, 8), torch.ones(100_000)
+    actions = torch.randn(100_000, 8, generator=torch.Generator().manual_seed(0))
+    log_ratio = diffusion.log_ratio(actions, old_mean + 0.5, old_mean, std, reduction)
+    assert log_ratio.exp().mean().item() == pytest.approx(expected, abs=0.02)
+
+
 def test_value_loss() -> None:
     values = tensor([1.0, -2.0, 3.0], requires_grad=True)
     found = losses.value_loss(values, tensor([1.0, 0.0, 0.5]))

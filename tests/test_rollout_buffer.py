@@ -79,6 +79,8 @@ def test_centred_advantages() -> None:
     plain, centred = full_buffer().advantages, full_buffer(normalize="center").advantages
     torch.testing.assert_close(centred.mean(dim=0), torch.zeros(T), atol=1e-6, rtol=0)
     torch.testing.assert_close(centred - plain, (centred - plain)[:1].expand(N, T))  # a shift of each step
+    some = full_buffer(normalize="center", valid=[True, False, True, False]).advantages[[0, 2]]
+    torch.testing.assert_close(some.mean(dim=0), torch.zeros(T), atol=1e-6, rtol=0)
 
 
 def test_invalid_trajectories_count_for_nothing() -> None:
