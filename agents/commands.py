@@ -26,6 +26,7 @@ from agents.config import (
     Config,
     default_env_kwargs,
     given,
+    is_shapes,
     make_env,
     parse_reward,
 )
@@ -39,7 +40,6 @@ from dpok_gym.rewards import preference
 from dpok_gym.rewards.preference_data import load_comparisons
 from dpok_gym.rewards.preference_fit import Measured, fit
 from dpok_gym.rewards.server import serve
-from dpok_gym.shapes.captions import parse_prompt
 from dpok_gym.vector_env import DenoisingVectorEnv
 
 MODEL, SUMMARY, LOG = "model.zip", "summary.json", "progress.csv"
@@ -55,9 +55,10 @@ def train(options: Train) -> int:
     agent = _make_agent(config, folder, env)
     prompts = spread(env.prompts.train, config.eval_pictures)
     judge = config.make_evaluation_env(len(prompts))
-    seconds_before = _read_summary(folder).get("seconds", 0.0)
+    last = _read_summary(folder)
     drawn = agent.num_timesteps // len(env.schedule)
-    if agent.is_done(config.pictures * len(env.schedule)):
+    is_complete = last.get("pictures") == drawn and not last["interrupted"]  # not so while pictures are to be compared
+    if is_complete and agent.is_done(config.pictures * len(env.schedule)):
         raise ValueError(f"the run in {folder} has drawn its {drawn} pictures; ask for more with --pictures")
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +66,20 @@ def train(options: Train) -> int:
     console.print(f"writing to {folder}")
     progress = ProgressCallback(math.ceil(config.pictures / config.n_envs) * config.n_envs)
     interrupted = False
+
+    def summary(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+        return {
+            "env": config.env,
+            "algo": config.algo,
+            "preset": config.preset,
+            "prompts": env.prompts.train[0] if env.prompts.name == "text" else env.prompts.name,
+            "model": config.env_kwargs["model"],
+            "seed": config.seed,
+            "pictures": agent.num_timesteps // len(env.schedule),
+            "seconds": round(last.get("seconds", 0.0) + progress.seconds, 1),
+            "interrupted": interrupted,
+        } | _scores(before, after)
+
     try:
         save_agent(agent, folder)
         console.print(f"drawing {len(prompts)} pictures with the pre-trained model")
@@ -83,41 +98,33 @@ def train(options: Train) -> int:
         interrupted = True
         console.print("interrupted: saving what there is (Ctrl-C again leaves at once)")
     except Exception:  # a reward's server has gone, for example
+        interrupted = True
+        progress.close()
         if agent.num_timesteps and all(weights.isfinite().all() for weights in agent.policy.parameters()):
             save_agent(agent, folder)
+            _write_json(folder / SUMMARY, summary(None, None))
             console.print(f"stopped by an error; what was learned is kept: dpok train --resume --out {folder}")
         raise
     finally:
         progress.close()
-    summary = {
-        "env": config.env,
-        "algo": config.algo,
-        "preset": config.preset,
-        "prompts": env.prompts.train[0] if env.prompts.name == "text" else env.prompts.name,
-        "model": config.env_kwargs["model"],
-        "seed": config.seed,
-        "pictures": agent.num_timesteps // len(env.schedule),
-        "seconds": round(seconds_before + progress.seconds, 1),
-        "interrupted": interrupted,
-    }
     if interrupted:
         # In this order a second interruption costs only what is not written yet.
         save_agent(agent, folder)
-        _write_json(folder / SUMMARY, summary | _scores(None, None))
+        _write_json(folder / SUMMARY, summary(None, None))
         _draw_curve(folder, config)
         prompts = prompts[:_FEW]
         judge = config.make_evaluation_env(len(prompts))
         before = evaluate_policy(agent.policy, judge, prompts, config.evaluation_seed, reference=True)
         after = evaluate_policy(agent.policy, judge, prompts, config.evaluation_seed)
-    scores = _scores(before, after)
-    _write_json(folder / SUMMARY, summary | scores)
+    written = summary(before, after)
+    _write_json(folder / SUMMARY, written)
     _draw_curve(folder, config)
-    labels = "pre-trained", f"{config.algo.upper()},\n{summary['pictures']:,} pictures"
+    labels = "pre-trained", f"{config.algo.upper()},\n{written['pictures']:,} pictures"
     plots.before_after(before, after, folder / "before_after.png", _title(config), labels)
-    table = _table(f"{_title(config)} (means of {len(before)} pictures)", scores)
+    table = _table(f"{_title(config)} (means of {len(before)} pictures)", written)
     table.add_section()
-    table.add_row("pictures drawn in training", "", f"{summary['pictures']:,}")
-    table.add_row("seconds of training", "", f"{summary['seconds']:,}")
+    table.add_row("pictures drawn in training", "", f"{written['pictures']:,}")
+    table.add_row("seconds of training", "", f"{written['seconds']:,}")
     console.print(table)
     if interrupted:
         console.print(f"interrupted; go on with: dpok train --resume --out {folder}")
@@ -137,9 +144,8 @@ def sample(options: Sample) -> int:
     config = Config.read(run) if run is not None else None
     env_id = options.env or (config.env if config else SHAPES)
     kwargs = config.env_kwargs if config and options.env is None else default_env_kwargs(env_id)
-    judged = env_id == SHAPES and _is_readable(options.prompt)
     kwargs = kwargs | given(options, *ENV_OPTIONS) | {"device": options.device, "prompts": [options.prompt]}
-    kwargs["reward"] = SHAPES_REWARDS[0] if judged else _no_reward
+    kwargs["reward"] = SHAPES_REWARDS[0] if is_shapes(env_id, kwargs) else _no_reward
     env = make_env(env_id, min(options.n, AT_A_TIME), **kwargs)
     prompts = [options.prompt] * options.n
     if lora is None:
@@ -168,9 +174,11 @@ def evaluate(options: Evaluate) -> int:
         config.__post_init__()
     if options.reward:
         also = tuple(parse_reward(options.reward))
+    elif config.is_shapes:
+        also = ("shapes-preference",)
     else:
         trained_on_size = any(name.startswith("jpeg-") for name in config.env_kwargs["reward"])
-        also = () if config.env in (SHAPES, MIXTURE) or trained_on_size else ("jpeg-compressibility",)
+        also = () if config.env == MIXTURE or trained_on_size else ("jpeg-compressibility",)
     env = config.make_evaluation_env(options.pictures, also, device=options.device)
     agent = ALGORITHMS[config.algo].load(_model_of(options.run), device=options.device)
     sets = {
@@ -286,14 +294,6 @@ def _model_of(folder: Path) -> Path:
     if not (folder / MODEL).is_file():
         raise FileNotFoundError(f"the run in {folder} has no {MODEL}: it ended before there was one")
     return folder / MODEL
-
-
-def _is_readable(prompt: str) -> bool:
-    try:
-        parse_prompt(prompt)
-    except ValueError:
-        return False
-    return True
 
 
 def _no_reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

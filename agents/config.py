@@ -8,9 +8,11 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gymnasium
+import numpy as np
 import yaml
 
 import dpok_gym  # noqa: F401  (registers the environments)
@@ -26,9 +28,10 @@ from agents.reinforce import REINFORCE
 from agents.rwr import RWR
 from agents.sft import RewardWeightedSFT
 from dpok_gym.models import MODELS
-from dpok_gym.prompts import list_prompt_sets
+from dpok_gym.prompts import list_prompt_sets, load_prompts
 from dpok_gym.rewards import list_rewards
 from dpok_gym.rewards.remote import is_address
+from dpok_gym.shapes.captions import parse_prompt
 from dpok_gym.vector_env import DenoisingVectorEnv
 
 ALGORITHMS: dict[str, type[DenoisingAlgorithm]] = {
@@ -139,10 +142,12 @@ class Config:
             kept = {name: value for name, value in defaults.items() if name in ("prompts", "pictures")}
             defaults = kept | PRESETS[options.preset]
         algorithm = _defaults(ALGORITHMS[options.algo])
-        chosen = given(options, *ALGORITHM_OPTIONS) | _read_settings(options.set, algorithm)
+        chosen = given(options, *ALGORITHM_OPTIONS) | _read_settings(options.set, _hints(ALGORITHMS[options.algo]))
         known = algorithm.keys() - _OTHER
         if unknown := sorted(chosen.keys() - known):
             raise ValueError(f"{options.algo} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        if chosen.get("score_function"):  # which takes the whole rollout at once
+            defaults = defaults | {"batch_size": None}
         chosen |= given(options, "prompts", "pictures", "n_envs")
         settings = {"prompts": None} | algorithm | defaults | chosen
         policy = {name: value for name, value in _defaults(DenoisingPolicy).items() if name in POLICY_OPTIONS}
@@ -194,7 +199,7 @@ class Config:
     @property
     def is_shapes(self) -> bool:
         """Whether the judge of the embedded world can be asked."""
-        return self.env == SHAPES
+        return is_shapes(self.env, self.env_kwargs)
 
     @property
     def evaluation_seed(self) -> int:
@@ -216,6 +221,19 @@ class Config:
         """The environment to evaluate in."""
         also = (*(SHAPES_REWARDS if self.is_shapes else ()), *also)
         return self.make_env(min(n_pictures, AT_A_TIME), also, **changes)
+
+
+def is_shapes(env_id: str, env_kwargs: Mapping[str, Any]) -> bool:
+    """Whether pictures and prompts are such as the judge of the embedded world knows."""
+    size = env_kwargs["image_size"]
+    if env_id != SHAPES or env_kwargs["model"] != "shapes" or not (size is None or np.all(np.equal(size, 64))):
+        return False
+    try:
+        for prompt in load_prompts(env_kwargs["prompts"]).train:
+            parse_prompt(prompt)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_reward(spec: Any) -> dict[str, Any]:
@@ -267,8 +285,12 @@ def given(options: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
 
 
-def _read_settings(texts: Collection[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """``name=value`` texts as a dict; values are read as in a YAML file, and must be of the kind of their defaults."""
+#: What a setting can be, and how messages call it.
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a word", NoneType: "null"}
+
+
+def _read_settings(texts: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """``name=value`` texts as a dict; values are read as in a YAML file, and must be of a kind that the hint allows."""
     settings: dict[str, Any] = {}
     for text in texts:
         name, equals, written = text.partition("=")
@@ -282,14 +304,26 @@ def _read_settings(texts: Collection[str], defaults: Mapping[str, Any]) -> dict[
             ) from None
         with contextlib.suppress(TypeError, ValueError):
             value = float(value) if isinstance(value, str) else value  # 1e-3, a text to YAML
-        default = defaults.get(name)
-        kind = (int, float) if isinstance(default, float) else type(default)
-        if default is not None and (
-            not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool)
-        ):
-            raise ValueError(f"{name} must be of the kind of its default, {default!r}, not {value!r}")
+        kinds = _kinds(hints.get(name, Any))
+        if kinds and type(value) not in kinds and not (type(value) is int and float in kinds):
+            raise ValueError(f"{name} must be {' or '.join(_KINDS[kind] for kind in kinds)}, not {value!r}")
         settings[name] = value
     return settings
+
+
+def _kinds(hint: Any) -> list[type]:
+    """Those of :data:`_KINDS` that a type hint allows; none if it says nothing of them."""
+    if get_origin(hint) is Literal:
+        return list(dict.fromkeys(map(type, get_args(hint))))
+    if get_origin(hint) in (Union, UnionType):
+        return list(dict.fromkeys(kind for part in get_args(hint) for kind in _kinds(part)))
+    return [hint] if hint in _KINDS else []
+
+
+def _hints(algorithm: type[DenoisingAlgorithm]) -> dict[str, Any]:
+    """The type hint of each argument, those that a class hands on to its base class included."""
+    classes = [base for base in reversed(algorithm.__mro__) if issubclass(base, DenoisingAlgorithm)]
+    return {name: hint for base in classes for name, hint in get_type_hints(base.__init__).items()}
 
 
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:

@@ -58,6 +58,11 @@ class DDPO(PolicyGradient):
         at_least_one("statistics_size", statistics_size)
         self.min_count = min_count
         at_least_one("min_count", min_count)
+        if min_count > statistics_size:
+            raise ValueError(
+                f"min_count must be at most statistics_size, got {min_count} and {statistics_size}: no prompt would "
+                "ever have rewards enough for statistics of its own"
+            )
         self.advantage_clip = not_negative("advantage_clip", advantage_clip)
         self._latest_rewards: dict[str, deque[float]] = {}
         super().__init__(policy, env, **kwargs)

@@ -84,8 +84,9 @@ class DPOK(PolicyGradient):
         kl_estimator: "exact" is the KL of the Gaussians; "output-mse" the squared difference of the networks' outputs,
             which drops a weight that varies between timesteps (the code).
         kl_in: "loss" adds the KL of the transition alone (the paper, which drops a term of the gradient); "reward" also
-            charges the exact KL of later steps to the earlier actions that led there: the full gradient of Eq. 8
-            (with ``normalize_advantage="center"`` or False: a scale would weigh the two parts differently).
+            charges the exact KL of later steps to the earlier actions that led there: the full gradient of Eq. 8, with
+            ``normalize_advantage="center"`` or False and ``step_weighting="likelihood"`` (else its two parts have
+            different weights).
         target_kl_to_pretrained: nats per picture that ``kl_coef`` is adapted to hold, from where it was set: after each
             update it changes by up to a fifth, up if the KL is above the target and down if below (the controller of
             Ziegler et al. 2019, Sec. 2.2, with gain 1). None leaves it as it is.

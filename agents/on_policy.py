@@ -7,7 +7,7 @@ import pathlib
 import time
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
@@ -230,9 +230,8 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         self.logger.record("rollout/pictures", self.num_timesteps // n_denoising)
         self.logger.record("rollout/valid_share", rollout_buffer.valid.float().mean().item())
         self.logger.record("time/rollout_pictures_per_second", pictures / (time.perf_counter() - started))
-        for name, found in components.items():
-            # SB3's console cuts off what is longer; the ends of names differ where they begin with the same address.
-            self.logger.record(f"rollout/{name[-28:]}", float(np.mean(found)))
+        for column, found in zip(_columns(components), components.values(), strict=True):
+            self.logger.record(f"rollout/{column}", float(np.mean(found)))
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
@@ -379,6 +378,13 @@ def _check_same_sampler(known: Mapping[str, Any] | None, found: Mapping[str, Any
         raise ValueError(
             f"the agent was made for another sampler ({details}); make the environment with the agent's settings"
         )
+
+
+def _columns(names: Iterable[str]) -> list[str]:
+    """Names short enough for SB3's console: the ends of long ones, which differ more often, numbered if they do not."""
+    ends = [name[-28:] for name in names]
+    before = [ends[:k].count(end) for k, end in enumerate(ends)]
+    return [f"{end[4:]} ({n + 1})" if n else end for end, n in zip(ends, before, strict=True)]
 
 
 def _falling(schedule: Schedule, final_fraction: float, progress_remaining: float) -> float:

@@ -82,7 +82,9 @@ class Train:
     """Environment id: DPOK-Shapes-v0 (embedded model), DPOK-Mixture-v0 (dots, a known answer), DPOK-SD15-v0, ..."""
     prompts: Annotated[str | None, _auto("TEXT|SET|FILE", f"{LAPTOP['prompts']!r} for {SHAPES}, else the env's")] = None
     """What to draw: a prompt, a named set (colour, count, composition, location, shapes, dpok), or a file of lines."""
-    reward: Annotated[str | None, _auto("NAME[=WEIGHT],...", "the environment's")] = None
+    reward: Annotated[
+        str | None, _auto("NAME[=WEIGHT],...", f"{LAPTOP['reward']} for {SHAPES}, else the environment's")
+    ] = None
     """What pictures are rewarded for: a reward, or a weighted sum such as shapes-alignment=1,shapes-quality=0.2.
 
     MODULE:NAME is one, of yours; and so is http://HOST:PORT, of a server such as dpok serve-reward (several addresses
@@ -119,9 +121,12 @@ class Train:
     lora_layers: Annotated[Literal["attention", "all"] | None, _auto("attention|all", "the preset's")] = None
     """Layers that get a LoRA: attention is usual for large models; small ones learn more with all of them."""
     batch_size: Annotated[int | None, _auto("INT", "the preset's")] = None
-    """Transitions (denoising steps) in each optimiser step, 1 or more; smaller takes more steps in each iteration."""
+    """Transitions (denoising steps; for sft, rwr, best-of-n and draft pictures) in each optimiser step, 1 or more.
+
+    Smaller takes more steps in each iteration.
+    """
     micro_batch_size: Annotated[int | Literal["auto"] | None, _auto("INT|auto", "the preset's")] = None
-    """Transitions in each forward and backward pass, 1 or more; smaller saves memory and changes nothing else."""
+    """The same in each forward and backward pass, 1 or more; smaller saves memory and changes nothing else."""
     n_epochs: Annotated[int | None, _auto("INT", "the preset's")] = None
     """Passes over each iteration's pictures, usually 1 to 4; more learn more from each picture, up to the clipping."""
     timestep_fraction: Annotated[float | None, _auto("FLOAT", "the preset's")] = None
@@ -130,7 +135,9 @@ class Train:
     """How far a transition's log-probability may move in an iteration, in nats, above 0; smaller is slower, safer."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
     """Further arguments of the algorithm's class, such as --set kl_in=reward use_critic=true; see its documentation."""
-    num_inference_steps: Annotated[int | None, _auto("INT", "the environment's")] = None
+    num_inference_steps: Annotated[
+        int | None, _auto("INT", f"{LAPTOP['num_inference_steps']} for {SHAPES}, else the environment's")
+    ] = None
     """Denoising steps of each picture, 1 or more, usually 10 to 50; more are finer and cost more."""
     guidance_scale: Annotated[float | None, _auto("FLOAT", "the environment's")] = None
     """Scale of classifier-free guidance, 0 or more; 1 is none and halves the cost, Stable Diffusion has 5 to 7.5."""
@@ -197,8 +204,8 @@ class Evaluate:
     """Pictures for each set of prompts, before and after, 1 or more."""
     seed: Annotated[int | None, _auto("INT", "the run's, which repeats its own evaluation")] = None
     """Seed of the pictures, 0 or more."""
-    reward: Annotated[str | None, _auto("NAME,...", "quality and alignment for shapes, else the JPEG size")] = None
-    """Further rewards to score with, which the run was not trained on."""
+    reward: Annotated[str | None, _auto("NAME,...", "shapes-preference for shapes, else the JPEG size")] = None
+    """Further rewards to score with, which the run was not trained on; shapes have alignment and quality anyway."""
     device: str = "auto"
     """Where the networks run: auto, cpu, cuda, cuda:1, ..."""
 

@@ -24,7 +24,8 @@ class REINFORCE(PolicyGradient):
     Args:
         policy: "DenoisingPolicy", or a subclass of it.
         env: see :class:`~agents.on_policy.DenoisingAlgorithm`.
-        **kwargs: further arguments of :class:`~agents.policy_gradient.PolicyGradient` but those for several steps.
+        **kwargs: further arguments of :class:`~agents.policy_gradient.PolicyGradient`. Those for several steps
+            are refused, those of the ratio's clipping have no effect.
 
     Raises:
         ValueError: if several steps on a rollout are asked for, an argument is out of range, or the environment is none

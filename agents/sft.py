@@ -18,7 +18,7 @@ class RewardWeightedSFT(Supervised):
     Regularised towards the pre-trained model in one of two ways (Lemma 4.3 and below):
 
     - "KL-D" shifts every weight: E[ -(r + gamma) log p_theta ], as if pictures without reward were data too;
-    - "KL-O" adds gamma || output_theta - output_pre ||^2, on the same noisy pictures.
+    - "KL-O" adds gamma || output_theta - output_pre ||^2, on the same noisy pictures, whatever their weight.
 
     Negative weights, which would push the model away from pictures without bound, count as 0 (App. B). So rewards
     should be mostly positive, or gamma large enough; of those whose zero means nothing, the mean can be taken off.
@@ -57,6 +57,12 @@ class RewardWeightedSFT(Supervised):
             groups = same_prompt(prompts)
             rewards = rewards - (groups.bincount(rewards) / groups.bincount())[groups]
         return (rewards + (self.gamma_kl if self.regularization == "KL-D" else 0)).clamp(min=0)
+
+    def _rows(self, weights: Tensor) -> Tensor:
+        """With KL-O all of them: those without reward are not learned, but not to be forgotten either."""
+        if self.regularization == "KL-O":
+            return torch.arange(len(weights), device=weights.device)
+        return super()._rows(weights)
 
     def _loss(self, part: NoisyPictures, reference: Any, found: Found) -> Tensor:
         """w || output - target ||^2, with KL-O + gamma || output - output_pre ||^2, (B,)."""

@@ -83,6 +83,8 @@ class Supervised(DenoisingAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         buffer = self.rollout_buffer
+        #: Optimiser steps taken before the last pictures came; the fit of all of them starts there.
+        self._n_updates_before = 0
         #: What was drawn so far; saved with the agent.
         self.pictures = Pictures(
             *(part[:0].clone() for part in (buffer.latents[:, -1], buffer.prompt, buffer.rewards[:, -1]))
@@ -99,7 +101,7 @@ class Supervised(DenoisingAlgorithm):
     ) -> Self:
         """Draws the pictures that are still missing, then takes the optimiser steps that are; arguments as SB3's."""
         if reset_num_timesteps:
-            self.pictures, self._n_updates = self.pictures.take(slice(0, 0)), 0
+            self.pictures, self._n_updates, self._n_updates_before = self.pictures.take(slice(0, 0)), 0, 0
         name = tb_log_name or type(self).__name__
         total, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, name, progress_bar)
         callback.on_training_start(locals(), globals())
@@ -125,10 +127,15 @@ class Supervised(DenoisingAlgorithm):
 
     def is_done(self, total_timesteps: int) -> bool:
         """Whether all pictures are drawn and all optimiser steps taken."""
-        return super().is_done(total_timesteps) and self._n_updates >= self.n_gradient_steps
+        return super().is_done(total_timesteps) and self._n_fitted >= self.n_gradient_steps
+
+    @property
+    def _n_fitted(self) -> int:
+        """Optimiser steps taken on the pictures there are."""
+        return self._n_updates - self._n_updates_before
 
     def train(self) -> None:
-        """Some optimiser steps on batches of the pictures, those without any weight left out."""
+        """Some optimiser steps on batches of the pictures."""
         if not len(self.pictures):
             raise ValueError("no picture got a reward that is finite, so there is nothing to learn from")
         weights = self.picture_weights(self.pictures.rewards, self.pictures.prompt)
@@ -138,12 +145,12 @@ class Supervised(DenoisingAlgorithm):
                 f"to {self.pictures.rewards.max():.3g}), so there is nothing to learn from: use a reward that is above "
                 "0 for good pictures, or let RewardWeightedSFT shift it (center_rewards, gamma_kl)"
             )
-        rows = torch.nonzero(weights).flatten()
+        rows = self._rows(weights)
         batch_size = self.batch_size or len(rows)
-        n_steps = min(self.log_every, self.n_gradient_steps - self._n_updates)
+        n_steps = min(self.log_every, self.n_gradient_steps - self._n_fitted)
         with self._update(n_steps * batch_size) as found:
             for _ in range(n_steps):
-                self._update_current_progress_remaining(self._n_updates + 1, self.n_gradient_steps)
+                self._update_current_progress_remaining(self._n_fitted + 1, self.n_gradient_steps)
                 self._update_learning_rate(self.policy.optimizer)
                 chosen = rows[torch.randint(len(rows), (batch_size,)).to(rows.device)]
                 self._take_step(self._add_noise(self.pictures.take(chosen), weights[chosen]), found)
@@ -159,6 +166,10 @@ class Supervised(DenoisingAlgorithm):
         Returns:
             (N,) at least 0.
         """
+
+    def _rows(self, weights: Tensor) -> Tensor:
+        """The pictures that batches are drawn from: those whose loss has a weight."""
+        return torch.nonzero(weights).flatten()
 
     def _add_noise(self, pictures: Pictures, weights: Tensor) -> NoisyPictures:
         schedule = self.policy.schedule
@@ -180,7 +191,7 @@ class Supervised(DenoisingAlgorithm):
 
     def _keep(self, buffer: TrajectoryBuffer) -> None:
         """Adds a rollout's pictures to those there are; what was fitted before is fitted again, with them."""
-        self._n_updates = 0
+        self._n_updates_before = self._n_updates
         sound = buffer.valid
         new = Pictures(buffer.latents[sound, -1], buffer.prompt[sound], buffer.rewards[sound, -1])
         kept = vars(self.pictures)

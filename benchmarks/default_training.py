@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ def run(folder: Path, seed: int) -> dict:
     """One training run; its summary with the time and memory of the process."""
     record = folder / f"seed{seed}.json"
     if not record.exists():
+        shutil.rmtree(folder / f"seed{seed}", ignore_errors=True)  # interrupted: gone on with, its time would be wrong
         started = time.perf_counter()
         command = [
             sys.executable,

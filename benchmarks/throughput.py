@@ -42,9 +42,9 @@ class Row:
         pictures: at a time.
         pictures_per_second: of rollouts, decoding and reward included.
         shares: of a rollout's time in the denoiser, the text encoder, the decoder, the reward, and everything else.
-        rollout_flops: floating-point operations a second of the denoiser in rollouts.
+        rollout_flops: floating-point operations of the denoiser in rollouts, for each second that it runs.
         transitions_per_second: of updates.
-        update_flops: of the denoiser in updates, forward and backward, that of the pre-trained model included.
+        update_flops: the same, for each second of updates, forward and backward, the pre-trained model's included.
         rollout_gib: peak memory so far; on a GPU, of rollouts alone.
         update_gib: peak memory so far; on a GPU, of updates alone.
     """
@@ -134,7 +134,7 @@ def measure(env: DenoisingVectorEnv, options: argparse.Namespace) -> Row:
         rollout_seconds = seconds_of(collect, device, options.rollouts)
     with FlopCounterMode(display=False) as counter:
         collect()
-    rollout_flops = counter.get_total_flops() / rollout_seconds
+    denoiser_flops = sum(counter.flop_counts[type(env.model.denoiser).__name__].values())
     spent: dict[str, float] = defaultdict(float)
     with (
         timed(env.model, "predict", spent, "denoiser", device),
@@ -156,7 +156,7 @@ def measure(env: DenoisingVectorEnv, options: argparse.Namespace) -> Row:
         pictures=env.num_envs,
         pictures_per_second=env.num_envs / rollout_seconds,
         shares=shares,
-        rollout_flops=rollout_flops,
+        rollout_flops=denoiser_flops / (rollout_seconds * shares["denoiser"]),
         transitions_per_second=learned / update_seconds,
         update_flops=counter.get_total_flops() / update_seconds,
         rollout_gib=rollout_memory[0],

@@ -182,7 +182,7 @@ def test_pictures_without_a_reward_are_not_learned_from(name: str, make, setting
     ],
 )
 def test_improves_its_reward_on_the_embedded_world(name: str, kwargs: dict[str, Any]) -> None:
-    """Three rollouts of 24 make the pictures brighter; SFT with rewards that hardly differ gets no darker."""
+    """Three rollouts of 24 make the pictures brighter."""
     algorithm, own = ALGORITHMS[name]
     prompt = "three green squares"
     n, steps = 24, 5
@@ -209,6 +209,7 @@ def test_improves_its_reward_on_the_embedded_world(name: str, kwargs: dict[str, 
     [
         ("DDPO-SF", {"batch_size": 2}, "leave batch_size None"),
         ("DDPO-IS", {"min_count": 0}, "min_count must be an integer of at least 1"),
+        ("DDPO-IS", {"statistics_size": 8}, "min_count must be at most statistics_size, got 16 and 8"),
         ("DDPO-IS", {"advantage_clip": -1.0}, "advantage_clip must be a number of at least 0"),
         ("DDPO-IS", {"timestep_fraction": 0.0}, "timestep_fraction must lie in"),
         ("REINFORCE", {"n_epochs": 2}, "one optimiser step in each rollout"),
@@ -386,7 +387,8 @@ def test_more_pictures_are_fitted_too(make) -> None:
     before = weights(agent)
     agent.learn(N * T, reset_num_timesteps=False)
     assert len(agent.pictures) == 2 * N
-    assert agent._n_updates == agent.n_gradient_steps
+    assert agent._n_updates == 2 * agent.n_gradient_steps
+    assert agent.is_done(2 * N * T)
     assert not same(before, weights(agent))
 
 
@@ -406,6 +408,27 @@ def test_weights_by_hand(make) -> None:
     assert make("RWR", sparse_fraction=0.6).picture_weights(rewards, prompts).tolist() == [1, 1, 1, 1]
     winners = make("BestOfN", n=2).picture_weights(tensor([1.0, 5.0, 2.0, 4.0, 3.0]), tensor([[1], [2], [1], [1], [1]]))
     assert winners.tolist() == [0, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("SFT-KL-D", {1, 3}), ("SFT-KL-O", {0, 1, 2, 3})])
+def test_which_pictures_are_learned_from(name: str, expected: set[int], make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KL-O holds the model to the pre-trained one on those without a reward, too."""
+    agent = make(name, gamma_kl=0.0, n_gradient_steps=16)
+    monkeypatch.setattr(agent, "picture_weights", lambda rewards, prompts: tensor([0.0, 1.0, 0.0, 2.0]))
+    learned, take_step = [], agent._take_step
+
+    def take(batch: Any, found: Any) -> None:
+        learned.append(batch)
+        take_step(batch, found)
+
+    monkeypatch.setattr(agent, "_take_step", take)
+    agent.learn(N * T)
+    rows = {
+        (int((agent.pictures.latents == latents).flatten(1).all(1).nonzero()), float(weight))
+        for batch in learned
+        for latents, weight in zip(batch.latents, batch.weight, strict=True)
+    }
+    assert rows == {(row, [0.0, 1.0, 0.0, 2.0][row]) for row in expected}
 
 
 def test_the_loss_is_the_weighted_error_of_the_output(make) -> None:

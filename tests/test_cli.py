@@ -153,6 +153,7 @@ FEW_LAYERS = ["--lora-layers", "attention"]  # faster
     ("algo", "options"),
     [
         ("ddpo", ["--clip-range", "0.5"]),
+        ("ddpo", ["--set", "score_function=True"]),
         ("grpo", ["--kl-coef", "0.5", "--set", "group_size=2"]),
         ("reinforce", []),
         ("sft", ["--set", "regularization=KL-O", *FIT]),
@@ -176,6 +177,8 @@ def test_algorithms(tmp_path, algo, options):
     assert _summary(folder)["pictures"] == 4
     rows = plots.read_log(folder / "progress.csv")
     assert [row["rollout/pictures"] for row in rows if "rollout/pictures" in row] == [2, 4]
+    updates = [row["train/n_updates"] for row in rows if "train/n_updates" in row]
+    assert updates == sorted(set(updates))
     saved = ALGORITHMS[algo].load(folder / "model.zip", device="cpu")
     assert type(saved) is ALGORITHMS[algo]
     for setting in options[options.index("--set") + 1 :] if "--set" in options else ():
@@ -250,6 +253,38 @@ def test_a_run_that_an_error_stops_keeps_what_it_learned(tmp_path, monkeypatch, 
     assert saved.num_timesteps == 3 * 2  # of the second iteration, one of two steps
     assert _train(tmp_path / "run", "--resume", "--pictures", "6") == 0
     assert _summary(tmp_path / "run")["pictures"] >= 6
+
+
+def test_a_run_that_stops_once_all_is_drawn_is_resumed(tmp_path, monkeypatch):
+    evaluate, calls = commands.evaluate_policy, []
+
+    def fails(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 2:  # of the fine-tuned model
+            raise ConnectionError("the server is gone")
+        return evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(commands, "evaluate_policy", fails)
+        assert _train(tmp_path / "run", "--pictures", "2", *TINY) == 2
+    stopped = _summary(tmp_path / "run")
+    assert (stopped["interrupted"], stopped["pictures"], stopped["eval_pictures"]) == (True, 2, 0)
+    assert stopped["seconds"] > 0
+    assert _train(tmp_path / "run", "--resume") == 0
+    summary = _summary(tmp_path / "run")
+    assert (summary["interrupted"], summary["pictures"], summary["eval_pictures"]) == (False, 2, 3)
+    assert summary["seconds"] >= stopped["seconds"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == WRITTEN
+
+
+@pytest.mark.parametrize("changes", [["--image-size", "128"], ["--prompts", "circle"]])
+def test_pictures_that_the_judge_does_not_know(tmp_path, changes):
+    few = ["--pictures", "2", "--reward", "jpeg-compressibility", *TINY, "--eval-pictures", "1"]
+    assert _train(tmp_path / "run", *changes, *few) == 0
+    assert _summary(tmp_path / "run")["aligned_after"] is None
+    assert set(_summary(tmp_path / "run")["rewards_after"]) == {"jpeg-compressibility"}
+    assert main(["evaluate", str(tmp_path / "run"), "--pictures", "1", "--device", "cpu"]) == 0
+    assert _sample(tmp_path, tmp_path / "run")[0] == 0
 
 
 def test_an_error_of_a_diverged_agent_does_not_overwrite_a_sound_one(tmp_path, monkeypatch):
@@ -334,7 +369,7 @@ def test_evaluate(finished, capsys):
     for name in ("aligned_after", "quality_after", "reward_before", "kl_to_pretrained"):  # of the same seeds
         assert training[name] == pytest.approx(summary[name], rel=1e-3)
     assert held_out["n_prompts"] >= 14
-    assert set(held_out["rewards_after"]) == {"shapes-alignment", "shapes-quality"}
+    assert set(held_out["rewards_after"]) == {"shapes-alignment", "shapes-quality", "shapes-preference"}
     out = capsys.readouterr().out
     assert "held-out prompts" in out
     assert "nats" in out
@@ -381,10 +416,12 @@ def test_another_environment(tiny_sd_folder, tmp_path, capsys):
         (["--set", "kl_coefficient=1"], "dpok has no setting kl_coefficient; it has batch_size, clip_range, "),
         (["--set", "kl_in=advantage"], "kl_in must be one of"),
         (["--set", "n_epochs=["], "the value of 'n_epochs=[' cannot be read"),
-        (["--set", "n_epochs=two"], "n_epochs must be of the kind of its default, 1, not 'two'"),
-        (["--set", "n_epochs=1.5"], "n_epochs must be of the kind of its default, 1, not 1.5"),
-        (["--set", "use_critic=nonsense"], "use_critic must be of the kind of its default, True, not 'nonsense'"),
-        (["--set", "batch_size=2.5"], "batch_size must be an integer of at least 1, got 2.5"),
+        (["--set", "n_epochs=two"], "n_epochs must be an integer, not 'two'"),
+        (["--set", "n_epochs=1.5"], "n_epochs must be an integer, not 1.5"),
+        (["--set", "use_critic=nonsense"], "use_critic must be true or false, not 'nonsense'"),
+        (["--set", "batch_size=2.5"], "batch_size must be an integer or null, not 2.5"),
+        (["--set", "normalize_advantage=2"], "normalize_advantage must be true or false or a word, not 2"),
+        (["--set", "normalize_advantage=mean"], "normalize_advantage must be one of"),
         (["--algo", "rwr", "--set", "group_size=2", "n=2"], "rwr has no setting group_size, n; it has batch_size, "),
         (["--algo", "ddpo", "--kl-coef", "0.1"], "ddpo has no setting kl_coef; it has advantage_clip, "),
         (["--algo", "sft", "--clip-range", "0.1"], "sft has no setting clip_range"),
@@ -496,11 +533,18 @@ def test_a_folder_with_a_reward_is_found_from_elsewhere(tmp_path, monkeypatch):
 
 
 def test_settings_are_typed():
-    texts = ("kl_in=reward", "use_critic=true", "batch_size=null", "n_epochs=3", "target_kl_to_pretrained=2.5")
-    settings = Config.of(Train(set=texts)).algo_kwargs
     expected = {
-        "kl_in": "reward", "use_critic": True, "batch_size": None, "n_epochs": 3, "target_kl_to_pretrained": 2.5
-    }  # fmt: skip
+        "kl_in": "reward",
+        "use_critic": True,
+        "batch_size": None,
+        "n_epochs": 3,
+        "target_kl_to_pretrained": 2.5,
+        "normalize_advantage": "center",
+        "micro_batch_size": "auto",
+        "vf_batch_size": None,
+    }
+    texts = tuple(f"{name}={json.dumps(value)}" for name, value in expected.items())
+    settings = Config.of(Train(set=texts)).algo_kwargs
     found = {name: settings[name] for name in expected}
     assert found == expected
     assert [type(value) for value in found.values()] == [type(value) for value in expected.values()]

@@ -254,6 +254,8 @@ def test_an_interrupted_fit(tmp_path):
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match="checkpoint of a fit with other settings"):
         fit(choices, **settings | {"epochs": 4}, checkpoint=path)
+    with pytest.raises(ValueError, match="checkpoint of a fit with other settings"):
+        fit(choices, **settings, network=whole.reward.network, checkpoint=path)
 
 
 @pytest.mark.parametrize("settings", [{"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"held_out": 0.0}])

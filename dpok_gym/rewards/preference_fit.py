@@ -6,6 +6,7 @@ Letters used for shapes: N choices, M pictures, S x S pixels.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -173,6 +174,8 @@ def fit(
     )
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
     settings = {
+        "picture_size": network.config.picture_size,
+        "first_weights": _digest(network),
         "choices": len(train),
         "epochs": epochs,
         "held_out": held_out,
@@ -206,6 +209,12 @@ def fit(
     network.load_state_dict({name: weight.half().float() for name, weight in state["best"].items()})
     network.eval().requires_grad_(False)
     return Fit(reward, measure(log_odds(reward, test)), len(train), state["best_epoch"], interrupted)
+
+
+def _digest(network: nn.Module) -> str:
+    """What tells one network's weights from another's."""
+    content = b"".join(weights.cpu().numpy().tobytes() for weights in network.state_dict().values())
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _batches(comparisons: Comparisons, batch_size: int, generator: torch.Generator) -> Iterator[Comparisons]:
