@@ -120,8 +120,9 @@ def make_schedule(scheduler_config: Mapping[str, Any], num_inference_steps: int,
         eta: 1 for the noise of the diffusion's posterior (DDPM), towards 0 for less. Must lie in (0, 1].
 
     Raises:
-        ValueError: if T or eta is out of range, if a transition has no density (std 0), if the config is of a scheduler
-            for another kind of diffusion, or if the prediction type is not one of epsilon, v_prediction and sample.
+        ValueError: if T or eta is out of range, if the config's spacing has no T timesteps, if a transition has no
+            density (std 0), if the config is of a scheduler for another kind of diffusion, or if the prediction type is
+            not one of epsilon, v_prediction and sample.
     """
     from diffusers import DDIMScheduler  # slow to import, and only needed here
 
@@ -140,6 +141,12 @@ def make_schedule(scheduler_config: Mapping[str, Any], num_inference_steps: int,
     scheduler.set_timesteps(num_inference_steps)
 
     timesteps = scheduler.timesteps.long()
+    if len(timesteps) != num_inference_steps or timesteps.min() < 0 or timesteps.max() >= n_train:
+        raise ValueError(
+            f"the model's timestep spacing, {scheduler.config.timestep_spacing!r} with offset "
+            f"{scheduler.config.steps_offset}, does not find {num_inference_steps} of the {n_train} training "
+            f"timesteps; choose another num_inference_steps, such as {num_inference_steps - 1}"
+        )
     previous = timesteps - n_train // num_inference_steps  # as DDIMScheduler.step has it, whatever the spacing
     alphas = scheduler.alphas_cumprod.double()
     alpha = alphas[timesteps]

@@ -51,7 +51,7 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     ## Starting State
 
-    A prompt drawn uniformly from the prompt set, and x_T ~ N(0, I), both from the environment's ``np_random``.
+    A prompt drawn from the prompt set by its weights, and x_T ~ N(0, I), both from the environment's ``np_random``.
     ``reset(options={"prompt": text})`` takes any prompt that the model can read; ``info["prompt"]`` says which it is.
     The option ``{"latent": x_T}`` starts from given noise.
 

@@ -7,7 +7,7 @@ import difflib
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -214,6 +214,9 @@ def _read_lines(content: str) -> _Entries:
 def _read_json(content: str) -> _Entries:
     found = json.loads(content)
     if isinstance(found, dict):
+        for text, fields in found.items():
+            if not isinstance(fields, dict):
+                raise ValueError(f"the prompt {text!r} must have an object of fields, such as {{}}, not {fields!r}")
         return [(text, _weight(fields, text)) for text, fields in found.items()]
     if isinstance(found, list):
         return [_entry(entry) if isinstance(entry, dict) else (entry, 1.0) for entry in found]
@@ -239,10 +242,10 @@ def _entry(fields: dict[Any, Any]) -> tuple[str, float]:
     raise ValueError(f"none of the fields {', '.join(map(repr, lower))} is named {', '.join(map(repr, _COLUMNS))}")
 
 
-def _weight(fields: Any, text: Any) -> float:
-    weight = fields.get("weight", 1.0) if isinstance(fields, dict) else 1.0
+def _weight(fields: Mapping[str, Any], text: Any) -> float:
+    weight = fields.get("weight")
     try:
-        return float(weight)
+        return 1.0 if weight is None or not str(weight).strip() else float(weight)
     except (TypeError, ValueError):
         raise ValueError(f"the weight of the prompt {text!r} must be a number, not {weight!r}") from None
 

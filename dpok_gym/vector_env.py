@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpok_gym import diffusion
+from dpok_gym.images import to_uint8
 from dpok_gym.memory import BatchSize
 from dpok_gym.models import TextToImageModel, load_model
 from dpok_gym.models.base import CACHED_PROMPTS
@@ -52,10 +53,10 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         guidance_scale: of classifier-free guidance, for whoever acts on this environment; 1 is none.
         negative_prompt: what guidance leads away from; None for what the model was trained with.
         image_size: pixels of a side, or (height, width); None for the size that the model was trained with.
-        device: of the networks; "auto" for a GPU if there is one.
+        device: of the networks; "auto" for a GPU if there is one. A loaded model stays where it is.
         dtype: of the networks' weights: "float32", "bfloat16" or "float16".
         model_kwargs: further arguments of :func:`dpok_gym.models.load_model`, such as ``{"revision": "main"}``. A
-            loaded model has its own, and those of these four that are given for it are refused.
+            loaded model has its own: these, the dtype, the picture's size and the negative prompt are refused for it.
         non_finite: "error" or "mask", what becomes of a reward that is not finite.
         decode_batch_size: pictures decoded at a time. With 1, a picture does not depend on which others are drawn with
             it, not even in its last bit; more is faster where single pictures leave the device idle. "auto" takes as
@@ -106,7 +107,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         options = {"negative_prompt": negative_prompt, "image_size": image_size, **(model_kwargs or {})}
         if isinstance(model, (str, os.PathLike)):
             self.model = load_model(model, device, dtype, **options)
-        elif given := [name for name, value in {**options, "dtype": dtype}.items() if value not in (None, "float32")]:
+        elif given := [
+            name for name, value in {**options, "dtype": dtype}.items() if value not in (None, False, "float32")
+        ]:
             raise ValueError(f"a loaded model has its own {', '.join(given)}: give these to load_model() instead")
         else:
             self.model = model
@@ -217,7 +220,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             return None
         if not self._texts[0]:
             raise gymnasium.error.ResetNeeded("call reset() before render()")
-        return tuple(_to_uint8(self._decode(self._latents)))
+        return tuple(to_uint8(self._decode(self._latents)))
 
     def close_extras(self, **kwargs: Any) -> None:
         """Ends the threads that judge."""
@@ -328,7 +331,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
     def _judge(self) -> tuple[NDArray[np.float64], list[dict[str, Any]]]:
         """Decodes and rewards the finished pictures."""
         pictures, judged = judge_chunks(self.reward, self._finished(), self._executor)
-        frames, valid = _to_uint8(pictures), judged.valid.numpy()
+        frames, valid = to_uint8(pictures), judged.valid.numpy()
         infos: list[dict[str, Any]] = [
             {
                 "prompt": text,
@@ -345,8 +348,3 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         for i, info in enumerate(infos):
             gathered = self._add_info(gathered, info, i)
         return gathered
-
-
-def _to_uint8(pictures: Tensor) -> NDArray[np.uint8]:
-    """Pictures (B, 3, H, W) in [0, 1] as (B, H, W, 3) uint8."""
-    return (255 * pictures).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -8,12 +8,14 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import VectorActionWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from dpok_gym import diffusion
 from dpok_gym.env import DenoisingEnv
 from dpok_gym.vector_env import DenoisingVectorEnv, Observation
 
@@ -45,7 +47,7 @@ def _act(batch: DenoisingVectorEnv, observation: Observation, noise: NDArray[np.
     if noise.shape != observation["latent"].shape:
         raise ValueError(f"expected noise of the latents' shape {observation['latent'].shape}, got {noise.shape}")
     mean, std = batch.pretrained_transition(observation)
-    return mean.numpy() + std.numpy().reshape(-1, 1, 1, 1) * noise
+    return diffusion.sample_with_log_prob(mean, std, torch.from_numpy(noise))[0].numpy()
 
 
 def pretrained_policy(

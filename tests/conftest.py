@@ -24,6 +24,8 @@ from diffusers import (
 from tokenizers import Tokenizer, models, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+import dpok_gym.models
+
 MAX_TOKENS, TEXT_WIDTH = 40, 32
 WIDER = 48  # of the second text encoder, by which the two are told apart
 
@@ -51,6 +53,18 @@ def _seeds() -> None:
 def _one_thread() -> None:
     # The networks are so small that more threads wait for each other.
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_models() -> Callable[[], None]:
+    """Models that no other test has: agents leave their LoRA in the network. Called, it makes them fresh again."""
+
+    def forget() -> None:
+        dpok_gym.models._load.cache_clear()
+        dpok_gym.models._load_networks.cache_clear()
+
+    forget()
+    return forget
 
 
 @contextmanager

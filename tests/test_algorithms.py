@@ -13,7 +13,7 @@ from torch import Tensor
 from agents import DDPO, DPOK, GRPO, REINFORCE, RWR, BestOfN, DRaFT, RewardWeightedSFT, evaluate
 from agents.on_policy import DenoisingAlgorithm
 from agents.supervised import Supervised
-from dpok_gym import DenoisingEnv, DenoisingVectorEnv, models
+from dpok_gym import DenoisingEnv, DenoisingVectorEnv
 
 N, T = 4, 3
 PROMPTS = ["a rabbit", "a green dog"]
@@ -46,9 +46,7 @@ ALGORITHMS: dict[str, tuple[type[DenoisingAlgorithm], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh_models() -> None:
-    models._load.cache_clear()  # else every agent of this module would leave its LoRA in the same network
+pytestmark = pytest.mark.usefixtures("fresh_models")
 
 
 @pytest.fixture
@@ -356,10 +354,12 @@ def test_the_set_of_pictures_is_the_pretrained_models(make) -> None:
 
 
 @pytest.mark.parametrize("name", ["BestOfN", "SFT-KL-D"])
-def test_an_interrupted_fit_goes_on(name: str, make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_fit_goes_on(
+    name: str, make, fresh_models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uninterrupted = make(name, n_gradient_steps=9)
     uninterrupted.learn(N * T)
-    models._load.cache_clear()
+    fresh_models()
     agent = make(name, n_gradient_steps=9)
 
     def interrupt(self: Any, iteration: int) -> None:

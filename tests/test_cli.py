@@ -19,7 +19,7 @@ from agents import DPOK, PRESETS, RewardWeightedSFT, commands, plots
 from agents.cli import main
 from agents.config import ALGORITHMS, Config, parse_reward
 from agents.options import LAPTOP, LAPTOP_ALGORITHMS, Evaluate, Sample, ServeReward, Train
-from dpok_gym import DenoisingVectorEnv, RemoteReward, models
+from dpok_gym import DenoisingVectorEnv, RemoteReward
 
 TINY = ["--num-inference-steps", "2", "--n-envs", "2", "--lora-rank", "2", "--eval-pictures", "3", "--device", "cpu"]
 WRITTEN = {
@@ -139,16 +139,11 @@ def test_resume(finished, tmp_path, capsys):
     assert summary["seconds"] > _summary(finished)["seconds"]
 
 
-@pytest.fixture
-def _fresh_models():
-    models._load.cache_clear()  # else every agent would leave its LoRA in the same network
-
-
 FIT = ["n_gradient_steps=2", "log_every=1", "batch_size=2"]
 FEW_LAYERS = ["--lora-layers", "attention"]  # faster
 
 
-@pytest.mark.usefixtures("_fresh_models")
+@pytest.mark.usefixtures("fresh_models")
 @pytest.mark.parametrize(
     ("algo", "options"),
     [
@@ -186,7 +181,7 @@ def test_algorithms(tmp_path, algo, options):
         assert str(getattr(saved, name)) == value
 
 
-@pytest.mark.usefixtures("_fresh_models")
+@pytest.mark.usefixtures("fresh_models")
 def test_an_interrupted_fit_is_resumed(tmp_path, monkeypatch):
     folder, fit = tmp_path / "run", RewardWeightedSFT.train
 

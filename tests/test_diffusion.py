@@ -134,6 +134,8 @@ def test_numbers_by_hand() -> None:
         ({"set_alpha_to_one": True}, 10, 1.0, "set_alpha_to_one=False"),
         ({"timestep_spacing": "linspace"}, 10, 1.0, "last step adds no noise"),
         ({"prediction_type": "flow"}, 10, 1.0, "prediction_type 'flow'"),
+        ({}, 1000, 1.0, "spacing, 'leading' with offset 1, does not find 1000 of the 1000 training timesteps"),
+        ({"timestep_spacing": "trailing"}, 61, 1.0, "another num_inference_steps, such as 60"),
     ],
 )
 def test_bad_input(changes: dict, steps: int, eta: float, message: str) -> None:

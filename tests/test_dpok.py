@@ -55,9 +55,7 @@ def never(images: Tensor, prompts: list[str]) -> Tensor:
     return torch.full((len(images),), math.nan)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_models() -> None:
-    models._load.cache_clear()  # else every agent of this module would leave its LoRA in the same network
+pytestmark = pytest.mark.usefixtures("fresh_models")
 
 
 @pytest.fixture

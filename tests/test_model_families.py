@@ -211,6 +211,36 @@ def test_parked_text_encoders_come_back(folder: Path) -> None:
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
+def test_guidance_leaves_parked_text_encoders_where_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = load_model(folder, "cpu", negative_prompt="a rabbit")
+    conditioning = model.encode(model.tokenize(["a dog"]))
+    model.park_text_encoder()
+    monkeypatch.delattr(type(model), "_encode")
+    model.predict(torch.zeros(1, *model.latent_shape), torch.tensor([1]), conditioning, guidance_scale=2.0)
+
+
+def test_prompts_are_encoded_in_the_precision_of_the_weights(folder: Path) -> None:
+    """Whoever asks first: they are kept, and a learner's autocast is nobody else's."""
+    model: Any = load_model(folder, "cpu", negative_prompt="a red dog")
+    tokens = model.tokenize(["a green dog"])
+    with torch.autocast("cpu", torch.bfloat16):
+        first = model.encode(tokens)
+    model._encoded.clear()
+    again = model.encode(tokens)
+    assert all(torch.equal(first[name], again[name]) for name in again)
+
+
+def test_many_prompts_are_encoded_as_each_of_them(folder: Path) -> None:
+    model: Any = load_model(folder, "cpu", negative_prompt="a dog")
+    texts = [" ".join(["a", *["dog"] * k]) for k in range(1, 6)] * 9
+    tokens = torch.cat([model.tokenize(texts), torch.arange(40 * model.max_tokens).reshape(40, -1) % model.vocab_size])
+    together = model.encode(tokens)
+    model._encoded.clear()
+    for k in (0, 1, 44, 45, 84):
+        for name, values in model.encode(tokens[k : k + 1]).items():
+            torch.testing.assert_close(values[0], together[name][k])
+
+
 def test_loaded_model_has_its_own_settings(tiny_sd_folder: Path) -> None:
     model = load_model(tiny_sd_folder, "cpu", image_size=32)
     env = DenoisingVectorEnv(1, model=model, prompts=["dog"], reward="jpeg-compressibility", num_inference_steps=2)
@@ -440,6 +470,13 @@ def test_hub_cache_and_revision_offline(tiny_sd_folder: Path, tmp_path: Path) ->
         (repository / "refs" / name).write_text(commit)
     path = repository / "snapshots" / commits["v2"] / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    large = tmp_path / "hub" / "models--someone--large"  # of which nothing but the index was ever downloaded
+    for file, content in {
+        "refs/main": "2" * 40,
+        f"snapshots/{'2' * 40}/model_index.json": '{"_class_name": "FluxPipeline"}',
+    }.items():
+        (large / file).parent.mkdir(parents=True)
+        (large / file).write_text(content)
     code = """
 from dpok_gym.models import load_model
 print(load_model("someone/tiny", "cpu").scheduler_config["prediction_type"])
@@ -447,10 +484,15 @@ print(load_model("someone/tiny", "cpu", revision="v2").scheduler_config["predict
 try:
     load_model("someone/tiny", "cpu", revision="v3")
 except FileNotFoundError as error:
+    print(" ".join(str(error).split()))
+try:
+    load_model("someone/large", "cpu")
+except ValueError as error:
     print(error)
 """
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    first, second, message = found.stdout.splitlines()[:3]
+    first, second, message, refused = found.stdout.splitlines()
     assert (first, second) == ("epsilon", "v_prediction")
     assert "nor could it be downloaded as 'someone/tiny' at the revision 'v3'" in message
+    assert "flow-matching transformers are not supported" in refused

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from agents import DenoisingPolicy
-from dpok_gym import DenoisingVectorEnv, diffusion, models
+from dpok_gym import DenoisingVectorEnv, diffusion
 from dpok_gym.memory import BatchSize
 
 N, T = 5, 3
@@ -22,9 +22,7 @@ PROMPTS = ["a rabbit", "a green dog", "the moon"]
 LR, VF_LR = 1e-2, 3e-3
 
 
-@pytest.fixture(autouse=True)
-def _fresh_models() -> None:
-    models._load.cache_clear()  # else every policy of this module would leave its LoRA in the same network
+pytestmark = pytest.mark.usefixtures("fresh_models")
 
 
 @pytest.fixture

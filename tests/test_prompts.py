@@ -111,7 +111,10 @@ WEIGHTED = (("a cat", 3.0), ("a dog, asleep", 1.0))
         ("bench.json", '{"a cat": {"category": "pets", "weight": 3}, "a dog, asleep": {"category": "pets"}}'),
         ("list.json", '[{"caption": "a cat", "weight": 3}, "a dog, asleep"]'),
         ("lines.jsonl", '{"text": "a cat", "weight": "3"}\n\n{"text": "a dog, asleep"}\n'),
+        ("null.jsonl", '{"text": "a cat", "weight": 3}\n{"text": "a dog, asleep", "weight": null}\n'),
         ("table.csv", 'id,Prompt,weight\n1,a cat,3\n2,"a dog, asleep",1\n'),
+        ("blank.csv", 'prompt,weight\na cat,3\n"a dog, asleep",\n'),
+        ("short.csv", 'prompt,weight\na cat,3\n"a dog, asleep"\n'),
         ("table.TSV", "\ufeffweight\tcaption\r\n3\ta cat\r\n1\ta dog, asleep\r\n"),
     ],
 )
@@ -148,7 +151,9 @@ def test_equal_weights_are_none(tmp_path):
         ("a.jsonl", '{"prompt": "a cat"}\n{"promt": "a dog"}', "none of the fields 'promt' is named 'prompt', 'text'"),
         ("a.csv", "id,words\n1,a cat\n", "none of the fields 'id', 'words' is named"),
         ("a.csv", "prompt\n", "there is no prompt in the file"),
-        ("a.csv", "prompt,weight\na cat\n", "the weight of the prompt 'a cat' must be a number, not None"),
+        ("a.csv", "prompt,weight\na cat,?\n", "the weight of the prompt 'a cat' must be a number, not '?'"),
+        ("a.json", '{"prompts": ["a cat", "a dog"]}', "the prompt 'prompts' must have an object of fields"),
+        ("a.json", '{"a cat": 3}', "the prompt 'a cat' must have an object of fields, such as {}, not 3"),
     ],
 )
 def test_files_that_are_not_of_their_format(tmp_path, name, content, message):

@@ -24,9 +24,9 @@ def images():
 def clean_registry(monkeypatch):
     """What a test registers is gone after it."""
     monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
-    registry.load_reward.cache_clear()
+    registry._load.cache_clear()
     yield
-    registry.load_reward.cache_clear()
+    registry._load.cache_clear()
 
 
 def length(images, prompts):
@@ -329,11 +329,14 @@ class Sized:
 def test_rewards_of_other_modules(images, monkeypatch):
     module = types.ModuleType("mine")
     module.length, module.Sized, module.make, module.three = length, Sized, lambda: length, 3
+    module.Choosy = type("Choosy", (Sized,), {"__init__": lambda self, scale: None})
     monkeypatch.setitem(sys.modules, "mine", module)
     assert make_reward("mine:length")(images, ["a", "abc"]).total.tolist() == [1.0, 3.0]
     assert make_reward({"mine:Sized": 1.0, "mine:make": 1.0})(images, ["a", "abc"]).total.tolist() == [3.0, 9.0]
     with pytest.raises(TypeError, match="'mine:three' must return a callable"):
         make_reward("mine:three")
+    with pytest.raises(TypeError, match="the class 'Choosy' of the reward 'mine:Choosy' needs arguments"):
+        make_reward("mine:Choosy")
     with pytest.raises(ImportError, match=r"reward 'mine:four', module:name .*, cannot be imported: .*four"):
         make_reward("mine:four")
 

@@ -11,6 +11,7 @@ from dpok_gym.rewards import list_rewards, make_reward
 from dpok_gym.rewards.preference import PreferenceConfig, PreferenceNetwork, PreferenceReward, split_words
 from dpok_gym.rewards.preference_data import Comparisons, load_comparisons, read_choices
 from dpok_gym.rewards.preference_fit import bradley_terry_loss, fit, log_odds, measure
+from dpok_gym.rewards.registry import load_reward
 from dpok_gym.shapes import PREFERENCE
 from dpok_gym.shapes.captions import sample_requested_scenes, spoil
 from dpok_gym.shapes.scenes import render
@@ -99,6 +100,9 @@ def test_missing_fields_and_files(tmp_path):
         read_choices(path)
     with pytest.raises(ValueError, match="has 0 choices, and a reward needs at least 20"):
         read_choices(write(tmp_path, []))
+    path.write_bytes(b'\n{"prompt": "caf\xe9"}')
+    with pytest.raises(ValueError, match=r"line 2 of .*can't decode"):
+        read_choices(path)
     with pytest.raises(FileNotFoundError, match="no file of choices at"):
         read_choices(tmp_path / "none.jsonl")
 
@@ -123,6 +127,16 @@ def test_the_split_shares_no_picture():
         chain.split(0.2, seed=0)
     with pytest.raises(ValueError, match="must lie between 0 and 1, got 1"):
         chain.split(1, seed=0)
+
+
+def test_a_split_with_a_large_component():
+    """A picture that was compared with many others keeps all these choices on one side, and no more."""
+    star = torch.stack([torch.zeros(90, dtype=torch.int64), torch.arange(1, 91)], 1)
+    pairs = torch.cat([star, torch.arange(91, 111).reshape(10, 2)])
+    comparisons = Comparisons(torch.zeros(111, 3, 1, 1, dtype=torch.uint8), [str(k) for k in range(100)], pairs)
+    for seed in range(20):
+        assert len(comparisons.split(0.1, seed)[1]) == 10
+    assert len(comparisons.split(0.99, 0)[0]) in (1, 10)
 
 
 def test_bradley_terry_loss():
@@ -256,6 +270,20 @@ def test_an_interrupted_fit(tmp_path):
         fit(choices, **settings | {"epochs": 4}, checkpoint=path)
     with pytest.raises(ValueError, match="checkpoint of a fit with other settings"):
         fit(choices, **settings, network=whole.reward.network, checkpoint=path)
+    with pytest.raises(ValueError, match="checkpoint of a fit with other settings"):
+        fit(Comparisons(choices.pictures, choices.prompts, choices.pairs.flip(1)), **settings, checkpoint=path)
+
+
+def test_a_reward_that_was_fitted_anew_is_read_anew(tmp_path):
+    config = PreferenceConfig(("red",), 3, 16)
+    pictures, prompts, found = torch.rand(2, 3, 16, 16), ["red", "red"], []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        PreferenceReward(PreferenceNetwork(config), "cpu").save(tmp_path)
+        found.append(make_reward(tmp_path)(pictures, prompts).total)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+    assert load_reward(str(tmp_path)) is load_reward(str(tmp_path))
 
 
 @pytest.mark.parametrize("settings", [{"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"held_out": 0.0}])

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from dpok_gym.rewards import RemoteReward, make_reward
+from dpok_gym.rewards import remote as rewards_remote
 
 N = 8
 PROMPTS = [f"prompt {i}" for i in range(N)]
@@ -152,7 +153,7 @@ def test_settings_of_an_address(start, images) -> None:
     assert batch.components["mine"].tolist() == locally(images)
     assert [len(request["prompts"]) for request in endpoint.requests] == [3, 3, 2]
     assert settings == {"weight": 2.0, "name": "mine", "batch_size": 3}
-    with pytest.raises(TypeError, match="unexpected keyword argument 'timout'"):
+    with pytest.raises(ValueError, match="unexpected keyword argument 'timout'"):
         make_reward({endpoint.url: {"timout": 1}})
 
 
@@ -193,6 +194,24 @@ def test_the_others_take_over_from_a_dead_endpoint(start, images, dead, caplog) 
         assert reward(images, PROMPTS).tolist() == locally(images)
     assert sum(len(request["prompts"]) for request in endpoint.requests) == 3 * N
     assert caplog.text.count(f"{dead} failed and will be tried again: ConnectError") == 1
+
+
+def test_an_endpoint_that_failed_is_spared(start, images, monkeypatch) -> None:
+    """It is tried again now and then, or when the others fail."""
+    working = {"second"}
+
+    def only_if(name: str) -> Answer:
+        return lambda request, number: brightness(request) if name in working else (503, b"busy")
+
+    first, second = start(only_if("first")), start(only_if("second"))
+    reward = remote(first.url, second.url, batch_size=1, attempts=1)
+    monkeypatch.setattr(rewards_remote, "TRIED_AGAIN", 0.0)
+    for _ in range(5):
+        assert reward(images, PROMPTS).tolist() == locally(images)
+    assert len(first.requests) == 1
+    working = {"first"}
+    assert reward(images, PROMPTS).tolist() == locally(images)
+    assert len(first.requests) > 1
 
 
 @pytest.mark.parametrize("failure", [(503, b"busy"), (500, {"error": "out of memory"}), (429, b""), "dropped", "slow"])

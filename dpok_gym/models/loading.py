@@ -67,7 +67,9 @@ def _parts_of_folder(
     folder: Path, dtype: torch.dtype, variant: str | None, allow_pickle: bool
 ) -> tuple[type[StableDiffusion], dict[str, Any]]:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    family = _family(index["_class_name"])
+    if index["_class_name"] not in FAMILIES:
+        raise ValueError(_unsupported(index["_class_name"]))
+    family, _ = FAMILIES[index["_class_name"]]
     weights: dict[str, Any] = {"variant": variant, "use_safetensors": None if allow_pickle else True}
     # The parts are loaded one by one: the pipeline class would import image processors that nobody needs.
     parts = {
@@ -117,15 +119,13 @@ def _parts_of_file(
     return family, parts
 
 
-def _family(pipeline: str) -> type[StableDiffusion]:
-    if pipeline in FAMILIES:
-        return FAMILIES[pipeline][0]
+def _unsupported(pipeline: str) -> str:
     reason = ""
     if pipeline.startswith("LatentConsistency"):
         reason = ": the sampler of latent-consistency models does not take DDIM's Gaussian steps"
     elif pipeline.startswith(("StableDiffusion3", "Flux")):
         reason = ": flow-matching transformers are not supported"
-    raise ValueError(f"it is a {pipeline}, and only {' and '.join(FAMILIES)} are supported{reason}")
+    return f"it is a {pipeline}, and only {' and '.join(FAMILIES)} are supported{reason}"
 
 
 def _find_folder(name: str, source: str, revision: str | None, variant: str | None, allow_pickle: bool) -> Path:
@@ -141,12 +141,17 @@ def _find_folder(name: str, source: str, revision: str | None, variant: str | No
         "use_safetensors": None if allow_pickle else True,
     }
     try:
-        return Path(DiffusionPipeline.download(source, **wanted, **_UNUSED))
+        pipeline = DiffusionPipeline.load_config(source, revision=revision)["_class_name"]
+        if pipeline in FAMILIES:
+            return Path(DiffusionPipeline.download(source, **wanted, **_UNUSED))
     except Exception as error:
         version = f" at the revision {revision!r}" if revision else ""
+        pickles = not allow_pickle and "safetensors" in str(error)
+        trust = "if it has pickles only and you trust them, pass allow_pickle=True; " if pickles else ""
         raise FileNotFoundError(
             f"the model {name!r} is neither a local folder or file, nor in the Hugging Face cache, nor could it be "
-            f"downloaded as {source!r}{version} ({type(error).__name__}). Ways out: pass "
+            f"downloaded as {source!r}{version} ({type(error).__name__}: {error}). Ways out: {trust}pass "
             f"model='/path/to/a/diffusers/folder'; run `hf download {source}` where there is a network and set HF_HOME "
             "to that cache; or use the embedded model, model='shapes', which needs no download"
         ) from error
+    raise ValueError(f"the model {source!r} cannot be loaded: {_unsupported(pipeline)}")

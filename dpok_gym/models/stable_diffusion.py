@@ -130,6 +130,7 @@ class StableDiffusion(TextToImageModel):
 
     def park_text_encoder(self) -> None:
         """See the base class."""
+        self.unconditional()
         self.text_encoder.to("cpu")
 
     def unconditional(self) -> Conditioning:

@@ -5,7 +5,9 @@ Letters used for shapes: B pictures, H x W pixels.
 
 from __future__ import annotations
 
+import inspect
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
@@ -228,7 +230,7 @@ def make_reward(
         spec: one of
 
             - a registered name, see :func:`~dpok_gym.rewards.list_rewards`;
-            - the path of a folder that ``dpok fit-reward`` wrote, see :mod:`.preference`;
+            - the path of a folder that ``dpok fit-reward`` wrote, as text or ``Path``, see :mod:`.preference`;
             - ``"module:name"``, where a callable as below is, or a class or factory without arguments that makes it;
             - ``http://`` or ``https://`` and the rest of an address, or several with spaces between them: servers that
               share the work, see :class:`~dpok_gym.rewards.RemoteReward`;
@@ -265,7 +267,12 @@ def make_reward(
 
 def _identify(key: Any, settings: Mapping[str, Any]) -> tuple[str, Callable[[], RewardFunction]]:
     """The name of a reward, and what loads it."""
+    key = os.fspath(key) if isinstance(key, os.PathLike) else key
     if isinstance(key, str) and is_address(key):
+        try:
+            inspect.signature(RemoteReward).bind(key, **settings)
+        except TypeError as error:
+            raise ValueError(f"unknown settings of the reward {key!r}: {error}; see RemoteReward") from None
         key = RemoteReward(key.split(), **settings)
     elif settings:
         unknown = ", ".join(map(str, settings))

@@ -39,9 +39,9 @@ def find_file(reward: str, checkpoint: PathLike | None, repository: str, filenam
     except Exception as error:
         raise FileNotFoundError(
             f"the reward {reward!r} needs {filename!r}, which is not in the Hugging Face cache and could not be "
-            f"downloaded from {repository!r} ({type(error).__name__}). Ways out: run `hf download {repository} "
-            f"{filename}` where there is a network and set HF_HOME to that cache; or make the reward yourself with "
-            "checkpoint='/path/to/the/file' and pass it instead of its name"
+            f"downloaded from {repository!r} ({type(error).__name__}: {error}). Ways out: run `hf download "
+            f"{repository} {filename}` where there is a network and set HF_HOME to that cache; or make the reward "
+            "yourself with checkpoint='/path/to/the/file' and pass it instead of its name"
         ) from error
 
 

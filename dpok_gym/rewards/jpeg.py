@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dpok_gym.images import to_uint8
+
 QUALITY = 95  # as in DDPO; Pillow's default of 75 would flatten the differences
 
 
@@ -23,9 +25,8 @@ def jpeg_sizes(images: Tensor) -> Tensor:
     Returns:
         (B,) float32, kilobytes of 1000 bytes.
     """
-    pixels = (images * 255).round().clamp(0, 255).to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
     sizes = []
-    for picture in pixels:
+    for picture in to_uint8(images):
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, format="JPEG", quality=QUALITY)
         sizes.append(buffer.tell() / 1000)

@@ -98,12 +98,15 @@ class Comparisons:
         component = self.components()
         sizes = component.bincount()
         shuffled = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
-        before = sizes[shuffled].cumsum(0) - sizes[shuffled] / 2  # a component is out if more than half of it fits
-        out = torch.zeros(len(sizes), dtype=torch.bool)
-        out[shuffled[before < held_out * len(self)]] = True
-        out[sizes.argmin()] |= not out.any()
+        out, n_out = torch.zeros(len(sizes), dtype=torch.bool), 0
+        for number in shuffled.tolist():
+            if n_out + sizes[number] / 2 < held_out * len(self):  # more than half of the component fits
+                out[number] = True
+                n_out += int(sizes[number])
+        if len(sizes) > 1 and (out.all() or not out.any()):
+            out[sizes.argmin()] ^= True  # neither side is empty
         chosen = out[component]
-        if chosen.all():
+        if len(sizes) == 1:
             raise ValueError(
                 f"the {len(self)} choices cannot be split so that no picture is on both sides: all of them share "
                 "pictures with each other; compare each picture with few others only"
@@ -122,13 +125,13 @@ def read_choices(path: str | os.PathLike[str]) -> list[Choice]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of choices at {str(path)!r}")
     choices: list[Choice] = []
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             where = f"line {number} of {str(path)!r}"
             try:
-                choices.append(_choice(json.loads(line), path.parent, number))
+                choices.append(_choice(json.loads(line.decode("utf-8-sig")), path.parent, number))
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{where}: {error}") from None
             except ValueError as error:  # json's and Unicode's errors are ValueErrors

@@ -175,7 +175,7 @@ def fit(
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
     settings = {
         "picture_size": network.config.picture_size,
-        "first_weights": _digest(network),
+        "content": _digest(network.state_dict(), train),
         "choices": len(train),
         "epochs": epochs,
         "held_out": held_out,
@@ -211,10 +211,12 @@ def fit(
     return Fit(reward, measure(log_odds(reward, test)), len(train), state["best_epoch"], interrupted)
 
 
-def _digest(network: nn.Module) -> str:
-    """What tells one network's weights from another's."""
-    content = b"".join(weights.cpu().numpy().tobytes() for weights in network.state_dict().values())
-    return hashlib.sha256(content).hexdigest()[:16]
+def _digest(first_weights: dict[str, Tensor], choices: Comparisons) -> str:
+    """What tells one fit from another that has the same settings."""
+    digest = hashlib.sha256("\n".join(choices.prompts).encode())
+    for values in (*first_weights.values(), choices.pictures, choices.pairs):
+        digest.update(values.cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _batches(comparisons: Comparisons, batch_size: int, generator: torch.Generator) -> Iterator[Comparisons]:
@@ -255,7 +257,7 @@ def _step(network: PreferenceNetwork, batch: Comparisons, optimizer: Any, schedu
 
 
 def _restore(path: Path, settings: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
-    saved = torch.load(path, weights_only=True)
+    saved = torch.load(path, map_location="cpu", weights_only=True)
     if saved["settings"] != settings:
         raise ValueError(
             f"{str(path)!r} is the checkpoint of a fit with other settings, {saved['settings']}; go on with those, or "

@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from dpok_gym.images import to_uint8
+
 # Of CLIP's training pictures, channel by channel. BLIP and everything made from CLIP use the same.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -27,18 +29,6 @@ _PLAIN = str.maketrans(
     | {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width
     | {"\u3000": " "}
 )
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Rounds pictures to the 256 levels that a file has.
-
-    Args:
-        images: (B, 3, H, W) in [0, 1]; what lies outside is clamped.
-
-    Returns:
-        (B, 3, H, W) uint8.
-    """
-    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def resize_with_pillow(images: Tensor, side: int, crop: Crop = "torchvision") -> Tensor:
@@ -60,7 +50,7 @@ def resize_with_pillow(images: Tensor, side: int, crop: Crop = "torchvision") ->
     top, left = (_offset(length, side, crop) for length in size)
     box = left, top, left + side, top + side
     squares = []
-    for pixels in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy():  # (H, W, 3)
+    for pixels in to_uint8(images):  # (H, W, 3)
         picture = Image.fromarray(pixels)
         if size != (height, width):
             picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
@@ -80,7 +70,7 @@ def resize_with_torch(images: Tensor, side: int) -> Tensor:
     """
     height, width = images.shape[-2:]
     size = _resized(height, width, side)
-    levels = to_uint8(images).float() / 255
+    levels = (255 * images.float()).round().clamp(0, 255) / 255
     if size != (height, width):
         levels = functional.interpolate(levels, size, mode="bicubic", align_corners=False, antialias=True)
     top, left = (_offset(length, side, "torchvision") for length in size)

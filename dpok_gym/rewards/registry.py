@@ -46,23 +46,35 @@ def list_rewards() -> list[str]:
     return sorted(_FACTORIES)
 
 
-@functools.cache  # once per process: the environments for training and for evaluation share one copy of the weights
 def load_reward(name: str) -> RewardFunction:
     """Loads a registered reward, the one in a folder, or the one that a name such as ``"module:name"`` points to.
 
     There, what needs no arguments, as most classes do, is a factory and called; a function that needs them is the
-    reward itself.
+    reward itself. It is loaded once per process, a folder again when it was written anew: the environments for training
+    and for evaluation share one copy of the weights.
 
     Raises:
         ValueError: if the name is unknown, or what a folder holds is damaged.
         FileNotFoundError: if a folder holds no reward.
         ImportError: if its ``"module:function"`` cannot be imported.
-        TypeError: if its factory returns something that cannot be called.
+        TypeError: if its factory returns something that cannot be called, or is a class that needs arguments.
     """
     if name not in _FACTORIES and os.path.isdir(name):
-        from dpok_gym.rewards.preference import PreferenceReward
+        return _load_folder(
+            os.path.realpath(name), max((entry.stat().st_mtime_ns for entry in os.scandir(name)), default=0)
+        )
+    return _load(name)
 
-        return PreferenceReward.load(name)
+
+@functools.cache
+def _load_folder(path: str, written: int) -> RewardFunction:
+    from dpok_gym.rewards.preference import PreferenceReward
+
+    return PreferenceReward.load(path)
+
+
+@functools.cache
+def _load(name: str) -> RewardFunction:
     factory: Any = _FACTORIES.get(name, name)
     if name not in _FACTORIES and not all(name.partition(":")):
         close = difflib.get_close_matches(name, _FACTORIES, n=1)
@@ -79,6 +91,11 @@ def load_reward(name: str) -> RewardFunction:
         except (ImportError, AttributeError) as error:
             known = f"registered as {factory!r}" if name in _FACTORIES else "module:name (or is http:// missing?)"
             raise ImportError(f"the reward {name!r}, {known}, cannot be imported: {error}") from error
+    if isinstance(factory, type) and _needs_arguments(factory):
+        raise TypeError(
+            f"the class {factory.__name__!r} of the reward {name!r} needs arguments, and is made without any here: "
+            "give them defaults, name a function that makes it, or pass one that you made"
+        )
     reward = factory if name not in _FACTORIES and _needs_arguments(factory) else factory()
     if not callable(reward):
         raise TypeError(f"the factory of the reward {name!r} must return a callable, not {reward!r}")

@@ -36,11 +36,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpok_gym.images import to_uint8
+
 if TYPE_CHECKING:
     import httpx2
 
 logger = logging.getLogger(__name__)
 
+#: Share of the batches in which an endpoint that failed is tried again, while others answer.
+TRIED_AGAIN = 0.1
 #: Seconds until a connection stands; a machine that is there answers in far less.
 CONNECT_TIMEOUT = 10.0
 JPEG_QUALITY = 95
@@ -52,8 +56,9 @@ class RemoteReward:
     """Pictures and prompts out, rewards back; see :mod:`dpok_gym.rewards.remote` for the contract.
 
     A batch is cut into requests, and each endpoint takes the next one when it has answered the last. What it failed
-    at goes to the endpoint that is free next, while it rests, longer after each failure in a row. So one that is dead
-    costs its share of the speed and nothing else. Pictures are sent with 8 bits a channel.
+    at goes to the endpoint that is free next, while it rests, longer after each failure in a row. In later batches it
+    is tried now and then, or when no other is left. So one that is dead costs its share of the speed, and in one batch
+    of ten the wait until that is noticed. Pictures are sent with 8 bits a channel.
 
     Args:
         urls: the address of an endpoint, or of several that compute the same; with http:// or https://.
@@ -108,7 +113,7 @@ class RemoteReward:
         """Returns (B,), or (B,) by name; NaN where the endpoint has no reward."""
         if not prompts:
             return torch.zeros(0)
-        pixels = (255 * images).round().clamp(0, 255).to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+        pixels = to_uint8(images)
         size = min(self.batch_size, math.ceil(len(prompts) / len(self.urls)))
         chunks = [slice(first, first + size) for first in range(0, len(prompts), size)]
         replies = self._share([(pixels[chunk], list(prompts[chunk])) for chunk in chunks])
@@ -135,7 +140,9 @@ class RemoteReward:
 
     def _share(self, jobs: Sequence[tuple[NDArray[np.uint8], list[str]]]) -> list[Reply]:
         """Has the endpoints work off the jobs side by side; returns the replies in the order of the jobs."""
-        waiting, free = deque(range(len(jobs))), deque(self.urls)
+        waiting = deque(range(len(jobs)))
+        spare = [url for url in self.urls if url in self._failing and self._random.random() >= TRIED_AGAIN]
+        free = deque(url for url in self.urls if url not in spare)
         replies: dict[int, Reply] = {}
         failures, last_error = dict.fromkeys(self.urls, 0), dict.fromkeys(self.urls, "")
         running: dict[Future[Any], tuple[str, int | None]] = {}  # the endpoint and its job, None for a rest
@@ -146,6 +153,10 @@ class RemoteReward:
                 while free and waiting:
                     url, job = free.popleft(), waiting.popleft()
                     running[pool.submit(self._send, client, url, *jobs[job])] = url, job
+                if not running and spare:
+                    free.extend(spare)
+                    spare.clear()
+                    continue
                 if not running:
                     raise ConnectionError(self._no_answer(last_error))
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -171,7 +182,9 @@ class RemoteReward:
             return [replies[job] for job in range(len(jobs))]
         finally:
             over.set()
-            pool.shutdown(wait=False, cancel_futures=True)  # after an error or Ctrl-C nobody waits for the others
+            pool.shutdown(
+                wait=False, cancel_futures=True
+            )  # after an error nobody waits for the others, until Python ends
 
     def _send(self, client: httpx2.Client, url: str, pixels: NDArray[np.uint8], prompts: list[str]) -> Reply:
         """One request with pictures (B, H, W, 3)."""
@@ -215,7 +228,7 @@ class RemoteReward:
         return buffer.getvalue()
 
     def _report(self, url: str, error: str | None) -> None:
-        """Logs that an endpoint fails, or answers again: once, as a dead one is tried with every batch."""
+        """Notes that an endpoint fails, or answers again, and logs it: once, as a dead one is tried many times."""
         if error is not None and url not in self._failing:
             self._failing.add(url)
             logger.warning("the reward server %s failed and will be tried again: %s", url, error)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpok_gym import diffusion
+from dpok_gym.images import to_uint8
 from dpok_gym.models import load_model
 from dpok_gym.rewards.preference import PreferenceNetwork
 from dpok_gym.rewards.preference_data import load_comparisons
@@ -82,10 +83,10 @@ def draw(env: DenoisingVectorEnv, prompts: Sequence[str], rngs: Sequence[np.rand
 @torch.no_grad()
 def reconstruct(pictures: Tensor) -> NDArray[np.uint8]:
     """Pictures (N, 3, H, W) in [0, 1] through the embedded autoencoder and back, (N, H, W, 3)."""
-    vae = load_model("shapes").vae  # type: ignore[attr-defined]  # no other model of the interface has to have one
+    vae = load_model("shapes", "cpu").vae  # type: ignore[attr-defined]  # no other model of the interface has to have one
     latents = torch.cat([vae.encode(2 * part - 1).latent_dist.mean for part in pictures.split(16)])
     decoded = torch.cat([vae.decode(part).sample for part in latents.split(16)])
-    return (255 * (decoded / 2 + 0.5).clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()
+    return to_uint8(decoded / 2 + 0.5)
 
 
 def draw_groups(
