@@ -150,7 +150,7 @@ def sample(options: Sample) -> int:
     prompts = [options.prompt] * options.n
     if lora is None:
         drawn = draw(env.pretrained_transition, env, prompts, options.seed)
-    elif run is not None and config is not None and not lora.is_dir():  # it trained the whole denoiser
+    elif run is not None and config is not None and lora == run / "lora" and not lora.is_dir():  # it has trained it all
         agent = ALGORITHMS[config.algo].load(_model_of(run), device=options.device)
         drawn = evaluate_policy(agent.policy, env, prompts, options.seed)
     else:
@@ -235,7 +235,7 @@ def fit_reward(options: FitReward) -> int:
     written = {"choices": str(options.choices), "trained_on": found.trained_on, "epoch": found.epoch}
     _write_json(options.out / "fit.json", written | {"held_out": asdict(held_out)})
     plots.calibration(held_out, options.out / "calibration.png", f"{held_out.choices:,} choices held out")
-    console.print(_calibration_table(held_out))
+    console.print(calibration_table(held_out))
     console.print(
         f"agreement {held_out.agreement:.1%}, loss {held_out.loss:.3f} nats, expected calibration error "
         f"{held_out.calibration_error:.3f}; use it with: dpok train --reward {options.out}",
@@ -330,7 +330,8 @@ def _table(title: str, scores: dict[str, Any]) -> Table:
     return table
 
 
-def _calibration_table(held_out: Measured) -> Table:
+def calibration_table(held_out: Measured) -> Table:
+    """Predicted against observed."""
     title = f"how often the favourite was chosen ({held_out.choices} choices held out)"
     table = Table(title=title, title_justify="left")
     for heading in ("predicted", "observed", "choices"):

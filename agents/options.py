@@ -42,7 +42,8 @@ LAPTOP_ALGORITHMS: dict[str, dict[str, Any]] = {
     "draft": {"batch_size": 16, "n_last_steps": 2},
 }
 
-#: Settings for the model with a known answer, which DPOK comes to with its full gradient: see benchmarks/mixture.py.
+#: Settings for the model with a known answer (benchmarks/mixture.py): all of the objective as the paper's Eq. 8 has it,
+#: unscaled, and its full gradient. That is not to be clipped: a clipped one leads elsewhere if its noise is lopsided.
 CLASSROOM: dict[str, Any] = {
     "pictures": 15_360,
     "n_envs": 256,

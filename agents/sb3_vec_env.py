@@ -82,7 +82,7 @@ class GymVectorVecEnv(VecEnv):
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Sets an attribute of all environments; they cannot differ."""
-        setattr(self.venv, attr_name, value)
+        setattr(self._owner_of(attr_name), attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
         """Calls a method of the batch once, and repeats what it returns."""

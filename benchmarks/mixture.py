@@ -28,6 +28,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from agents import DPOK
+from agents.options import CLASSROOM
 from agents.policy import DenoisingPolicy
 from dpok_gym import diffusion, make_reward
 from dpok_gym.mixture.exact import Array, GaussianSampler, GridPolicy, best_policy, tilted_density
@@ -37,21 +38,11 @@ from dpok_gym.mixture.picture import REACH, draw_dots
 RESULTS = Path(__file__).parent / "results"
 GRID = np.linspace(-6, 6, 601)
 
-#: All of the objective as the paper's Eq. 8 has it, unscaled, and its full gradient. The gradient is not to be clipped:
-#: a clipped one leads elsewhere if its noise is lopsided.
-SETTINGS: dict[str, Any] = {
-    "learning_rate": 1e-2,
-    "final_lr_fraction": 0.02,
-    "micro_batch_size": None,
-    "step_weighting": "likelihood",
-    "normalize_advantage": False,
-    "kl_in": "reward",
-    "max_grad_norm": 100.0,
-    "vf_learning_rate": 3e-3,
-    "policy_kwargs": {"max_batch_size": None, "critic_hidden": 64},
-    "device": "cpu",
-}
-N_ENVS, ITERATIONS = 256, 60
+#: The settings of ``dpok train`` for this model, whatever beta is.
+SETTINGS: dict[str, Any] = CLASSROOM | {"micro_batch_size": None, "device": "cpu"}
+N_ENVS = SETTINGS.pop("n_envs")
+ITERATIONS = SETTINGS.pop("pictures") // N_ENVS
+del SETTINGS["kl_coef"]
 
 
 def train(

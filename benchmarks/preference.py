@@ -22,11 +22,12 @@ from rich.table import Table
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
+from agents.commands import calibration_table
 from agents.evaluation import Evaluation, draw, spread
 from dpok_gym.prompts import SHAPES_CATEGORIES, load_prompts
 from dpok_gym.rewards.preference import PreferenceReward
 from dpok_gym.rewards.preference_data import load_comparisons
-from dpok_gym.rewards.preference_fit import Measured, log_odds, measure
+from dpok_gym.rewards.preference_fit import log_odds, measure
 from dpok_gym.shapes import PREFERENCE
 from dpok_gym.shapes.captions import parse_prompt
 from dpok_gym.shapes.choices import compare_pictures, draw_pictures
@@ -68,15 +69,6 @@ def agreement_table(odds: Tensor, rows: list[dict[str, Any]]) -> Table:
         chosen = torch.tensor(groups[name])
         shares = ((odds[chosen] > 0).float().mean(), meant[chosen].float().mean())
         table.add_row(name, str(len(chosen)), *(f"{share:.1%}" for share in shares))
-    return table
-
-
-def calibration_table(measured: Measured) -> Table:
-    """Predicted against observed."""
-    title = f"calibration, expected error {measured.calibration_error:.3f}"
-    table = Table("predicted", "observed", "choices", title=title, title_justify="left")
-    for predicted, observed, count in zip(measured.predicted, measured.observed, measured.counts, strict=True):
-        table.add_row(f"{predicted:.1%}", f"{observed:.1%}", str(count))
     return table
 
 

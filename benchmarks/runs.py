@@ -26,7 +26,7 @@ from scipy.spatial.distance import pdist
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
-from agents.config import ALGORITHMS, AT_A_TIME
+from agents.config import ALGORITHMS, AT_A_TIME, SHAPES_REWARDS
 from agents.evaluation import Evaluation, evaluate, spread
 from agents.on_policy import DenoisingAlgorithm
 from dpok_gym.prompts import load_prompts, unseen_prompts
@@ -34,9 +34,6 @@ from dpok_gym.vector_env import DenoisingVectorEnv
 
 #: Rejection sampling: best of n pictures of the pre-trained model, without training.
 REJECTION = "rejection"
-
-#: What the judge says of a picture; scored, never trained on.
-JUDGE = ("shapes-alignment", "shapes-quality")
 
 #: Pictures of the evaluations within a run of a supervised algorithm, whose curve rollouts do not tell.
 _FEW = 64
@@ -63,7 +60,7 @@ def run(description: dict[str, Any], pictures: Path | None = None) -> dict[str, 
     n_envs = settings.pop("n_envs", description["n_envs"])
     kwargs: dict[str, Any] = {
         "prompts": prompts,
-        "reward": dict.fromkeys(JUDGE, 0.0) | description["reward"],
+        "reward": dict.fromkeys(SHAPES_REWARDS, 0.0) | description["reward"],
         "num_inference_steps": description["num_inference_steps"],
         "decode_batch_size": 16,
         "device": "cpu",
@@ -108,7 +105,7 @@ def summary(found: Evaluation) -> dict[str, Any]:
         ``aligned`` (share), ``alignment``, ``quality``, ``reward``, ``kl`` (nats), ``step_kl`` (nats of each denoising
         step), and ``diversity`` if there are two pictures of a prompt.
     """
-    components = {name.removeprefix("shapes-"): found.mean(name) for name in JUDGE}
+    components = {name.removeprefix("shapes-"): found.mean(name) for name in SHAPES_REWARDS}
     means = {"aligned": found.aligned_share, **components, "reward": found.reward.mean(), "kl": found.kl.mean()}
     means["diversity"] = diversity(found.pictures, found.prompts)
     by_step = [round(float(value), 4) for value in found.step_kl.mean(axis=0)]

@@ -348,6 +348,7 @@ def test_sample(finished, tmp_path, capsys):
     tuned = np.asarray(Image.open(out)).astype(int)
     shutil.copytree(finished / "lora", tmp_path / "elsewhere")
     assert _sample(tmp_path, tmp_path / "elsewhere")[0] == 0
+    assert _sample(tmp_path, finished / "typo")[0] == 2
     assert np.abs(np.asarray(Image.open(out)) - tuned).max() <= 1  # of 255
     # The judge cannot read this, the model can.
     pretrained = ["sample", "--prompt", "circle", "--num-inference-steps", "2", "--n", "1", "--device", "cpu"]
