@@ -115,7 +115,7 @@ def draw_pictures(folder: Path, seed: int, n_batches: int) -> None:
     """Draws the pictures of all batches that are not there yet."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     envs = [
-        DenoisingVectorEnv(4 * GROUPS, reward=_no_reward, num_inference_steps=steps, decode_batch_size=16)
+        DenoisingVectorEnv(4 * GROUPS, reward=_no_reward, num_inference_steps=steps, decode_batch_size=16, device="cpu")
         for steps in DENOISING_STEPS
     ]
     for batch in range(n_batches):
@@ -186,7 +186,8 @@ def compare_pictures(folder: Path, seed: int, n_batches: int) -> Path:
                 }
                 lines.append(json.dumps(line) + "\n")
     path = folder / "choices.jsonl"
-    path.write_text("".join(lines), encoding="utf-8")
+    path.with_suffix(".tmp").write_text("".join(lines), encoding="utf-8")
+    path.with_suffix(".tmp").replace(path)  # so that an interruption leaves all of it or nothing
     return path
 
 

@@ -225,7 +225,8 @@ def encode_scenes(vae: AutoencoderKL, folder: Path) -> tuple[Tensor, list[Reques
                 latents.append(vae.encode(2 * render(scenes) - 1).latent_dist.mean.float())
     if stored is None:
         stored = torch.cat(latents)
-        torch.save(stored, cache)
+        torch.save(stored, cache.with_suffix(".tmp"))
+        cache.with_suffix(".tmp").replace(cache)
     return stored, requests
 
 
