@@ -78,13 +78,13 @@ class Supervised(DenoisingAlgorithm):
         self.log_every = log_every
         for name, value in {"n_gradient_steps": n_gradient_steps, "log_every": log_every}.items():
             at_least_one(name, value)
+        #: Optimiser steps taken before the last pictures came; the fit of all of them starts there.
+        self._n_updates_before = 0
         super().__init__(policy, env, batch_size=batch_size, **kwargs)
 
     def _setup_model(self) -> None:
         super()._setup_model()
         buffer = self.rollout_buffer
-        #: Optimiser steps taken before the last pictures came; the fit of all of them starts there.
-        self._n_updates_before = 0
         #: What was drawn so far; saved with the agent.
         self.pictures = Pictures(
             *(part[:0].clone() for part in (buffer.latents[:, -1], buffer.prompt, buffer.rewards[:, -1]))

@@ -359,8 +359,10 @@ def test_an_interrupted_fit_goes_on(
 ) -> None:
     uninterrupted = make(name, n_gradient_steps=9)
     uninterrupted.learn(N * T)
+    uninterrupted.learn(N * T, reset_num_timesteps=False)
     fresh_models()
     agent = make(name, n_gradient_steps=9)
+    agent.learn(N * T)
 
     def interrupt(self: Any, iteration: int) -> None:
         if iteration > 2:
@@ -369,15 +371,15 @@ def test_an_interrupted_fit_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(type(agent), "dump_logs", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            agent.learn(N * T)
-    assert agent._n_updates == 6
-    assert not agent.is_done(N * T)
+            agent.learn(N * T, reset_num_timesteps=False)
+    assert agent._n_updates == 15
+    assert not agent.is_done(2 * N * T)
     agent.save(tmp_path / "agent")
     loaded = type(agent).load(tmp_path / "agent", agent.env, device="cpu")
     assert torch.equal(loaded.pictures.latents, agent.pictures.latents)
     loaded.learn(0, reset_num_timesteps=False)
-    assert loaded._n_updates == 9
-    assert loaded.num_timesteps == N * T
+    assert loaded._n_updates == 18
+    assert loaded.num_timesteps == 2 * N * T
     assert same(weights(loaded), weights(uninterrupted))
 
 
