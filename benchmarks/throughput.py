@@ -156,7 +156,7 @@ def measure(env: DenoisingVectorEnv, options: argparse.Namespace) -> Row:
         pictures=env.num_envs,
         pictures_per_second=env.num_envs / rollout_seconds,
         shares=shares,
-        rollout_flops=denoiser_flops / (rollout_seconds * shares["denoiser"]),
+        rollout_flops=options.rollouts * denoiser_flops / spent["denoiser"],
         transitions_per_second=learned / update_seconds,
         update_flops=counter.get_total_flops() / update_seconds,
         rollout_gib=rollout_memory[0],
