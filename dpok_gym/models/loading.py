@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -141,16 +142,18 @@ def _find_folder(name: str, source: str, revision: str | None, variant: str | No
         "use_safetensors": None if allow_pickle else True,
     }
     try:
-        pipeline = DiffusionPipeline.load_config(source, revision=revision)["_class_name"]
+        index = Path(hf_hub_download(source, "model_index.json", revision=revision))
+        pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
         if pipeline in FAMILIES:
             return Path(DiffusionPipeline.download(source, **wanted, **_UNUSED))
     except Exception as error:
         version = f" at the revision {revision!r}" if revision else ""
+        reason = " ".join(str(error).split())
         pickles = not allow_pickle and "safetensors" in str(error)
         trust = "if it has pickles only and you trust them, pass allow_pickle=True; " if pickles else ""
         raise FileNotFoundError(
             f"the model {name!r} is neither a local folder or file, nor in the Hugging Face cache, nor could it be "
-            f"downloaded as {source!r}{version} ({type(error).__name__}: {error}). Ways out: {trust}pass "
+            f"downloaded as {source!r}{version} ({type(error).__name__}: {reason}). Ways out: {trust}pass "
             f"model='/path/to/a/diffusers/folder'; run `hf download {source}` where there is a network and set HF_HOME "
             "to that cache; or use the embedded model, model='shapes', which needs no download"
         ) from error
