@@ -80,12 +80,11 @@ class TextToImageModel(ABC):
         keys = [row.tobytes() for row in rows.numpy()]
         found = {key: self._encoded[key] for key in keys if key in self._encoded}
         missing = {key: index for index, key in enumerate(keys) if key not in found}
-        if missing:
-            for some in (list(missing)[first : first + _AT_A_TIME] for first in range(0, len(missing), _AT_A_TIME)):
-                with torch.autocast(self.device.type, enabled=False):  # they are kept, for whoever asks next
-                    encoded = self._encode(rows[[missing[key] for key in some]].to(self.device))
-                for position, key in enumerate(some):
-                    found[key] = {name: values[position].clone() for name, values in encoded.items()}
+        for some in torch.tensor(list(missing.values()), dtype=torch.int64).split(_AT_A_TIME) if missing else ():
+            with torch.autocast(self.device.type, enabled=False):  # they are kept, for whoever asks next
+                encoded = self._encode(rows[some].to(self.device))
+            for position, index in enumerate(some.tolist()):
+                found[keys[index]] = {name: values[position].clone() for name, values in encoded.items()}
         for key in keys:
             self._encoded[key] = found[key]
             self._encoded.move_to_end(key)

@@ -154,8 +154,7 @@ class RemoteReward:
                     url, job = free.popleft(), waiting.popleft()
                     running[pool.submit(self._send, client, url, *jobs[job])] = url, job
                 if not running and spare:
-                    free.extend(spare)
-                    spare.clear()
+                    free, spare = deque(spare), []
                     continue
                 if not running:
                     raise ConnectionError(self._no_answer(last_error))
@@ -182,9 +181,8 @@ class RemoteReward:
             return [replies[job] for job in range(len(jobs))]
         finally:
             over.set()
-            pool.shutdown(
-                wait=False, cancel_futures=True
-            )  # after an error nobody waits for the others, until Python ends
+            # After an error or Ctrl-C nobody waits for the others, until Python ends.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _send(self, client: httpx2.Client, url: str, pixels: NDArray[np.uint8], prompts: list[str]) -> Reply:
         """One request with pictures (B, H, W, 3)."""
