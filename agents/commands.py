@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,9 +169,7 @@ def evaluate(options: Evaluate) -> int:
     config = Config.read(options.run)
     if options.pictures < 1:
         raise ValueError(f"--pictures must be at least 1, got {options.pictures}")
-    if options.seed is not None:
-        config.seed = options.seed
-        config.__post_init__()
+    config = replace(config, **given(options, "seed"))
     if options.reward:
         also = tuple(parse_reward(options.reward))
     elif config.is_shapes:
@@ -262,8 +260,7 @@ def _begin(options: Train) -> tuple[Path, Config]:
         changed = [f"--{name.replace('_', '-')}" for name in changed if name not in ("out", "resume", "pictures")]
         if changed:
             raise ValueError(f"--resume goes on with the run's own settings; leave out {', '.join(changed)}")
-        config.pictures = options.pictures or config.pictures
-        return folder, config
+        return folder, replace(config, **given(options, "pictures"))
     if (folder / CONFIG).exists():
         raise FileExistsError(
             f"{folder} already holds a run; choose another --out, or go on with it: dpok train --resume --out {folder}"

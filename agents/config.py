@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -26,6 +23,7 @@ from agents.options import CLASSROOM, LAPTOP, LAPTOP_ALGORITHMS, MIXTURE, PICTUR
 from agents.policy import DenoisingPolicy
 from agents.reinforce import REINFORCE
 from agents.rwr import RWR
+from agents.settings import defaults_of, hints_of, read_settings
 from agents.sft import RewardWeightedSFT
 from dpok_gym.models import MODELS
 from dpok_gym.prompts import list_prompt_sets, load_prompts
@@ -141,8 +139,8 @@ class Config:
                 raise ValueError(f"the preset {options.preset!r} is one of dpok; leave it out for {options.algo}")
             kept = {name: value for name, value in defaults.items() if name in ("prompts", "pictures")}
             defaults = kept | PRESETS[options.preset]
-        algorithm = _defaults(ALGORITHMS[options.algo])
-        chosen = given(options, *ALGORITHM_OPTIONS) | _read_settings(options.set, _hints(ALGORITHMS[options.algo]))
+        algorithm = defaults_of(ALGORITHMS[options.algo])
+        chosen = given(options, *ALGORITHM_OPTIONS) | read_settings(options.set, hints_of(ALGORITHMS[options.algo]))
         known = algorithm.keys() - _OTHER
         if unknown := sorted(chosen.keys() - known):
             raise ValueError(f"{options.algo} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
@@ -150,7 +148,7 @@ class Config:
             defaults = defaults | {"batch_size": None}
         chosen |= given(options, "prompts", "pictures", "n_envs")
         settings = {"prompts": None} | algorithm | defaults | chosen
-        policy = {name: value for name, value in _defaults(DenoisingPolicy).items() if name in POLICY_OPTIONS}
+        policy = {name: value for name, value in defaults_of(DenoisingPolicy).items() if name in POLICY_OPTIONS}
         policy |= (settings["policy_kwargs"] or {}) | {"autocast": options.autocast} | given(options, "lora_rank")
         policy["gradient_checkpointing"] |= options.gradient_checkpointing
         if options.lora_layers:
@@ -275,7 +273,9 @@ def default_env_kwargs(env_id: str) -> dict[str, Any]:
     if not (isinstance(creator, type) and issubclass(creator, DenoisingVectorEnv)):
         raise ValueError(f"{env_id} is no denoising environment such as {SHAPES}")
     own = {
-        name: value for name, value in _defaults(DenoisingVectorEnv).items() if name not in ("num_envs", "render_mode")
+        name: value
+        for name, value in defaults_of(DenoisingVectorEnv).items()
+        if name not in ("num_envs", "render_mode")
     }
     return own | spec.kwargs
 
@@ -283,57 +283,6 @@ def default_env_kwargs(env_id: str) -> dict[str, Any]:
 def given(options: Any, *names: str) -> dict[str, Any]:
     """Those of the options that are not None."""
     return {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
-
-
-#: What a setting can be, and how messages call it.
-_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a word", NoneType: "null"}
-
-
-def _read_settings(texts: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """``name=value`` texts as a dict; values are read as in a YAML file, and must be of a kind that the hint allows."""
-    settings: dict[str, Any] = {}
-    for text in texts:
-        name, equals, written = text.partition("=")
-        if not (name and equals):
-            raise ValueError(f"a setting is written NAME=VALUE, not {text!r}")
-        try:
-            value = yaml.safe_load(written)
-        except yaml.YAMLError:
-            raise ValueError(
-                f"the value of {text!r} cannot be read: write a number, true, false, null or a word"
-            ) from None
-        with contextlib.suppress(TypeError, ValueError):
-            value = float(value) if isinstance(value, str) else value  # 1e-3, a text to YAML
-        kinds = _kinds(hints.get(name, Any))
-        if kinds and type(value) not in kinds and not (type(value) is int and float in kinds):
-            raise ValueError(f"{name} must be {' or '.join(_KINDS[kind] for kind in kinds)}, not {value!r}")
-        settings[name] = value
-    return settings
-
-
-def _kinds(hint: Any) -> list[type]:
-    """Those of :data:`_KINDS` that a type hint allows; none if it says nothing of them."""
-    if get_origin(hint) is Literal:
-        return list(dict.fromkeys(map(type, get_args(hint))))
-    if get_origin(hint) in (Union, UnionType):
-        return list(dict.fromkeys(kind for part in get_args(hint) for kind in _kinds(part)))
-    return [hint] if hint in _KINDS else []
-
-
-def _hints(algorithm: type[DenoisingAlgorithm]) -> dict[str, Any]:
-    """The type hint of each argument, those that a class hands on to its base class included."""
-    classes = [base for base in reversed(algorithm.__mro__) if issubclass(base, DenoisingAlgorithm)]
-    return {name: hint for base in classes for name, hint in get_type_hints(base.__init__).items()}
-
-
-def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    """The default of each argument, those that a class hands on to its base class included."""
-    parameters = inspect.signature(function).parameters.values()
-    inherited = {}
-    if isinstance(function, type) and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        inherited = _defaults(function.__mro__[1])
-    named = {it.name: it.default for it in parameters if it.name[0] != "_" and it.kind is not it.VAR_KEYWORD}
-    return inherited | named
 
 
 def _absolute(text: Any, names: Collection[str]) -> Any:

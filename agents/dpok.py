@@ -11,7 +11,8 @@ from stable_baselines3.common.utils import explained_variance
 from torch import Tensor
 
 from agents import losses
-from agents.on_policy import Found, at_least_one, not_negative, one_of
+from agents.checks import at_least_one, fraction, not_negative, one_of
+from agents.on_policy import Found
 from agents.policy import DenoisingPolicy
 from agents.policy_gradient import PolicyGradient
 from agents.rollout_buffer import Normalization, TrajectoryBuffer, Transitions
@@ -136,17 +137,20 @@ class DPOK(PolicyGradient):
                 "target_kl_to_pretrained must be a number of nats above 0, with a kl_coef above 0 to begin with, "
                 f"got {target_kl_to_pretrained} and {kl_coef}"
             )
+        if kl_in == "reward" and reward_weight == 0:
+            raise ValueError(
+                "kl_in='reward' charges kl_coef / reward_weight of the KL, so reward_weight must be above 0"
+            )
         self.target_kl_to_pretrained = target_kl_to_pretrained
         self.use_critic = use_critic
-        self.vf_learning_rate = vf_learning_rate
-        self.vf_batch_size = at_least_one("vf_batch_size", vf_batch_size)
-        self.vf_epochs = vf_epochs
-        at_least_one("vf_epochs", vf_epochs)
+        self.vf_learning_rate = not_negative("vf_learning_rate", vf_learning_rate)
+        self.vf_batch_size = None if vf_batch_size is None else at_least_one("vf_batch_size", vf_batch_size)
+        self.vf_epochs = at_least_one("vf_epochs", vf_epochs)
         self.normalize_advantage: Normalization = one_of(
             "normalize_advantage", normalize_advantage, True, False, "center"
         )
         super().__init__(policy, env, **kwargs)
-        self.gamma, self.gae_lambda = gamma, gae_lambda
+        self.gamma, self.gae_lambda = fraction("gamma", gamma), fraction("gae_lambda", gae_lambda)
 
     def train(self) -> None:
         """One update: every batch of the rollout takes a step of the denoiser, then the critic learns the returns."""
@@ -207,7 +211,7 @@ class DPOK(PolicyGradient):
         # The KL at x_t is a cost of the action that led to x_t, hence of step t - 1. That of x_T is nobody's fault.
         if self.kl_in == "reward" and t > 0:
             kl = diffusion.kl_divergence(means, self._pretrained_means(observation), self.policy.schedule.std[[t]])
-            buffer.rewards[rows, t - 1] -= self.kl_coef / max(self.reward_weight, 1e-12) * kl
+            buffer.rewards[rows, t - 1] -= self.kl_coef / self.reward_weight * kl
 
     def _compute_advantages(self, buffer: TrajectoryBuffer) -> None:
         buffer.finish(self.gamma, self.gae_lambda, self.normalize_advantage)

@@ -9,7 +9,8 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from agents.on_policy import Found, not_negative
+from agents.checks import not_negative
+from agents.on_policy import Found
 from agents.policy_gradient import PolicyGradient
 from agents.rollout_buffer import Transitions
 

@@ -26,6 +26,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 from torch import Tensor, nn
 
 import dpok_gym  # noqa: F401  (registers the environments)
+from agents.checks import at_least_one, fraction, positive
 from agents.policy import DenoisingPolicy
 from agents.rollout_buffer import Batch, TrajectoryBuffer
 from agents.sb3_vec_env import GymVectorVecEnv
@@ -55,7 +56,7 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         batch_size: of each optimiser step, in what the algorithm learns from; None for all there is.
         micro_batch_size: of each forward and backward pass, whose gradients add up to those of the batch; smaller takes
             less memory and changes nothing else. None for the batch, "auto" for what fits into memory.
-        max_grad_norm: largest norm of the denoiser's gradient.
+        max_grad_norm: largest norm of the denoiser's gradient; infinity for no limit.
         stats_window_size: episodes that the logged means of rewards go over.
         tensorboard_log: folder for TensorBoard.
         policy_kwargs: arguments of :class:`~agents.policy.DenoisingPolicy`, such as ``{"lora_rank": 16}``.
@@ -93,10 +94,8 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
     ) -> None:
         if isinstance(env, str):
             env = gymnasium.make_vec(env, num_envs=n_envs, vectorization_mode="vector_entry_point")
-        if not 0 <= final_lr_fraction <= 1:
-            raise ValueError(f"final_lr_fraction must lie in [0, 1], got {final_lr_fraction}")
-        self.final_lr_fraction = final_lr_fraction
-        self.batch_size = at_least_one("batch_size", batch_size)
+        self.final_lr_fraction = fraction("final_lr_fraction", final_lr_fraction)
+        self.batch_size = None if batch_size is None else at_least_one("batch_size", batch_size)
         self.micro_batch_size = micro_batch_size
         #: How the environment samples, from ``env.sampler``; kept so that a saved agent can be loaded without one.
         self.sampler: dict[str, Any] | None = None
@@ -110,7 +109,7 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
             gae_lambda=1.0,
             ent_coef=0.0,
             vf_coef=0.0,
-            max_grad_norm=max_grad_norm,
+            max_grad_norm=positive("max_grad_norm", max_grad_norm),
             use_sde=False,
             sde_sample_freq=-1,
             stats_window_size=stats_window_size,
@@ -390,24 +389,3 @@ def _columns(names: Iterable[str]) -> list[str]:
 def _falling(schedule: Schedule, final_fraction: float, progress_remaining: float) -> float:
     """A learning rate that also falls linearly to a fraction of itself; the progress goes from 1 to 0."""
     return schedule(progress_remaining) * (final_fraction + (1 - final_fraction) * progress_remaining)
-
-
-def at_least_one(name: str, value: int | None) -> int | None:
-    """Checks an argument that is a number of things."""
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return value
-
-
-def not_negative(name: str, value: float) -> float:
-    """Checks an argument that is a coefficient."""
-    if not (value >= 0 and np.isfinite(value)):
-        raise ValueError(f"{name} must be a number of at least 0, got {value}")
-    return value
-
-
-def one_of(name: str, value: Any, *allowed: str | bool) -> Any:
-    """Checks an argument that is a choice."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value

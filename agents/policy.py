@@ -56,7 +56,6 @@ class DenoisingPolicy(ActorCriticPolicy):
         max_batch_size: most transitions in one call of the denoiser when no gradient is needed; None for no limit,
             "auto" for as many as fit into memory.
         critic_hidden: width of the critic's layers.
-        vf_learning_rate: of the critic.
         optimizer_class: a torch optimiser.
         optimizer_kwargs: its arguments but the learning rate.
     """
@@ -85,7 +84,6 @@ class DenoisingPolicy(ActorCriticPolicy):
         gradient_checkpointing: bool = False,
         max_batch_size: int | Literal["auto"] | None = 64,
         critic_hidden: int = 256,
-        vf_learning_rate: float = 3e-4,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -114,7 +112,6 @@ class DenoisingPolicy(ActorCriticPolicy):
             "gradient_checkpointing": gradient_checkpointing,
             "max_batch_size": max_batch_size,
             "critic_hidden": critic_hidden,
-            "vf_learning_rate": vf_learning_rate,
             "optimizer_class": optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
         }
@@ -146,11 +143,9 @@ class DenoisingPolicy(ActorCriticPolicy):
             network.enable_gradient_checkpointing()
         dims = int(np.prod(self.model.latent_shape))
         self.critic = Critic(dims, self.model.text_width, num_inference_steps, critic_hidden).to(self.model.device)
-        groups = [
-            {"params": self.denoiser_parameters(), "lr": lr_schedule(1)},
-            {"params": list(self.critic.parameters()), "lr": vf_learning_rate},
-        ]
-        self.optimizer = optimizer_class(groups, **self.optimizer_kwargs)
+        # In two groups, so that whoever trains the critic can give it a rate of its own.
+        groups = [{"params": self.denoiser_parameters()}, {"params": list(self.critic.parameters())}]
+        self.optimizer = optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def _lora_parameters(self) -> dict[str, nn.Parameter]:
         """The LoRA's parameters by names that do not depend on how many LoRAs were made before."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from agents import losses
-from agents.on_policy import DenoisingAlgorithm, Found, at_least_one, not_negative, one_of
+from agents.checks import at_least_one, not_negative, one_of
+from agents.on_policy import DenoisingAlgorithm, Found
 from agents.rollout_buffer import TrajectoryBuffer, Transitions
 from dpok_gym import diffusion
 
@@ -53,8 +54,7 @@ class PolicyGradient(DenoisingAlgorithm):
         step_weighting: Literal["likelihood", "output"] = "output",
         **kwargs: Any,
     ) -> None:
-        at_least_one("n_epochs", n_epochs)
-        self.n_epochs = n_epochs
+        self.n_epochs = at_least_one("n_epochs", n_epochs)
         if not 0 < timestep_fraction <= 1:
             raise ValueError(f"timestep_fraction must lie in (0, 1], got {timestep_fraction}")
         self.timestep_fraction = timestep_fraction

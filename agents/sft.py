@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from agents import losses
-from agents.on_policy import Found, not_negative, one_of
+from agents.checks import not_negative, one_of
+from agents.on_policy import Found
 from agents.supervised import NoisyPictures, Supervised, same_prompt
 
 

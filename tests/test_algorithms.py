@@ -1,6 +1,8 @@
 """What every algorithm promises, and what makes each of them what it is."""
 
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from torch import Tensor
 
 from agents import DDPO, DPOK, GRPO, REINFORCE, RWR, BestOfN, DRaFT, RewardWeightedSFT, evaluate
 from agents.on_policy import DenoisingAlgorithm
+from agents.policy_gradient import PolicyGradient
+from agents.rollout_buffer import Transitions
 from agents.supervised import Supervised
-from dpok_gym import DenoisingEnv, DenoisingVectorEnv
+from dpok_gym import DenoisingEnv, DenoisingVectorEnv, diffusion
 
 N, T = 4, 3
 PROMPTS = ["a rabbit", "a green dog"]
@@ -45,6 +49,9 @@ ALGORITHMS: dict[str, tuple[type[DenoisingAlgorithm], dict[str, Any]]] = {
     "DRaFT": (DRaFT, {"n_last_steps": 2, "batch_size": 3}),
 }
 
+
+#: What makes one optimiser step of a rollout.
+ONE_STEP = {name: {"n_gradient_steps": 1} for name, (kind, _) in ALGORITHMS.items() if issubclass(kind, Supervised)}
 
 pytestmark = pytest.mark.usefixtures("fresh_models")
 
@@ -223,6 +230,12 @@ def test_improves_its_reward_on_the_embedded_world(name: str, kwargs: dict[str, 
         ("DRaFT", {"n_last_steps": 4}, "n_last_steps must be from 1 to the 3 denoising steps, got 4"),
         ("DPOK", {"target_kl_to_pretrained": 0.0}, "target_kl_to_pretrained must be a number of nats above 0"),
         ("DPOK", {"target_kl_to_pretrained": 1.0, "kl_coef": 0.0}, "with a kl_coef above 0"),
+        ("DPOK", {"kl_in": "reward", "reward_weight": 0.0}, "reward_weight must be above 0"),
+        ("DPOK", {"gamma": 1.1}, r"gamma must lie in \[0, 1\], got 1.1"),
+        ("DPOK", {"gae_lambda": -0.1}, r"gae_lambda must lie in \[0, 1\]"),
+        ("DPOK", {"vf_learning_rate": -1.0}, "vf_learning_rate must be a number of at least 0"),
+        ("DPOK", {"vf_epochs": True}, "vf_epochs must be an integer of at least 1, got True"),
+        ("DPOK", {"max_grad_norm": 0.0}, "max_grad_norm must be a number above 0"),
     ],
 )
 def test_bad_arguments(name: str, kwargs: dict[str, Any], message: str, make) -> None:
@@ -246,6 +259,87 @@ def test_the_coefficient_follows_the_kl(make) -> None:
         agent.kl_coef = 0.1
         agent._adapt_kl_coef({"kl_to_pretrained": [tensor([kl, kl])]}, 2.0)
         assert agent.kl_coef == pytest.approx(0.1 * factor)
+
+
+# --- What the policy gradients share
+
+
+POLICY_GRADIENTS = [name for name, (algorithm, _) in ALGORITHMS.items() if issubclass(algorithm, PolicyGradient)]
+
+
+def gradient(agent: Any, batch: Transitions, reference: Tensor | None) -> Tensor:
+    with agent.policy.tuned():
+        loss = agent._loss(batch, reference, defaultdict(list)).sum()
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, agent.policy.denoiser_parameters())])
+
+
+@pytest.mark.parametrize("name", POLICY_GRADIENTS)
+def test_transitions_count_by_their_weights(name: str, make) -> None:
+    agent = make(name)
+    (batch,) = (rollout(agent), agent.rollout_buffer.get(None))[1]
+    reference = agent._reference(batch)
+    expected = gradient(agent, batch, reference)
+    assert expected.abs().max() > 0
+    weighted = gradient(agent, replace(batch, weight=3 * batch.weight), reference)
+    torch.testing.assert_close(weighted, 3 * expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", POLICY_GRADIENTS)
+def test_steps_are_chosen_by_their_weights(name: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a KL beside the policy gradient half of the choice is for that, which has no weights."""
+    asked = []
+    for weighting in ("output", "likelihood"):
+        agent = make(name, step_weighting=weighting, timestep_fraction=0.5)
+        rollout(agent)
+        get = agent.rollout_buffer.get
+        monkeypatch.setattr(agent.rollout_buffer, "get", lambda *args, get=get: (asked.append(args), get(*args))[1])
+        agent.train()
+    weights = agent.policy.schedule.output_weights()
+    (_, fraction, importance), (_, _, plain) = (args for args in asked if len(args) == 3)
+    assert fraction == 0.5
+    torch.testing.assert_close(importance, (weights + 1) / 2 if name == "DPOK" else weights)
+    assert plain is None
+
+
+@pytest.mark.parametrize("weighting", ["output", "likelihood"])
+def test_the_score_function_is_the_gradient_of_the_log_density(weighting: str, make) -> None:
+    agent = make("DDPO-SF", log_prob_reduction="sum", step_weighting=weighting)
+    (batch,) = (rollout(agent), agent.rollout_buffer.get(None))[1]
+    factor = agent.policy.schedule.output_weights()[batch.step] if weighting == "output" else 1
+    with agent.policy.tuned():
+        _, log_prob, _ = agent.policy.evaluate_actions(batch.observation, batch.actions)
+        loss = (-factor * batch.advantages * log_prob).sum()
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, agent.policy.denoiser_parameters())])
+    torch.testing.assert_close(
+        gradient(agent, batch, None), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_grpo_pays_for_the_kl(reduction: str, make) -> None:
+    agent = make("GRPO", kl_coef=0.5, log_prob_reduction=reduction)
+    (batch,) = (rollout(agent), agent.rollout_buffer.get(None))[1]
+    batch.advantages = torch.zeros_like(batch.advantages)
+    with torch.no_grad():
+        for value in agent.policy.denoiser_parameters():
+            value.add_(0.1)
+        reference = agent._reference(batch)
+        loss = agent._loss(batch, reference, defaultdict(list))
+        mean, std = agent.policy.transition(batch.observation)
+    kl = diffusion.kl_divergence(mean, reference, std)
+    assert kl.min() > 1e-3
+    torch.testing.assert_close(loss, 0.5 * kl / (mean[0].numel() if reduction == "mean" else 1))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_gradient_is_clipped_to_its_norm(name: str, make) -> None:
+    """The critic has steps of its own."""
+    agent = make(name, learning_rate=1.0, max_grad_norm=1e-6, batch_size=None, **ONE_STEP.get(name, {}))
+    agent.policy.optimizer = torch.optim.SGD(agent.policy.optimizer.param_groups, lr=1.0)
+    before = weights(agent)
+    agent.learn(N * T)
+    change = [value - before[name] for name, value in weights(agent).items() if "adapter" in name]
+    assert torch.cat([part.flatten() for part in change]).norm().item() == pytest.approx(1e-6, rel=0.05)
 
 
 # --- Advantages
@@ -306,17 +400,6 @@ def test_grpo_draws_groups(same_noise: bool, make) -> None:
         starts.append(noise[0])
     assert not any(torch.equal(starts[0], start) for start in starts[1:])
     assert [text in PROMPTS for text in buffer.texts] == [True] * 2 * N
-
-
-def test_the_score_function_is_the_gradient_of_the_log_density(make) -> None:
-    agent = make("DDPO-SF", log_prob_reduction="sum", step_weighting="likelihood")
-    (batch,) = (rollout(agent), agent.rollout_buffer.get(None))[1]
-    with agent.policy.tuned():
-        _, log_prob, _ = agent.policy.evaluate_actions(batch.observation, batch.actions)
-        expected = torch.autograd.grad((-batch.advantages * log_prob).sum(), agent.policy.denoiser_parameters())
-        found = torch.autograd.grad(agent._loss(batch, None, {}).sum(), agent.policy.denoiser_parameters())
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()) + 1e-8)
 
 
 # --- Supervised learning

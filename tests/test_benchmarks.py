@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks import compare, kl_analysis, runs
+from benchmarks import compare, compare_figures, kl_analysis, runs
+from benchmarks.kl_analysis import SHOWN
 from benchmarks.statistics import improvement, interquartile_band, interquartile_mean, probability_of_improvement
 
 SETTINGS = yaml.safe_load((Path(compare.__file__).parent / "compare.yaml").read_text())
@@ -51,6 +52,8 @@ def test_intervals_get_narrower_and_are_resampled_within_tasks() -> None:
     rng = np.random.default_rng(0)
     few, many = (interquartile_mean([rng.normal(size=n)]) for n in (5, 500))
     assert many.high - many.low < 0.3 * (few.high - few.low)
+    # The middle half's mean has 1.09 times a mean's standard deviation; 95 % are within 1.96 of these.
+    assert many.high - many.low == pytest.approx(2 * 1.96 * 1.09 / 500**0.5, rel=0.15)
     # Tasks far apart: a bootstrap that mixed them would have wide intervals.
     apart = interquartile_mean([rng.normal(size=50), 1000 + rng.normal(size=50)])
     assert apart.high - apart.low < 50
@@ -182,16 +185,26 @@ def test_descriptions() -> None:
 
 
 def fake_records(descriptions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs in which no two figures are the same."""
     rng = np.random.default_rng(0)
     names = ("aligned", "alignment", "quality", "reward", "kl", "diversity")
     axes = ("pictures", "network_calls", "seconds", "alignment", "quality", "reward")
     return [
         description
-        | {"scores": {name: {"step_kl": [0.5, 0.5]} | dict.fromkeys(names, rng.random()) for name in PROMPTS}}
+        | {"scores": {each: {"step_kl": [1.0, 3.0]} | {name: rng.random() for name in names} for each in PROMPTS}}
         | {"curve": [dict.fromkeys(axes, float(k)) for k in range(3)], "seconds": 2.0, "network_calls_to_draw": 10}
         | {"network_calls": 100}
         for description in descriptions
     ]
+
+
+def mean_score(records: list[dict[str, Any]], prompts: str, name: str) -> float:
+    return float(np.mean([record["scores"][prompts][name] for record in records]))
+
+
+def values(line: str) -> list[str]:
+    """The cells of a table's line without its label, without intervals."""
+    return [cell.strip().partition(" [")[0] for cell in line.strip("| \n").split("|")[1:]]
 
 
 def test_reports(tmp_path: Path) -> None:
@@ -201,15 +214,73 @@ def test_reports(tmp_path: Path) -> None:
     text = (tmp_path / "table.md").read_text()
     assert all(f"### {task}" in text for task in (*SETTINGS["tasks"], "all tasks"))
     assert text.count("| DDPO |") == len(SETTINGS["tasks"]) + 1 + 2  # and a row and a column of probabilities
+
+    def runs_of(label: str) -> list[dict[str, Any]]:
+        return [record for record in records if (record["label"], record["task"]) == (label, "count")]
+
+    (row,) = (line for line in text.split("### count")[1].split("###")[0].split("\n") if line.startswith("| DDPO |"))
+    training, held_out = (
+        {
+            name: mean_score(runs_of("DDPO"), prompts, name)
+            for name in ("aligned", "quality", "reward", "kl", "diversity")
+        }
+        for prompts in PROMPTS
+    )
+    assert values(row) == [
+        *(f"{100 * training['aligned']:.1f}", f"{training['quality']:.3f}", f"{training['reward']:.2f}"),
+        *(f"{100 * held_out['aligned']:.1f}", f"{held_out['quality']:.3f}"),
+        *(f"{training['kl']:.1f}", "75", f"{training['diversity']:.3f}", "100", "10", "2"),
+    ]
+    (row,) = (
+        line for line in text.split("### all tasks")[1].split("###")[0].split("\n") if line.startswith("| DDPO |")
+    )
+    assert values(row)[2] == ""  # rewards of different prompts have different zeros
     rows = [line for line in text.split("\n") if line.startswith("| count |")]
     assert len(rows) == 1  # DPOK over SFT
-    ours, theirs = (
-        [100 * x["scores"]["training"]["aligned"] for x in records if x["label"] == y and x["task"] == "count"]
-        for y in ("DPOK", "SFT")
+    difference = 100 * (
+        mean_score(runs_of("DPOK"), "training", "aligned") - mean_score(runs_of("SFT"), "training", "aligned")
     )
-    assert rows[0].startswith(f"| count | {np.mean(ours) - np.mean(theirs):+.1f} [")
-    kl_analysis.report(fake_records(kl_analysis.descriptions(KL_SETTINGS)), KL_SETTINGS, tmp_path)
-    differences = (tmp_path / "table.md").read_text().split("### Differences")[1]
-    assert all(f"| {one} - {other} |" in differences for one, other in KL_SETTINGS["claims"])
-    names = ("curves.png", "frontier.png", "kl_analysis.png")
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in names)
+    assert values(rows[0])[0] == f"{difference:+.1f}"
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("curves.png", "frontier.png"))
+
+
+def test_report_of_the_kl_analysis(tmp_path: Path) -> None:
+    records = fake_records(kl_analysis.descriptions(KL_SETTINGS | {"seeds": 2}))
+    kl_analysis.report(records, KL_SETTINGS, tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    for one, other in KL_SETTINGS["claims"]:
+        (row,) = (line for line in text.split("\n") if line.startswith(f"| {one} - {other} |"))
+        both = ([record for record in records if record["label"] == label] for label in (one, other))
+        ours, theirs = ([mean_score(runs, *SHOWN[name][:2]) for name in SHOWN] for runs in both)
+        formats = [written for _, _, written in SHOWN.values()]
+        differences = zip(ours, theirs, formats, strict=True)
+        assert values(row) == [f"{mine - their:+{written}}" for mine, their, written in differences]
+    assert (tmp_path / "kl_analysis.png").stat().st_size > 10_000
+
+
+def test_largest_share() -> None:
+    assert compare.largest_share([1.0, 3.0, 0.0]) == 0.75
+    assert compare.largest_share([0.0, 0.0]) is None
+
+
+def test_settings_are_ranked_by_the_reward(capsys: pytest.CaptureFixture[str]) -> None:
+    def record(rate: float, reward: float) -> dict[str, Any]:
+        scores = {"reward": reward, "aligned": 0.5, "quality": 0.5, "kl": 1.0}
+        settings = {"learning_rate": rate, "lora_rank": 4}
+        return {"task": "count", "label": "DPOK", "settings": settings, "scores": {"training": scores}}
+
+    compare.rank([record(0.1, 1.0), record(0.2, 3.0), record(0.3, 1.5), record(0.1, 2.5)], {"lora_rank": 4})
+    rows = [line.split("│")[3:8] for line in capsys.readouterr().out.split("\n") if "learning_rate" in line]
+    found = [(cells[0].strip(), cells[1].strip()) for cells in rows]
+    assert found == [("learning_rate 0.2", "3.000"), ("learning_rate 0.1", "1.750"), ("learning_rate 0.3", "1.500")]
+
+
+def test_curves_are_running_means_of_what_is_drawn() -> None:
+    heights = [0.0, 1.0, 5.0, 2.0, 7.0, 4.0, 9.0]
+    points = [{"pictures": float(min(k, 5)), "quality": y, "seconds": float(k)} for k, y in enumerate(heights)]
+    x, y = compare_figures._smooth(points, "quality", "seconds")
+    assert x.tolist() == list(range(7))
+    # Of five points, at the ends of fewer; and the last two are of a fit, and are as they are.
+    assert y.tolist() == [2.0, 2.0, 3.0, 3.75, 14 / 3, 4.0, 9.0]
+    x, y = compare_figures._smooth(points, "quality", "pictures")
+    assert (x.tolist(), y[-1]) == ([0, 1, 2, 3, 4, 5], 9.0)

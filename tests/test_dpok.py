@@ -375,24 +375,30 @@ def test_the_critic_learns_the_returns(make_agent) -> None:
 
 
 @pytest.mark.parametrize(
-    "kwargs",
+    ("kwargs", "base"),
     [
-        {"n_steps": 2 * T},
-        {"gamma": 0.9, "gae_lambda": 0.9},
-        {"kl_in": "reward", "kl_coef": 1.0, "normalize_advantage": False},
-        {"kl_estimator": "output-mse", "kl_coef": 1.0},
-        {"log_prob_reduction": "sum"},
-        {"clipping": "clamp", "clip_range": 1e-3},
-        {"normalize_advantage": False},
-        {"normalize_advantage": "center"},
-        {"use_critic": False},
-        {"policy_kwargs": {"autocast": True}},
+        ({"n_steps": 2 * T}, {}),
+        ({"gamma": 0.9}, {}),
+        ({"gae_lambda": 0.9}, {}),
+        ({"kl_coef": 1.0}, {}),
+        ({"kl_in": "reward"}, {"kl_coef": 1.0, "normalize_advantage": False}),
+        ({"kl_estimator": "output-mse"}, {"kl_coef": 1.0}),
+        ({"log_prob_reduction": "sum"}, {}),
+        ({"clip_range": 1e-3}, {}),
+        ({"clipping": "clamp"}, {"clip_range": 1e-3}),
+        ({"normalize_advantage": False}, {}),
+        ({"normalize_advantage": "center"}, {}),
+        ({"use_critic": False}, {}),
+        ({"reward_weight": 0.1}, {}),
+        ({"step_weighting": "likelihood"}, {}),
+        ({"timestep_fraction": 0.5}, {}),
+        ({"policy_kwargs": {"autocast": True}}, {}),
     ],
-    ids=lambda kwargs: "-".join(map(str, kwargs)),
+    ids=lambda kwargs: "-".join(map(str, kwargs)) or "default",
 )
-def test_every_option_matters(make_agent, kwargs: dict[str, Any]) -> None:
+def test_every_option_matters(make_agent, kwargs: dict[str, Any], base: dict[str, Any]) -> None:
     found = []
-    for options in ({}, kwargs):
+    for options in (base, base | kwargs):
         agent = make_agent(**{"learning_rate": 1e-2, "batch_size": 4} | options)
         agent.learn(2 * agent.n_steps * N)
         found.append(torch.cat([value.detach().flatten() for value in agent.policy.denoiser_parameters()]))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
 from dpok_gym.models import MODELS, TextToImageModel, load_model
 from dpok_gym.models.loading import load_networks
@@ -112,6 +113,15 @@ def test_truncated_weights(broken: Path, file: str, kept: float) -> None:
     path = broken / file
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
+    assert_cannot_be_loaded(broken)
+
+
+@pytest.mark.parametrize("file", ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"])
+def test_missing_weights(broken: Path, file: str) -> None:
+    path = broken / f"{file}.safetensors"
+    weights = load_file(path)
+    del weights[min(weights)]
+    save_file(weights, path, {"format": "pt"})
     assert_cannot_be_loaded(broken)
 
 

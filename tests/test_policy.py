@@ -19,7 +19,7 @@ from dpok_gym.memory import BatchSize
 N, T = 5, 3
 SHAPE = (N, 4, 8, 8)
 PROMPTS = ["a rabbit", "a green dog", "the moon"]
-LR, VF_LR = 1e-2, 3e-3
+LR = 1e-2
 
 
 pytestmark = pytest.mark.usefixtures("fresh_models")
@@ -35,7 +35,7 @@ def make_env(tiny_sd_folder: Path) -> Callable[..., DenoisingVectorEnv]:
 
 
 def make_policy(env: DenoisingVectorEnv, **kwargs: Any) -> DenoisingPolicy:
-    settings = {"device": "cpu", "lora_rank": 4, "critic_hidden": 16, "vf_learning_rate": VF_LR}
+    settings = {"device": "cpu", "lora_rank": 4, "critic_hidden": 16}
     spaces = env.single_observation_space, env.single_action_space
     return DenoisingPolicy(*spaces, lambda _: LR, **env.sampler | settings | kwargs)
 
@@ -239,7 +239,7 @@ def test_only_what_is_trained_is_kept(make_env, tiny_sd_folder: Path) -> None:
     rank = 4
     policy = make_policy(make_env(), lora_rank=rank)
     groups = policy.optimizer.param_groups
-    assert [group["lr"] for group in groups] == [LR, VF_LR]
+    assert [group["lr"] for group in groups] == [LR, LR]
     assert {id(value) for group in groups for value in group["params"]} == {id(value) for value in policy.parameters()}
     assert all(value.requires_grad for value in policy.parameters())
     state = policy.state_dict()
@@ -286,7 +286,7 @@ def test_training_mode_changes_nothing(make_env) -> None:
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"lora_rank": 3, "target_modules": ["to_q", "ff.net.2"], "max_batch_size": 2, "vf_learning_rate": 0.5},
+        {"lora_rank": 3, "target_modules": ["to_q", "ff.net.2"], "max_batch_size": 2},
         {"lora_rank": 0, "critic_hidden": 8, "optimizer_class": torch.optim.SGD, "optimizer_kwargs": {"momentum": 0.5}},
     ],
     ids=["lora", "full"],

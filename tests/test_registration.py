@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
 
+import agents
 import dpok_gym
 from dpok_gym.registration import ENVIRONMENTS, register_envs
 
@@ -58,11 +59,14 @@ def test_module_form_of_the_id() -> None:
     assert isinstance(venv, dpok_gym.DenoisingVectorEnv)
 
 
-def test_public_names() -> None:
-    for name in dpok_gym.__all__:
-        assert getattr(dpok_gym, name).__name__ == name
+@pytest.mark.parametrize("package", [dpok_gym, agents])
+def test_public_names(package) -> None:
+    for name in package.__all__:
+        assert getattr(getattr(package, name), "__name__", name) == name
+        assert name in dir(package)
+    assert set(package._HOMES) <= set(package.__all__)
     with pytest.raises(AttributeError, match="no attribute 'DenoisingEnvironment'"):
-        _ = dpok_gym.DenoisingEnvironment
+        _ = package.DenoisingEnvironment
 
 
 @pytest.mark.parametrize("make", [gymnasium.make, gymnasium.make_vec])

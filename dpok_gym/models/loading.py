@@ -23,6 +23,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.utils.logging import disable_progress_bar
 
 from dpok_gym.models.stable_diffusion import StableDiffusion, StableDiffusionXL
+from dpok_gym.weights import describe_wrong_weights
 
 FAMILIES: dict[str, tuple[type[StableDiffusion], Any]] = {
     "StableDiffusionPipeline": (StableDiffusion, StableDiffusionPipeline),
@@ -75,7 +76,7 @@ def _parts_of_folder(
     # The parts are loaded one by one: the pipeline class would import image processors that nobody needs.
     parts = {
         "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **weights),
+        "text_encoder": _load_text_encoder(CLIPTextModel, folder / "text_encoder", dtype=dtype, **weights),
         "unet": UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **weights),
         "vae": AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **weights),
         "scheduler_config": DDIMScheduler.load_config(folder, subfolder="scheduler"),
@@ -83,9 +84,16 @@ def _parts_of_folder(
     if family is StableDiffusionXL:
         second = folder / "text_encoder_2"
         parts["tokenizer_2"] = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
-        parts["text_encoder_2"] = CLIPTextModelWithProjection.from_pretrained(second, dtype=dtype, **weights)
+        parts["text_encoder_2"] = _load_text_encoder(CLIPTextModelWithProjection, second, dtype=dtype, **weights)
         parts["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)
     return family, parts
+
+
+def _load_text_encoder(network_class: Any, folder: Path, **kwargs: Any) -> Any:
+    text_encoder, info = network_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+    if wrong := describe_wrong_weights(info):
+        raise ValueError(f"its {folder.name} {wrong}")
+    return text_encoder
 
 
 def _parts_of_file(

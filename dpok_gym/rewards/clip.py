@@ -13,6 +13,7 @@ from transformers import CLIPModel, CLIPTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from dpok_gym.rewards.checkpoints import PathLike, StateDict, from_hub, load_tokenizer, rename
+from dpok_gym.weights import describe_wrong_weights
 
 #: Any repository with CLIP's vocabulary will do: OpenAI's and LAION's models share it.
 TOKENIZER = "openai/clip-vit-large-patch14"
@@ -74,14 +75,10 @@ def load_pretrained(reward: str, source: PathLike, argument: str, dtype: torch.d
         return CLIPModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
 
     model, info = from_hub(reward, "a CLIP model", source, argument, load)
-    # transformers only warns, and goes on with random weights.
-    wrong = sorted(
-        [*info["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])]
-    )
-    if wrong:
+    if wrong := describe_wrong_weights(info):
         raise ValueError(
-            f"the CLIP model {str(source)!r} of the reward {reward!r} lacks {len(wrong)} weights or has them in "
-            f"another shape, such as {', '.join(wrong[:3])}; get its files again, or pass another {argument}="
+            f"the CLIP model {str(source)!r} of the reward {reward!r} {wrong}; get its files again, or pass another "
+            f"{argument}="
         )
     return model.eval().requires_grad_(False)
 
