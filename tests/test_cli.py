@@ -131,6 +131,8 @@ def test_resume(finished, tmp_path, capsys):
     assert "leave out --kl-coef" in capsys.readouterr().err
     assert _train(folder, "--resume", "--set", "n_epochs=2") == 2
     assert "leave out --set" in capsys.readouterr().err
+    assert _train(folder, "--resume", "--pictures", "-5") == 2
+    assert "pictures must be at least 1, got -5" in capsys.readouterr().err
     assert _train(folder, "--resume", "--pictures", "6") == 0
     assert [row["rollout/pictures"] for row in plots.read_log(folder / "progress.csv")] == [2, 4, 6]
     summary = _summary(folder)
@@ -519,6 +521,44 @@ def test_presets_and_options():
     assert other.env_kwargs["prompts"] == "dpok"
     assert other.env_kwargs["reward"] == {"image-reward": 1.0}
     assert other.pictures == 20_000
+
+
+def test_no_option_is_ignored():
+    other = {
+        "seed": 1,
+        "env": "DPOK-SD15-v0",
+        "prompts": "count",
+        "reward": "jpeg-compressibility",
+        "normalize_rewards": True,
+        "reward_workers": 2,
+        "model": "sd15",
+        "algo": "grpo",
+        "preset": "paper",
+        "pictures": 7,
+        "n_envs": 3,
+        "kl_coef": 0.7,
+        "learning_rate": 0.7,
+        "lora_rank": 3,
+        "lora_layers": "attention",
+        "batch_size": 3,
+        "micro_batch_size": 3,
+        "n_epochs": 3,
+        "timestep_fraction": 0.7,
+        "clip_range": 0.7,
+        "set": ("gamma=0.7",),
+        "num_inference_steps": 3,
+        "guidance_scale": 0.7,
+        "negative_prompt": "a dog",
+        "image_size": 128,
+        "dtype": "bfloat16",
+        "eval_pictures": 3,
+        "device": "cpu",
+        "gradient_checkpointing": True,
+        "autocast": True,
+    }
+    assert other.keys() == {field.name for field in dataclasses.fields(Train)} - {"out", "resume"}
+    ignored = [name for name, value in other.items() if Config.of(Train(**{name: value})) == Config.of(Train())]
+    assert not ignored
 
 
 def test_a_folder_with_a_reward_is_found_from_elsewhere(tmp_path, monkeypatch):
