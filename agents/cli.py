@@ -50,6 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"dpok: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("DPOK_DEBUG"):  # torch's, not imported here
+            raise
+        advice = "training takes less with --micro-batch-size auto, --gradient-checkpointing and --dtype bfloat16"
+        print(f"dpok: error: the device's memory is full; {advice}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.save_util import load_from_zip_file
 
 from agents import plots
 from agents.callbacks import ProgressCallback, SaveCallback, save_agent
@@ -63,7 +65,7 @@ def train(options: Train) -> int:
 
     folder.mkdir(parents=True, exist_ok=True)
     config.write(folder)
-    console.print(f"writing to {folder}")
+    _say(console, f"writing to {folder}")
     progress = ProgressCallback(math.ceil(config.pictures / config.n_envs) * config.n_envs)
     interrupted = False
 
@@ -103,7 +105,7 @@ def train(options: Train) -> int:
         if agent.num_timesteps and all(weights.isfinite().all() for weights in agent.policy.parameters()):
             save_agent(agent, folder)
             _write_json(folder / SUMMARY, summary(None, None))
-            console.print(f"stopped by an error; what was learned is kept: dpok train --resume --out {folder}")
+            _say(console, f"stopped by an error; what was learned is kept: dpok train --resume --out {folder}")
         raise
     finally:
         progress.close()
@@ -127,7 +129,7 @@ def train(options: Train) -> int:
     table.add_row("seconds of training", "", f"{written['seconds']:,}")
     console.print(table)
     if interrupted:
-        console.print(f"interrupted; go on with: dpok train --resume --out {folder}")
+        _say(console, f"interrupted; go on with: dpok train --resume --out {folder}")
     return 130 if interrupted else 0
 
 
@@ -151,8 +153,10 @@ def sample(options: Sample) -> int:
     if lora is None:
         drawn = draw(env.pretrained_transition, env, prompts, options.seed)
     elif run is not None and config is not None and lora == run / "lora" and not lora.is_dir():  # it has trained it all
-        agent = ALGORITHMS[config.algo].load(_model_of(run), device=options.device)
-        drawn = evaluate_policy(agent.policy, env, prompts, options.seed)
+        if options.dtype:
+            raise ValueError("a run that trained the whole denoiser draws in its own precision; leave out --dtype")
+        agent = _load_agent(config, run, env, options.device)
+        drawn = draw(partial(env.pretrained_transition, denoiser=agent.policy.denoiser), env, prompts, options.seed)
     else:
         with LoRA.from_folder(env.model.denoiser, lora).switched_on():
             drawn = draw(env.pretrained_transition, env, prompts, options.seed)
@@ -160,7 +164,7 @@ def sample(options: Sample) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     plots.picture_grid(drawn.pictures, labels, options.out, f"“{options.prompt}”", drawn.aligned)
     share = "" if drawn.aligned_share is None else f", {drawn.aligned_share:.0%} of them fully aligned"
-    Console().print(f"{options.n} pictures{share}: {options.out}")
+    _say(Console(), f"{options.n} pictures{share}: {options.out}")
     return 0
 
 
@@ -177,8 +181,8 @@ def evaluate(options: Evaluate) -> int:
     else:
         trained_on_size = any(name.startswith("jpeg-") for name in config.env_kwargs["reward"])
         also = () if config.env == MIXTURE or trained_on_size else ("jpeg-compressibility",)
-    env = config.make_evaluation_env(options.pictures, also, device=options.device)
-    agent = ALGORITHMS[config.algo].load(_model_of(options.run), device=options.device)
+    env = config.make_evaluation_env(options.pictures, also, device=options.device, **given(options, "model"))
+    agent = _load_agent(config, options.run, env, options.device)
     sets = {
         "training": env.prompts.train,
         "held-out": unseen_prompts(env.prompts) if config.is_shapes else env.prompts.held_out,
@@ -244,14 +248,17 @@ def fit_reward(options: FitReward) -> int:
 
 def serve_reward(options: ServeReward) -> int:
     """Serves a reward until Ctrl-C."""
+    if not 0 <= options.port < 2**16:
+        raise ValueError(f"--port must be from 0 to {2**16 - 1}, got {options.port}")
     serve(parse_reward(options.reward), options.host, options.port, options.max_batch)
     return 130  # only Ctrl-C ends it, which uvicorn sometimes keeps to itself
 
 
 def _begin(options: Train) -> tuple[Path, Config]:
     """The run folder, which is not made yet, and the config of the run."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = options.out or Path("runs") / f"{options.env.replace('/', '-')}-{options.algo}-{stamp}"
+    stamp = time.strftime("%Y%m%d-%H%M%S")  # several seeds may be started at once
+    name = f"{options.env}-{options.algo}-seed{options.seed}-{stamp}"
+    folder = options.out or Path("runs") / name.replace("/", "-").replace(":", "-")
     if options.resume:
         if options.out is None:
             raise ValueError("--resume needs the run folder to go on with: --out FOLDER")
@@ -261,7 +268,7 @@ def _begin(options: Train) -> tuple[Path, Config]:
         if changed:
             raise ValueError(f"--resume goes on with the run's own settings; leave out {', '.join(changed)}")
         return folder, replace(config, **given(options, "pictures"))
-    if (folder / CONFIG).exists():
+    if (folder / CONFIG).exists() or (folder / MODEL).exists():
         raise FileExistsError(
             f"{folder} already holds a run; choose another --out, or go on with it: dpok train --resume --out {folder}"
         )
@@ -287,10 +294,14 @@ def _make_logger(folder: Path, pictures: int, n_updates: int) -> Logger:
     return Logger(str(folder), [writer, TensorBoardOutputFormat(str(folder / "tensorboard"))])
 
 
-def _model_of(folder: Path) -> Path:
+def _load_agent(config: Config, folder: Path, env: DenoisingVectorEnv, device: str) -> DenoisingAlgorithm:
+    """The agent of a run, on the environment's model, which may lie elsewhere now."""
     if not (folder / MODEL).is_file():
         raise FileNotFoundError(f"the run in {folder} has no {MODEL}: it ended before there was one")
-    return folder / MODEL
+    data, _, _ = load_from_zip_file(folder / MODEL, device="cpu")
+    assert data is not None
+    sampler = data["sampler"] | {name: env.sampler[name] for name in ("model", "model_kwargs")}
+    return ALGORITHMS[config.algo].load(folder / MODEL, device=device, custom_objects={"sampler": sampler})
 
 
 def _no_reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -303,7 +314,7 @@ def _scores(before: Evaluation | None, after: Evaluation | None) -> dict[str, An
     for when, found in {"before": before, "after": after}.items():
         scores[f"aligned_{when}"] = found.aligned_share if found else None
         scores[f"quality_{when}"] = found.mean("shapes-quality") if found else None
-        scores[f"reward_{when}"] = float(found.reward.mean()) if found else None
+        scores[f"reward_{when}"] = found.mean_reward if found else None
         scores[f"rewards_{when}"] = {name: found.mean(name) for name in found.rewards} if found else {}
     scores["kl_to_pretrained"] = float(after.kl.mean()) if after else None
     return scores
@@ -336,6 +347,11 @@ def calibration_table(held_out: Measured) -> Table:
     for predicted, observed, count in zip(held_out.predicted, held_out.observed, held_out.counts, strict=True):
         table.add_row(f"{predicted:.1%}", f"{observed:.1%}", str(count))
     return table
+
+
+def _say(console: Console, text: str) -> None:
+    """A line as it is: folders may have brackets, and a command is to be copied."""
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _title(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -51,7 +52,7 @@ CONFIG = "config.yaml"
 #: Pictures of an evaluation that are drawn side by side.
 AT_A_TIME = 64
 
-#: The options of ``dpok train`` that are arguments of the environment, the algorithm and the policy.
+#: Options of ``dpok train``, or names for its ``--set``, that are arguments of environment, algorithm and policy.
 ENV_OPTIONS = (
     "model",
     "num_inference_steps",
@@ -61,6 +62,9 @@ ENV_OPTIONS = (
     "dtype",
     "decode_batch_size",
     "reward_workers",
+    "eta",
+    "model_kwargs",
+    "non_finite",
 )
 ALGORITHM_OPTIONS = (
     "kl_coef",
@@ -140,8 +144,9 @@ class Config:
             kept = {name: value for name, value in defaults.items() if name in ("prompts", "pictures")}
             defaults = kept | PRESETS[options.preset]
         algorithm = defaults_of(ALGORITHMS[options.algo])
-        chosen = given(options, *ALGORITHM_OPTIONS) | read_settings(options.set, hints_of(ALGORITHMS[options.algo]))
-        known = algorithm.keys() - _OTHER
+        hints = hints_of(DenoisingVectorEnv) | hints_of(DenoisingPolicy) | hints_of(ALGORITHMS[options.algo])
+        chosen = given(options, *ALGORITHM_OPTIONS) | read_settings(options.set, hints)
+        known = {*(algorithm.keys() - _OTHER), *POLICY_OPTIONS, *ENV_OPTIONS}
         if unknown := sorted(chosen.keys() - known):
             raise ValueError(f"{options.algo} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
         if chosen.get("score_function"):  # which takes the whole rollout at once
@@ -153,16 +158,20 @@ class Config:
         policy["gradient_checkpointing"] |= options.gradient_checkpointing
         if options.lora_layers:
             policy["target_modules"] = options.lora_layers
+        policy |= {name: value for name, value in chosen.items() if name in POLICY_OPTIONS}
         env_kwargs = default_env_kwargs(options.env) | {k: v for k, v in defaults.items() if k in ENV_OPTIONS}
         env_kwargs |= given(options, *ENV_OPTIONS) | {"device": options.device}
-        env_kwargs["prompts"] = settings["prompts"] or env_kwargs["prompts"]
-        weights = parse_reward(options.reward or defaults.get("reward") or env_kwargs["reward"])
-        weights = {_absolute(name, list_rewards()): weight for name, weight in weights.items()}
+        env_kwargs |= {name: value for name, value in chosen.items() if name in ENV_OPTIONS}
+        if settings["prompts"] is not None:
+            env_kwargs["prompts"] = settings["prompts"]
+        reward = defaults.get("reward", env_kwargs["reward"]) if options.reward is None else options.reward
+        weights = {_absolute(name, list_rewards()): weight for name, weight in parse_reward(reward).items()}
         if options.normalize_rewards:
             weights = {name: {"weight": weight, "normalize": "running"} for name, weight in weights.items()}
         env_kwargs["reward"] = weights
         # A run may be read again from another folder.
-        env_kwargs["prompts"] = _absolute(env_kwargs["prompts"], list_prompt_sets())
+        if os.path.isfile(str(env_kwargs["prompts"])):  # a folder of that name does not make a prompt a path
+            env_kwargs["prompts"] = _absolute(env_kwargs["prompts"], list_prompt_sets())
         env_kwargs["model"] = _absolute(env_kwargs["model"], MODELS)
         return cls(
             env=options.env,
@@ -264,9 +273,12 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> DenoisingVectorEnv:
 
 def default_env_kwargs(env_id: str) -> dict[str, Any]:
     """The arguments that an id stands for, with the environment's own defaults."""
+    module, _, name = env_id.rpartition(":")
     try:
-        spec = gymnasium.spec(env_id)
-    except gymnasium.error.Error as error:
+        if module:  # as in gymnasium.make("my_module:MyEnv-v0")
+            importlib.import_module(module)
+        spec = gymnasium.spec(name)
+    except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(f"there is no environment {env_id!r}: {error}") from error
     entry = spec.vector_entry_point
     creator = gymnasium.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry

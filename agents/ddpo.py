@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agents.checks import at_least_one, not_negative
 from agents.on_policy import Found
 from agents.policy_gradient import PolicyGradient
 from agents.rollout_buffer import Transitions
+from dpok_gym.checks import integer, not_negative
 
 
 class DDPO(PolicyGradient):
@@ -55,8 +55,8 @@ class DDPO(PolicyGradient):
                 "leave batch_size None and n_epochs 1, for one optimiser step in each rollout"
             )
         self.score_function = score_function
-        self.statistics_size = at_least_one("statistics_size", statistics_size)
-        self.min_count = at_least_one("min_count", min_count)
+        self.statistics_size = integer("statistics_size", statistics_size)
+        self.min_count = integer("min_count", min_count)
         if min_count > statistics_size:
             raise ValueError(
                 f"min_count must be at most statistics_size, got {min_count} and {statistics_size}: no prompt would "

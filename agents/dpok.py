@@ -11,12 +11,12 @@ from stable_baselines3.common.utils import explained_variance
 from torch import Tensor
 
 from agents import losses
-from agents.checks import at_least_one, fraction, not_negative, one_of
 from agents.on_policy import Found
 from agents.policy import DenoisingPolicy
 from agents.policy_gradient import PolicyGradient
 from agents.rollout_buffer import Normalization, TrajectoryBuffer, Transitions
 from dpok_gym import diffusion
+from dpok_gym.checks import fraction, integer, not_negative, one_of
 
 #: Settings of the paper and of its published code, single prompt, where they are known; the rest is the default.
 #: Both take 10 pictures and 5 optimiser steps an iteration. The code keeps the last two rollouts in its buffer, and
@@ -144,8 +144,8 @@ class DPOK(PolicyGradient):
         self.target_kl_to_pretrained = target_kl_to_pretrained
         self.use_critic = use_critic
         self.vf_learning_rate = not_negative("vf_learning_rate", vf_learning_rate)
-        self.vf_batch_size = None if vf_batch_size is None else at_least_one("vf_batch_size", vf_batch_size)
-        self.vf_epochs = at_least_one("vf_epochs", vf_epochs)
+        self.vf_batch_size = None if vf_batch_size is None else integer("vf_batch_size", vf_batch_size)
+        self.vf_epochs = integer("vf_epochs", vf_epochs)
         self.normalize_advantage: Normalization = one_of(
             "normalize_advantage", normalize_advantage, True, False, "center"
         )

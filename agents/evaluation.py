@@ -5,6 +5,7 @@ Letters used for shapes: N pictures, n environments, C x h x w a latent, H x W a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,9 @@ class Evaluation:
     Attributes:
         prompts: N texts.
         pictures: (N, H, W, 3) uint8.
-        reward: (N,) float64, the environment's reward: the weighted sum of the components. Normalisation by running
-            statistics is left out, and does not learn from these pictures: two evaluations are to be comparable.
+        reward: (N,) float64, the environment's reward: the weighted sum of the components; NaN where one of them is not
+            finite. Normalisation by running statistics is left out, and does not learn from these pictures: two
+            evaluations are to be comparable.
         rewards: each component by name, (N,) float64, before weighting.
         step_kl: (N, T) float64, nats: KL(policy || pre-trained) of each denoising step along the picture's own
             trajectory.
@@ -71,8 +73,7 @@ class Evaluation:
         """
         if n < 1 or len(self) % n:
             raise ValueError(f"{len(self)} pictures cannot be split into groups of {n}")
-        valid = np.isfinite(list(self.rewards.values())).all(axis=0)
-        groups = np.where(valid, self.reward, -np.inf).reshape(-1, n)
+        groups = np.where(np.isfinite(self.reward), self.reward, -np.inf).reshape(-1, n)
         rows = np.arange(0, len(self), n) + groups.argmax(axis=1)
         return Evaluation(
             prompts=[self.prompts[row] for row in rows],
@@ -82,9 +83,14 @@ class Evaluation:
             step_kl=self.step_kl[rows],
         )
 
+    @property
+    def mean_reward(self) -> float:
+        """Mean of the reward over the pictures that have one."""
+        return _finite_mean(self.reward)
+
     def mean(self, component: str) -> float | None:
-        """Mean of a component over the pictures; None if there is no such component."""
-        return float(np.nanmean(self.rewards[component])) if component in self.rewards else None
+        """Mean of a component over the pictures that have it; None if there is no such component."""
+        return _finite_mean(self.rewards[component]) if component in self.rewards else None
 
 
 def evaluate(
@@ -114,6 +120,13 @@ def evaluate(
         ValueError: if there are no prompts, ``best_of`` is not positive, or the policy takes another number of
             denoising steps.
     """
+    if not isinstance(policy, DenoisingPolicy):
+        raise TypeError(
+            f"the policy must be a DenoisingPolicy, such as the .policy of an agent, not {policy!r}; with "
+            "reference=True it draws with the pre-trained model"
+        )
+    _check_prompts(prompts)
+    env = _unwrapped(env)
     if len(policy.schedule) != len(env.schedule):
         steps = f"{len(policy.schedule)} denoising steps, the environment {len(env.schedule)}"
         raise ValueError(f"the policy takes {steps}; make both with the same num_inference_steps")
@@ -148,8 +161,8 @@ def draw(
         seed: of the first picture.
         reference: what the KL is taken to; None for a KL of 0.
     """
-    if not len(prompts):
-        raise ValueError("there is no prompt to evaluate on; give at least one")
+    _check_prompts(prompts)
+    env = _unwrapped(env)
     totals: list[float] = []
     divergences: list[NDArray[np.float64]] = []
     infos: list[dict[str, Any]] = []
@@ -171,13 +184,33 @@ def draw(
         totals += total[:n_drawn].tolist()
         divergences.append(kl[:n_drawn])
         infos += judged[:n_drawn]
+    rewards = {name: np.array([info["rewards"][name] for info in infos]) for name in infos[0]["rewards"]}
     return Evaluation(
         prompts=list(prompts),
         pictures=np.stack([info["image"] for info in infos]),
-        reward=np.array(totals),
-        rewards={name: np.array([info["rewards"][name] for info in infos]) for name in infos[0]["rewards"]},
+        reward=np.where(np.isfinite(list(rewards.values())).all(axis=0), totals, np.nan),
+        rewards=rewards,
         step_kl=np.concatenate(divergences),
     )
+
+
+def _check_prompts(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"the prompts to evaluate on are a list of texts; give at least one, not {prompts!r}")
+
+
+def _finite_mean(values: NDArray[np.float64]) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def _unwrapped(env: Any) -> DenoisingVectorEnv:
+    inner = getattr(env, "unwrapped", env)
+    if not isinstance(inner, DenoisingVectorEnv):
+        raise TypeError(
+            f"the environment must be one that gymnasium.make_vec makes, such as DPOK-Shapes-v0, not {env!r}"
+        )
+    return inner
 
 
 def spread(prompts: Sequence[str], n: int) -> list[str]:

@@ -9,10 +9,10 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from agents.checks import not_negative
 from agents.on_policy import Found
 from agents.policy_gradient import PolicyGradient
 from agents.rollout_buffer import Transitions
+from dpok_gym.checks import not_negative
 
 
 class GRPO(PolicyGradient):
@@ -88,6 +88,9 @@ class GRPO(PolicyGradient):
         if reference is not None:
             loss = loss + self.kl_coef * self._kl(part, mean, reference, std, found) / self._dims
         return part.weight * loss
+
+    def _step_importance(self, output_weights: Tensor) -> Tensor:
+        return (output_weights + 1) / 2 if self.kl_coef else output_weights  # half for the reward, half for the KL
 
     def _reference(self, part: Transitions) -> Tensor | None:
         return self._pretrained_means(part.observation) if self.kl_coef else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pathlib
 import time
 from abc import abstractmethod
@@ -26,10 +27,10 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 from torch import Tensor, nn
 
 import dpok_gym  # noqa: F401  (registers the environments)
-from agents.checks import at_least_one, fraction, positive
 from agents.policy import DenoisingPolicy
 from agents.rollout_buffer import Batch, TrajectoryBuffer
 from agents.sb3_vec_env import GymVectorVecEnv
+from dpok_gym.checks import fraction, integer, positive
 from dpok_gym.memory import BatchSize
 from dpok_gym.vector_env import LATENT_BOUND
 
@@ -95,7 +96,7 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         if isinstance(env, str):
             env = gymnasium.make_vec(env, num_envs=n_envs, vectorization_mode="vector_entry_point")
         self.final_lr_fraction = fraction("final_lr_fraction", final_lr_fraction)
-        self.batch_size = None if batch_size is None else at_least_one("batch_size", batch_size)
+        self.batch_size = None if batch_size is None else integer("batch_size", batch_size)
         self.micro_batch_size = micro_batch_size
         #: How the environment samples, from ``env.sampler``; kept so that a saved agent can be loaded without one.
         self.sampler: dict[str, Any] | None = None
@@ -146,6 +147,13 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
                 f"n_steps={self.n_steps} must be a multiple of the {n_denoising} denoising steps of the environment, "
                 f"for example {max(1, round(self.n_steps / n_denoising)) * n_denoising}, as rewards come with pictures"
             )
+        if clashing := sorted(self.sampler.keys() & self.policy_kwargs.keys()):
+            raise ValueError(f"the environment decides {', '.join(clashing)}: set it there and not in policy_kwargs")
+        if self.sampler["model_kwargs"].get("dtype") == "float16":
+            raise ValueError(
+                "float16 can draw but not learn: the gradient of an element of an output is below its smallest number; "
+                "use dtype='bfloat16'"
+            )
         kwargs = {**self.sampler, **self.policy_kwargs}
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, device=str(self.device), **kwargs
@@ -165,6 +173,7 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         SB3's environment i gets ``seed + i``: of 64, runs 0 and 1 would share 63, with their noise and prompts.
         """
         super().set_random_seed(seed)
+        self._last_obs = None  # the environments begin anew
         if seed is not None and self.env is not None:
             self.env.seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
@@ -183,6 +192,17 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         wrapped = self._wrap_env(env, self.verbose)
         self._check_sampler(wrapped)
         super().set_env(wrapped, force_reset)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        # It may reset the environments, which draws from their generators: an agent that was loaded does that before
+        # its random state is put back, and this one must go on as that one does.
+        if self._random_state is None and self._last_obs is not None:
+            self._random_state = self._capture_random_state()
+        return super()._setup_learn(*args, **kwargs)
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # The last rollout may go beyond the total, and a learning rate below 0 would climb the loss.
+        super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
 
     def collect_rollouts(  # type: ignore[override]
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: TrajectoryBuffer, n_rollout_steps: int
@@ -326,7 +346,8 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
     def save(self, path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> None:
         """Saves as SB3 does, with the random state and the statistics that rewards are normalised by.
 
-        So a loaded agent's next update is the one that this agent would make.
+        So the next update of an agent that was saved between two rollouts and loaded is the one that this agent would
+        make; what it had collected of a rollout is not saved.
         """
         pending = self._random_state  # of an agent that was loaded and has not gone on yet
         self._random_state = pending or self._capture_random_state()
@@ -363,7 +384,8 @@ def _sampler_of(env: VecEnv) -> dict[str, Any]:
         return env.get_attr("sampler")[0]
     except AttributeError:
         raise ValueError(
-            f"a denoising policy needs a denoising environment such as DPOK-Shapes-v0, got {env}"
+            f"a denoising policy needs a denoising environment such as DPOK-Shapes-v0, got {env}; make a vector of "
+            "them with gymnasium.make_vec, without vectorization_mode"
         ) from None
 
 
@@ -371,12 +393,28 @@ def _check_same_sampler(known: Mapping[str, Any] | None, found: Mapping[str, Any
     """Refuses an environment that does not denoise as the agent learned to."""
     if known is None:
         return
-    different = [name for name in known if known[name] != found.get(name)]
+    known, found = _drawn_with(known), _drawn_with(found)
+    different = [name for name in known if known[name] != found[name]]
+    if _is_same_model(known["model"], found["model"]):
+        different = [name for name in different if name != "model"]
     if different:
         details = ", ".join(f"{name} {known[name]!r} there, {found.get(name)!r} here" for name in different)
         raise ValueError(
             f"the agent was made for another sampler ({details}); make the environment with the agent's settings"
         )
+
+
+def _drawn_with(sampler: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells two samplers apart, whatever the model is computed with."""
+    options = {name: sampler["model_kwargs"].get(name) for name in ("image_size", "negative_prompt", "revision")}
+    return {**sampler, "model_kwargs": options}
+
+
+def _is_same_model(known: str, found: str) -> bool:
+    """Whether two names are of one model; one that is no longer where it was may have been moved with its own name."""
+    if os.path.exists(known):
+        return os.path.realpath(known) == os.path.realpath(found)
+    return os.path.basename(known) == os.path.basename(found)
 
 
 def _columns(names: Iterable[str]) -> list[str]:

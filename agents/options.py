@@ -77,7 +77,7 @@ class Train:
 
     seed: int = 0
     """Seed of prompts, noise and initial weights, 0 or more; the same seed repeats a run."""
-    out: Annotated[Path | None, _auto("FOLDER", "runs/<env>-<algo>-<time>")] = None
+    out: Annotated[Path | None, _auto("FOLDER", "runs/<env>-<algo>-seed<seed>-<time>")] = None
     """Run folder to write; it must not hold a run already, unless that is to be resumed."""
     env: str = SHAPES
     """Environment id: DPOK-Shapes-v0 (embedded model), DPOK-Mixture-v0 (dots, a known answer), DPOK-SD15-v0, ..."""
@@ -135,7 +135,10 @@ class Train:
     clip_range: Annotated[float | None, _auto("FLOAT", "the preset's")] = None
     """How far a transition's log-probability may move in an iteration, in nats, above 0; smaller is slower, safer."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
-    """Further arguments of the algorithm's class, such as --set kl_in=reward use_critic=true; see its documentation."""
+    """Further arguments of the algorithm's class, the policy and the environment; see their documentation.
+
+    For example --set kl_in=reward use_critic=true max_batch_size=8 eta=0.5 "model_kwargs={vae_tiling: true}".
+    """
     num_inference_steps: Annotated[
         int | None, _auto("INT", f"{LAPTOP['num_inference_steps']} for {SHAPES}, else the environment's")
     ] = None
@@ -147,7 +150,7 @@ class Train:
     image_size: Annotated[int | tuple[int, int] | None, _auto("INT|HEIGHT WIDTH", "the model's")] = None
     """Pixels of a side, or height and width; far from what the model was trained with, pictures get worse."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, _auto("NAME", "float32")] = None
-    """Precision of the frozen weights: float32, bfloat16 or float16; half of it saves half of the memory."""
+    """Precision of the frozen weights: float32, or bfloat16 for half of the memory; float16 can draw only."""
     eval_pictures: int = 256
     """Pictures drawn before and after training to measure the change, 1 or more; their seeds are not trained on."""
     device: str = "auto"
@@ -201,6 +204,8 @@ class Evaluate:
 
     run: tyro.conf.Positional[Path]
     """Run folder of dpok train."""
+    model: Annotated[Path | None, _auto("FOLDER", "where it was")] = None
+    """Where the run's model is now, if it has moved."""
     pictures: int = 256
     """Pictures for each set of prompts, before and after, 1 or more."""
     seed: Annotated[int | None, _auto("INT", "the run's, which repeats its own evaluation")] = None

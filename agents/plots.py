@@ -108,7 +108,7 @@ def picture_grid(
             axes.set_visible(False)
             continue
         _show(axes, pictures[k], None if aligned is None else bool(aligned[k]))
-        axes.set_title(wrapped[k], fontsize=7, color=INK, pad=4)
+        axes.set_title(wrapped[k], fontsize=7, color=INK, pad=4, parse_math=False)
     return _save(figure, path)
 
 
@@ -156,9 +156,9 @@ def before_after(
             axes.set_visible(True)
             _show(axes, evaluation.pictures[index], None if aligned is None else bool(aligned[index]))
             if row == 0:
-                axes.set_title(wrapped[k], fontsize=7, color=INK, pad=4)
+                axes.set_title(wrapped[k], fontsize=7, color=INK, pad=4, parse_math=False)
         share = evaluation.aligned_share
-        score = f"reward {evaluation.reward.mean():.3g}" if share is None else f"{share:.0%} aligned"
+        score = f"reward {evaluation.mean_reward:.3g}" if share is None else f"{share:.0%} aligned"
         for axes in cells[row::2, 0]:
             text = f"{label}\n{score}\n(of {len(evaluation)})"
             axes.text(-0.12, 0.5, text, transform=axes.transAxes, ha="right", va="center", fontsize=8, color=INK)
@@ -227,7 +227,15 @@ def _cells(
             box = (left / width, 1 - (offset + side) / height, side / width, side / height)
             cells[row, column] = figure.add_axes(box, xticks=[], yticks=[])
     if title:
-        figure.text(0.5, 1 - 0.1 / height, title, ha="center", va="top", fontsize=10, color=INK, linespacing=1.4)
+        figure.text(
+            *(0.5, 1 - 0.1 / height, title),
+            ha="center",
+            va="top",
+            fontsize=10,
+            color=INK,
+            linespacing=1.4,
+            parse_math=False,  # the prompt may have two "$"
+        )
     if legend:
         handles = [
             Patch(facecolor="none", edgecolor=ALIGNED, linewidth=2.2, label="✓ all that was asked for, nothing else"),

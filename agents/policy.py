@@ -134,6 +134,11 @@ class DenoisingPolicy(ActorCriticPolicy):
             # A parameter's name in a module must have no dots.
             self.adapter = nn.ParameterDict({k.replace(".", "/"): v for k, v in self._lora_parameters().items()})
         else:
+            if "dtype" in self.model.options:
+                raise ValueError(
+                    f"the steps of an optimiser are lost in the digits of {self.model.options['dtype']}: to train the "
+                    "whole denoiser, use dtype='float32', with autocast=True for speed; or train a LoRA"
+                )
             self.denoiser = pretrained_copy(self.model.denoiser).requires_grad_(True)
             if self.model.options.get("compile"):
                 self.denoiser.compile()
@@ -145,7 +150,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         self.critic = Critic(dims, self.model.text_width, num_inference_steps, critic_hidden).to(self.model.device)
         # In two groups, so that whoever trains the critic can give it a rate of its own.
         groups = [{"params": self.denoiser_parameters()}, {"params": list(self.critic.parameters())}]
-        self.optimizer = optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)
+        self.optimizer = optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     def _lora_parameters(self) -> dict[str, nn.Parameter]:
         """The LoRA's parameters by names that do not depend on how many LoRAs were made before."""

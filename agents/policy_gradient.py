@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from agents import losses
-from agents.checks import at_least_one, not_negative, one_of
 from agents.on_policy import DenoisingAlgorithm, Found
 from agents.rollout_buffer import TrajectoryBuffer, Transitions
 from dpok_gym import diffusion
+from dpok_gym.checks import integer, one_of, positive
 
 
 class PolicyGradient(DenoisingAlgorithm):
@@ -54,11 +54,11 @@ class PolicyGradient(DenoisingAlgorithm):
         step_weighting: Literal["likelihood", "output"] = "output",
         **kwargs: Any,
     ) -> None:
-        self.n_epochs = at_least_one("n_epochs", n_epochs)
+        self.n_epochs = integer("n_epochs", n_epochs)
         if not 0 < timestep_fraction <= 1:
             raise ValueError(f"timestep_fraction must lie in (0, 1], got {timestep_fraction}")
         self.timestep_fraction = timestep_fraction
-        self.clip_range = not_negative("clip_range", clip_range)
+        self.clip_range = positive("clip_range", clip_range)
         self.clipping: losses.Clipping = one_of("clipping", clipping, "pessimistic", "clamp")
         self.log_prob_reduction: diffusion.Reduction = one_of("log_prob_reduction", log_prob_reduction, "mean", "sum")
         self.step_weighting = one_of("step_weighting", step_weighting, "likelihood", "output")

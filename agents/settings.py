@@ -1,19 +1,26 @@
-"""The settings of algorithms, as signatures have them and as ``--set NAME=VALUE`` writes them."""
+"""Arguments of our classes, as signatures have them and as ``--set NAME=VALUE`` writes them."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from agents.on_policy import DenoisingAlgorithm
-
 #: What a setting can be, and how messages call it.
-_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a word", NoneType: "null"}
+_KINDS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a word",
+    list: "a list such as [a, b]",
+    dict: "a mapping such as {name: value}",
+    NoneType: "null",
+}
+_CONTAINERS = {Sequence: list, Mapping: dict}
 
 
 def read_settings(texts: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,6 +47,8 @@ def read_settings(texts: Collection[str], hints: Mapping[str, Any]) -> dict[str,
 
 def _kinds(hint: Any) -> list[type]:
     """Those of :data:`_KINDS` that a type hint allows; none if it says nothing of them."""
+    if get_origin(hint) in _CONTAINERS:
+        return [_CONTAINERS[get_origin(hint)]]
     if get_origin(hint) is Literal:
         return list(dict.fromkeys(map(type, get_args(hint))))
     if get_origin(hint) in (Union, UnionType):
@@ -47,10 +56,11 @@ def _kinds(hint: Any) -> list[type]:
     return [hint] if hint in _KINDS else []
 
 
-def hints_of(algorithm: type[DenoisingAlgorithm]) -> dict[str, Any]:
-    """The type hint of each argument, those that a class hands on to its base class included."""
-    classes = [base for base in reversed(algorithm.__mro__) if issubclass(base, DenoisingAlgorithm)]
-    return {name: hint for base in classes for name, hint in get_type_hints(base.__init__).items()}
+def hints_of(kind: type) -> dict[str, Any]:
+    """The type hint of each argument of one of our classes, those that it hands on to its base class included."""
+    ours = [base for base in reversed(kind.__mro__) if base.__module__.startswith(("agents.", "dpok_gym."))]
+    makers = [vars(base)["__init__"] for base in ours if "__init__" in vars(base)]
+    return {name: hint for maker in makers for name, hint in get_type_hints(maker).items()}
 
 
 def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:

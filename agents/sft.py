@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from agents import losses
-from agents.checks import not_negative, one_of
 from agents.on_policy import Found
 from agents.supervised import NoisyPictures, Supervised, same_prompt
+from dpok_gym.checks import not_negative, one_of
 
 
 class RewardWeightedSFT(Supervised):

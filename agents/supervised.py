@@ -14,9 +14,9 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from agents import losses
-from agents.checks import at_least_one
 from agents.on_policy import DenoisingAlgorithm, Found
 from agents.rollout_buffer import Batch, TrajectoryBuffer
+from dpok_gym.checks import integer
 
 
 @dataclass
@@ -75,8 +75,8 @@ class Supervised(DenoisingAlgorithm):
         log_every: int = 50,
         **kwargs: Any,
     ) -> None:
-        self.n_gradient_steps = at_least_one("n_gradient_steps", n_gradient_steps)
-        self.log_every = at_least_one("log_every", log_every)
+        self.n_gradient_steps = integer("n_gradient_steps", n_gradient_steps)
+        self.log_every = integer("log_every", log_every)
         #: Optimiser steps taken before the last pictures came; the fit of all of them starts there.
         self._n_updates_before = 0
         super().__init__(policy, env, batch_size=batch_size, **kwargs)

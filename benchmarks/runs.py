@@ -106,7 +106,7 @@ def summary(found: Evaluation) -> dict[str, Any]:
         step), and ``diversity`` if there are two pictures of a prompt.
     """
     components = {name.removeprefix("shapes-"): found.mean(name) for name in SHAPES_REWARDS}
-    means = {"aligned": found.aligned_share, **components, "reward": found.reward.mean(), "kl": found.kl.mean()}
+    means = {"aligned": found.aligned_share, **components, "reward": found.mean_reward, "kl": found.kl.mean()}
     means["diversity"] = diversity(found.pictures, found.prompts)
     by_step = [round(float(value), 4) for value in found.step_kl.mean(axis=0)]
     return {name: float(value) for name, value in means.items() if value is not None} | {"step_kl": by_step}

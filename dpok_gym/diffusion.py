@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -136,7 +137,7 @@ def make_schedule(scheduler_config: Mapping[str, Any], num_inference_steps: int,
         )
     scheduler = DDIMScheduler.from_config(scheduler_config, clip_sample=False, thresholding=False)
     n_train = scheduler.config.num_train_timesteps
-    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= n_train:
+    if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= n_train:
         raise ValueError(f"num_inference_steps must be an integer from 1 to {n_train}, got {num_inference_steps!r}")
     scheduler.set_timesteps(num_inference_steps)
 

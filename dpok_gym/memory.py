@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
+from numbers import Integral
 from typing import Literal, TypeVar
 
 import torch
@@ -26,11 +27,11 @@ class BatchSize:
     """
 
     def __init__(self, name: str, size: int | Literal["auto"] | None) -> None:
-        if size not in (None, "auto") and (not isinstance(size, int) or size < 1):
+        if size not in (None, "auto") and (not isinstance(size, Integral) or size < 1):
             raise ValueError(f"{name} must be an integer of at least 1, None or 'auto', got {size!r}")
         self.name = name
         self.is_automatic = size == "auto"
-        self.size = size if isinstance(size, int) else None
+        self.size: int | None = int(size) if isinstance(size, Integral) else None
 
     def run(self, function: Callable[[int], Result], n: int) -> Result:
         """``function(size)``, which is to work on ``n`` entries ``size`` at a time, and may be called again.

@@ -6,6 +6,7 @@ Letters used for shapes: n environments, T denoising steps, L tokens of a prompt
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +20,10 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpok_gym import diffusion
+from dpok_gym.checks import integer
 from dpok_gym.images import to_uint8
 from dpok_gym.memory import BatchSize
 from dpok_gym.models import TextToImageModel, load_model
@@ -96,10 +98,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         reward_workers: int = 0,
         render_mode: str | None = None,
     ) -> None:
-        if not isinstance(num_envs, int) or num_envs < 1:
-            raise ValueError(f"num_envs must be an integer of at least 1, got {num_envs!r}")
-        if not isinstance(reward_workers, int) or reward_workers < 0:
-            raise ValueError(f"reward_workers must be an integer of at least 0, got {reward_workers!r}")
+        num_envs = integer("num_envs", num_envs)
+        reward_workers = integer("reward_workers", reward_workers, least=0)
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         if not 0 <= guidance_scale < np.inf:
@@ -114,6 +114,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         else:
             self.model = model
         self.schedule = diffusion.make_schedule(self.model.scheduler_config, num_inference_steps, eta)
+        num_inference_steps = len(self.schedule)  # which may have come as one of NumPy's integers
         self.prompts = load_prompts(prompts)
         self.model.tokenize(self.prompts.train[:1000])  # a prompt that cannot be read is better found now than later
         if self.model.device.type != "cpu" and len(self.prompts.train) <= CACHED_PROMPTS:
@@ -147,6 +148,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self.action_space = batch_space(self.single_action_space, num_envs)
 
         self._generators: list[np.random.Generator] = []
+        self._seeds: list[int] = []
         self._latents = np.zeros((num_envs, *shape), np.float32)
         self._tokens = np.zeros((num_envs, self.model.max_tokens), np.int64)
         self._texts = [""] * num_envs
@@ -156,6 +158,11 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]  # as SyncVectorEnv has it
         """The environments' generators, all the randomness there is."""
         return tuple(self._generators)
+
+    @property  # type: ignore[misc]
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]  # likewise
+        """What the environments' generators were seeded with."""
+        return tuple(self._seeds)
 
     def state_dict(self, generators: Sequence[np.random.Generator] | None = None) -> dict[str, Any]:
         """What going on exactly needs: the generators' states, and the statistics that rewards are normalised by.
@@ -186,15 +193,17 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             options: ``{"prompt": text}`` for all environments, or ``{"prompt": [n texts]}``, not from the prompt set;
                 ``{"latent": x_T}``, (C, h, w) for all or (n, C, h, w), not drawn.
         """
-        seeds = [None] * self.num_envs if seed is None else seed
-        seeds = [seeds + i for i in range(self.num_envs)] if isinstance(seeds, int) else list(seeds)
+        if seed is None or isinstance(seed, (int, np.integer)):
+            seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        else:
+            seeds = [None if each is None else operator.index(each) for each in seed]
         if len(seeds) != self.num_envs:
             raise ValueError(f"{self.num_envs} environments need as many seeds, got {len(seeds)}")
-        old: list[np.random.Generator | None] = [*self._generators] or [None] * self.num_envs
-        self._generators = [
-            seeding.np_random(seed)[0] if generator is None or seed is not None else generator
-            for seed, generator in zip(seeds, old, strict=True)
+        known: list[Any] = list(zip(self._generators, self._seeds, strict=True)) or [None] * self.num_envs
+        seeded = [
+            old if old and each is None else seeding.np_random(each) for each, old in zip(seeds, known, strict=True)
         ]
+        self._generators, self._seeds = map(list, zip(*seeded, strict=True))
         observation, infos = self.begin_episodes(self._generators, options)
         return observation, self._gather(infos)
 
@@ -270,15 +279,22 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         rewards, infos = self._judge()
         return observation, rewards, True, infos
 
-    def pretrained_transition(self, observation: Observation) -> tuple[Tensor, Tensor]:
-        """The pre-trained model's p(x_{t-1} | x_t, z): its mean (n, C, h, w) and std (n,), float32 on the CPU."""
+    def pretrained_transition(
+        self, observation: Observation, denoiser: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The pre-trained model's p(x_{t-1} | x_t, z): its mean (n, C, h, w) and std (n,), float32 on the CPU.
+
+        With a ``denoiser``, that of the model with this in place of its own.
+        """
         with torch.no_grad():
             latents = torch.as_tensor(observation["latent"])
             step = torch.as_tensor(observation["step"])
             conditioning = self.model.encode(torch.as_tensor(observation["prompt"]))
             device = self.model.device
             timesteps = self.schedule.timesteps[step].to(device)
-            output = self.model.predict(latents.to(device), timesteps, conditioning, self.sampler["guidance_scale"])
+            output = self.model.predict(
+                latents.to(device), timesteps, conditioning, self.sampler["guidance_scale"], denoiser
+            )
             return self.schedule.mean(step, latents, output.cpu()), self.schedule.std[step]
 
     def _chosen(self, options: Mapping[str, Any] | None) -> tuple[list[str] | None, NDArray[np.float32] | None]:

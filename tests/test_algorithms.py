@@ -114,15 +114,18 @@ def test_runs_of_different_seeds_share_no_noise(make, settings) -> None:
     assert not (one[:, None] == other[None]).all(axis=(2, 3, 4)).any()
 
 
+@pytest.mark.parametrize("reset", [False, True], ids=["on", "anew"])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_goes_on_after_loading_as_if_nothing_had_happened(name: str, make, settings, tmp_path: Path) -> None:
+def test_goes_on_after_loading_as_if_nothing_had_happened(
+    name: str, reset: bool, make, settings, tmp_path: Path
+) -> None:
     agent = make(name)
     agent.learn(2 * N * T)
     agent.save(tmp_path / "agent")
     saved = weights(agent)
 
     def go_on(agent: Any) -> dict[str, Tensor]:
-        agent.learn(N * T, reset_num_timesteps=False)
+        agent.learn(N * T, reset_num_timesteps=reset)
         return weights(agent)
 
     expected = go_on(agent)
@@ -130,7 +133,7 @@ def test_goes_on_after_loading_as_if_nothing_had_happened(name: str, make, setti
     assert same(weights(loaded), saved)
     assert same(go_on(loaded), expected)
     assert not same(expected, saved)
-    assert loaded.num_timesteps == 3 * N * T
+    assert loaded.num_timesteps == (1 if reset else 3) * N * T
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -297,7 +300,7 @@ def test_steps_are_chosen_by_their_weights(name: str, make, monkeypatch: pytest.
     weights = agent.policy.schedule.output_weights()
     (_, fraction, importance), (_, _, plain) = (args for args in asked if len(args) == 3)
     assert fraction == 0.5
-    torch.testing.assert_close(importance, (weights + 1) / 2 if name == "DPOK" else weights)
+    torch.testing.assert_close(importance, (weights + 1) / 2 if name in ("DPOK", "GRPO") else weights)
     assert plain is None
 
 

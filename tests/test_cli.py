@@ -127,6 +127,10 @@ def test_resume(finished, tmp_path, capsys):
     shutil.copytree(finished, folder)
     assert _train(folder, "--resume") == 2
     assert "ask for more with --pictures" in capsys.readouterr().err
+    (folder / "config.yaml").rename(folder / "away.yaml")
+    assert _train(folder, *TINY) == 2  # the agent of that run would be gone
+    assert "already holds a run" in capsys.readouterr().err
+    (folder / "away.yaml").rename(folder / "config.yaml")
     assert _train(folder, "--resume", "--kl-coef", "0.5") == 2
     assert "leave out --kl-coef" in capsys.readouterr().err
     assert _train(folder, "--resume", "--set", "n_epochs=2") == 2
@@ -390,6 +394,48 @@ def test_another_environment(tiny_sd_folder, tmp_path, capsys):
     assert _sample(tmp_path, folder)[0] == 0
 
 
+def test_the_model_has_moved(tiny_sd_folder, tmp_path, capsys, fresh_models):
+    """And all of its denoiser was trained, which draws with the options of the command."""
+    model, run = shutil.copytree(tiny_sd_folder, tmp_path / "before" / "model"), tmp_path / "run"
+    options = ["--env", "DPOK-SD15-v0", "--model", str(model), "--prompts", "a dog", "--reward", "jpeg-compressibility"]
+    assert _train(run, "--pictures", "2", *options, *TINY, "--lora-rank", "0", "--guidance-scale", "1") == 0
+    moved = (tmp_path / "before").rename(tmp_path / "after") / "model"
+    fresh_models()
+    scores = ["evaluate", str(run), "--pictures", "2", "--device", "cpu"]
+    assert main(scores) == 2
+    assert str(model) in capsys.readouterr().err
+    assert main([*scores, "--model", str(moved)]) == 0
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(model), str(moved)))
+    assert _train(run, "--resume", "--pictures", "4") == 0
+    drawn = []
+    for guidance_scale in ("1", "5"):
+        code, out = _sample(tmp_path, run, "--guidance-scale", guidance_scale, "--num-inference-steps", "3")
+        assert code == 0
+        drawn.append(np.asarray(Image.open(out)))
+    assert not np.array_equal(*drawn)
+    assert _sample(tmp_path, run, "--dtype", "bfloat16")[0] == 2
+    assert "leave out --dtype" in capsys.readouterr().err
+
+
+def test_a_folder_of_that_name_does_not_make_a_prompt_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cat").mkdir()
+    assert Config.of(Train(env="DPOK-SD15-v0", prompts="cat")).env_kwargs["prompts"] == "cat"
+    (tmp_path / "dog").write_text("a dog")
+    assert Config.of(Train(env="DPOK-SD15-v0", prompts="dog")).env_kwargs["prompts"] == str(tmp_path / "dog")
+
+
+def test_an_environment_of_another_module(tmp_path, monkeypatch):
+    register = "dpok_gym:DenoisingVectorEnv"
+    text = f"import gymnasium\ngymnasium.register('Mine-v0', vector_entry_point={register!r}, kwargs={{'eta': 0.5}})\n"
+    (tmp_path / "my_envs.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Config.of(Train(env="my_envs:Mine-v0")).env_kwargs["eta"] == 0.5
+    with pytest.raises(ValueError, match="there is no environment 'no_envs:Mine-v0'"):
+        Config.of(Train(env="no_envs:Mine-v0"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -406,12 +452,16 @@ def test_another_environment(tiny_sd_folder, tmp_path, capsys):
         (["--pictures", "0"], "pictures must be at least 1"),
         (["--eval-pictures", "0"], "eval_pictures must be at least 1"),
         (["--seed", "-1"], "seed"),
+        (["--prompts", ""], "blank"),
+        (["--reward", ""], "a reward is written NAME"),
+        (["--dtype", "float16"], "use dtype='bfloat16'"),
+        (["--set", "model_kwargs=3"], "model_kwargs must be a mapping such as {name: value} or null, not 3"),
         (["--timestep-fraction", "2"], "timestep_fraction"),
         (["--device", "abacus"], "abacus"),
         (["--resume"], "no run folder"),
         (["--set", "kl_coef"], "a setting is written NAME=VALUE, not 'kl_coef'"),
         (["--set", "n_epochs=2", "=3"], "a setting is written NAME=VALUE, not '=3'"),
-        (["--set", "kl_coefficient=1"], "dpok has no setting kl_coefficient; it has batch_size, clip_range, "),
+        (["--set", "kl_coefficient=1"], "dpok has no setting kl_coefficient; it has autocast, batch_size, "),
         (["--set", "kl_in=advantage"], "kl_in must be one of"),
         (["--set", "n_epochs=["], "the value of 'n_epochs=[' cannot be read"),
         (["--set", "n_epochs=two"], "n_epochs must be an integer, not 'two'"),
@@ -420,7 +470,10 @@ def test_another_environment(tiny_sd_folder, tmp_path, capsys):
         (["--set", "batch_size=2.5"], "batch_size must be an integer or null, not 2.5"),
         (["--set", "normalize_advantage=2"], "normalize_advantage must be true or false or a word, not 2"),
         (["--set", "normalize_advantage=mean"], "normalize_advantage must be one of"),
-        (["--algo", "rwr", "--set", "group_size=2", "n=2"], "rwr has no setting group_size, n; it has batch_size, "),
+        (
+            ["--algo", "rwr", "--set", "group_size=2", "n=2"],
+            "rwr has no setting group_size, n; it has autocast, batch_size, ",
+        ),
         (["--algo", "ddpo", "--kl-coef", "0.1"], "ddpo has no setting kl_coef; it has advantage_clip, "),
         (["--algo", "sft", "--clip-range", "0.1"], "sft has no setting clip_range"),
         (["--algo", "grpo", "--preset", "paper"], "the preset 'paper' is one of dpok; leave it out for grpo"),
@@ -579,13 +632,17 @@ def test_settings_are_typed():
         "micro_batch_size": "auto",
         "vf_batch_size": None,
     }
-    texts = tuple(f"{name}={json.dumps(value)}" for name, value in expected.items())
-    settings = Config.of(Train(set=texts)).algo_kwargs
+    elsewhere = {"max_batch_size": 8, "target_modules": ["to_q"], "eta": 0.5, "model_kwargs": {"vae_tiling": True}}
+    texts = tuple(f"{name}={json.dumps(value)}" for name, value in (expected | elsewhere).items())
+    config = Config.of(Train(set=texts))
+    settings = config.algo_kwargs
+    further = settings["policy_kwargs"] | config.env_kwargs
+    assert {name: further[name] for name in elsewhere} == elsewhere
     found = {name: settings[name] for name in expected}
     assert found == expected
     assert [type(value) for value in found.values()] == [type(value) for value in expected.values()]
     others = Config.of(Train()).algo_kwargs
-    assert {name for name in others if others[name] != settings[name]} == set(expected)
+    assert {name for name in others if others[name] != settings[name]} == {*expected, "policy_kwargs"}
     assert Config.of(Train(algo="rwr", set=("sparse_fraction=0.25",))).algo_kwargs["sparse_fraction"] == 0.25
 
 

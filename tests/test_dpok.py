@@ -324,6 +324,10 @@ def test_falling_learning_rate(make_agent, tmp_path: Path) -> None:
     agent.learn(4 * UPDATE)
     assert logged(agent, "train/learning_rate") == pytest.approx(0.1)  # the last update is made at the end
     assert make_agent(learning_rate=0.5).lr_schedule(0) == 0.5
+    # A last rollout that goes beyond the total does not turn the gradient around.
+    agent.learn(UPDATE + 1)
+    assert agent.num_timesteps == 2 * UPDATE
+    assert logged(agent, "train/learning_rate") == pytest.approx(0.1)
 
 
 def test_larger_kl_coef_keeps_the_model_nearer(make_agent) -> None:
@@ -734,7 +738,7 @@ def test_unmasked_rewards_are_errors(make_env, make_agent) -> None:
         ({"normalize_advantage": "mean"}, "normalize_advantage must be one of True, False, 'center', got 'mean'"),
         ({"kl_coef": -0.1}, "kl_coef must be a number of at least 0, got -0.1"),
         ({"kl_coef": math.nan}, "kl_coef must be a number of at least 0, got nan"),
-        ({"clip_range": -1.0}, "clip_range must be a number of at least 0"),
+        ({"clip_range": 0.0}, "clip_range must be a number above 0, got 0"),
         ({"reward_weight": math.inf}, "reward_weight must be a number of at least 0"),
         ({"policy_kwargs": {"lora_rank": -1}}, "rank must be at least 1"),
         ({"policy_kwargs": {"target_modules": ["to_x"]}}, "no layer of the denoiser ends in"),

@@ -1,3 +1,4 @@
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from agents import DPOK, DenoisingPolicy, Evaluation, evaluate
 from agents.evaluation import draw, spread
-from dpok_gym import DenoisingVectorEnv
+from dpok_gym import DenoisingVectorEnv, pretrained_policy
 from dpok_gym.models.lora import LoRA
 
 PROMPTS = ["a green star", "three green squares", "a red circle and a blue square"]
@@ -175,8 +176,33 @@ def test_running_normalisation_is_left_out():
 def test_the_best_is_never_one_without_a_reward():
     pictures = np.zeros((4, 2, 2, 3), np.uint8)
     values = np.array([np.nan, -3.0, -2.0, -1.0])
-    found = Evaluation(["a"] * 4, pictures, np.array([0.0, -3.0, -2.0, -1.0]), {"r": values}, np.zeros((4, 1)))
+    found = Evaluation(["a"] * 4, pictures, values, {"r": values}, np.zeros((4, 1)))
     assert found.best_of(2).reward.tolist() == [-3.0, -1.0]
     for n in (0, 3):
         with pytest.raises(ValueError, match="4 pictures cannot be split into groups"):
             found.best_of(n)
+
+
+def test_pictures_without_a_reward_do_not_count():
+    def every_other(images, prompts):
+        return torch.tensor([-1.0, torch.nan, -3.0, torch.inf])[: len(images)]
+
+    env = DenoisingVectorEnv(
+        4, reward=every_other, non_finite="mask", num_inference_steps=1, decode_batch_size=4, device="cpu"
+    )
+    found = draw(env.pretrained_transition, env, ["a green star"] * 4, 5)
+    np.testing.assert_array_equal(found.reward, [-1.0, np.nan, -3.0, np.nan])
+    assert found.mean_reward == found.mean("every_other") == -2.0
+
+
+def test_what_is_handed_over_must_be_of_the_right_kind():
+    env = _env(1)
+    policy = _policy(env)
+    with pytest.raises(TypeError, match="must be a DenoisingPolicy, such as"):
+        evaluate(pretrained_policy(env), env, PROMPTS, 5)
+    with pytest.raises(TypeError, match=r"must be one that gymnasium\.make_vec makes"):
+        evaluate(policy, gymnasium.make("DPOK-Shapes-v0", num_inference_steps=2), PROMPTS, 5)
+    with pytest.raises(ValueError, match="are a list of texts; give at least one, not 'a green star'"):
+        evaluate(policy, env, "a green star", 5)
+    wrapped = gymnasium.wrappers.vector.RecordEpisodeStatistics(env)
+    assert _same(evaluate(policy, wrapped, PROMPTS[:1], 5), evaluate(policy, env, PROMPTS[:1], 5))

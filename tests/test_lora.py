@@ -1,5 +1,6 @@
 """Low-rank changes of a denoiser: on, off, several at once, and in diffusers' own file format."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -249,3 +250,14 @@ def test_layers_by_name(network: UNet2DConditionModel) -> None:
     }
     with pytest.raises(ValueError, match="there is no choice of layers 'some'; there are attention, all"):
         LoRA(network, 2, "some")
+
+
+def test_the_scale_of_other_tools(network: UNet2DConditionModel, tmp_path: Path) -> None:
+    """diffusers notes alpha and rank where they differ, and scales the change by alpha / rank."""
+    path = trained(network, rank=2).save(tmp_path)
+    plain = LoRA.from_folder(network, tmp_path)
+    note = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 6})}
+    save_file(load_file(path), path, note)
+    scaled = LoRA.from_folder(network, tmp_path)
+    for (name, one), other in zip(plain.parameters.items(), scaled.parameters.values(), strict=True):
+        torch.testing.assert_close(other, 3 * one if ".lora_B." in name else one)

@@ -131,6 +131,15 @@ def test_weights_of_another_size(broken: Path) -> None:
     assert_cannot_be_loaded(broken)
 
 
+def test_tokenizer_without_a_vocabulary(broken: Path) -> None:
+    folder = broken / "tokenizer"
+    words = json.loads((folder / "tokenizer_config.json").read_text())
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    assert_cannot_be_loaded(broken, "vocabulary")
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[1"])
 def test_damaged_index(broken: Path, content: str) -> None:
     (broken / "model_index.json").write_text(content)

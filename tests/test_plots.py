@@ -160,3 +160,12 @@ def test_read_log(tmp_path):
     rows = plots.read_log(tmp_path / "progress.csv")
     assert rows[:2] == [{"a": 1.0}, {"a": 2.5, "b/c": 3.0}]
     assert np.isnan(rows[2]["b/c"])
+
+
+def test_prompts_are_no_formulas(tmp_path, figures):
+    prompts = ["$5 cut to $4_$"] * 2
+    evaluation = _evaluation(prompts, [True, False])
+    plots.picture_grid(evaluation.pictures, prompts, tmp_path / "grid.png", prompts[0])
+    plots.before_after(evaluation, evaluation, tmp_path / "pairs.png", prompts[0], ("pre-trained", "DPOK"))
+    for figure in figures:
+        _check_texts(figure)

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from agents import DenoisingPolicy
+from agents import DPOK, DenoisingPolicy
 from dpok_gym import DenoisingVectorEnv, diffusion
 from dpok_gym.memory import BatchSize
 
@@ -364,3 +364,16 @@ def test_autocast(make_env) -> None:
 def test_bad_arguments(make_env, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_policy(make_env(), **kwargs)
+
+
+def test_half_precision_cannot_be_trained(make_env) -> None:
+    with pytest.raises(ValueError, match=r"lost in the digits of bfloat16.*or train a LoRA"):
+        make_policy(make_env(dtype="bfloat16"), lora_rank=0)
+    with pytest.raises(ValueError, match=r"float16 can draw but not learn.*use dtype='bfloat16'"):
+        DPOK("DenoisingPolicy", make_env(dtype="float16"), device="cpu")
+
+
+def test_the_environment_decides_how_to_sample(make_env) -> None:
+    kwargs = {"num_inference_steps": 4, "guidance_scale": 2.0, "lora_rank": 2}
+    with pytest.raises(ValueError, match="the environment decides guidance_scale, num_inference_steps"):
+        DPOK("DenoisingPolicy", make_env(), device="cpu", policy_kwargs=kwargs)

@@ -422,3 +422,19 @@ class TestShapes:
         assert not torch.equal(before.total, after.total)
         reward(pictures[:1], ["a red circle"])
         assert len(calls) == 4
+
+
+def test_a_definition_may_be_run_again(images):
+    """As the cell of a notebook is."""
+    for value in (1.0, 2.0):
+
+        class Constant:
+            def __call__(self, images, prompts, value=value):
+                return torch.full((len(images),), value)
+
+        Constant.__qualname__ = "Constant"  # not local to this test
+        register_reward("constant", Constant)
+        assert make_reward("constant")(images, PROMPTS).total.tolist() == [value] * len(images)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'constant' is already registered"):
+            register_reward("constant", lambda: length)

@@ -218,3 +218,13 @@ def test_bad_calls() -> None:
     spoilt[2, 0, 0, 0] = np.nan
     with pytest.raises(ValueError, match="NaN or infinity"):
         env.step(spoilt)
+
+
+def test_seeds_are_told() -> None:
+    env = make(num_inference_steps=np.int64(T))
+    first, _ = env.reset(seed=np.int64(5))
+    assert env.np_random_seed == (5, 6, 7)
+    second, _ = env.reset(seed=[np.int64(5), None, 9])
+    assert env.np_random_seed == (5, 6, 9)
+    same = [np.array_equal(one, other) for one, other in zip(first["latent"], second["latent"], strict=True)]
+    assert same == [True, False, False]

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from dpok_gym.completeness import describe_wrong_weights, has_vocabulary
 from dpok_gym.models.stable_diffusion import StableDiffusion, StableDiffusionXL
-from dpok_gym.weights import describe_wrong_weights
 
 FAMILIES: dict[str, tuple[type[StableDiffusion], Any]] = {
     "StableDiffusionPipeline": (StableDiffusion, StableDiffusionPipeline),
@@ -75,7 +75,7 @@ def _parts_of_folder(
     weights: dict[str, Any] = {"variant": variant, "use_safetensors": None if allow_pickle else True}
     # The parts are loaded one by one: the pipeline class would import image processors that nobody needs.
     parts = {
-        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        "tokenizer": _load_tokenizer(folder / "tokenizer"),
         "text_encoder": _load_text_encoder(CLIPTextModel, folder / "text_encoder", dtype=dtype, **weights),
         "unet": UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **weights),
         "vae": AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **weights),
@@ -83,10 +83,17 @@ def _parts_of_folder(
     }
     if family is StableDiffusionXL:
         second = folder / "text_encoder_2"
-        parts["tokenizer_2"] = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+        parts["tokenizer_2"] = _load_tokenizer(folder / "tokenizer_2")
         parts["text_encoder_2"] = _load_text_encoder(CLIPTextModelWithProjection, second, dtype=dtype, **weights)
         parts["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)
     return family, parts
+
+
+def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    if not has_vocabulary(tokenizer):
+        raise ValueError(f"its {folder.name} has no vocabulary")
+    return tokenizer
 
 
 def _load_text_encoder(network_class: Any, folder: Path, **kwargs: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,8 @@ from weakref import WeakKeyDictionary
 
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -188,13 +189,16 @@ def _read(folder: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"there is no LoRA at {folder}: expected a file {FILE_NAME}, as save_lora() writes it")
     try:
-        state = load_file(path)
+        with safe_open(path, "pt") as file:
+            found = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+            config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     except SafetensorError as error:
         raise ValueError(f"the LoRA file {path} is damaged ({error}); write or copy it again") from error
-    found = {key.removeprefix(PREFIX): value for key, value in state.items()}
     if not any(key.endswith(".lora_A.weight") for key in found):
         raise ValueError(f"the file {path} holds no LoRA weights")
-    return found
+    # What other tools write may be scaled by alpha / rank, as diffusers notes it; there is no scale here.
+    scale = config.get(f"{PREFIX}lora_alpha", 1) / config.get(f"{PREFIX}r", 1)
+    return {key: value * scale if key.endswith(".lora_B.weight") else value for key, value in found.items()}
 
 
 def _rank(state: dict) -> int:

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dpok_gym.completeness import has_vocabulary
+
 StateDict = dict[str, Tensor]
 PathLike = str | os.PathLike[str]
 Loaded = TypeVar("Loaded")
@@ -81,8 +83,7 @@ def load_tokenizer(reward: str, what: str, source: PathLike, tokenizer_class: An
 
     def load(name: str) -> Any:
         tokenizer = tokenizer_class.from_pretrained(name)
-        # transformers makes an empty one of a folder without a vocabulary, and every word would be unknown to it.
-        if tokenizer.vocab_size <= len(set(tokenizer.all_special_ids)):
+        if not has_vocabulary(tokenizer):
             raise ValueError("it has no vocabulary")
         return tokenizer
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from dpok_gym.completeness import describe_wrong_weights
 from dpok_gym.rewards.checkpoints import PathLike, StateDict, from_hub, load_tokenizer, rename
-from dpok_gym.weights import describe_wrong_weights
 
 #: Any repository with CLIP's vocabulary will do: OpenAI's and LAION's models share it.
 TOKENIZER = "openai/clip-vit-large-patch14"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dpok_gym.checks import integer
+
 
 class NetworkReward:
     """A reward that a network gives: on a device, in a number format, some pictures at a time.
@@ -35,10 +37,8 @@ class NetworkReward:
             dtype = "float16" if self.half_on_gpu and self.device.type == "cuda" else "float32"
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self.batch_size = batch_size
+        self.batch_size = integer("batch_size", batch_size)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Judges at most ``batch_size`` pictures.

@@ -205,6 +205,8 @@ def fit(
         if not state["best"]:
             raise
         interrupted = True
+    if not state["best"]:
+        raise ValueError("the held-out loss was not finite after any epoch; try a smaller learning rate")
     # Rounded as in the folder, so that what is measured is what is kept.
     network.load_state_dict({name: weight.half().float() for name, weight in state["best"].items()})
     network.eval().requires_grad_(False)

@@ -29,7 +29,8 @@ def register_reward(name: str, factory: RewardFactory | str) -> None:
 
     Raises:
         TypeError: if the factory is neither callable nor a string.
-        ValueError: if the name is blank or already stands for another factory, or the string has no colon.
+        ValueError: if the name is blank or already stands for another factory, or the string has no colon. A class or
+            function that was defined anew, as a notebook's cell does, replaces itself.
     """
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"a reward's name must be a text that is not blank, not {name!r}")
@@ -37,8 +38,18 @@ def register_reward(name: str, factory: RewardFactory | str) -> None:
         raise TypeError(f"the factory of the reward {name!r} must be a callable or 'module:function', not {factory!r}")
     if isinstance(factory, str) and not all(factory.partition(":")):
         raise ValueError(f"the factory of the reward {name!r} must be written 'module:function', not {factory!r}")
-    if _FACTORIES.setdefault(name, factory) != factory:
-        raise ValueError(f"the reward {name!r} is already registered, as {_FACTORIES[name]!r}; choose another name")
+    known = _FACTORIES.get(name, factory)
+    if _definition(known) != _definition(factory):
+        raise ValueError(f"the reward {name!r} is already registered, as {known!r}; choose another name")
+    if known is not factory:
+        _load.cache_clear()
+    _FACTORIES[name] = factory
+
+
+def _definition(factory: RewardFactory | str) -> Any:
+    """What stays the same when the same code runs again."""
+    name = getattr(factory, "__qualname__", "<")
+    return factory if "<" in name else (factory.__module__, name)
 
 
 def list_rewards() -> list[str]:

@@ -36,6 +36,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpok_gym.checks import integer
 from dpok_gym.images import to_uint8
 
 if TYPE_CHECKING:
@@ -96,9 +97,7 @@ class RemoteReward:
             raise ValueError(f"a remote reward needs one address or several different ones, not {self.urls}")
         for url in self.urls:
             _check_address(url)
-        for argument, value, least in (("attempts", attempts, 1), ("batch_size", batch_size, 1)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{argument} must be an integer of at least {least}, got {value!r}")
+        attempts, batch_size = integer("attempts", attempts), integer("batch_size", batch_size)
         if not (0 < timeout < math.inf and 0 <= backoff < math.inf):
             raise ValueError(f"timeout must be positive and backoff at least 0 seconds, got {timeout} and {backoff}")
         if image_format not in ("png", "jpeg"):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 
-def at_least_one(name: str, value: int) -> int:
-    """Checks a number of things."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return value
+def integer(name: str, value: int, least: int = 1) -> int:
+    """Checks a number of things, which may be one of NumPy's."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return int(value)
 
 
 def not_negative(name: str, value: float) -> float:

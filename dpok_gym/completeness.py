@@ -1,4 +1,4 @@
-"""What transformers only warns of: a network with random weights where its files have none."""
+"""What transformers at most warns of: parts of a model that were not in its files."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def describe_wrong_weights(loading_info: Mapping[str, Any]) -> str:
     mismatched = (key if isinstance(key, str) else key[0] for key in loading_info["mismatched_keys"])
     wrong = sorted([*loading_info["missing_keys"], *mismatched])
     return f"lacks {len(wrong)} weights or has them in another shape, such as {', '.join(wrong[:3])}" if wrong else ""
+
+
+def has_vocabulary(tokenizer: Any) -> bool:
+    """Whether a tokenizer knows any word: of a folder without a vocabulary one is made that knows none."""
+    return tokenizer.vocab_size > len(set(tokenizer.all_special_ids))
