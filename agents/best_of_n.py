@@ -13,7 +13,7 @@ from agents.supervised import Supervised, same_prompt
 class BestOfN(Supervised):
     """Minimises E[ -log p_theta(x_0 | z) ] over the best of each n pictures of the pre-trained model.
 
-    What is distilled so can also be had without any training, at n times the cost of each picture:
+    The same choice works without any training, at n times the cost of each picture:
     ``evaluate(..., best_of=n)``.
 
     Args:
@@ -24,7 +24,7 @@ class BestOfN(Supervised):
         **kwargs: further arguments of :class:`~agents.supervised.Supervised`.
 
     Raises:
-        ValueError: if an argument is out of range, or the environment is none that a denoising policy can act in.
+        ValueError: if an argument is out of range, or the environment is no denoising environment.
     """
 
     def __init__(self, policy: Any = "DenoisingPolicy", env: Any = None, *, n: int = 8, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from agents.on_policy import DenoisingAlgorithm
 
 
 class ProgressCallback(BaseCallback):
-    """A progress bar in pictures, with the rollout's mean reward and what the last update says of itself.
+    """A progress bar in pictures, with the rollout's mean reward and the last update's statistics.
 
     Args:
         pictures: that the training will draw in the end.

@@ -35,7 +35,7 @@ class DDPO(PolicyGradient):
 
     Raises:
         ValueError: if an argument is out of range, DDPO_SF is to take several steps on a rollout, or the environment
-            is none that a denoising policy can act in.
+            is no denoising environment.
     """
 
     def __init__(

@@ -106,7 +106,7 @@ class DPOK(PolicyGradient):
             (``clipping="pessimistic"``), its code clamps the ratio.
 
     Raises:
-        ValueError: if an argument is out of range, or the environment is none that a denoising policy can act in.
+        ValueError: if an argument is out of range, or the environment is no denoising environment.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         _init_setup_model: SB3's own.
 
     Raises:
-        ValueError: if an argument is out of range, or the environment is none that a denoising policy can act in.
+        ValueError: if an argument is out of range, or the environment is no denoising environment.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"DenoisingPolicy": DenoisingPolicy}

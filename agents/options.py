@@ -232,7 +232,7 @@ class FitReward:
     out: Annotated[Path, _auto("FOLDER", "none: it must be given")]
     """Folder to write; it must not hold a reward already."""
     start: Annotated[Path | None, _auto("FOLDER", "none: learn from nothing")] = None
-    """Reward to start from, written by this command; fewer choices do then, but its words are all that it knows."""
+    """Reward to start from, written by this command; fewer choices are enough then, of prompts with its words only."""
     held_out: float = 0.1
     """Share of the choices that is measured on and not learned from, above 0 and below 1; no picture is on both sides.
     """

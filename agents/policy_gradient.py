@@ -38,7 +38,7 @@ class PolicyGradient(DenoisingAlgorithm):
         **kwargs: further arguments of :class:`~agents.on_policy.DenoisingAlgorithm`; batches are of transitions.
 
     Raises:
-        ValueError: if an argument is out of range, or the environment is none that a denoising policy can act in.
+        ValueError: if an argument is out of range, or the environment is no denoising environment.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ class RewardWeightedSFT(Supervised):
         **kwargs: further arguments of :class:`~agents.supervised.Supervised`.
 
     Raises:
-        ValueError: if an argument is out of range, or the environment is none that a denoising policy can act in.
+        ValueError: if an argument is out of range, or the environment is no denoising environment.
     """
 
     def __init__(

@@ -51,7 +51,8 @@ class Supervised(DenoisingAlgorithm):
 
         E[ w(x_0, z) || output_theta(x_t, t, z) - target ||^2 ],   x_t ~ q(x_t | x_0), t one of the sampler's timesteps.
 
-    Subclasses say what the weights w are. Without guidance, as diffusion models are trained.
+    Subclasses say what the weights w are. Without guidance, as diffusion models are trained. SB3's callbacks are asked
+    after each step of the drawing and at the ends of rollouts; nothing asks them between optimiser steps.
 
     Args:
         policy: "DenoisingPolicy", or a subclass of it.
@@ -62,7 +63,7 @@ class Supervised(DenoisingAlgorithm):
         **kwargs: further arguments of :class:`~agents.on_policy.DenoisingAlgorithm`.
 
     Raises:
-        ValueError: if an argument is out of range, or the environment is none that a denoising policy can act in.
+        ValueError: if an argument is out of range, or the environment is no denoising environment.
     """
 
     def __init__(

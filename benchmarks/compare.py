@@ -46,7 +46,7 @@ _WITHIN_TASKS = ("reward",)
 
 _EXPLANATION = """\
 Interquartile means over {seeds} seeds (of three runs the mean, of five that of the middle three), with 95 % bootstrap
-intervals, which of so few runs are rather too narrow; for all tasks, means over tasks. KL: of the trajectories, in nats
+intervals, probably too narrow with so few runs; for all tasks, means over tasks. KL: of the trajectories, in nats
 per picture; of the best of n, the bound log n - (n - 1) / n. Calls: passes of the denoiser over one picture, without
 backward passes; those to train are of a whole run, those to draw of a delivered picture. Seconds: of one core.
 """

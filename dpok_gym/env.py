@@ -20,7 +20,7 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     ## Description
 
     A diffusion model draws a picture by removing noise from it T times. Each removal is a sample from a Gaussian
-    p(x_{t-1} | x_t, z) that depends on the prompt z. Seen as a Markov decision process (Black et al. 2023, Fan et al.
+    p(x_{t-1} | x_t, z) that depends on the prompt z. Seen as a Markov decision process (Black et al. 2024, Fan et al.
     2023), that sample is the action, and whoever chooses it is the policy: the pre-trained model to begin with
     (:func:`dpok_gym.pretrained_policy`), then the model that reinforcement learning makes of it.
 
@@ -81,7 +81,7 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     ## References
 
     Fan et al. (2023), DPOK: Reinforcement Learning for Fine-tuning Text-to-Image Diffusion Models.
-    Black et al. (2023), Training Diffusion Models with Reinforcement Learning.
+    Black et al. (2024), Training Diffusion Models with Reinforcement Learning.
     Song et al. (2021), Denoising Diffusion Implicit Models.
 
     ## Version History

@@ -8,15 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -25,9 +19,11 @@ from transformers.utils.logging import disable_progress_bar
 from dpok_gym.completeness import describe_wrong_weights, has_vocabulary
 from dpok_gym.models.stable_diffusion import StableDiffusion, StableDiffusionXL
 
-FAMILIES: dict[str, tuple[type[StableDiffusion], Any]] = {
-    "StableDiffusionPipeline": (StableDiffusion, StableDiffusionPipeline),
-    "StableDiffusionXLPipeline": (StableDiffusionXL, StableDiffusionXLPipeline),
+#: What reads the parts of each of diffusers' pipelines, by its name: importing those takes time, and warns of image
+#: processors that nobody needs.
+FAMILIES: dict[str, type[StableDiffusion]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
 }
 
 #: Parts of a pipeline that are not needed to draw: not loaded, and not downloaded.
@@ -71,9 +67,8 @@ def _parts_of_folder(
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     if index["_class_name"] not in FAMILIES:
         raise ValueError(_unsupported(index["_class_name"]))
-    family, _ = FAMILIES[index["_class_name"]]
+    family = FAMILIES[index["_class_name"]]
     weights: dict[str, Any] = {"variant": variant, "use_safetensors": None if allow_pickle else True}
-    # The parts are loaded one by one: the pipeline class would import image processors that nobody needs.
     parts = {
         "tokenizer": _load_tokenizer(folder / "tokenizer"),
         "text_encoder": _load_text_encoder(CLIPTextModel, folder / "text_encoder", dtype=dtype, **weights),
@@ -120,9 +115,9 @@ def _parts_of_file(
     is_xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
     if not is_xl and not any(key.startswith("cond_stage_model.") for key in keys):
         raise ValueError("it holds no Stable Diffusion 1.x, 2.x or XL with its text encoders")
-    family, pipeline_class = FAMILIES["StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"]
+    kind = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
     try:
-        pipeline = pipeline_class.from_single_file(str(path), torch_dtype=dtype, config=config, **_UNUSED)
+        pipeline = getattr(diffusers, kind).from_single_file(str(path), torch_dtype=dtype, config=config, **_UNUSED)
     except OSError as error:
         raise OSError(
             f"{error} (a single file does not tell its architecture: pass the diffusers folder of a model of the same "
@@ -132,7 +127,7 @@ def _parts_of_file(
     parts["scheduler_config"] = parts.pop("scheduler").config
     if is_xl:
         parts["force_zeros_for_empty_prompt"] = pipeline.config.force_zeros_for_empty_prompt
-    return family, parts
+    return FAMILIES[kind], parts
 
 
 def _unsupported(pipeline: str) -> str:
