@@ -51,86 +51,118 @@ _FEW = 16  # pictures of the evaluation of a run that was interrupted
 
 def train(options: Train) -> int:
     """Trains, evaluates before and after, and writes the run folder."""
-    folder, config = _begin(options)
-    console = Console()
-    env = config.make_env(config.n_envs)
-    agent = _make_agent(config, folder, env)
-    prompts = spread(env.prompts.train, config.eval_pictures)
-    judge = config.make_evaluation_env(len(prompts))
-    last = _read_summary(folder)
-    drawn = agent.num_timesteps // len(env.schedule)
-    is_complete = last.get("pictures") == drawn and not last["interrupted"]  # not so while pictures are to be compared
-    if is_complete and agent.is_done(config.pictures * len(env.schedule)):
-        raise ValueError(f"the run in {folder} has drawn its {drawn} pictures; ask for more with --pictures")
+    run = _Run(*_begin(options))
+    run.begin()
+    try:
+        before = run.draw("pre-trained")
+        run.learn()
+        after = run.draw("fine-tuned")
+    except KeyboardInterrupt:
+        run.interrupted = True
+        _say(run.console, "interrupted: saving what there is (Ctrl-C again leaves at once)")
+        # In this order a second interruption costs only what is not written yet.
+        run.save()
+        run.evaluate_on(run.prompts[:_FEW])
+        before, after = run.draw("pre-trained"), run.draw("fine-tuned")
+    except Exception:  # a reward's server has gone, for example
+        run.interrupted = True
+        if run.agent.num_timesteps and all(weights.isfinite().all() for weights in run.agent.policy.parameters()):
+            run.save()
+            _say(run.console, f"stopped by an error; what was learned is kept: {run.how_to_go_on}")
+        raise
+    finally:
+        run.progress.close()
+    run.report(before, after)
+    return 130 if run.interrupted else 0
 
-    folder.mkdir(parents=True, exist_ok=True)
-    config.write(folder)
-    _say(console, f"writing to {folder}")
-    progress = ProgressCallback(math.ceil(config.pictures / config.n_envs) * config.n_envs)
-    interrupted = False
 
-    def summary(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+class _Run:
+    """One training in its folder.
+
+    Raises:
+        ValueError: if it is complete already.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder, self.config, self.console = folder, config, Console()
+        self.env = config.make_env(config.n_envs)
+        self.agent = _make_agent(config, folder, self.env)
+        self.evaluate_on(spread(self.env.prompts.train, config.eval_pictures))
+        self.progress = ProgressCallback(math.ceil(config.pictures / config.n_envs) * config.n_envs)
+        self.interrupted = False
+        self.how_to_go_on = f"dpok train --resume --out {folder}"
+        self._last, self._drawn_before = _read_summary(folder), self.pictures
+        is_evaluated = self._last.get("pictures") == self.pictures and not self._last["interrupted"]
+        if is_evaluated and self.agent.is_done(config.pictures * len(self.env.schedule)):
+            raise ValueError(
+                f"the run in {folder} has drawn its {self.pictures} pictures; ask for more with --pictures"
+            )
+
+    @property
+    def pictures(self) -> int:
+        """Drawn in training so far."""
+        return self.agent.num_timesteps // len(self.env.schedule)
+
+    def evaluate_on(self, prompts: list[str]) -> None:
+        self.prompts, self._judge = prompts, self.config.make_evaluation_env(len(prompts))
+
+    def begin(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.config.write(self.folder)
+        _say(self.console, f"writing to {self.folder}")
+        save_agent(self.agent, self.folder)
+
+    def draw(self, model: str) -> Evaluation:
+        """The evaluation of the "pre-trained" model or the "fine-tuned" one."""
+        _say(self.console, f"drawing {len(self.prompts)} pictures with the {model} model")
+        seed = self.config.evaluation_seed
+        return evaluate_policy(self.agent.policy, self._judge, self.prompts, seed, reference=model == "pre-trained")
+
+    def learn(self) -> None:
+        self.agent.set_logger(_make_logger(self.folder, self._drawn_before, self.agent._n_updates))
+        self.agent.learn(
+            max(self.config.pictures - self._drawn_before, 0) * len(self.env.schedule),
+            [self.progress, SaveCallback(self.folder)],
+            reset_num_timesteps=not self._drawn_before,
+        )
+        self.agent.logger.close()
+        save_agent(self.agent, self.folder)
+
+    def save(self) -> None:
+        """What there is, without evaluations."""
+        self.progress.close()
+        save_agent(self.agent, self.folder)
+        _write_json(self.folder / SUMMARY, self._summary(None, None))
+        _draw_curve(self.folder, self.config)
+
+    def report(self, before: Evaluation, after: Evaluation) -> None:
+        """Summary, figures, and a table on the screen."""
+        summary = self._summary(before, after)
+        _write_json(self.folder / SUMMARY, summary)
+        _draw_curve(self.folder, self.config)
+        title, labels = _title(self.config), ("pre-trained", f"{self.config.algo.upper()},\n{self.pictures:,} pictures")
+        plots.before_after(before, after, self.folder / "before_after.png", title, labels)
+        table = _table(f"{title} (means of {len(before)} pictures)", summary)
+        table.add_section()
+        table.add_row("pictures drawn in training", "", f"{self.pictures:,}")
+        table.add_row("seconds of training", "", f"{summary['seconds']:,}")
+        self.console.print(table)
+        if self.interrupted:
+            _say(self.console, f"interrupted; go on with: {self.how_to_go_on}")
+
+    def _summary(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+        config, prompts = self.config, self.env.prompts
         return {
             "env": config.env,
             "algo": config.algo,
             "preset": config.preset,
-            "prompts": env.prompts.train[0] if env.prompts.name == "text" else env.prompts.name,
+            "prompts": prompts.train[0] if prompts.name == "text" else prompts.name,
             "model": config.env_kwargs["model"],
             "seed": config.seed,
-            "pictures": agent.num_timesteps // len(env.schedule),
-            "seconds": round(last.get("seconds", 0.0) + progress.seconds, 1),
-            "interrupted": interrupted,
+            "pictures": self.pictures,
+            "seconds": round(self._last.get("seconds", 0.0) + self.progress.seconds, 1),
+            "interrupted": self.interrupted,
         } | _scores(before, after)
-
-    try:
-        save_agent(agent, folder)
-        console.print(f"drawing {len(prompts)} pictures with the pre-trained model")
-        before = evaluate_policy(agent.policy, judge, prompts, config.evaluation_seed, reference=True)
-        agent.set_logger(_make_logger(folder, drawn, agent._n_updates))
-        agent.learn(
-            max(config.pictures - drawn, 0) * len(env.schedule),
-            [progress, SaveCallback(folder)],
-            reset_num_timesteps=not drawn,
-        )
-        agent.logger.close()
-        save_agent(agent, folder)
-        console.print(f"drawing {len(prompts)} pictures with the fine-tuned model")
-        after = evaluate_policy(agent.policy, judge, prompts, config.evaluation_seed)
-    except KeyboardInterrupt:
-        interrupted = True
-        console.print("interrupted: saving what there is (Ctrl-C again leaves at once)")
-    except Exception:  # a reward's server has gone, for example
-        interrupted = True
-        progress.close()
-        if agent.num_timesteps and all(weights.isfinite().all() for weights in agent.policy.parameters()):
-            save_agent(agent, folder)
-            _write_json(folder / SUMMARY, summary(None, None))
-            _say(console, f"stopped by an error; what was learned is kept: dpok train --resume --out {folder}")
-        raise
-    finally:
-        progress.close()
-    if interrupted:
-        # In this order a second interruption costs only what is not written yet.
-        save_agent(agent, folder)
-        _write_json(folder / SUMMARY, summary(None, None))
-        _draw_curve(folder, config)
-        prompts = prompts[:_FEW]
-        judge = config.make_evaluation_env(len(prompts))
-        before = evaluate_policy(agent.policy, judge, prompts, config.evaluation_seed, reference=True)
-        after = evaluate_policy(agent.policy, judge, prompts, config.evaluation_seed)
-    written = summary(before, after)
-    _write_json(folder / SUMMARY, written)
-    _draw_curve(folder, config)
-    labels = "pre-trained", f"{config.algo.upper()},\n{written['pictures']:,} pictures"
-    plots.before_after(before, after, folder / "before_after.png", _title(config), labels)
-    table = _table(f"{_title(config)} (means of {len(before)} pictures)", written)
-    table.add_section()
-    table.add_row("pictures drawn in training", "", f"{written['pictures']:,}")
-    table.add_row("seconds of training", "", f"{written['seconds']:,}")
-    console.print(table)
-    if interrupted:
-        _say(console, f"interrupted; go on with: dpok train --resume --out {folder}")
-    return 130 if interrupted else 0
 
 
 def sample(options: Sample) -> int:

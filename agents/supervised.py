@@ -52,7 +52,7 @@ class Supervised(DenoisingAlgorithm):
         E[ w(x_0, z) || output_theta(x_t, t, z) - target ||^2 ],   x_t ~ q(x_t | x_0), t one of the sampler's timesteps.
 
     Subclasses say what the weights w are. Without guidance, as diffusion models are trained. SB3's callbacks are asked
-    after each step of the drawing and at the ends of rollouts; nothing asks them between optimiser steps.
+    after each step of the drawing, and before and after every ``log_every`` optimiser steps as around a rollout.
 
     Args:
         policy: "DenoisingPolicy", or a subclass of it.
