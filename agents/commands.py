@@ -36,6 +36,7 @@ from agents.evaluation import Evaluation, draw, spread
 from agents.evaluation import evaluate as evaluate_policy
 from agents.on_policy import DenoisingAlgorithm
 from agents.options import MIXTURE, SHAPES, Evaluate, FitReward, Sample, ServeReward, Train
+from dpok_gym.files import replacing
 from dpok_gym.models.lora import LoRA
 from dpok_gym.prompts import unseen_prompts
 from dpok_gym.rewards import preference
@@ -400,4 +401,5 @@ def _read_summary(folder: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with replacing(path) as file:
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -26,6 +26,7 @@ from agents.reinforce import REINFORCE
 from agents.rwr import RWR
 from agents.settings import defaults_of, hints_of, read_settings
 from agents.sft import RewardWeightedSFT
+from dpok_gym.files import replacing
 from dpok_gym.models import MODELS
 from dpok_gym.prompts import list_prompt_sets, load_prompts
 from dpok_gym.rewards import list_rewards
@@ -199,9 +200,8 @@ class Config:
 
     def write(self, folder: Path) -> None:
         """Writes it."""
-        (folder / CONFIG).write_text(
-            yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+        with replacing(folder / CONFIG) as file:
+            file.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     @property
     def is_shapes(self) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpok_gym.files import replacing
 from dpok_gym.rewards.preference import PreferenceConfig, PreferenceNetwork, PreferenceReward, split_words
 from dpok_gym.rewards.preference_data import Comparisons
 
@@ -272,5 +273,5 @@ def _restore(path: Path, settings: dict[str, Any], parts: dict[str, Any]) -> dic
 
 def _save(path: Path, state: dict[str, Any], parts: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state | {name: part.state_dict() for name, part in parts.items()}, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)  # so that an interruption leaves the old one whole
+    with replacing(path) as file:
+        torch.save(state | {name: part.state_dict() for name, part in parts.items()}, file)

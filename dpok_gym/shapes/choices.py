@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpok_gym import diffusion
+from dpok_gym.files import replacing
 from dpok_gym.images import to_uint8
 from dpok_gym.models import load_model
 from dpok_gym.rewards.preference import PreferenceNetwork
@@ -186,8 +187,8 @@ def compare_pictures(folder: Path, seed: int, n_batches: int) -> Path:
                 }
                 lines.append(json.dumps(line) + "\n")
     path = folder / "choices.jsonl"
-    path.with_suffix(".tmp").write_text("".join(lines), encoding="utf-8")
-    path.with_suffix(".tmp").replace(path)  # so that an interruption leaves all of it or nothing
+    with replacing(path) as file:
+        file.write_text("".join(lines), encoding="utf-8")
     return path
 
 

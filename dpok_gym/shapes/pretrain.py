@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, models, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from dpok_gym.files import replacing
 from dpok_gym.shapes import WEIGHTS
 from dpok_gym.shapes.captions import WORDS, Request, sample_requested_scenes, spoil
 from dpok_gym.shapes.scenes import IMAGE_SIZE, render, sample_scenes
@@ -126,8 +127,8 @@ def fit(
             running = 0.0
         if (step + 1) % 250 == 0 or step + 1 == steps:
             saved = {key: part.state_dict() for key, part in state.items()} | {"step": step + 1}
-            torch.save(saved, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)  # so that an interruption leaves the old one whole
+            with replacing(checkpoint) as file:
+                torch.save(saved, file)
     return averaged.module if ema_decay else modules  # type: ignore[return-value]  # it is a copy of the modules
 
 
@@ -225,8 +226,8 @@ def encode_scenes(vae: AutoencoderKL, folder: Path) -> tuple[Tensor, list[Reques
                 latents.append(vae.encode(2 * render(scenes) - 1).latent_dist.mean.float())
     if stored is None:
         stored = torch.cat(latents)
-        torch.save(stored, cache.with_suffix(".tmp"))
-        cache.with_suffix(".tmp").replace(cache)
+        with replacing(cache) as file:
+            torch.save(stored, file)
     return stored, requests
 
 
