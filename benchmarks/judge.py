@@ -12,12 +12,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-import dpok_gym.shapes
+from dpok_gym.shapes import WEIGHTS
 from dpok_gym.shapes.captions import sample_requested_scenes
 from dpok_gym.shapes.judge import judge
 from dpok_gym.shapes.scenes import Scenes, render
-
-WEIGHTS = Path(dpok_gym.shapes.__file__).parent / "weights"
 
 
 def kinds(scenes: Scenes) -> list[list[tuple[int, int]]]:

@@ -66,7 +66,7 @@ def agreement_table(odds: Tensor, rows: list[dict[str, Any]]) -> Table:
     for heading in ("number", "as chosen", "as meant"):
         table.add_column(heading, justify="right")
     for name in (*SHAPES_CATEGORIES, "about one scene (hard)", "about two scenes (easy)", "all"):
-        chosen = torch.tensor(groups[name])
+        chosen = torch.tensor(groups[name], dtype=torch.long)
         shares = ((odds[chosen] > 0).float().mean(), meant[chosen].float().mean())
         table.add_row(name, str(len(chosen)), *(f"{share:.1%}" for share in shares))
     return table

@@ -2,16 +2,22 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
-from benchmarks import compare, compare_figures, kl_analysis, runs
+from agents import Evaluation
+from benchmarks import compare, compare_figures, judge, kl_analysis, mixture, preference, runs
 from benchmarks.kl_analysis import SHOWN
 from benchmarks.statistics import improvement, interquartile_band, interquartile_mean, probability_of_improvement
+from dpok_gym.models import load_model
+from dpok_gym.shapes.captions import sample_requested_scenes
 
 SETTINGS = yaml.safe_load((Path(compare.__file__).parent / "compare.yaml").read_text())
 KL_SETTINGS = yaml.safe_load((Path(compare.__file__).parent / "kl_analysis.yaml").read_text())
@@ -284,3 +290,67 @@ def test_curves_are_running_means_of_what_is_drawn() -> None:
     assert y.tolist() == [2.0, 2.0, 3.0, 3.75, 14 / 3, 4.0, 9.0]
     x, y = compare_figures._smooth(points, "quality", "pictures")
     assert (x.tolist(), y[-1]) == ([0, 1, 2, 3, 4, 5], 9.0)
+
+
+# --- Measures behind single figures
+
+
+def mixture_policy(model: str = "mixture") -> Any:
+    return SimpleNamespace(model=load_model(model, "cpu"))
+
+
+def test_components_by_hand() -> None:
+    policy = mixture_policy()
+    means = policy.model.mixtures["two modes"].means
+    points = torch.stack([means[0], means[0] + 0.1, means[1]]).double()
+    weights, found = mixture.components(policy, "two modes", points, torch.tensor([1.0, 2.0, 5.0]).double())
+    assert weights.tolist() == pytest.approx([3 / 8, 5 / 8])
+    torch.testing.assert_close(found, torch.stack([means[0] + 0.2 / 3, means[1]]).double())
+
+
+def test_tilts_by_hand() -> None:
+    points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 0.5]]).double()
+    weights = mixture.tilts(mixture_policy(), points, {"mixture-linear": 0.5}, beta=0.25)
+    assert (weights[1:] / weights[0]).tolist() == pytest.approx([np.exp(2)] * 2, rel=1e-3)
+
+
+def test_share_of_scenes_read_exactly() -> None:
+    truth, _ = sample_requested_scenes(10, torch.Generator().manual_seed(0))
+    other = replace(truth, colour=truth.colour.clone())
+    other.colour[:3, 0] += 1
+    other.colour[5, -1] += 1 if truth.count[5] < truth.colour.shape[1] else 0  # beyond the objects there are
+    assert judge.share_exact(truth, truth) == 1
+    assert judge.share_exact(truth, other) == 0.7
+
+
+def test_area_under_the_curve() -> None:
+    """Of pairs with the same prompt: here two of three, and one of one."""
+    aligned = np.array([1.0, 0.5, 1.0, 1.0, 0.0])
+    found = Evaluation(
+        prompts=["a", "a", "a", "a", "b"],
+        pictures=np.zeros((5, 1, 1, 3), np.uint8),
+        reward=aligned,
+        rewards={"shapes-alignment": aligned},
+        step_kl=np.zeros((5, 1)),
+    )
+    assert preference.area_under_curve(found, np.array([3.0, 2.0, 1.0, 4.0, 9.0])) == pytest.approx(2 / 3)
+    assert preference.area_under_curve(found, np.zeros(5)) == 0.5  # ties count half
+
+
+def test_agreement_with_what_was_chosen_and_meant() -> None:
+    def row(kind: str, preferred: int, utilities: list[float]) -> dict[str, Any]:
+        return {"prompt": kind, "preferred": preferred, "utilities": utilities, "pictures": ["0-1.png", "0-2.png"]}
+
+    colour = "a red star"
+    rows = [
+        row(colour, 0, [1.0, 0.0]),
+        row(colour, 1, [1.0, 0.0]),  # erred
+        row("two red stars", 1, [0.0, 1.0]),
+        row("two red stars", 1, [0.0, 1.0]),
+    ]
+    odds = torch.tensor([1.0, -2.0, 0.5, -1.0])  # of what was chosen
+    table = preference.agreement_table(odds, rows)
+    cells = {row[0]: row[1:] for row in zip(*(list(column.cells) for column in table.columns), strict=True)}
+    assert cells["colour"] == ("2", "50.0%", "100.0%")
+    assert cells["count"] == ("2", "50.0%", "50.0%")
+    assert cells["all"] == ("4", "50.0%", "75.0%")
