@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -808,6 +809,28 @@ def test_another_sampler_is_refused(
         with pytest.raises(ValueError, match=message):
             DPOK.load(tmp_path / "agent", env, device="cpu")
     agent.learn(UPDATE)  # the refused ones left the agent as it was
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"model": "linked"}, {"model": "moved"}, {"dtype": "bfloat16"}, {"model_kwargs": {"vae_tiling": True}}],
+    ids=str,
+)
+def test_the_same_sampler_computed_elsewhere_is_taken(
+    make_env, make_agent, tiny_sd_folder: Path, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = shutil.copytree(tiny_sd_folder, tmp_path / "first" / "model")
+    agent = make_agent(make_env(model=str(first)))
+    agent.save("agent")
+    if how.get("model") == "linked":
+        (tmp_path / "link").symlink_to(first)
+        how = {"model": "./link"}
+    elif how.get("model") == "moved":
+        how = {"model": str((tmp_path / "first").rename(tmp_path / "second") / "model")}
+    loaded = DPOK.load("agent", make_env(**{"model": str(first)} | how), device="cpu")
+    assert loaded.sampler["model"] == how.get("model", str(first))
+    loaded.learn(UPDATE)
 
 
 def test_lora_of_another_model(make_agent, tmp_path: Path) -> None:
