@@ -45,10 +45,11 @@ COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], float | None], float, str, b
 _WITHIN_TASKS = ("reward",)
 
 _EXPLANATION = """\
-Interquartile means over {seeds} seeds (of three runs the mean, of five that of the middle three), with 95 % bootstrap
-intervals, probably too narrow with so few runs; for all tasks, means over tasks. KL: of the trajectories, in nats
-per picture; of the best of n, the bound log n - (n - 1) / n. Calls: passes of the denoiser over one picture, without
-backward passes; those to train are of a whole run, those to draw of a delivered picture. Seconds: of one core.
+Interquartile means over {seeds} seeds (of three runs the mean, of four that of the middle two, of five that of the
+middle three), with 95 % bootstrap intervals, probably too narrow with so few runs; for all tasks, means over tasks. KL:
+of the trajectories, in nats per picture; of the best of n, the bound log n - (n - 1) / n. Calls: passes of the denoiser
+over one picture, without backward passes; those to train are of a whole run, those to draw of a delivered picture.
+Seconds: of one core.
 """
 
 
