@@ -385,8 +385,8 @@ def test_tokenizer_of_another_network(files: Path, tmp_path: Path) -> None:
     [
         ({"device": "abacus"}, "device 'abacus' cannot be used here"),
         ({"dtype": "float64"}, "dtype must be auto, float32, bfloat16 or float16, got 'float64'"),
-        ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
-        ({"batch_size": 2.0}, r"batch_size must be a positive integer, got 2\.0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"batch_size": 2.0}, r"batch_size must be an integer of at least 1, got 2\.0"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], match: str, files: Path) -> None:
