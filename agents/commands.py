@@ -36,6 +36,7 @@ from agents.evaluation import Evaluation, draw, spread
 from agents.evaluation import evaluate as evaluate_policy
 from agents.on_policy import DenoisingAlgorithm
 from agents.options import MIXTURE, SHAPES, Evaluate, FitReward, Sample, ServeReward, Train
+from dpok_gym.checks import integer
 from dpok_gym.files import replacing
 from dpok_gym.models.lora import LoRA
 from dpok_gym.prompts import unseen_prompts
@@ -168,10 +169,8 @@ class _Run:
 
 def sample(options: Sample) -> int:
     """Draws pictures into a labelled grid."""
-    if options.n < 1:
-        raise ValueError(f"--n must be at least 1, got {options.n}")
-    if options.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {options.seed}")
+    integer("--n", options.n)
+    integer("--seed", options.seed, least=0)
     lora, run = options.lora, None
     if lora is not None:
         run = next((folder for folder in (lora, lora.parent) if (folder / CONFIG).is_file()), None)
@@ -204,8 +203,7 @@ def sample(options: Sample) -> int:
 def evaluate(options: Evaluate) -> int:
     """Scores a run on training and on held-out prompts."""
     config = Config.read(options.run)
-    if options.pictures < 1:
-        raise ValueError(f"--pictures must be at least 1, got {options.pictures}")
+    integer("--pictures", options.pictures)
     config = replace(config, **given(options, "seed"))
     if options.reward:
         also = tuple(parse_reward(options.reward))
@@ -240,8 +238,7 @@ def fit_reward(options: FitReward) -> int:
     """Fits a reward to choices and measures it."""
     if (options.out / preference.CONFIG).exists():
         raise FileExistsError(f"{options.out} already holds a reward; choose another --out")
-    if options.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {options.seed}")
+    integer("--seed", options.seed, least=0)
     console = Console()
     start = preference.PreferenceReward.load(options.start).network if options.start else None
     picture_size = options.picture_size or (start.config.picture_size if start else 64)

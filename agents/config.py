@@ -26,6 +26,7 @@ from agents.reinforce import REINFORCE
 from agents.rwr import RWR
 from agents.settings import defaults_of, hints_of, read_settings
 from agents.sft import RewardWeightedSFT
+from dpok_gym.checks import integer
 from dpok_gym.files import replacing
 from dpok_gym.models import MODELS
 from dpok_gym.prompts import list_prompt_sets, load_prompts
@@ -129,10 +130,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("pictures", "n_envs", "eval_pictures"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"the seed must be at least 0, got {self.seed}")
+            integer(name, getattr(self, name))
+        integer("the seed", self.seed, least=0)
 
     @classmethod
     def of(cls, options: Train) -> Config:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from agents.policy import DenoisingPolicy
 from dpok_gym import diffusion
+from dpok_gym.checks import integer
 from dpok_gym.vector_env import DenoisingVectorEnv, Observation
 
 #: From an observation to the mean (n, C, h, w) and the std (n,) of the next latent.
@@ -137,8 +138,7 @@ def evaluate(
     def tuned(observation: Observation) -> tuple[Tensor, Tensor]:
         return policy.transition(obs_as_tensor(observation, policy.model.device))  # type: ignore[arg-type]
 
-    if best_of < 1:
-        raise ValueError(f"best_of must be at least 1, got {best_of}")
+    integer("best_of", best_of)
     repeated = [prompt for prompt in prompts for _ in range(best_of)]
     drawn = draw(pretrained, env, repeated, seed) if reference else draw(tuned, env, repeated, seed, pretrained)
     return drawn if best_of == 1 else drawn.best_of(best_of)

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dpok_gym.checks import one_of
+
 Clipping = Literal["pessimistic", "clamp"]
 
 
@@ -32,8 +34,7 @@ def policy_gradient_loss(
     Returns:
         (B,) losses.
     """
-    if clipping not in ("pessimistic", "clamp"):
-        raise ValueError(f"clipping must be 'pessimistic' or 'clamp', got {clipping!r}")
+    one_of("clipping", clipping, "pessimistic", "clamp")
     clipped = advantages * log_ratio.clamp(-clip_range, clip_range).exp()
     if clipping == "clamp":
         return -clipped

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 import pathlib
 import time
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
@@ -27,8 +26,10 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 from torch import Tensor, nn
 
 import dpok_gym  # noqa: F401  (registers the environments)
+from agents import random_state
 from agents.policy import DenoisingPolicy
 from agents.rollout_buffer import Batch, TrajectoryBuffer
+from agents.sampler import check_same_sampler, sampler_of
 from agents.sb3_vec_env import GymVectorVecEnv
 from dpok_gym.checks import fraction, integer, positive
 from dpok_gym.memory import BatchSize
@@ -179,12 +180,12 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
 
     def _check_sampler(self, env: VecEnv) -> None:
         """Takes the sampler's settings from the environment, or checks that they are those learned with."""
-        sampler = _sampler_of(env)
+        sampler = sampler_of(env)
         if not np.all(env.action_space.high == LATENT_BOUND):  # type: ignore[attr-defined]
             raise ValueError(
                 "DenoisingPolicy's action is the next latent itself: use the environment without NoiseAction"
             )
-        _check_same_sampler(self.sampler, sampler)
+        check_same_sampler(self.sampler, sampler)
         self.sampler = sampler
 
     def set_env(self, env: GymEnv | VectorEnv, force_reset: bool = True) -> None:
@@ -197,7 +198,7 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         # It may reset the environments, which draws from their generators: an agent that was loaded does that before
         # its random state is put back, and this one must go on as that one does.
         if self._random_state is None and self._last_obs is not None:
-            self._random_state = self._capture_random_state()
+            self._random_state = random_state.capture(self.env, begun=True)
         return super()._setup_learn(*args, **kwargs)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
@@ -319,25 +320,11 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
     def _loss(self, part: Any, reference: Any, found: Found) -> Tensor:
         """The loss of each element of a batch, (B,)."""
 
-    def _capture_random_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"torch": torch.get_rng_state(), "numpy": np.random.get_state()}  # noqa: NPY002 (SB3's)
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state_all()
-        if self.env is not None and self._last_obs is not None:  # before its first reset it may have no generators
-            state["envs"] = self.env.env_method("state_dict")
-        return state
-
     def _restore_random_state(self, env: VecEnv) -> None:
         """Puts generators and rewards where they were when the agent was saved; once, before its first rollout."""
         state, self._random_state = self._random_state, None
-        if state is None:
-            return
-        torch.set_rng_state(state["torch"])
-        np.random.set_state(state["numpy"])  # noqa: NPY002 (SB3's)
-        if torch.cuda.is_available() and len(state.get("cuda", [])) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda"])
-        for i, saved in zip(range(env.num_envs), state.get("envs", []), strict=False):
-            env.env_method("load_state_dict", saved, indices=i)
+        if state is not None:
+            random_state.restore(state, env)
 
     def is_done(self, total_timesteps: int) -> bool:
         """Whether ``learn`` has nothing left to do for these denoising steps in all."""
@@ -350,7 +337,7 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         make; what it had collected of a rollout is not saved.
         """
         pending = self._random_state  # of an agent that was loaded and has not gone on yet
-        self._random_state = pending or self._capture_random_state()
+        self._random_state = pending or random_state.capture(self.env, begun=self._last_obs is not None)
         try:
             super().save(path, *args, **kwargs)
         finally:
@@ -368,7 +355,7 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
         if env is not None:
             env = cls._wrap_env(env)
             data, _, _ = load_from_zip_file(path, load_data=True, device="cpu")
-            _check_same_sampler(data["sampler"], _sampler_of(env))  # type: ignore[index]
+            check_same_sampler(data["sampler"], sampler_of(env))  # type: ignore[index]
         return super().load(path, env, **kwargs)
 
     def save_lora(self, folder: str | pathlib.Path) -> pathlib.Path:
@@ -377,44 +364,6 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_last_obs", "_last_original_obs"]
-
-
-def _sampler_of(env: VecEnv) -> dict[str, Any]:
-    try:
-        return env.get_attr("sampler")[0]
-    except AttributeError:
-        raise ValueError(
-            f"a denoising policy needs a denoising environment such as DPOK-Shapes-v0, got {env}; make a vector of "
-            "them with gymnasium.make_vec, without vectorization_mode"
-        ) from None
-
-
-def _check_same_sampler(known: Mapping[str, Any] | None, found: Mapping[str, Any]) -> None:
-    """Refuses an environment that does not denoise as the agent learned to."""
-    if known is None:
-        return
-    known, found = _drawn_with(known), _drawn_with(found)
-    different = [name for name in known if known[name] != found[name]]
-    if _is_same_model(known["model"], found["model"]):
-        different = [name for name in different if name != "model"]
-    if different:
-        details = ", ".join(f"{name} {known[name]!r} there, {found.get(name)!r} here" for name in different)
-        raise ValueError(
-            f"the agent was made for another sampler ({details}); make the environment with the agent's settings"
-        )
-
-
-def _drawn_with(sampler: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells two samplers apart, whatever the model is computed with."""
-    options = {name: sampler["model_kwargs"].get(name) for name in ("image_size", "negative_prompt", "revision")}
-    return {**sampler, "model_kwargs": options}
-
-
-def _is_same_model(known: str, found: str) -> bool:
-    """Whether two names are of one model; one that is no longer where it was may have been moved with its own name."""
-    if os.path.exists(known):
-        return os.path.realpath(known) == os.path.realpath(found)
-    return os.path.basename(known) == os.path.basename(found)
 
 
 def _columns(names: Iterable[str]) -> list[str]:

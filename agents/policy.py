@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from agents.critic import Critic
 from dpok_gym import diffusion
+from dpok_gym.checks import one_of
 from dpok_gym.memory import BatchSize
 from dpok_gym.models import load_model
 from dpok_gym.models.base import GuidanceGradient
@@ -89,8 +90,7 @@ class DenoisingPolicy(ActorCriticPolicy):
     ) -> None:
         if use_sde:
             raise ValueError("use_sde must be False: the noise of a denoising step is that of the diffusion")
-        if guidance_gradient not in ("both", "conditional"):
-            raise ValueError(f"guidance_gradient must be 'both' or 'conditional', got {guidance_gradient!r}")
+        one_of("guidance_gradient", guidance_gradient, "both", "conditional")
         # ActorCriticPolicy would build feature extractors and an action head; its interface is all that is wanted.
         BasePolicy.__init__(
             self,

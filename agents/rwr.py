@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from agents.supervised import Supervised, same_prompt
+from dpok_gym.checks import positive
 
 
 class RWR(Supervised):
@@ -40,11 +41,9 @@ class RWR(Supervised):
         sparse_fraction: float | None = None,
         **kwargs: Any,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
         if sparse_fraction is not None and not 0 < sparse_fraction <= 1:
             raise ValueError(f"sparse_fraction must lie in (0, 1], or be None, got {sparse_fraction}")
-        self.temperature = temperature
+        self.temperature = positive("temperature", temperature)
         self.sparse_fraction = sparse_fraction
         super().__init__(policy, env, **kwargs)
 

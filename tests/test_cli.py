@@ -136,7 +136,7 @@ def test_resume(finished, tmp_path, capsys):
     assert _train(folder, "--resume", "--set", "n_epochs=2") == 2
     assert "leave out --set" in capsys.readouterr().err
     assert _train(folder, "--resume", "--pictures", "-5") == 2
-    assert "pictures must be at least 1, got -5" in capsys.readouterr().err
+    assert "pictures must be an integer of at least 1, got -5" in capsys.readouterr().err
     assert _train(folder, "--resume", "--pictures", "6") == 0
     assert [row["rollout/pictures"] for row in plots.read_log(folder / "progress.csv")] == [2, 4, 6]
     summary = _summary(folder)
@@ -449,8 +449,8 @@ def test_an_environment_of_another_module(tmp_path, monkeypatch):
         (["--prompts", "three green cats"], "cats"),
         (["--prompts", "nothing.txt"], "nothing.txt"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--pictures", "0"], "pictures must be at least 1"),
-        (["--eval-pictures", "0"], "eval_pictures must be at least 1"),
+        (["--pictures", "0"], "pictures must be an integer of at least 1"),
+        (["--eval-pictures", "0"], "eval_pictures must be an integer of at least 1"),
         (["--seed", "-1"], "seed"),
         (["--prompts", ""], "blank"),
         (["--reward", ""], "a reward is written NAME"),
@@ -497,7 +497,7 @@ def test_mistakes_in_training_options(tmp_path, capsys, options, message):
         (["sample", "--prompt", "a red cat"], "cat"),
         (["sample", "--prompt", "a red circle", "--n", "0"], "--n must be"),
         (["serve-reward", "beauty"], "unknown reward 'beauty'"),
-        (["serve-reward", "jpeg-compressibility", "--max-batch", "0"], "max_batch must be at least 1"),
+        (["serve-reward", "jpeg-compressibility", "--max-batch", "0"], "max_batch must be an integer of at least 1"),
     ],
 )
 def test_mistakes_elsewhere(tmp_path, monkeypatch, capsys, argv, message):

@@ -741,7 +741,7 @@ def test_unmasked_rewards_are_errors(make_env, make_agent) -> None:
         ({"kl_coef": math.nan}, "kl_coef must be a number of at least 0, got nan"),
         ({"clip_range": 0.0}, "clip_range must be a number above 0, got 0"),
         ({"reward_weight": math.inf}, "reward_weight must be a number of at least 0"),
-        ({"policy_kwargs": {"lora_rank": -1}}, "rank must be at least 1"),
+        ({"policy_kwargs": {"lora_rank": -1}}, "rank must be an integer of at least 1"),
         ({"policy_kwargs": {"target_modules": ["to_x"]}}, "no layer of the denoiser ends in"),
         ({"policy_kwargs": {"max_batch_size": 0}}, "max_batch_size must be an integer of at least 1"),
     ],

@@ -207,7 +207,7 @@ def test_bfloat16_episode() -> None:
         ({"eta": 0.0}, r"eta must lie in \(0, 1\], got 0"),
         ({"eta": 1.5}, r"eta must lie in \(0, 1\], got 1.5"),
         ({"decode_batch_size": 0}, "decode_batch_size must be an integer of at least 1, None or 'auto', got 0"),
-        ({"non_finite": "ignore"}, "non_finite must be 'error' or 'mask'"),
+        ({"non_finite": "ignore"}, "non_finite must be one of 'error', 'mask'"),
         ({"prompts": []}, "prompt set 'list' is empty"),
         ({"prompts": ["a red circle", " "]}, "prompt 1 of 'list'"),
         ({"prompts": ["a red dragon"]}, "cannot read 'dragon' in the prompt 'a red dragon'; its words are: a above"),

@@ -110,7 +110,7 @@ def test_what_cannot_be_evaluated_is_refused():
         evaluate(policy, env, [], 0)
     with pytest.raises(ValueError, match="same num_inference_steps"):
         evaluate(policy, _env(2, 3), PROMPTS, 0)
-    with pytest.raises(ValueError, match="best_of must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="best_of must be an integer of at least 1, got 0"):
         evaluate(policy, env, PROMPTS, 0, best_of=0)
 
 

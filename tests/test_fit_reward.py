@@ -95,8 +95,8 @@ def test_ctrl_c_keeps_the_best_so_far(choices, tmp_path, monkeypatch):
     [
         (["--held-out", "1"], "held-out share must lie between 0 and 1"),
         (["--picture-size", "20"], "picture size must be a multiple of 8"),
-        (["--epochs", "0"], "epochs must be at least 1"),
-        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--epochs", "0"], "epochs must be an integer of at least 1"),
+        (["--seed", "-1"], "--seed must be an integer of at least 0"),
     ],
 )
 def test_mistakes_are_said_and_nothing_is_written(choices, tmp_path, capsys, options, message):

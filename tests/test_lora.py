@@ -222,7 +222,7 @@ def test_missing_and_damaged_files(network: UNet2DConditionModel, tmp_path: Path
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_rank_must_be_positive(network: UNet2DConditionModel, rank: int) -> None:
-    with pytest.raises(ValueError, match=f"rank must be at least 1, got {rank}"):
+    with pytest.raises(ValueError, match=f"rank must be an integer of at least 1, got {rank}"):
         LoRA(network, rank)
 
 

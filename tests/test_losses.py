@@ -59,7 +59,7 @@ def test_policy_gradient_loss(
 
 
 def test_unknown_clipping() -> None:
-    with pytest.raises(ValueError, match="clipping must be 'pessimistic' or 'clamp', got 'soft'"):
+    with pytest.raises(ValueError, match="clipping must be one of 'pessimistic', 'clamp', got 'soft'"):
         losses.policy_gradient_loss(torch.zeros(1), torch.ones(1), CLIP, "soft")  # type: ignore[arg-type]
 
 

@@ -354,7 +354,7 @@ def test_autocast(make_env) -> None:
     [
         ({"use_sde": True}, "use_sde must be False"),
         ({"max_batch_size": 0}, "max_batch_size must be an integer of at least 1, None or 'auto', got 0"),
-        ({"lora_rank": -1}, "rank must be at least 1, got -1"),
+        ({"lora_rank": -1}, "rank must be an integer of at least 1, got -1"),
         ({"target_modules": ["to_x"]}, r"no layer of the denoiser ends in any of \['to_x'\]"),
         ({"num_inference_steps": 0}, "num_inference_steps must be an integer from 1 to 1000, got 0"),
         ({"eta": 0.0}, r"eta must lie in \(0, 1\], got 0"),

@@ -143,7 +143,7 @@ def test_bad_specs(spec, error, message):
 
 @pytest.mark.parametrize("non_finite", ["ignore", None, True])
 def test_bad_non_finite(non_finite):
-    with pytest.raises(ValueError, match="non_finite must be 'error' or 'mask'"):
+    with pytest.raises(ValueError, match="non_finite must be one of 'error', 'mask'"):
         make_reward(length, non_finite=non_finite)
 
 

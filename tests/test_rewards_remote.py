@@ -392,7 +392,7 @@ def test_seeded_generators_are_left_alone(start, images, dead) -> None:
         ("http://a", {"timeout": 0}, "timeout must be positive"),
         ("http://a", {"timeout": math.inf}, "timeout must be positive"),
         ("http://a", {"backoff": -1}, "backoff at least 0"),
-        ("http://a", {"image_format": "webp"}, "image_format must be 'png' or 'jpeg', got 'webp'"),
+        ("http://a", {"image_format": "webp"}, "image_format must be one of 'png', 'jpeg', got 'webp'"),
     ],
 )
 def test_bad_arguments(urls, kwargs, message) -> None:

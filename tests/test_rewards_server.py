@@ -185,7 +185,7 @@ def test_a_reward_that_fails(start, images) -> None:
 
 
 def test_bad_arguments(monkeypatch) -> None:
-    with pytest.raises(ValueError, match="max_batch must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_batch must be an integer of at least 1, got 0"):
         make_app(JPEG_SIZE, max_batch=0)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         serve(JPEG_SIZE, port=taken.getsockname()[1])

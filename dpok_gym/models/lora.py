@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from dpok_gym.checks import integer
+
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _REST = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "time_emb_proj")
 
@@ -54,17 +56,15 @@ class LoRA:
     """
 
     def __init__(self, network: nn.Module, rank: int, target_modules: str | Sequence[str] = "attention") -> None:
-        if rank < 1:
-            raise ValueError(f"the LoRA rank must be at least 1, got {rank}")
+        self.rank = integer("the LoRA rank", rank)
         if isinstance(target_modules, str):
             if target_modules not in LAYERS:
                 raise ValueError(f"there is no choice of layers {target_modules!r}; there are {', '.join(LAYERS)}")
             target_modules = LAYERS[target_modules]
         _remove_forgotten(network)
         self.name = f"lora{next(_numbers)}"
-        self.rank = rank
         self.target_modules = tuple(target_modules)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules))
+        config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(target_modules))
         before = [_state(layer) for layer in _layers(network)]
         trainable = [value for layer in _layers(network) for value in layer.parameters() if value.requires_grad]
         try:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dpok_gym.checks import one_of
 from dpok_gym.rewards.normalization import Normalize, RunningStatistics, check_normalize, standardize
 from dpok_gym.rewards.registry import RewardFunction, load_reward
 from dpok_gym.rewards.remote import RemoteReward, is_address
@@ -64,8 +65,7 @@ class Reward:
     """
 
     def __init__(self, parts: Mapping[str, Part], non_finite: Literal["error", "mask"] = "error") -> None:
-        if non_finite not in ("error", "mask"):
-            raise ValueError(f"non_finite must be 'error' or 'mask', not {non_finite!r}")
+        one_of("non_finite", non_finite, "error", "mask")
         self._parts = dict(parts)
         self._statistics: dict[str, RunningStatistics] = {}
         self.non_finite = non_finite

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpok_gym.checks import integer, positive
 from dpok_gym.files import replacing
 from dpok_gym.rewards.preference import PreferenceConfig, PreferenceNetwork, PreferenceReward, split_words
 from dpok_gym.rewards.preference_data import Comparisons
@@ -158,11 +159,9 @@ def fit(
         ValueError: if an argument is out of range, the choices cannot be split, or the checkpoint is of another fit.
         KeyboardInterrupt: if Ctrl-C comes before the first epoch is over.
     """
-    for name, value in {"epochs": epochs, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be above 0, got {learning_rate}")
+    integer("epochs", epochs)
+    integer("batch_size", batch_size)
+    positive("learning_rate", learning_rate)
     train, test = comparisons.split(held_out, seed)
     torch.manual_seed(seed)
     start = network or make_network(train.prompts, comparisons.pictures.shape[-1])

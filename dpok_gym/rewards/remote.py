@@ -36,7 +36,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpok_gym.checks import integer
+from dpok_gym.checks import integer, one_of
 from dpok_gym.images import to_uint8
 
 if TYPE_CHECKING:
@@ -100,8 +100,7 @@ class RemoteReward:
         attempts, batch_size = integer("attempts", attempts), integer("batch_size", batch_size)
         if not (0 < timeout < math.inf and 0 <= backoff < math.inf):
             raise ValueError(f"timeout must be positive and backoff at least 0 seconds, got {timeout} and {backoff}")
-        if image_format not in ("png", "jpeg"):
-            raise ValueError(f"image_format must be 'png' or 'jpeg', got {image_format!r}")
+        one_of("image_format", image_format, "png", "jpeg")
         self.__name__ = name or self.urls[0].split("://", 1)[1].rstrip("/")
         self.timeout, self.attempts, self.backoff = timeout, attempts, backoff
         self.batch_size, self.image_format, self.headers = batch_size, image_format, dict(headers or {})

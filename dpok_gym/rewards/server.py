@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpok_gym.checks import integer
 from dpok_gym.rewards.base import make_reward
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ def make_app(spec: Any, max_batch: int = 64) -> Starlette:
         from starlette.exceptions import HTTPException
         from starlette.responses import JSONResponse
         from starlette.routing import Route
-    if max_batch < 1:
-        raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+    integer("max_batch", max_batch)
     reward = make_reward(spec, "mask")
     reward.training = False
     one_at_a_time = asyncio.Lock()
