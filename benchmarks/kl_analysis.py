@@ -81,7 +81,8 @@ def report(records: Sequence[dict[str, Any]], settings: dict[str, Any], folder: 
     by_label = {_label(name, value): scores for name, points in families.items() for value, scores in points.items()}
     rows = {}
     for label, scores in by_label.items():
-        rows[label] = [format(interquartile_mean([scores[name]]), SHOWN[name][2]) for name in SHOWN]
+        n_runs = len(next(iter(scores.values())))
+        rows[label] = [str(n_runs), *(format(interquartile_mean([scores[name]]), SHOWN[name][2]) for name in SHOWN)]
     differences = {}
     for one, other in settings["claims"]:
         if one in by_label and other in by_label:
@@ -89,15 +90,17 @@ def report(records: Sequence[dict[str, Any]], settings: dict[str, Any], folder: 
             found = [improvement([ours], [theirs]) for ours, theirs in both]
             written = [written for _, _, written in SHOWN.values()]
             differences[f"{one} - {other}"] = [f"{it:+{how}}" for it, how in zip(found, written, strict=True)]
-    text = "Interquartile means over up to {} seeds, with 95 % bootstrap intervals.\n\n{}\n### Differences\n\n{}"
-    n_seeds = len({record["seed"] for record in records})
+    text = (
+        "Interquartile means (of up to three runs the mean), with 95 % bootstrap intervals, which are little more than "
+        "the range of so few runs.\n\n{}\n### Differences\n\n{}"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(
-        text.format(n_seeds, markdown(rows, SHOWN), markdown(differences, SHOWN)), encoding="utf-8"
+        text.format(markdown(rows, ("runs", *SHOWN)), markdown(differences, SHOWN)), encoding="utf-8"
     )
     console = Console(width=180)
-    for title, lines in {"Means": rows, "Differences": differences}.items():
-        table = Table("", *SHOWN, title=title)
+    for title, lines, columns in (("Means", rows, ("runs", *SHOWN)), ("Differences", differences, tuple(SHOWN))):
+        table = Table("", *columns, title=title)
         for label, cells in lines.items():
             table.add_row(label, *cells)
         console.print(table)

@@ -254,6 +254,9 @@ def test_report_of_the_kl_analysis(tmp_path: Path) -> None:
     records = fake_records(kl_analysis.descriptions(KL_SETTINGS | {"seeds": 2}))
     kl_analysis.report(records, KL_SETTINGS, tmp_path)
     text = (tmp_path / "table.md").read_text()
+    (row,) = (line for line in text.split("\n") if line.startswith("| SFT, KL-O, 2 |"))
+    found = [record for record in records if record["label"] == "SFT, KL-O, 2"]
+    assert values(row) == ["2", *(f"{mean_score(found, *SHOWN[name][:2]):{SHOWN[name][2]}}" for name in SHOWN)]
     for one, other in KL_SETTINGS["claims"]:
         (row,) = (line for line in text.split("\n") if line.startswith(f"| {one} - {other} |"))
         both = ([record for record in records if record["label"] == label] for label in (one, other))
