@@ -91,8 +91,8 @@ def report(records: Sequence[dict[str, Any]], settings: dict[str, Any], folder: 
             written = [written for _, _, written in SHOWN.values()]
             differences[f"{one} - {other}"] = [f"{it:+{how}}" for it, how in zip(found, written, strict=True)]
     text = (
-        "Interquartile means (of up to three runs the mean), with 95 % bootstrap intervals, which are little more than "
-        "the range of so few runs.\n\n{}\n### Differences\n\n{}"
+        "Interquartile means (of up to three runs the mean); of several runs with 95 % bootstrap intervals, little "
+        "more than the range of so few.\n\n{}\n### Differences\n\n{}"
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(
