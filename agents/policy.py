@@ -115,33 +115,16 @@ class DenoisingPolicy(ActorCriticPolicy):
             "optimizer_class": optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
         }
-        self.model = load_model(
-            model, device, **(model_kwargs or {})
-        )  # no nn.Module: its frozen weights are not the policy's
-        self.schedule = diffusion.make_schedule(self.model.scheduler_config, num_inference_steps, eta).to(
-            self.model.device
-        )
+        # No nn.Module: its frozen weights are not the policy's.
+        self.model = load_model(model, device, **(model_kwargs or {}))
+        schedule = diffusion.make_schedule(self.model.scheduler_config, num_inference_steps, eta)
+        self.schedule = schedule.to(self.model.device)
         self.guidance_scale = guidance_scale
         self.guidance_gradient: GuidanceGradient = guidance_gradient
         self.autocast = autocast
         self._batch_size = BatchSize("max_batch_size", max_batch_size)
 
-        self.lora: LoRA | None = None
-        self.denoiser: nn.Module | None = None
-        lora_rank = self.model.default_lora_rank if lora_rank is None else lora_rank
-        if lora_rank:
-            self.lora = LoRA(self.model.denoiser, lora_rank, target_modules)
-            # A parameter's name in a module must have no dots.
-            self.adapter = nn.ParameterDict({k.replace(".", "/"): v for k, v in self._lora_parameters().items()})
-        else:
-            if "dtype" in self.model.options:
-                raise ValueError(
-                    f"the steps of an optimiser are lost in the digits of {self.model.options['dtype']}: to train the "
-                    "whole denoiser, use dtype='float32', with autocast=True for speed; or train a LoRA"
-                )
-            self.denoiser = pretrained_copy(self.model.denoiser).requires_grad_(True)
-            if self.model.options.get("compile"):
-                self.denoiser.compile()
+        self._make_trainable(self.model.default_lora_rank if lora_rank is None else lora_rank, target_modules)
         if gradient_checkpointing:
             # It has no effect on passes without a gradient, so it may stay in a network that others use.
             network: Any = self.denoiser or self.model.denoiser
@@ -151,6 +134,24 @@ class DenoisingPolicy(ActorCriticPolicy):
         # In two groups, so that whoever trains the critic can give it a rate of its own.
         groups = [{"params": self.denoiser_parameters()}, {"params": list(self.critic.parameters())}]
         self.optimizer = optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _make_trainable(self, lora_rank: int, target_modules: str | Sequence[str]) -> None:
+        """Makes the LoRA, or for rank 0 the copy of the denoiser."""
+        self.lora: LoRA | None = None
+        self.denoiser: nn.Module | None = None
+        if lora_rank:
+            self.lora = LoRA(self.model.denoiser, lora_rank, target_modules)
+            # A parameter's name in a module must have no dots.
+            self.adapter = nn.ParameterDict({k.replace(".", "/"): v for k, v in self._lora_parameters().items()})
+            return
+        if "dtype" in self.model.options:
+            raise ValueError(
+                f"the steps of an optimiser are lost in the digits of {self.model.options['dtype']}: to train the "
+                "whole denoiser, use dtype='float32', with autocast=True for speed; or train a LoRA"
+            )
+        self.denoiser = pretrained_copy(self.model.denoiser).requires_grad_(True)
+        if self.model.options.get("compile"):
+            self.denoiser.compile()
 
     def _lora_parameters(self) -> dict[str, nn.Parameter]:
         """The LoRA's parameters by names that do not depend on how many LoRAs were made before."""

@@ -22,8 +22,8 @@ from rich.table import Table
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from agents.commands import calibration_table
 from agents.evaluation import Evaluation, draw, spread
+from agents.report import calibration_table
 from dpok_gym.prompts import SHAPES_CATEGORIES, load_prompts
 from dpok_gym.rewards.preference import PreferenceReward
 from dpok_gym.rewards.preference_data import load_comparisons

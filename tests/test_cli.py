@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_rewards_remote import Endpoint, brightness
 
-from agents import DPOK, PRESETS, RewardWeightedSFT, commands, plots
+from agents import DPOK, PRESETS, RewardWeightedSFT, plots, run_folder
 from agents.cli import main
 from agents.config import ALGORITHMS, Config, parse_reward
 from agents.options import LAPTOP, LAPTOP_ALGORITHMS, Evaluate, Sample, ServeReward, Train
@@ -257,7 +257,7 @@ def test_a_run_that_an_error_stops_keeps_what_it_learned(tmp_path, monkeypatch, 
 
 
 def test_a_run_that_stops_once_all_is_drawn_is_resumed(tmp_path, monkeypatch):
-    evaluate, calls = commands.evaluate_policy, []
+    evaluate, calls = run_folder.evaluate, []
 
     def fails(*args, **kwargs):
         calls.append(0)
@@ -266,7 +266,7 @@ def test_a_run_that_stops_once_all_is_drawn_is_resumed(tmp_path, monkeypatch):
         return evaluate(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(commands, "evaluate_policy", fails)
+        patched.setattr(run_folder, "evaluate", fails)
         assert _train(tmp_path / "run", "--pictures", "2", *TINY) == 2
     stopped = _summary(tmp_path / "run")
     assert (stopped["interrupted"], stopped["pictures"], stopped["eval_pictures"]) == (True, 2, 0)
@@ -329,7 +329,7 @@ def test_remote_rewards(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_an_interruption_before_the_training(tmp_path, monkeypatch, again):
-    evaluate, calls = commands.evaluate_policy, []
+    evaluate, calls = run_folder.evaluate, []
 
     def interrupted(*args, **kwargs):
         calls.append(0)
@@ -337,7 +337,7 @@ def test_an_interruption_before_the_training(tmp_path, monkeypatch, again):
             raise KeyboardInterrupt
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(commands, "evaluate_policy", interrupted)
+    monkeypatch.setattr(run_folder, "evaluate", interrupted)
     assert _train(tmp_path / "run", "--pictures", "2", *TINY) == 130
     summary = _summary(tmp_path / "run")
     assert summary["interrupted"] is True
