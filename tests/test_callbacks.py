@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents import DPOK, commands, plots
+from agents import DPOK, plots, run_folder
 from agents.callbacks import SaveCallback, save_agent
 from agents.cli import main
 from dpok_gym import DenoisingVectorEnv
@@ -82,8 +82,10 @@ def test_rows_of_the_log_after_the_last_save_are_made_again(tmp_path: Path, monk
         "cpu",
     ]
     with monkeypatch.context() as patched:
-        patched.setattr(commands, "save_agent", lambda agent, folder: agent.num_timesteps or save_agent(agent, folder))
-        patched.setattr(commands, "SaveCallback", lambda folder: SaveCallback(folder, every=2))
+        patched.setattr(
+            run_folder, "save_agent", lambda agent, folder: agent.num_timesteps or save_agent(agent, folder)
+        )
+        patched.setattr(run_folder, "SaveCallback", lambda folder: SaveCallback(folder, every=2))
         assert main(["train", "--out", str(run), "--pictures", "6", *tiny]) == 0
     assert DPOK.load(run / "model.zip").num_timesteps == 4 * STEPS
     assert [row["rollout/pictures"] for row in plots.read_log(run / "progress.csv")] == [2, 4, 6]

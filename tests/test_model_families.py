@@ -174,7 +174,8 @@ def test_gradient_of_the_conditional_part_alone(folder: Path) -> None:
     env = make_env(folder, guidance_scale=3.0)
     mean, both = gradients(policy_of(env, lora_rank=2), env)
     same_mean, conditional = gradients(policy_of(env, lora_rank=2, guidance_gradient="conditional"), env)
-    torch.testing.assert_close(same_mean, mean)
+    # A batch of another size adds up in another order, and guidance magnifies the difference.
+    torch.testing.assert_close(same_mean, mean, rtol=1e-4, atol=1e-4)
     assert any(not torch.allclose(ours, theirs, rtol=0.01) for ours, theirs in zip(conditional, both, strict=True))
     # output = (1 - s) unconditional + s conditional: with s = 1 nothing is left of the first.
     unguided = make_env(folder)
