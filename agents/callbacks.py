@@ -12,6 +12,9 @@ from tqdm import tqdm
 
 from agents.on_policy import DenoisingAlgorithm
 
+#: The agent's file in a run folder.
+MODEL = "model.zip"
+
 
 class ProgressCallback(BaseCallback):
     """A progress bar in pictures, with the rollout's mean reward and the last update's statistics.
@@ -94,7 +97,7 @@ def save_agent(agent: DenoisingAlgorithm, folder: str | Path) -> None:
     """
     folder = Path(folder)
     agent.save(folder / "model.part.zip")
-    os.replace(folder / "model.part.zip", folder / "model.zip")
+    os.replace(folder / "model.part.zip", folder / MODEL)
     if agent.policy.lora is not None:
         written = agent.save_lora(folder / "lora.part")
         (folder / "lora").mkdir(exist_ok=True)

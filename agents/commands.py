@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from agents import plots
+from agents.callbacks import MODEL
 from agents.config import (
     AT_A_TIME,
     CONFIG,
@@ -28,7 +29,7 @@ from agents.evaluation import draw, spread
 from agents.evaluation import evaluate as evaluate_policy
 from agents.options import MIXTURE, SHAPES, Evaluate, FitReward, Sample, ServeReward, Train
 from agents.report import calibration_table, say, scores_of, scores_table, write_json
-from agents.run_folder import MODEL, Run, load_agent
+from agents.run_folder import Run, load_agent
 from dpok_gym.checks import integer
 from dpok_gym.models.lora import LoRA
 from dpok_gym.prompts import unseen_prompts

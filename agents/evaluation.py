@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -132,15 +133,14 @@ def evaluate(
         steps = f"{len(policy.schedule)} denoising steps, the environment {len(env.schedule)}"
         raise ValueError(f"the policy takes {steps}; make both with the same num_inference_steps")
 
-    def pretrained(observation: Observation) -> tuple[Tensor, Tensor]:
-        return policy.transition(obs_as_tensor(observation, policy.model.device), reference=True)  # type: ignore[arg-type]
+    def transition(observation: Observation, reference: bool = False) -> tuple[Tensor, Tensor]:
+        return policy.transition(obs_as_tensor(observation, policy.model.device), reference)  # type: ignore[arg-type]
 
-    def tuned(observation: Observation) -> tuple[Tensor, Tensor]:
-        return policy.transition(obs_as_tensor(observation, policy.model.device))  # type: ignore[arg-type]
+    pretrained = partial(transition, reference=True)
 
     integer("best_of", best_of)
     repeated = [prompt for prompt in prompts for _ in range(best_of)]
-    drawn = draw(pretrained, env, repeated, seed) if reference else draw(tuned, env, repeated, seed, pretrained)
+    drawn = draw(pretrained, env, repeated, seed) if reference else draw(transition, env, repeated, seed, pretrained)
     return drawn if best_of == 1 else drawn.best_of(best_of)
 
 

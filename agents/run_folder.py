@@ -13,18 +13,22 @@ from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoard
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from agents import plots
-from agents.callbacks import ProgressCallback, SaveCallback, save_agent
+from agents.callbacks import MODEL, ProgressCallback, SaveCallback, save_agent
 from agents.config import ALGORITHMS, Config
 from agents.evaluation import Evaluation, evaluate, spread
 from agents.on_policy import DenoisingAlgorithm
 from agents.report import say, scores_of, scores_table, write_json
 from dpok_gym.vector_env import DenoisingVectorEnv
 
-MODEL, SUMMARY, LOG = "model.zip", "summary.json", "progress.csv"
+SUMMARY, LOG = "summary.json", "progress.csv"
 
 
 class Run:
     """One training in its folder.
+
+    Args:
+        folder: which :meth:`begin` makes; a run that is there is gone on with.
+        config: of the run.
 
     Raises:
         ValueError: if it is complete already.
@@ -116,7 +120,11 @@ class Run:
 
 
 def load_agent(config: Config, folder: Path, env: DenoisingVectorEnv, device: str) -> DenoisingAlgorithm:
-    """The agent of a run, on the environment's model, which may lie elsewhere now."""
+    """The agent of a run, on the environment's model, which may lie elsewhere now.
+
+    Raises:
+        FileNotFoundError: if the folder has no agent.
+    """
     if not (folder / MODEL).is_file():
         raise FileNotFoundError(f"the run in {folder} has no {MODEL}: it ended before there was one")
     data, _, _ = load_from_zip_file(folder / MODEL, device="cpu")
