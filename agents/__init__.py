@@ -2,61 +2,52 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dpok_gym.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from agents.best_of_n import BestOfN
-    from agents.ddpo import DDPO
-    from agents.dpok import DPOK, PRESETS
-    from agents.draft import DRaFT
-    from agents.evaluation import Evaluation, evaluate
-    from agents.grpo import GRPO
-    from agents.policy import DenoisingPolicy
-    from agents.reinforce import REINFORCE
-    from agents.rwr import RWR
-    from agents.sb3_vec_env import GymVectorVecEnv
-    from agents.sft import RewardWeightedSFT
+    from agents.algorithms.best_of_n import BestOfN as BestOfN
+    from agents.algorithms.ddpo import DDPO as DDPO
+    from agents.algorithms.dpok import DPOK as DPOK
+    from agents.algorithms.draft import DRaFT as DRaFT
+    from agents.algorithms.forward_process import ForwardProcess as ForwardProcess
+    from agents.algorithms.grpo import GRPO as GRPO
+    from agents.algorithms.policy_gradient import PolicyGradient as PolicyGradient
+    from agents.algorithms.presets import PRESETS as PRESETS
+    from agents.algorithms.registry import list_algorithms as list_algorithms
+    from agents.algorithms.registry import register_algorithm as register_algorithm
+    from agents.algorithms.reinforce import REINFORCE as REINFORCE
+    from agents.algorithms.rwr import RWR as RWR
+    from agents.algorithms.sft import RewardWeightedSFT as RewardWeightedSFT
+    from agents.cli.run_folder import load_run as load_run
+    from agents.common.algorithm import DenoisingAlgorithm as DenoisingAlgorithm
+    from agents.common.evaluation import Evaluation as Evaluation
+    from agents.common.evaluation import evaluate as evaluate
+    from agents.common.policy import DenoisingPolicy as DenoisingPolicy
+    from agents.common.vec_env import GymnasiumVecEnv as GymnasiumVecEnv
 
-_HOMES = {
-    "BestOfN": "best_of_n",
-    "DDPO": "ddpo",
-    "DPOK": "dpok",
-    "DRaFT": "draft",
-    "DenoisingPolicy": "policy",
-    "Evaluation": "evaluation",
-    "GRPO": "grpo",
-    "GymVectorVecEnv": "sb3_vec_env",
-    "PRESETS": "dpok",
-    "REINFORCE": "reinforce",
-    "RWR": "rwr",
-    "RewardWeightedSFT": "sft",
-    "evaluate": "evaluation",
-}
-
-__all__ = [
-    "DDPO",
-    "DPOK",
-    "GRPO",
-    "PRESETS",
-    "REINFORCE",
-    "RWR",
-    "BestOfN",
-    "DRaFT",
-    "DenoisingPolicy",
-    "Evaluation",
-    "GymVectorVecEnv",
-    "RewardWeightedSFT",
-    "evaluate",
-]
-
-
-def __getattr__(name: str) -> Any:
-    # The command line's help must not wait for torch (PEP 562).
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"agents.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'agents' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})  # what completion shows
+__getattr__, __dir__, __all__ = lazy_names(
+    "agents",
+    {
+        "DDPO": "algorithms.ddpo",
+        "DPOK": "algorithms.dpok",
+        "GRPO": "algorithms.grpo",
+        "PRESETS": "algorithms.presets",
+        "REINFORCE": "algorithms.reinforce",
+        "RWR": "algorithms.rwr",
+        "BestOfN": "algorithms.best_of_n",
+        "DRaFT": "algorithms.draft",
+        "DenoisingAlgorithm": "common.algorithm",
+        "DenoisingPolicy": "common.policy",
+        "Evaluation": "common.evaluation",
+        "ForwardProcess": "algorithms.forward_process",
+        "GymnasiumVecEnv": "common.vec_env",
+        "PolicyGradient": "algorithms.policy_gradient",
+        "RewardWeightedSFT": "algorithms.sft",
+        "evaluate": "common.evaluation",
+        "list_algorithms": "algorithms.registry",
+        "load_run": "cli.run_folder",
+        "register_algorithm": "algorithms.registry",
+    },
+)

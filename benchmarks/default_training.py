@@ -28,7 +28,7 @@ def run(folder: Path, seed: int) -> dict:
         command = [
             sys.executable,
             "-m",
-            "agents.cli",
+            "agents.cli.main",
             "train",
             "--seed",
             str(seed),

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.on_policy import DenoisingAlgorithm
+from agents.common.algorithm import DenoisingAlgorithm
 from benchmarks.mixture import N_ENVS, RESULTS, half_reward, on_grid, show, train
 from dpok_gym.mixture.exact import GridPolicy, best_policy
 

@@ -28,12 +28,12 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from agents import DPOK
-from agents.options import CLASSROOM
-from agents.policy import DenoisingPolicy
+from agents.cli.options import CLASSROOM
+from agents.common.policy import DenoisingPolicy
 from dpok_gym import diffusion, make_reward
 from dpok_gym.mixture.exact import Array, GaussianSampler, GridPolicy, best_policy, tilted_density
 from dpok_gym.mixture.model import MixtureModel
-from dpok_gym.mixture.picture import REACH, draw_dots
+from dpok_gym.mixture.image import REACH, draw_dots
 
 RESULTS = Path(__file__).parent / "results"
 GRID = np.linspace(-6, 6, 601)

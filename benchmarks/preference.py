@@ -22,12 +22,12 @@ from rich.table import Table
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from agents.evaluation import Evaluation, draw, spread
-from agents.report import calibration_table
+from agents.common.evaluation import Evaluation, draw, spread
+from agents.cli.tables import calibration_table
 from dpok_gym.prompts import SHAPES_CATEGORIES, load_prompts
-from dpok_gym.rewards.preference import PreferenceReward
-from dpok_gym.rewards.preference_data import load_comparisons
-from dpok_gym.rewards.preference_fit import log_odds, measure
+from dpok_gym.rewards.preference.reward import PreferenceReward
+from dpok_gym.rewards.preference.data import load_comparisons
+from dpok_gym.rewards.preference.fit import log_odds, measure
 from dpok_gym.shapes import PREFERENCE
 from dpok_gym.shapes.captions import parse_prompt
 from dpok_gym.shapes.choices import compare_pictures, draw_pictures

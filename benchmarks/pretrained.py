@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 import dpok_gym
-from agents.evaluation import draw
-from agents.plots import picture_grid
+from agents.common.evaluation import draw
+from agents.cli.plots import picture_grid
 from dpok_gym.shapes.captions import CATEGORIES, all_requests, sample_requested_scenes
 from dpok_gym.shapes.judge import judge
 from dpok_gym.shapes.scenes import render

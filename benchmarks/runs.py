@@ -26,9 +26,9 @@ from scipy.spatial.distance import pdist
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
-from agents.config import ALGORITHMS, AT_A_TIME, SHAPES_REWARDS
-from agents.evaluation import Evaluation, evaluate, spread
-from agents.on_policy import DenoisingAlgorithm
+from agents.cli.config import ALGORITHMS, AT_A_TIME, SHAPES_REWARDS
+from agents.common.evaluation import Evaluation, evaluate, spread
+from agents.common.algorithm import DenoisingAlgorithm
 from dpok_gym.prompts import load_prompts, unseen_prompts
 from dpok_gym.vector_env import DenoisingVectorEnv
 

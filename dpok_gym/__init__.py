@@ -1,66 +1,68 @@
 """Text-to-image diffusion as a Gymnasium environment.
 
-Importing this package registers the ids of :data:`dpok_gym.registration.ENVIRONMENTS`; torch and the models are
-imported when the first environment is made.
+Importing this package registers the environment ids of :data:`dpok_gym.registration.ENVIRONMENTS`. Torch and the models
+are imported when the first environment is made.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dpok_gym.registration import register_envs
+from dpok_gym.registration import register_builtins
+from dpok_gym.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from dpok_gym.env import DenoisingEnv
-    from dpok_gym.models import load_model
-    from dpok_gym.prompts import PromptSet, list_prompt_sets, load_prompts
-    from dpok_gym.rewards import RemoteReward, list_rewards, make_reward, register_reward
-    from dpok_gym.vector_env import DenoisingVectorEnv
-    from dpok_gym.wrappers import NoiseAction, VectorNoiseAction, pretrained_policy
+    from dpok_gym.env import DenoisingEnv as DenoisingEnv
+    from dpok_gym.models import TextToImageModel as TextToImageModel
+    from dpok_gym.models import load_model as load_model
+    from dpok_gym.models import register_model as register_model
+    from dpok_gym.prompts import PromptSet as PromptSet
+    from dpok_gym.prompts import list_prompt_sets as list_prompt_sets
+    from dpok_gym.prompts import load_prompts as load_prompts
+    from dpok_gym.prompts import register_prompts as register_prompts
+    from dpok_gym.rewards import RemoteReward as RemoteReward
+    from dpok_gym.rewards import list_rewards as list_rewards
+    from dpok_gym.rewards import make_reward as make_reward
+    from dpok_gym.rewards import register_reward as register_reward
+    from dpok_gym.samplers import DenoisingProcess as DenoisingProcess
+    from dpok_gym.samplers import SamplerConfig as SamplerConfig
+    from dpok_gym.vector_env import DenoisingVectorEnv as DenoisingVectorEnv
+    from dpok_gym.worlds import World as World
+    from dpok_gym.worlds import register_world as register_world
+    from dpok_gym.wrappers import NoiseAction as NoiseAction
+    from dpok_gym.wrappers import TextFeatures as TextFeatures
+    from dpok_gym.wrappers import VectorNoiseAction as VectorNoiseAction
+    from dpok_gym.wrappers import VectorTextFeatures as VectorTextFeatures
+    from dpok_gym.wrappers import reference_policy as reference_policy
 
-_HOMES = {
-    "DenoisingEnv": "env",
-    "DenoisingVectorEnv": "vector_env",
-    "NoiseAction": "wrappers",
-    "PromptSet": "prompts",
-    "RemoteReward": "rewards",
-    "VectorNoiseAction": "wrappers",
-    "list_prompt_sets": "prompts",
-    "list_rewards": "rewards",
-    "load_model": "models",
-    "load_prompts": "prompts",
-    "make_reward": "rewards",
-    "pretrained_policy": "wrappers",
-    "register_reward": "rewards",
-}
+__version__ = "0.2.0"
 
-__all__ = [
-    "DenoisingEnv",
-    "DenoisingVectorEnv",
-    "NoiseAction",
-    "PromptSet",
-    "RemoteReward",
-    "VectorNoiseAction",
-    "list_prompt_sets",
-    "list_rewards",
-    "load_model",
-    "load_prompts",
-    "make_reward",
-    "pretrained_policy",
-    "register_envs",
-    "register_reward",
-]
+__getattr__, __dir__, __all__ = lazy_names(
+    "dpok_gym",
+    {
+        "DenoisingEnv": "env",
+        "DenoisingProcess": "samplers",
+        "DenoisingVectorEnv": "vector_env",
+        "NoiseAction": "wrappers",
+        "PromptSet": "prompts",
+        "RemoteReward": "rewards",
+        "SamplerConfig": "samplers",
+        "TextFeatures": "wrappers",
+        "TextToImageModel": "models",
+        "VectorNoiseAction": "wrappers",
+        "VectorTextFeatures": "wrappers",
+        "World": "worlds",
+        "list_prompt_sets": "prompts",
+        "list_rewards": "rewards",
+        "load_model": "models",
+        "load_prompts": "prompts",
+        "make_reward": "rewards",
+        "reference_policy": "wrappers",
+        "register_model": "models",
+        "register_prompts": "prompts",
+        "register_reward": "rewards",
+        "register_world": "worlds",
+    },
+)
 
-register_envs()
-
-
-def __getattr__(name: str) -> Any:
-    # Importing torch takes seconds; someone who only lists environments should not wait for it (PEP 562).
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"dpok_gym.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'dpok_gym' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})  # what completion shows
+register_builtins()

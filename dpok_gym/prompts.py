@@ -1,24 +1,22 @@
-"""Prompt sets: what the pictures are asked to show, in training and, unseen until then, in evaluation."""
+"""Prompt sets: what the images are asked to show, in training and, unseen until then, in evaluation.
+
+This module imports no torch. Letters used for shapes: N prompts.
+"""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-SHAPES_CATEGORIES = ("colour", "count", "composition", "location")
-HELD_OUT_FRACTION = 0.2
-_SPLIT_SEED = 0  # part of the definition of the named sets: another seed holds out other prompts
-_PER_CATEGORY = 24  # of the set "shapes": as many as the smallest category has, so that all four weigh the same
+from dpok_gym.prompt_files import SUFFIXES, read_prompt_file
+from dpok_gym.utils.registry import Registry
+from dpok_gym.utils.validation import check_integer
 
 
 @dataclass(frozen=True)
@@ -26,15 +24,16 @@ class PromptSet:
     """The prompts of a task.
 
     Attributes:
-        name: for logs and error messages.
-        train: the prompts to sample in training, at least one; one that is there twice is sampled twice as often.
-        held_out: prompts to evaluate on that training never shows; may be empty.
-        weights: how often each of ``train`` is sampled, up to a common factor; empty for equally often.
+        name: the name in logs and error messages.
+        train: the prompts to sample in training, at least one. A prompt that stands here twice is sampled twice as
+            often.
+        held_out: prompts for evaluation that training never shows; may be empty.
+        weights: how often each prompt of ``train`` is sampled, up to a common factor; empty for equally often.
 
     Raises:
-        TypeError: if ``train`` or ``held_out`` is a text and not a sequence of them.
-        ValueError: if ``train`` is empty, an entry is not a text or is blank, or the weights are not one for each
-            prompt, finite and not negative, with a positive sum.
+        TypeError: if ``train`` or ``held_out`` is one text instead of a list of texts.
+        ValueError: if ``train`` is empty, if an entry is blank or not a text, or if the weights are not one finite,
+            non-negative number for each prompt, with a positive sum.
     """
 
     name: str
@@ -44,24 +43,16 @@ class PromptSet:
 
     def __post_init__(self) -> None:
         for field in ("train", "held_out"):
-            object.__setattr__(self, field, self._checked(field))
+            # A frozen class can set its own fields in this way only.
+            object.__setattr__(self, field, self._check_texts(field))
         if not self.train:
             raise ValueError(f"the prompt set {self.name!r} is empty; it needs at least one prompt")
         if self.weights:
-            values = np.array(self.weights, dtype=np.float64)
-            if (
-                values.shape != (len(self.train),)
-                or not (np.isfinite(values) & (values >= 0)).all()
-                or not values.any()
-            ):
-                raise ValueError(
-                    f"the weights of {self.name!r} must be {len(self.train)} finite numbers, one for each prompt, none "
-                    "negative and not all 0"
-                )
-            object.__setattr__(self, "weights", tuple(values.tolist()))
-            object.__setattr__(self, "_shares", values / values.sum())
+            weights = self._check_weights()
+            object.__setattr__(self, "weights", tuple(weights.tolist()))
+            object.__setattr__(self, "_probabilities", weights / weights.sum())
 
-    def _checked(self, field: str) -> tuple[str, ...]:
+    def _check_texts(self, field: str) -> tuple[str, ...]:
         texts = getattr(self, field)
         if isinstance(texts, str) or not isinstance(texts, Sequence):
             raise TypeError(f"the prompts of {self.name!r} ({field}) must be a list of texts, not {texts!r}")
@@ -72,42 +63,89 @@ class PromptSet:
                 )
         return tuple(texts)
 
+    def _check_weights(self) -> NDArray[np.float64]:
+        weights = np.array(self.weights, dtype=np.float64)
+        is_one_each = weights.shape == (len(self.train),)
+        if not is_one_each or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+            raise ValueError(
+                f"the weights of {self.name!r} must be {len(self.train)} finite numbers, one for each prompt, none "
+                "negative and not all 0"
+            )
+        return weights
+
     def sample(self, np_random: np.random.Generator, n: int) -> list[str]:
         """Draws ``n`` prompts from ``train`` with replacement, by their weights."""
         if self.weights:
-            shares = self._shares  # type: ignore[attr-defined]  # which a frozen class cannot declare without a field
-            return [self.train[index] for index in np_random.choice(len(self.train), n, p=shares)]
+            probabilities = self._probabilities  # type: ignore[attr-defined]  # a frozen class declares fields only
+            return [self.train[index] for index in np_random.choice(len(self.train), n, p=probabilities)]
         return [self.train[index] for index in np_random.integers(len(self.train), size=n)]
 
 
+#: Makes a prompt set, when it is first asked for.
+PromptFactory = Callable[[], PromptSet]
+
+PROMPT_SETS: Registry[PromptSet | PromptFactory] = Registry("prompt set", "Add one with register_prompts().")
+
+
+def register_prompts(name: str, prompts: PromptSet | PromptFactory | str) -> None:
+    """Gives a prompt set a name that :func:`load_prompts` knows.
+
+    Args:
+        name: the name.
+        prompts: the set; or a function without arguments that makes it; or where it is defined, as
+            ``"module:function"``. The place is imported when the set is first loaded.
+
+    Raises:
+        TypeError: if ``prompts`` is none of these.
+        ValueError: if the name is blank or already stands for other prompts, or if the text has no colon. A function
+            that is defined anew, as a notebook cell does when it runs again, replaces itself.
+    """
+    if not isinstance(prompts, (PromptSet, str)) and not callable(prompts):
+        raise TypeError(f"the prompts {name!r} must be a PromptSet, a function or 'module:function', not {prompts!r}")
+    if isinstance(prompts, str) and not all(prompts.partition(":")):
+        raise ValueError(f"the place of the prompts {name!r} must be written 'module:function', not {prompts!r}")
+    PROMPT_SETS.register(name, prompts)
+
+
+def list_prompt_sets() -> list[str]:
+    """Returns the names of the sets that :func:`load_prompts` knows, sorted.
+
+    Defined here:
+
+    ``dpok-colour``, ``dpok-count``, ``dpok-composition``, ``dpok-location``
+        One training prompt each, that of DPOK's experiments (Fan et al. 2023, "DPOK: Reinforcement Learning for
+        Fine-tuning Text-to-Image Diffusion Models", section 5), and one held-out counterpart. The counterpart of the
+        colour is the paper's; the other three are ours.
+    ``dpok``
+        All four of DPOK's training prompts, and all four held-out ones.
+
+    The sets of the embedded worlds are described where they are defined, in the module ``prompts`` of each world.
+    """
+    return PROMPT_SETS.names()
+
+
 def load_prompts(spec: PromptSet | str | os.PathLike[str] | Sequence[str]) -> PromptSet:
-    """Gets a prompt set.
+    """Loads a prompt set.
 
     Args:
         spec: one of
 
             - a :class:`PromptSet`, returned as it is;
             - the name of a set, see :func:`list_prompt_sets`;
-            - the path of a UTF-8 file, reached as ``./name`` if it has the name of a set. By its ending:
-
-              - ``.json``: ``{prompt: {"category": ...}}`` as DrawBench's is published, or a list of prompts;
-              - ``.jsonl``: an object on each line, with the prompt under ``prompt``, ``text`` or ``caption``;
-              - ``.csv``, ``.tsv``: a header, and the prompt in a column of one of these names, in any case;
-              - anything else: a prompt on each line; blank lines and lines that start with ``#`` are skipped.
-
-              Where an entry can have further fields, ``weight`` is how often its prompt is sampled, and 1 if it has
-              none;
+            - the path of a UTF-8 file, see :func:`dpok_gym.prompt_files.read_prompt_file`. Write ``./name`` for a file
+              that has the name of a set;
             - a list or tuple of texts;
-            - any other text: the one prompt of the set.
+            - any other text: it is the only prompt of the set.
 
             Only named sets hold prompts out.
 
     Raises:
-        FileNotFoundError: if a path, or a text that ends as a file of prompts does, leads to no file.
-        TypeError: if the spec is of another kind.
-        ValueError: if there is no prompt in it, a prompt is blank or not a text, a file is not UTF-8 or not of the
-            format that its ending says, or the text is one word that looks like a misspelt name of a set (a prompt of
-            that word can be given as a list of one).
+        FileNotFoundError: if there is no file at a path, or at a text that ends like the name of a prompt file.
+        TypeError: if the spec is of another type, or a registered function returns no prompt set.
+        ValueError: if there is no prompt, if a prompt is blank or not a text, if a file is not UTF-8 or not of the
+            format that its ending says, or if the text is one word that looks like a misspelt name of a set. A prompt
+            of that word can be given as a list.
+        ImportError: if the place of a registered set cannot be imported.
     """
     if isinstance(spec, PromptSet):
         return spec
@@ -118,14 +156,15 @@ def load_prompts(spec: PromptSet | str | os.PathLike[str] | Sequence[str]) -> Pr
             f"prompts must be the name of a set ({', '.join(list_prompt_sets())}), a file, a list of texts or a text, "
             f"not {spec!r}"
         )
-    if isinstance(spec, str) and spec in _NAMED_SETS:
-        return _NAMED_SETS[spec]()
-    if os.path.isfile(spec):  # not Path.is_file(), which raises for a text too long to be a path
-        return _read_file(Path(spec))
-    if not isinstance(spec, str) or spec.lower().endswith((".txt", *_READERS)):
+    if isinstance(spec, str) and spec in PROMPT_SETS:
+        return _load_named(spec)
+    if os.path.isfile(spec):  # Path.is_file() would raise for a text that is too long to be a path
+        return _load_file(Path(spec))
+    if not isinstance(spec, str) or spec.lower().endswith(SUFFIXES):
         raise FileNotFoundError(f"there is no file of prompts at {str(spec)!r}")
-    close = difflib.get_close_matches(spec, _NAMED_SETS, n=1, cutoff=0.8)
-    if close and not any(character.isspace() for character in spec):
+    close = difflib.get_close_matches(spec, PROMPT_SETS.names(), n=1, cutoff=0.8)
+    has_one_word = not any(character.isspace() for character in spec)
+    if close and has_one_word:
         raise ValueError(
             f"there is no prompt set {spec!r}; did you mean {close[0]!r}? The sets are "
             f"{', '.join(list_prompt_sets())}. If it is meant as a prompt, give a list: [{spec!r}]"
@@ -133,163 +172,85 @@ def load_prompts(spec: PromptSet | str | os.PathLike[str] | Sequence[str]) -> Pr
     return PromptSet("text", (spec,))
 
 
-def list_prompt_sets() -> list[str]:
-    """The names of the sets that :func:`load_prompts` knows.
-
-    ``colour``, ``count``, ``composition``, ``location``
-        Everything that can be asked for in that category of the embedded world of shapes, see
-        :mod:`dpok_gym.shapes.captions`. A fixed fifth is held out, chosen by a shuffle with a fixed seed. What is
-        held out is a combination of objects with all its wordings: the mirrored "a blue square and a red circle" is
-        on the same side as "a red circle and a blue square", and ``composition`` and ``location`` hold out the same
-        pairs. Every colour, shape, number and relation occurs in training.
-    ``shapes``
-        24 prompts of each of these categories, chosen with a fixed seed: 19 for training and 5 held out.
-    ``mixture``
-        Three of the Gaussian mixtures of the mixture model, see :data:`dpok_gym.mixture.data.MIXTURES`; the fourth is
-        held out.
-    ``dpok-colour``, ``dpok-count``, ``dpok-composition``, ``dpok-location``
-        The training prompts of DPOK's experiments, one each (Fan et al. 2023, "DPOK: Reinforcement Learning for
-        Fine-tuning Text-to-Image Diffusion Models", section 5). One counterpart each is held out: that of the colour
-        is the paper's, the other three are ours.
-    ``dpok``
-        All four of DPOK's prompts, and all four held out.
-    """
-    return list(_NAMED_SETS)
+def _load_named(name: str) -> PromptSet:
+    prompts = PROMPT_SETS.load(name)
+    if not isinstance(prompts, PromptSet):
+        prompts = prompts()
+    if not isinstance(prompts, PromptSet):
+        raise TypeError(f"the function registered for the prompts {name!r} must return a PromptSet, not {prompts!r}")
+    return prompts
 
 
-def unseen_prompts(prompts: PromptSet) -> tuple[str, ...]:
-    """Prompts of the embedded world that training on a set never shows: its own held-out ones, or its categories'.
+def _load_file(path: Path) -> PromptSet:
+    entries = read_prompt_file(path)
+    texts = tuple(text for text, _ in entries)
+    weights = tuple(weight for _, weight in entries)
+    if set(weights) == {1.0}:
+        weights = ()
+    return PromptSet(str(path), texts, (), weights)
+
+
+def prompt_to_bytes(prompts: Sequence[str], size: int) -> NDArray[np.uint8]:
+    """Writes prompts as rows of bytes of the same length: UTF-8, padded with zeros.
+
+    This is the form in which a prompt is observed. It can be undone, and it depends on no model's vocabulary.
 
     Args:
-        prompts: that the embedded world can read.
+        prompts: N texts.
+        size: bytes of a row, at least 1.
 
     Returns:
-        Prompts none of which asks for the same objects as one of ``prompts.train``.
+        (N, size) uint8.
 
     Raises:
-        ValueError: if the set has no held-out prompts, and a training prompt is none of the embedded world.
+        ValueError: if a prompt has more than ``size`` bytes, or characters that the rows cannot keep: a NUL, which is
+            the padding, or half of a surrogate pair, which is not UTF-8.
     """
-    from dpok_gym.shapes.captions import parse_prompt
+    check_integer("max_prompt_bytes", size)
+    rows = np.zeros((len(prompts), size), dtype=np.uint8)
+    for row, prompt in zip(rows, prompts, strict=True):
+        try:
+            content = prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt {prompt!r} cannot be written as UTF-8: {error}") from error
+        if b"\0" in content:
+            raise ValueError(f"the prompt {prompt!r} has a NUL character, which marks the end of a prompt; remove it")
+        if len(content) > size:
+            raise ValueError(
+                f"the prompt {prompt!r} has {len(content)} bytes in UTF-8, but max_prompt_bytes is {size}; raise "
+                "max_prompt_bytes, or shorten the prompt"
+            )
+        row[: len(content)] = np.frombuffer(content, dtype=np.uint8)
+    return rows
 
-    if prompts.held_out:
-        return prompts.held_out
-    requests = [parse_prompt(text) for text in prompts.train]
-    shown = {(frozenset(request.kinds), len(request.kinds)) for request in requests}
-    categories = dict.fromkeys(request.category for request in requests)
-    texts = [text for category in categories for text in load_prompts(category).held_out]
-    unseen = {text: parse_prompt(text) for text in texts}
-    return tuple(text for text, it in unseen.items() if (frozenset(it.kinds), len(it.kinds)) not in shown)
 
+def prompts_from_bytes(array: NDArray[np.uint8]) -> list[str]:
+    """Reads the rows that :func:`prompt_to_bytes` wrote.
 
-def _read_file(path: Path) -> PromptSet:
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the file of prompts {str(path)!r} is not UTF-8 text: {error}") from error
-    suffix = path.suffix.lower()
-    try:
-        entries = _READERS.get(suffix, _read_lines)(content)
-    except (ValueError, TypeError, csv.Error) as error:  # json's errors are ValueErrors
+    Args:
+        array: (N, size) uint8.
+
+    Returns:
+        N texts.
+
+    Raises:
+        ValueError: if the array has another shape or type, or if a row is not UTF-8.
+    """
+    array = np.asarray(array)
+    if array.ndim != 2 or array.dtype != np.uint8:
         raise ValueError(
-            f"the file of prompts {str(path)!r} cannot be read as {suffix[1:].upper()}: {error}"
-        ) from error
-    if not entries:
-        advice = "write one on each line, without a leading #" if suffix not in _READERS else "add one"
-        raise ValueError(f"there is no prompt in the file {str(path)!r}; {advice}")
-    weights = tuple(weight for _, weight in entries)
-    return PromptSet(str(path), tuple(text for text, _ in entries), (), () if set(weights) == {1.0} else weights)
+            f"prompts are read from an array (N, max_prompt_bytes) of uint8, not {array.shape} of {array.dtype}"
+        )
+    prompts = []
+    for index, row in enumerate(array):
+        try:
+            prompts.append(row.tobytes().rstrip(b"\0").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"row {index} of the observed prompts is not UTF-8 text: {error}") from error
+    return prompts
 
 
-#: Prompts of a file, with their weights.
-_Entries = list[tuple[str, float]]
-
-_COLUMNS = ("prompt", "text", "caption")
-
-
-def _read_lines(content: str) -> _Entries:
-    lines = (line.strip() for line in content.split("\n"))
-    return [(line, 1.0) for line in lines if line and not line.startswith("#")]
-
-
-def _read_json(content: str) -> _Entries:
-    found = json.loads(content)
-    if isinstance(found, dict):
-        for text, fields in found.items():
-            if not isinstance(fields, dict):
-                raise ValueError(f"the prompt {text!r} must have an object of fields, such as {{}}, not {fields!r}")
-        return [(text, _weight(fields, text)) for text, fields in found.items()]
-    if isinstance(found, list):
-        return [_entry(entry) if isinstance(entry, dict) else (entry, 1.0) for entry in found]
-    raise ValueError("it is neither an object with the prompts as its keys nor a list of prompts")
-
-
-def _read_json_lines(content: str) -> _Entries:
-    rows = [json.loads(line) for line in content.split("\n") if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError('each line must be an object, such as {"prompt": "a green star"}')
-    return [_entry(row) for row in rows]
-
-
-def _read_table(content: str, delimiter: str) -> _Entries:
-    return [_entry(row) for row in csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)]
-
-
-def _entry(fields: dict[Any, Any]) -> tuple[str, float]:
-    lower = {key.lower().strip(): value for key, value in fields.items() if isinstance(key, str)}
-    for column in _COLUMNS:
-        if column in lower:
-            return lower[column], _weight(lower, lower[column])
-    raise ValueError(f"none of the fields {', '.join(map(repr, lower))} is named {', '.join(map(repr, _COLUMNS))}")
-
-
-def _weight(fields: Mapping[str, Any], text: Any) -> float:
-    weight = fields.get("weight")
-    try:
-        return 1.0 if weight is None or not str(weight).strip() else float(weight)
-    except (TypeError, ValueError):
-        raise ValueError(f"the weight of the prompt {text!r} must be a number, not {weight!r}") from None
-
-
-_READERS: dict[str, Callable[[str], _Entries]] = {
-    ".json": _read_json,
-    ".jsonl": _read_json_lines,
-    ".csv": partial(_read_table, delimiter=","),
-    ".tsv": partial(_read_table, delimiter="\t"),
-}
-
-
-def _shapes_category(category: str) -> PromptSet:
-    from dpok_gym.shapes.captions import all_requests
-
-    requests = all_requests(category)
-    # The objects, whatever their order and relation: what is seen in one wording is not unseen in another.
-    objects = [(frozenset(request.kinds), len(request.kinds)) for request in requests]
-    distinct = list(dict.fromkeys(objects))
-    shuffled = np.random.default_rng(_SPLIT_SEED).permutation(len(distinct))
-    held_out = {distinct[index] for index in shuffled[: round(HELD_OUT_FRACTION * len(distinct))]}
-
-    def texts(held: bool) -> tuple[str, ...]:
-        return tuple(str(request) for request, key in zip(requests, objects, strict=True) if (key in held_out) == held)
-
-    return PromptSet(category, texts(held=False), texts(held=True))
-
-
-def _shapes() -> PromptSet:
-    np_random = np.random.default_rng(_SPLIT_SEED)
-    n_held_out = round(HELD_OUT_FRACTION * _PER_CATEGORY)
-
-    def choose(texts: tuple[str, ...], n: int) -> list[str]:
-        return [texts[index] for index in np.sort(np_random.choice(len(texts), n, replace=False))]
-
-    train: list[str] = []
-    held_out: list[str] = []
-    for category in map(_shapes_category, SHAPES_CATEGORIES):
-        train += choose(category.train, _PER_CATEGORY - n_held_out)
-        held_out += choose(category.held_out, n_held_out)
-    return PromptSet("shapes", tuple(train), tuple(held_out))
-
-
-#: Of each category: the prompt that DPOK trains on, and an unseen counterpart.
+#: For each category, the prompt that DPOK trains on and an unseen counterpart.
 _DPOK = {
     "colour": ("A green colored rabbit.", "A green colored cat."),
     "count": ("Four wolves in the park.", "Four birds in the park."),
@@ -298,15 +259,12 @@ _DPOK = {
 }
 
 
-def _dpok(name: str, categories: Sequence[str]) -> PromptSet:
-    train, held_out = zip(*(_DPOK[category] for category in categories), strict=True)
-    return PromptSet(name, train, held_out)
+def _register_dpok() -> None:
+    for category, (train, held_out) in _DPOK.items():
+        name = f"dpok-{category}"
+        register_prompts(name, PromptSet(name, (train,), (held_out,)))
+    trained, unseen = zip(*_DPOK.values(), strict=True)
+    register_prompts("dpok", PromptSet("dpok", trained, unseen))
 
 
-_NAMED_SETS: dict[str, Callable[[], PromptSet]] = {
-    **{category: partial(_shapes_category, category) for category in SHAPES_CATEGORIES},
-    "shapes": _shapes,
-    "mixture": partial(PromptSet, "mixture", ("one gaussian", "two modes", "ring of six"), ("three modes",)),
-    **{f"dpok-{category}": partial(_dpok, f"dpok-{category}", [category]) for category in _DPOK},
-    "dpok": partial(_dpok, "dpok", list(_DPOK)),
-}
+_register_dpok()

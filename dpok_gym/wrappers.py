@@ -1,4 +1,4 @@
-"""The pre-trained model as a policy, and as a frame of reference for actions."""
+"""The pre-trained model as a policy, and wrappers for other people's agents."""
 
 from __future__ import annotations
 
@@ -11,49 +11,37 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
-from gymnasium.vector import VectorActionWrapper
+from gymnasium.vector import VectorActionWrapper, VectorEnv, VectorObservationWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from dpok_gym import diffusion
 from dpok_gym.env import DenoisingEnv
+from dpok_gym.prompts import prompts_from_bytes
 from dpok_gym.vector_env import DenoisingVectorEnv, Observation
 
 #: Bound of the standardised noise in the action space: ten standard deviations, never reached.
 NOISE_BOUND = 10.0
 
 
-def _acts_by_noise(env: gymnasium.Env | gymnasium.vector.VectorEnv) -> bool:
-    """Whether one of the wrappers makes the action the standardised noise."""
-    while isinstance(env, (gymnasium.Wrapper, gymnasium.vector.VectorWrapper)):
-        if isinstance(env, (NoiseAction, VectorNoiseAction)):
-            return True
-        env = env.env
-    return False
+def get_batch(env: gymnasium.Env | VectorEnv) -> DenoisingVectorEnv:
+    """Returns the denoising environment inside any wrappers, as a batch.
 
-
-def _batch_of(env: gymnasium.Env | gymnasium.vector.VectorEnv) -> DenoisingVectorEnv:
-    """The denoising environment inside any wrappers."""
+    Raises:
+        TypeError: if there is none inside.
+    """
     inner = env.unwrapped
     if isinstance(inner, DenoisingEnv):
         return inner.batch
     if isinstance(inner, DenoisingVectorEnv):
         return inner
-    raise TypeError(f"expected a denoising environment such as DPOK-Shapes-v0, got {inner}")
+    raise TypeError(f"expected a denoising environment such as DPOK-SD15-v0, got {inner}")
 
 
-def _act(batch: DenoisingVectorEnv, observation: Observation, noise: NDArray[np.float32]) -> NDArray[np.float32]:
-    """x_{t-1} = mean + std * noise under the pre-trained model; all (n, C, h, w)."""
-    if noise.shape != observation["latent"].shape:
-        raise ValueError(f"expected noise of the latents' shape {observation['latent'].shape}, got {noise.shape}")
-    mean, std = batch.pretrained_transition(observation)
-    return diffusion.sample_with_log_prob(mean, std, torch.from_numpy(noise))[0].numpy()
-
-
-def pretrained_policy(
-    env: gymnasium.Env | gymnasium.vector.VectorEnv, seed: int | None = None
+def reference_policy(
+    env: gymnasium.Env | VectorEnv, seed: int | None = None
 ) -> Callable[[Observation], NDArray[np.float32]]:
-    """The pre-trained model as a policy: a function from an observation to a sample of the action.
+    """Makes a policy of the pre-trained model: a function from an observation to a sample of the action.
 
     Args:
         env: a denoising environment, scalar or vector, wrapped or not; its sampler settings are used.
@@ -62,10 +50,12 @@ def pretrained_policy(
     Returns:
         A function that takes an observation of ``env`` and returns an action for it.
     """
-    batch = _batch_of(env)
+    batch = get_batch(env)
     rng = np.random.default_rng(seed)
     latent_dims = len(batch.model.latent_shape)
-    acts_by_noise = _acts_by_noise(env)
+    acts_by_noise = any(isinstance(layer, (NoiseAction, VectorNoiseAction)) for layer in _layers(env))
+    if not acts_by_noise and any(isinstance(layer, (TextFeatures, VectorTextFeatures)) for layer in _layers(env)):
+        raise TypeError("the pre-trained model reads the prompt itself: take TextFeatures off, or act by noise")
 
     def policy(observation: Observation) -> NDArray[np.float32]:
         noise = rng.standard_normal(observation["latent"].shape, np.float32)
@@ -73,28 +63,64 @@ def pretrained_policy(
             return noise
         if noise.ndim > latent_dims:
             return _act(batch, observation, noise)
-        return _act(batch, {name: np.asarray(value)[None] for name, value in observation.items()}, noise[None])[0]
+        return _act(batch, _add_axis(observation), noise[None])[0]
 
     return policy
 
 
-class NoiseAction(gymnasium.ActionWrapper, RecordConstructorArgs):
-    """The action is the noise of the step in units of its standard deviation, not the next latent.
+def _layers(env: Any) -> list[Any]:
+    """Returns an environment and all that it wraps, from the outside to the inside."""
+    layers = [env]
+    while isinstance(env, (gymnasium.Wrapper, gymnasium.vector.VectorWrapper)):
+        env = env.env
+        layers.append(env)
+    return layers
 
-    x_{t-1} = mean(x_t, t, z) + std(t) * action with the pre-trained model's mean, so an action drawn from N(0, I) is
-    the pre-trained sampler, and a standard-sized policy of an RL library starts near it. The action space is a ``Box``
-    of the latent's shape within +-10. Costs a call of the denoiser per step.
+
+def _add_axis(observation: Observation) -> Observation:
+    """Turns the observation of one environment into that of a batch of one."""
+    return {name: np.asarray(value)[None] for name, value in observation.items()}
+
+
+@torch.no_grad()
+def _act(batch: DenoisingVectorEnv, observation: Observation, noise: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns x_{t-1} = mean + std * noise under the pre-trained model; all (n, C, h, w)."""
+    if noise.shape != observation["latent"].shape:
+        raise ValueError(f"expected noise of the latents' shape {observation['latent'].shape}, got {noise.shape}")
+    mean, std = batch.process.transition(batch.state_of(observation))
+    return diffusion.sample(mean, std, torch.as_tensor(noise, device=mean.device)).cpu().numpy()
+
+
+def _check_can_take_noise(env: Any) -> None:
+    """Refuses environments that already act by noise, or whose observations hide the prompt."""
+    for layer in _layers(env):
+        if isinstance(layer, (NoiseAction, VectorNoiseAction)):
+            raise ValueError("the action is the noise already: wrap the environment in NoiseAction only once")
+        if isinstance(layer, (TextFeatures, VectorTextFeatures)):
+            raise ValueError("NoiseAction reads the prompt: wrap in NoiseAction first, then in TextFeatures")
+
+
+class NoiseAction(gymnasium.ActionWrapper, RecordConstructorArgs):
+    """Takes the noise of a step, in units of its standard deviation, as the action in place of the next latent.
+
+    x_{t-1} = mean(x_t, t, z) + std(t) * action, with the pre-trained model's mean. An action drawn from N(0, I) is the
+    pre-trained sampler, so a Gaussian policy of any RL library starts near it. The action space is a ``Box`` of the
+    latent's shape within +-10. A step costs a call of the denoiser.
+
+    Raises:
+        ValueError: if the environment already acts by noise, or shows text features in place of the prompt.
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
         RecordConstructorArgs.__init__(self)
+        _check_can_take_noise(env)
         super().__init__(env)
-        self._batch = _batch_of(env)
+        self._batch = get_batch(env)
         self.action_space = spaces.Box(-NOISE_BOUND, NOISE_BOUND, self._batch.model.latent_shape, np.float32)
         self._observation: Observation | None = None
 
     def reset(self, **kwargs: Any) -> tuple[Observation, dict[str, Any]]:
-        """Resets, and remembers where the first action starts from."""
+        """Resets, and remembers the state that the first action starts from."""
         self._observation, info = self.env.reset(**kwargs)
         return copy.deepcopy(self._observation), info
 
@@ -104,26 +130,26 @@ class NoiseAction(gymnasium.ActionWrapper, RecordConstructorArgs):
         return copy.deepcopy(self._observation), reward, terminated, truncated, info
 
     def action(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The next latent for a standardised noise (C, h, w)."""
+        """Returns the next latent for a standardised noise (C, h, w)."""
         if self._observation is None:
             raise gymnasium.error.ResetNeeded("call reset() before step()")
-        noise = np.asarray(action, np.float32)[None]
-        return _act(self._batch, {name: np.asarray(value)[None] for name, value in self._observation.items()}, noise)[0]
+        return _act(self._batch, _add_axis(self._observation), np.asarray(action, np.float32)[None])[0]
 
 
 class VectorNoiseAction(VectorActionWrapper):
     """:class:`NoiseAction` for the vector environment: actions (n, C, h, w), one call of the denoiser for all."""
 
-    def __init__(self, env: gymnasium.vector.VectorEnv) -> None:
+    def __init__(self, env: VectorEnv) -> None:
+        _check_can_take_noise(env)
         super().__init__(env)
-        self._batch = _batch_of(env)
+        self._batch = get_batch(env)
         shape = self._batch.model.latent_shape
         self.single_action_space = spaces.Box(-NOISE_BOUND, NOISE_BOUND, shape, np.float32)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._observation: Observation | None = None
 
     def reset(self, **kwargs: Any) -> tuple[Observation, dict[str, Any]]:
-        """Resets, and remembers where the first actions start from."""
+        """Resets, and remembers the states that the first actions start from."""
         self._observation, infos = self.env.reset(**kwargs)
         return copy.deepcopy(self._observation), infos
 
@@ -133,7 +159,59 @@ class VectorNoiseAction(VectorActionWrapper):
         return copy.deepcopy(self._observation), *rest
 
     def actions(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The next latents for standardised noises (n, C, h, w)."""
+        """Returns the next latents for standardised noises (n, C, h, w)."""
         if self._observation is None:
             raise gymnasium.error.ResetNeeded("call reset() before step()")
         return _act(self._batch, self._observation, np.asarray(actions, np.float32))
+
+
+def _feature_space(batch: DenoisingVectorEnv) -> spaces.Box:
+    return spaces.Box(-np.inf, np.inf, (batch.model.text_width,), np.float32)
+
+
+@torch.no_grad()
+def _features(batch: DenoisingVectorEnv, prompt_bytes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Returns the text encoder's features (n, F) of prompts (n, L) in bytes."""
+    conditioning = batch.process.encode(prompts_from_bytes(prompt_bytes))
+    return batch.model.text_features(conditioning).float().cpu().numpy()
+
+
+class TextFeatures(gymnasium.ObservationWrapper, RecordConstructorArgs):
+    """Shows the prompt as F features of the model's text encoder, ``Box(-inf, inf, (F,), float32)``, not as bytes.
+
+    For other people's networks, which would read bytes as magnitudes. Agents of ``agents`` need no wrapper.
+    """
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        RecordConstructorArgs.__init__(self)
+        super().__init__(env)
+        self._batch = get_batch(env)
+        space: Any = env.observation_space
+        self.observation_space = spaces.Dict({**space.spaces, "prompt": _feature_space(self._batch)})
+
+    def observation(self, observation: Observation) -> Observation:
+        """Replaces the prompt (L,) by its features (F,)."""
+        return {**observation, "prompt": _features(self._batch, observation["prompt"][None])[0]}
+
+
+class VectorTextFeatures(VectorObservationWrapper):
+    """:class:`TextFeatures` for the vector environment: the prompts (n, L) become features (n, F)."""
+
+    def __init__(self, env: VectorEnv) -> None:
+        super().__init__(env)
+        self._batch = get_batch(env)
+        space: Any = env.single_observation_space
+        self.single_observation_space = spaces.Dict({**space.spaces, "prompt": _feature_space(self._batch)})
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+
+    def step(self, actions: NDArray[Any]) -> Any:
+        """Takes actions (n, C, h, w); the last observations of finished episodes have features too."""
+        observation, rewards, terminated, truncated, infos = super().step(actions)
+        for last in infos.get("final_obs", ()):
+            if last is not None:
+                last["prompt"] = _features(self._batch, last["prompt"][None])[0]
+        return observation, rewards, terminated, truncated, infos
+
+    def observations(self, observations: Observation) -> Observation:
+        """Replaces the prompts (n, L) by their features (n, F)."""
+        return {**observations, "prompt": _features(self._batch, observations["prompt"])}

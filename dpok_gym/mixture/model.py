@@ -1,24 +1,26 @@
-"""The mixture model: an exact denoiser with a small network beside it that fine-tuning can train.
+"""The mixture model: an exact denoiser, and in it a small network that fine-tuning can train.
 
-Letters used for shapes: B pictures, N prompts, L tokens of a prompt, P prompts that the model knows, d dimensions.
+Letters used for shapes: B images, N prompts, P prompts that the model knows, d dimensions of a point.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dpok_gym.mixture.data import MIXTURES, GaussianMixture
-from dpok_gym.mixture.picture import SIZE, draw_dots
+from dpok_gym.mixture.image import IMAGE_SIZE, draw_dots, read_dots
 from dpok_gym.models.base import Conditioning, GuidanceGradient, TextToImageModel
+from dpok_gym.utils.validation import check_choice
 
-#: Names of :func:`dpok_gym.models.load_model`, and the dimensions of each.
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+#: The registered names of the model, and the dimensions d of each.
 DIMENSIONS = {"mixture": 2, "mixture-1d": 1}
 
 #: The noise schedule of Stable Diffusion.
@@ -37,23 +39,23 @@ SCHEDULER_CONFIG: Mapping[str, Any] = {
 
 
 class MixtureDenoiser(nn.Module):
-    """The noise in x_t, from the posterior of x_0 given x_t and the prompt, which is known exactly.
+    """Predicts the noise in x_t from the posterior of x_0 given x_t and the prompt, which is known exactly.
 
         noise = (x_t - sqrt(alpha_bar_t) x_0') / sqrt(1 - alpha_bar_t),    x_0' = E[x_0 | x_t] + Cov[x_0 | x_t] tilt
 
-    The tilt is the output of a small network, which starts as zero. Fine-tuning for a reward of slope a ought to tilt
-    the data by exp(a . x_0 / beta), and data tilted by exp(h . x_0) have their posterior's mean moved by Cov h: exactly
-    if they are Gaussian, to first order otherwise. So in these units the network has an answer of one size at all noise
-    levels, and learning is well-conditioned; what is beyond first order is left for it to find.
+    A small network computes the tilt; before fine-tuning it is zero. The tilt is a good output to learn: fine-tuning
+    for a reward of slope a should multiply the density of the data by exp(a . x_0 / beta). Multiplying it by
+    exp(h . x_0) moves the posterior mean by Cov[x_0 | x_t] h, exactly for Gaussian data, otherwise to first order. So
+    the right output, h = a / beta, has the same size at all noise levels, which makes learning well-conditioned.
 
     Args:
-        mixtures: of the P prompts.
+        mixtures: the data of each of the P prompts.
         alphas_cumprod: alpha_bar at each training timestep.
         hidden: width of the network's two hidden layers.
     """
 
     alphas_cumprod: Tensor
-    _N_WAVES = 8
+    _N_WAVES = 8  # cosines that tell the network the timestep
 
     def __init__(self, mixtures: Sequence[GaussianMixture], alphas_cumprod: Tensor, hidden: int = 64) -> None:
         super().__init__()
@@ -75,7 +77,16 @@ class MixtureDenoiser(nn.Module):
         )
 
     def forward(self, latents: Tensor, timesteps: Tensor, mixture: Tensor) -> Tensor:
-        """The noise (B, 1, 1, d) in latents (B, 1, 1, d) at timesteps (B,), for prompts number (B,)."""
+        """Predicts the noise.
+
+        Args:
+            latents: (B, 1, 1, d) x_t.
+            timesteps: (B,) int64.
+            mixture: (B,) int64, number of each prompt.
+
+        Returns:
+            (B, 1, 1, d).
+        """
         x, alpha_bar = latents.flatten(1).float(), self.alphas_cumprod[timesteps]
         data = GaussianMixture(*(getattr(self, name)[mixture] for name in self._names))
         mean, covariance = data.posterior(x, alpha_bar)
@@ -96,77 +107,70 @@ class MixtureDenoiser(nn.Module):
 
 
 class MixtureModel(TextToImageModel):
-    """Draws a point of a Gaussian mixture, as the picture of a dot; which mixture is what the prompt says.
+    """Draws a point of a Gaussian mixture, as the image of a dot. The prompt says which mixture.
 
     Args:
-        name: "mixture", points of two dimensions, or "mixture-1d".
+        name: "mixture" for points of two dimensions, or "mixture-1d".
         device: of the denoiser.
+
+    Attributes:
+        mixtures: the mixture that each prompt stands for.
+
+    Raises:
+        ValueError: if the name is another one.
     """
 
     denoiser: MixtureDenoiser
+    #: The network in the denoiser is small enough to be trained whole.
     default_lora_rank = 0
 
     def __init__(self, name: str = "mixture", device: str | torch.device = "cpu") -> None:
         from diffusers import DDIMScheduler
 
         super().__init__()
+        check_choice("the name of a mixture model", name, *DIMENSIONS)
         self.name = name
-        self.options = {}
         self.device = torch.device(device)
-        #: What each prompt stands for.
         self.mixtures = MIXTURES[DIMENSIONS[name]]
         self.latent_shape = (1, 1, DIMENSIONS[name])
-        self.image_shape = (SIZE, SIZE)
-        words = dict.fromkeys(word for prompt in self.mixtures for word in prompt.split())
-        self._ids = {word: index for index, word in enumerate(words, start=1)}  # 0 is padding
-        self.vocab_size = len(words) + 1
-        self.max_tokens = max(len(prompt.split()) for prompt in self.mixtures)
+        self.image_shape = (IMAGE_SIZE, IMAGE_SIZE)
         self.text_width = len(self.mixtures)
-        self._known = self.tokenize(list(self.mixtures))
         self.scheduler_config = SCHEDULER_CONFIG
         alphas_cumprod = DDIMScheduler.from_config(dict(SCHEDULER_CONFIG)).alphas_cumprod
-        with torch.random.fork_rng(devices=[]):  # the initial network is part of the model
+        # The initial weights are part of the model, so they do not depend on the caller's random state.
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.denoiser = MixtureDenoiser(list(self.mixtures.values()), alphas_cumprod)
         self.denoiser.to(self.device).eval().requires_grad_(False)
 
-    def configured(self, image_size: int | Sequence[int] | None, negative_prompt: str | None) -> MixtureModel:
-        """The same denoiser, for options of its own; there are no other pictures and no negative prompts.
-
-        Raises:
-            ValueError: if either is asked for.
-        """
-        if image_size is not None or negative_prompt is not None:
-            raise ValueError(
-                f"the model {self.name!r} draws {SIZE}x{SIZE} pictures without guidance: leave out image_size and "
-                "negative_prompt"
-            )
-        other = copy.copy(self)
-        other._encoded = OrderedDict()
-        return other
-
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+    def check_prompts(self, prompts: Sequence[str]) -> None:
         """See the base class."""
-        unknown = [prompt for prompt in prompts if " ".join(prompt.split()) not in self.mixtures]
-        if unknown:
-            raise ValueError(
-                f"the model {self.name!r} cannot read the prompt {unknown[0]!r}; it knows {', '.join(self.mixtures)}"
-            )
-        rows = [[self._ids[word] for word in prompt.split()] for prompt in prompts]
-        return torch.tensor([row + [0] * (self.max_tokens - len(row)) for row in rows], dtype=torch.int64)
+        for prompt in prompts:
+            if _normalise(prompt) not in self.mixtures:
+                raise ValueError(
+                    f"the model {self.name!r} cannot read the prompt {prompt!r}; it knows {', '.join(self.mixtures)}"
+                )
 
-    def _encode(self, tokens: Tensor) -> Conditioning:
-        same = (tokens[:, None] == self._known.to(tokens.device)).all(-1)
-        if not bool(same.any(1).all()):
-            raise ValueError(f"these tokens are none of a prompt that the model {self.name!r} knows: {tokens.tolist()}")
-        return {"mixture": same.int().argmax(1)}
-
-    def park_text_encoder(self) -> None:
-        """Does nothing: there is none."""
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        known = list(self.mixtures)
+        return {"mixture": torch.tensor([known.index(_normalise(prompt)) for prompt in prompts], device=self.device)}
 
     def text_features(self, conditioning: Conditioning) -> Tensor:
-        """See the base class: which of the prompts it is, as a vector with a single 1."""
+        """See the base class: a one-hot vector that says which of the P prompts it is."""
         return nn.functional.one_hot(conditioning["mixture"], self.text_width).float()
+
+    def num_forward_passes(self, guidance_scale: float) -> int:
+        """See the base class: always 1.
+
+        Raises:
+            ValueError: if the guidance scale is not 1.
+        """
+        if guidance_scale != 1:
+            raise ValueError(
+                f"the model {self.name!r} has no unconditional data to guide away from: use guidance_scale=1, not "
+                f"{guidance_scale}"
+            )
+        return 1
 
     def predict(
         self,
@@ -182,14 +186,31 @@ class MixtureModel(TextToImageModel):
         Raises:
             ValueError: if the guidance scale is not 1.
         """
-        if guidance_scale != 1:
-            raise ValueError(
-                f"the model {self.name!r} has no unconditional data to guide away from: use guidance_scale=1, not "
-                f"{guidance_scale}"
-            )
-        denoiser = self.denoiser if denoiser is None else denoiser
-        return denoiser(latents, timesteps, **conditioning)
+        self.num_forward_passes(guidance_scale)
+        network = self.denoiser if denoiser is None else denoiser
+        return network(latents, timesteps, **conditioning)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """See the base class; latents too are drawn where the point would be."""
+        """See the base class. Noisy latents, too, are drawn as the point that they are."""
         return draw_dots(latents.to(self.device).flatten(1))
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """See the base class: reads the position of the dot. In one dimension the height of the dot is left out."""
+        points = read_dots(images.to(self.device))[:, : self.latent_shape[-1]]
+        return points.float().reshape(-1, *self.latent_shape)
+
+    def to_pipeline(self, denoiser: nn.Module | None = None) -> DiffusionPipeline:
+        """Refuses.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"diffusers has no pipeline for the model {self.name!r}: its denoiser is no diffusers network. Draw with "
+            "a DenoisingProcess instead"
+        )
+
+
+def _normalise(prompt: str) -> str:
+    """Returns the prompt with single spaces between its words."""
+    return " ".join(prompt.split())

@@ -1,27 +1,31 @@
-"""What the rest of the project knows of a text-to-image model.
+"""The interface of every text-to-image model.
 
-Letters used for shapes: B pictures, N prompts, L tokens of a prompt, C x h x w a latent, H x W a picture.
+Letters used for sizes: B images, N prompts, F features, C x h x w a latent, H x W an image.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dpok_gym.models.conditioning_cache import ConditioningCache
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 Conditioning = dict[str, Tensor]
 GuidanceGradient = Literal["both", "conditional"]
 
-#: Prompts whose conditioning is kept. 77 x 768 floats are 230 KiB, so this is at most about 115 MiB with Stable
-#: Diffusion 1.5, and 308 MiB with XL.
-CACHED_PROMPTS = 512
+#: Most bytes of conditioning that a model keeps. One prompt has 230 KiB with Stable Diffusion 1.5 in float32 (77 x 768
+#: numbers) and 620 KiB with XL, so this is enough for about 1100 and 400 prompts.
+CONDITIONING_CACHE_BYTES = 256 * 2**20
 
 #: Prompts that a text encoder reads at a time.
-_AT_A_TIME = 32
+ENCODING_BATCH_SIZE = 32
 
 
 class TextToImageModel(ABC):
@@ -30,19 +34,23 @@ class TextToImageModel(ABC):
     The networks are frozen and in evaluation mode. A learner that changes the denoiser keeps its changes to itself:
     between calls ``denoiser`` computes the pre-trained model.
 
+    A subclass sets the attributes, calls ``super().__init__()`` and implements the abstract methods; the others have
+    defaults that suit a model of one image size without a text encoder.
+
     Attributes:
-        name: what :func:`dpok_gym.models.load_model` was called with.
-        options: its further arguments but the device, those that differ from the defaults; plain JSON-able values.
+        name: what the model was loaded by: a registered name, a folder as it was given, or a hub id. A live pipeline
+            has its ``name_or_path``, or "pipeline".
+        options: the arguments of :func:`dpok_gym.models.load_model` that were not left at their defaults, without name
+            and device; plain values that JSON can keep.
         device: where the networks are.
         latent_shape: (C, h, w).
         image_shape: (H, W) in pixels.
-        text_width: F, features of a prompt in :meth:`text_features`.
-        vocab_size: number of different tokens.
-        max_tokens: L, tokens of each prompt with start, end and padding.
+        text_width: F, number of features of a prompt in :meth:`text_features`.
         denoiser: the network that is fine-tuned.
-        scheduler_config: the diffusers scheduler config that the model was trained with.
-        default_lora_rank: of the LoRA that fine-tuning trains unless told otherwise; 0 for the whole denoiser, which
-            suits a network too small to be adapted.
+        scheduler_config: config of the diffusers scheduler that the model was trained with.
+        lora_layers: sets of layers for a LoRA: "attention" and "all", each a tuple of endings of layer names.
+        lora_prefix: name of the denoiser in a LoRA file, with a dot, as diffusers' ``load_lora_weights`` expects it.
+        default_lora_rank: rank of the LoRA that fine-tuning trains by default; 0 means: train the whole denoiser.
     """
 
     name: str
@@ -51,61 +59,142 @@ class TextToImageModel(ABC):
     latent_shape: tuple[int, int, int]
     image_shape: tuple[int, int]
     text_width: int
-    vocab_size: int
-    max_tokens: int
     denoiser: nn.Module
     scheduler_config: Mapping[str, Any]
+    lora_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    lora_prefix: str = ""
     default_lora_rank: int = 8
 
     def __init__(self) -> None:
-        self._encoded: OrderedDict[bytes, Conditioning] = OrderedDict()
+        self.options = {}
+        self._conditioning = ConditioningCache(CONDITIONING_CACHE_BYTES)
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipe: DiffusionPipeline,
+        *,
+        image_size: int | Sequence[int] | None = None,
+        negative_prompt: str | None = None,
+    ) -> TextToImageModel:
+        """Makes a model of a live diffusers pipeline.
+
+        The model uses the pipeline's own networks, where they are and in the precision that they have; nothing is
+        copied. They are frozen and put into evaluation mode.
+
+        Args:
+            pipe: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
+            image_size: pixels of a side, or (height, width); None for the size that the model was trained with.
+            negative_prompt: what guidance leads away from; None for what the model was trained with.
+
+        Raises:
+            ValueError: if pipelines of this class are not supported, if a part is missing, if its networks are
+                offloaded to another device between calls, or if a LoRA is active in it.
+        """
+        from dpok_gym.models.pipelines import model_from_pipeline
+
+        model = model_from_pipeline(pipe)
+        if not isinstance(model, cls):
+            raise ValueError(
+                f"a {type(pipe).__name__} is made into a {type(model).__name__}, not into a {cls.__name__}; call "
+                "TextToImageModel.from_pipeline"
+            )
+        return model.with_options(image_size=image_size, negative_prompt=negative_prompt)
+
+    def configured(self, image_size: int | Sequence[int] | None, negative_prompt: str | None) -> TextToImageModel:
+        """Returns a model with the same networks, not a copy of them, for other images.
+
+        Args:
+            image_size: pixels of a side, or (height, width); None for the size that the model was trained with.
+            negative_prompt: what guidance leads away from; None for what the model was trained with.
+
+        Raises:
+            ValueError: if the model has no such images or takes no negative prompt.
+        """
+        if image_size is None and negative_prompt is None:
+            return self
+        raise ValueError(
+            f"the model {self.name!r} draws images of one size, without a negative prompt: leave out image_size and "
+            "negative_prompt"
+        )
+
+    def with_options(
+        self, *, image_size: int | Sequence[int] | None = None, negative_prompt: str | None = None
+    ) -> TextToImageModel:
+        """Returns what :meth:`configured` does, with the arguments noted in ``options``; the model itself for None."""
+        if image_size is None and negative_prompt is None:
+            return self
+        model = self.configured(image_size, negative_prompt)
+        size = list(image_size) if isinstance(image_size, Sequence) else image_size
+        given = {"image_size": size, "negative_prompt": negative_prompt}
+        model.options = self.options | {name: value for name, value in given.items() if value is not None}
+        return model
 
     @abstractmethod
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids of prompts, (N, L) int64 on the CPU.
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Checks that the model can read these prompts, without running its text encoder.
 
         Raises:
             ValueError: if a prompt has too many tokens, or words that the model cannot read.
         """
 
-    def encode(self, tokens: Tensor) -> Conditioning:
-        """What the denoiser is told about each prompt: tensors with a leading axis of N.
+    # The result is kept for later callers, so the first caller's modes (inference, autocast) must not matter.
+    @torch.inference_mode(False)
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Returns what the denoiser is told about each prompt: tensors with a leading axis of N, on the model's device.
 
-        Each different prompt is encoded once and kept while it is among the last :data:`CACHED_PROMPTS` met.
+        Each distinct prompt is encoded once, and kept as long as :data:`CONDITIONING_CACHE_BYTES` allows.
 
         Args:
-            tokens: (N, L) int64, on any device.
+            prompts: N texts.
+
+        Raises:
+            ValueError: if there is no prompt, or one cannot be read.
         """
-        rows = tokens.to("cpu", torch.int64).contiguous()
-        keys = [row.tobytes() for row in rows.numpy()]
-        found = {key: self._encoded[key] for key in keys if key in self._encoded}
-        missing = {key: index for index, key in enumerate(keys) if key not in found}
-        for some in torch.tensor(list(missing.values()), dtype=torch.int64).split(_AT_A_TIME) if missing else ():
-            with torch.autocast(self.device.type, enabled=False):  # they are kept, for whoever asks next
-                encoded = self._encode(rows[some].to(self.device))
-            for position, index in enumerate(some.tolist()):
-                found[keys[index]] = {name: values[position].clone() for name, values in encoded.items()}
-        for key in keys:
-            self._encoded[key] = found[key]
-            self._encoded.move_to_end(key)
-        while len(self._encoded) > CACHED_PROMPTS:
-            self._encoded.popitem(last=False)
-        return {name: torch.stack([found[key][name] for key in keys]) for name in found[keys[0]]}
+        if isinstance(prompts, str) or not len(prompts):
+            raise ValueError(f"encode takes a list of at least one prompt, got {prompts!r}")
+        conditioning: dict[str, Conditioning] = {}
+        missing: list[str] = []
+        for prompt in dict.fromkeys(prompts):
+            known = self._conditioning.get(prompt)
+            if known is None:
+                missing.append(prompt)
+            else:
+                conditioning[prompt] = known
+        if missing:
+            self.check_prompts(missing)
+        for first in range(0, len(missing), ENCODING_BATCH_SIZE):
+            batch = missing[first : first + ENCODING_BATCH_SIZE]
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                encoded = self._encode(batch)
+            for row, prompt in enumerate(batch):
+                # A clone: a view would keep the whole batch in memory.
+                conditioning[prompt] = {name: values[row].clone() for name, values in encoded.items()}
+                self._conditioning.add(prompt, conditioning[prompt])
+        names = conditioning[prompts[0]]
+        return {name: torch.stack([conditioning[prompt][name] for prompt in prompts]) for name in names}
 
     @abstractmethod
-    def _encode(self, tokens: Tensor) -> Conditioning:
-        """Runs the text encoder on (N, L) tokens."""
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Runs the text encoder: tensors with a leading axis of N, on the model's device.
 
-    @abstractmethod
-    def park_text_encoder(self) -> None:
-        """Moves the text encoder to the CPU until a prompt has to be encoded that is not among those kept.
+        Args:
+            prompts: N distinct texts that passed :meth:`check_prompts`.
+        """
 
-        What guidance leads away from is encoded before.
+    def offload_text_encoder(self) -> None:  # noqa: B027 (a model without a text encoder has nothing to move)
+        """Moves the text encoder to the CPU until a prompt has to be encoded that is not kept.
+
+        The negative prompt is encoded first, because guidance always needs it.
         """
 
     @abstractmethod
     def text_features(self, conditioning: Conditioning) -> Tensor:
-        """One vector for each prompt, (N, F), for a critic to read."""
+        """Returns one vector for each prompt, (N, F), for a critic to read."""
+
+    def num_forward_passes(self, guidance_scale: float) -> int:
+        """Returns the forward passes of the denoiser for one image in :meth:`predict`: 2 with guidance, else 1."""
+        return 1 if guidance_scale == 1 else 2
 
     @abstractmethod
     def predict(
@@ -117,14 +206,13 @@ class TextToImageModel(ABC):
         denoiser: nn.Module | None = None,
         guidance_gradient: GuidanceGradient = "both",
     ) -> Tensor:
-        """The denoiser's output, guided.
+        """Returns the denoiser's guided output.
 
         Args:
             latents: (B, C, h, w) x_t.
-            timesteps: (B,) int64, in the units of the model's training schedule.
+            timesteps: (B,) in the units of the model's training schedule.
             conditioning: of B prompts, from :meth:`encode`.
-            guidance_scale: of classifier-free guidance (Ho & Salimans 2022); 1 means none and costs one forward pass
-                instead of a doubled one.
+            guidance_scale: scale of classifier-free guidance (Ho & Salimans 2022); 1 means none.
             denoiser: a fine-tuned network to use in place of the model's own.
             guidance_gradient: "both" differentiates the guided output; "conditional" takes the unconditional one as a
                 constant: the same output, for about two thirds of the time and half of the memory of an update.
@@ -135,4 +223,36 @@ class TextToImageModel(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), float32 in [0, 1], of clean latents (B, C, h, w); differentiable in these."""
+        """Returns the images of clean latents; differentiable.
+
+        Args:
+            latents: (B, C, h, w), on any device.
+
+        Returns:
+            (B, 3, H, W) float32 in [0, 1].
+        """
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Returns the clean latents of images: the mean of the autoencoder's Gaussian.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], on any device.
+
+        Returns:
+            (B, C, h, w) float32.
+
+        Raises:
+            ValueError: if the images have another shape, or the model has no encoder for images.
+        """
+        raise ValueError(f"the model {self.name!r} has no encoder for images")
+
+    def to_pipeline(self, denoiser: nn.Module | None = None) -> DiffusionPipeline:
+        """Returns a diffusers pipeline around the model's networks, with a DDIM scheduler.
+
+        Args:
+            denoiser: a fine-tuned network to use in place of the model's own.
+
+        Raises:
+            ValueError: if diffusers has no pipeline for the model.
+        """
+        raise ValueError(f"the model {self.name!r} is no diffusers pipeline")

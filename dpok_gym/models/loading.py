@@ -1,170 +1,194 @@
-"""From a name, a folder, a file or a hub id to the networks of a text-to-image model."""
+"""Loading of models by name, each once in a process."""
 
 from __future__ import annotations
 
-import json
-import pickle
-from collections.abc import Mapping
-from pathlib import Path
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import hf_hub_download
-from safetensors import safe_open
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.utils.logging import disable_progress_bar
 
-from dpok_gym.completeness import describe_wrong_weights, has_vocabulary
-from dpok_gym.models.stable_diffusion import StableDiffusion, StableDiffusionXL
-
-#: What reads the parts of each of diffusers' pipelines, by its name: importing those takes time, and warns of image
-#: processors that nobody needs.
-FAMILIES: dict[str, type[StableDiffusion]] = {
-    "StableDiffusionPipeline": StableDiffusion,
-    "StableDiffusionXLPipeline": StableDiffusionXL,
-}
-
-#: Parts of a pipeline that are not needed to draw: not loaded, and not downloaded.
-_UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+from dpok_gym.models.base import TextToImageModel
+from dpok_gym.models.registry import ModelFactory, find_source, is_factory
+from dpok_gym.utils.registry import import_attribute
+from dpok_gym.utils.validation import check_choice, check_names
 
 
-def load_networks(
-    name: str,
-    source: str,
-    device: str,
-    dtype: torch.dtype,
-    revision: str | None,
-    variant: str | None,
-    allow_pickle: bool,
-    config: str | None,
-) -> StableDiffusion:
-    """Does what :func:`dpok_gym.models.load_model` says; ``source`` is what the name stands for."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        what, advice = f"the checkpoint {path}", "It must hold a whole model, in one file as its authors published it"
-    else:
-        path = _find_folder(name, source, revision, variant, allow_pickle)
-        what = f"the model folder {path}"
-        advice = (
-            "It must be a whole diffusers pipeline (model_index.json, tokenizer, text_encoder, unet, vae, scheduler)"
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that tells one loaded model from another: the key of the cache.
+
+    The fields are the arguments of :func:`load_model`, with "auto" and the like resolved.
+
+    Attributes:
+        source: what the name stands for.
+    """
+
+    name: str
+    source: str | ModelFactory
+    device: str
+    dtype: str = "float32"
+    image_size: int | tuple[int, ...] | None = None
+    negative_prompt: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    allow_pickle: bool = False
+    config: str | None = None
+    vae_tiling: bool = False
+    compile: bool = False
+
+    def of_networks(self) -> ModelSpec:
+        """Returns the spec of the model with the same networks, and the image size that it was trained with."""
+        return replace(self, image_size=None, negative_prompt=None)
+
+    def options(self) -> dict[str, Any]:
+        """Returns the arguments of :func:`load_model` that are not defaults, without name and device."""
+        options = {}
+        for field in fields(self)[3:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                options[field.name] = value
+        return options
+
+
+#: Every model that was loaded. Environments and policies share one copy of its weights.
+_models: dict[ModelSpec, TextToImageModel] = {}
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    device: str = "auto",
+    dtype: str = "float32",
+    *,
+    image_size: int | Sequence[int] | None = None,
+    negative_prompt: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    config: str | os.PathLike[str] | None = None,
+    vae_tiling: bool = False,
+    compile: bool = False,  # noqa: A002 (as torch and diffusers call it)
+    **unknown: Any,
+) -> TextToImageModel:
+    """Loads a model once per process, so that environments and policies share one copy of its weights.
+
+    Models that differ in image size or negative prompt only share their networks. :func:`clear_model_cache` forgets
+    them all.
+
+    Args:
+        name_or_path: a registered name (:func:`dpok_gym.models.list_models`), a local diffusers folder, a single-file
+            checkpoint (``.safetensors``), or a hub id; of Stable Diffusion 1.x, 2.x or XL. ``"module:factory"`` is a
+            function that makes a model, as in :func:`dpok_gym.models.register_model`; such a model takes an image size
+            and a negative prompt if its class does, and none of the further arguments.
+        device: "auto" (a GPU if there is one), or any torch device.
+        dtype: of the networks' weights: "float32", "bfloat16" or "float16".
+        image_size: pixels of a side, or (height, width); None for the size that the model was trained with.
+        negative_prompt: what classifier-free guidance leads away from; None for nothing in particular.
+        revision: branch, tag or commit of a hub id.
+        variant: of the weight files, such as "fp16".
+        allow_pickle: whether weights that are no safetensors may be read.
+        config: for a single file, a diffusers folder or hub id of the same architecture, which the file does not tell.
+        vae_tiling: decode large images in overlapping tiles: less memory, and slightly different images.
+        compile: run the denoiser through ``torch.compile``: minutes at first, then faster on a GPU.
+        unknown: none; a misspelt name among keyword arguments gives an error with the nearest known one.
+
+    Raises:
+        ValueError: if an argument's name, the device, the dtype, the image size or the family of the model is unknown,
+            or if files are damaged.
+        FileNotFoundError: if the model is found nowhere; the message lists the ways to get it.
+        ImportError: if ``"module:factory"`` cannot be imported.
+    """
+    known = ["name_or_path", *(field.name for field in fields(ModelSpec)[2:])]
+    check_names("argument of load_model", unknown, known)
+    check_choice("dtype", dtype, "float32", "bfloat16", "float16")
+    for name, text in {"negative_prompt": negative_prompt, "revision": revision, "variant": variant}.items():
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{name} must be a text or None, got {text!r}")
+    name = os.fspath(name_or_path)
+    spec = ModelSpec(
+        name,
+        find_source(name),
+        _find_device(device),
+        dtype,
+        _hashable_size(image_size),
+        negative_prompt,
+        revision,
+        variant,
+        allow_pickle,
+        None if config is None else os.fspath(config),
+        vae_tiling,
+        compile,
+    )
+    if spec not in _models:
+        plain = spec.of_networks()
+        if plain not in _models:
+            _models[plain] = _load_networks(plain)
+        _models[spec] = _models[plain].with_options(image_size=spec.image_size, negative_prompt=spec.negative_prompt)
+    return _models[spec]
+
+
+def clear_model_cache() -> None:
+    """Forgets every loaded model: the next :func:`load_model` reads the files again.
+
+    Memory is freed when nothing else refers to a model. Environments and policies that are there keep theirs.
+    """
+    _models.clear()
+
+
+def _find_device(device: str) -> str:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return str(torch.empty(0, device=device).device)  # "cuda" becomes "cuda:0", so that both find the same copy
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
+
+
+def _hashable_size(image_size: Any) -> Any:
+    """Returns an integer or a tuple; what is neither is left for the model to refuse."""
+    if isinstance(image_size, Integral):
+        return int(image_size)
+    return tuple(image_size) if isinstance(image_size, list | tuple) else image_size
+
+
+def _load_networks(spec: ModelSpec) -> TextToImageModel:
+    """Makes the model of a spec without image size and negative prompt."""
+    if is_factory(spec.source):
+        return _make_by_factory(spec)
+    from dpok_gym.models.pipelines import model_from_source  # diffusers takes seconds to import
+
+    files = (spec.revision, spec.variant, spec.allow_pickle, spec.config)
+    model = model_from_source(spec.name, str(spec.source), spec.device, getattr(torch, spec.dtype), *files)
+    if spec.vae_tiling:
+        model.vae.enable_tiling()
+    if spec.compile:
+        model.denoiser.compile()
+    model.options = spec.options()
+    return model
+
+
+def _make_by_factory(spec: ModelSpec) -> TextToImageModel:
+    if options := spec.options():
+        raise ValueError(
+            f"the model {spec.name!r} is made by {_describe(spec.source)}, in float32 and from no files: leave out "
+            f"{', '.join(options)}"
         )
-    disable_progress_bar()  # of transformers, for a file that loads in no time
-    try:
-        if path.is_file():
-            family, parts = _parts_of_file(path, dtype, allow_pickle, config)
-        else:
-            family, parts = _parts_of_folder(path, dtype, variant, allow_pickle)
-        return family(name, device=device, **parts)
-    except Exception as error:
-        raise ValueError(f"{what} cannot be loaded: {error}. {advice}; if a file is damaged, get it again") from error
-
-
-def _parts_of_folder(
-    folder: Path, dtype: torch.dtype, variant: str | None, allow_pickle: bool
-) -> tuple[type[StableDiffusion], dict[str, Any]]:
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    if index["_class_name"] not in FAMILIES:
-        raise ValueError(_unsupported(index["_class_name"]))
-    family = FAMILIES[index["_class_name"]]
-    weights: dict[str, Any] = {"variant": variant, "use_safetensors": None if allow_pickle else True}
-    parts = {
-        "tokenizer": _load_tokenizer(folder / "tokenizer"),
-        "text_encoder": _load_text_encoder(CLIPTextModel, folder / "text_encoder", dtype=dtype, **weights),
-        "unet": UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **weights),
-        "vae": AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **weights),
-        "scheduler_config": DDIMScheduler.load_config(folder, subfolder="scheduler"),
-    }
-    if family is StableDiffusionXL:
-        second = folder / "text_encoder_2"
-        parts["tokenizer_2"] = _load_tokenizer(folder / "tokenizer_2")
-        parts["text_encoder_2"] = _load_text_encoder(CLIPTextModelWithProjection, second, dtype=dtype, **weights)
-        parts["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)
-    return family, parts
-
-
-def _load_tokenizer(folder: Path) -> CLIPTokenizer:
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    if not has_vocabulary(tokenizer):
-        raise ValueError(f"its {folder.name} has no vocabulary")
-    return tokenizer
-
-
-def _load_text_encoder(network_class: Any, folder: Path, **kwargs: Any) -> Any:
-    text_encoder, info = network_class.from_pretrained(folder, output_loading_info=True, **kwargs)
-    if wrong := describe_wrong_weights(info):
-        raise ValueError(f"its {folder.name} {wrong}")
-    return text_encoder
-
-
-def _parts_of_file(
-    path: Path, dtype: torch.dtype, allow_pickle: bool, config: str | None
-) -> tuple[type[StableDiffusion], dict[str, Any]]:
-    """The parts of a single-file checkpoint, in the layout of the models' authors."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            keys = list(file.keys())
-    elif allow_pickle:
-        keys = list(torch.load(path, map_location="meta", weights_only=True).get("state_dict", {}))
-    else:
-        raise pickle.UnpicklingError(
-            "it is no .safetensors file, and a pickle may run code of its author's; get the .safetensors of the same "
-            "model, or pass allow_pickle=True (in an environment, model_kwargs={'allow_pickle': True}) if you trust it"
+    factory: Any = spec.source
+    if isinstance(factory, str):
+        factory = import_attribute(f"model {spec.name!r}", factory)
+    model = factory(spec.name, spec.device)
+    if not isinstance(model, TextToImageModel):
+        raise ValueError(
+            f"the model {spec.name!r}: {_describe(spec.source)} must return a TextToImageModel, got {model!r}"
         )
-    is_xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
-    if not is_xl and not any(key.startswith("cond_stage_model.") for key in keys):
-        raise ValueError("it holds no Stable Diffusion 1.x, 2.x or XL with its text encoders")
-    kind = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
-    try:
-        pipeline = getattr(diffusers, kind).from_single_file(str(path), torch_dtype=dtype, config=config, **_UNUSED)
-    except OSError as error:
-        raise OSError(
-            f"{error} (a single file does not tell its architecture: pass the diffusers folder of a model of the same "
-            "build as config=, in an environment model_kwargs={'config': folder}, where the hub cannot be reached)"
-        ) from error
-    parts = {key: part for key, part in pipeline.components.items() if key not in _UNUSED}
-    parts["scheduler_config"] = parts.pop("scheduler").config
-    if is_xl:
-        parts["force_zeros_for_empty_prompt"] = pipeline.config.force_zeros_for_empty_prompt
-    return FAMILIES[kind], parts
+    # The factory may return a model that is also used under another name; its networks are shared, its name is not.
+    model = copy.copy(model)
+    model.name, model.options = spec.name, {}
+    return model
 
 
-def _unsupported(pipeline: str) -> str:
-    reason = ""
-    if pipeline.startswith("LatentConsistency"):
-        reason = ": the sampler of latent-consistency models does not take DDIM's Gaussian steps"
-    elif pipeline.startswith(("StableDiffusion3", "Flux")):
-        reason = ": flow-matching transformers are not supported"
-    return f"it is a {pipeline}, and only {' and '.join(FAMILIES)} are supported{reason}"
-
-
-def _find_folder(name: str, source: str, revision: str | None, variant: str | None, allow_pickle: bool) -> Path:
-    """The local folder of a pipeline, from the hub or its cache if need be."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json")
-        return folder
-    wanted: Mapping[str, Any] = {
-        "revision": revision,
-        "variant": variant,
-        "use_safetensors": None if allow_pickle else True,
-    }
-    try:
-        index = Path(hf_hub_download(source, "model_index.json", revision=revision))
-        pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-        if pipeline in FAMILIES:
-            return Path(DiffusionPipeline.download(source, **wanted, **_UNUSED))
-    except Exception as error:
-        version = f" at the revision {revision!r}" if revision else ""
-        reason = " ".join(str(error).split())
-        pickles = not allow_pickle and "safetensors" in str(error)
-        trust = "if it has pickles only and you trust them, pass allow_pickle=True; " if pickles else ""
-        raise FileNotFoundError(
-            f"the model {name!r} is neither a local folder or file, nor in the Hugging Face cache, nor could it be "
-            f"downloaded as {source!r}{version} ({type(error).__name__}: {reason}). Ways out: {trust}pass "
-            f"model='/path/to/a/diffusers/folder'; run `hf download {source}` where there is a network and set HF_HOME "
-            "to that cache; or use the embedded model, model='shapes', which needs no download"
-        ) from error
-    raise ValueError(f"the model {source!r} cannot be loaded: {_unsupported(pipeline)}")
+def _describe(source: str | ModelFactory) -> str:
+    return repr(source) if isinstance(source, str) else f"the function {getattr(source, '__name__', source)!r}"

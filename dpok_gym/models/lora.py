@@ -7,60 +7,60 @@ import itertools
 import json
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from dpok_gym.checks import integer
+from dpok_gym.utils.files import replacing
+from dpok_gym.utils.validation import check_integer
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_REST = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "time_emb_proj")
-
-#: Layers by name: the projections of every attention layer of a diffusers UNet, as is usual for large models; or the
-#: feed-forward and convolutional layers of all its blocks too.
-LAYERS = {"attention": _ATTENTION, "all": _ATTENTION + _REST}
-
-#: What diffusers' ``load_lora_weights`` looks for, and how it knows the part of the pipeline.
-FILE_NAME, PREFIX = "pytorch_lora_weights.safetensors", "unet."
+#: The file that diffusers' ``load_lora_weights`` looks for.
+FILE_NAME = "pytorch_lora_weights.safetensors"
 
 _numbers = itertools.count()
 
-#: Names of LoRAs that nobody refers to any more. They are not removed at once: the garbage collector may come at any
-#: moment, also while the layers of the network are being gone through.
+#: For each network, names of its LoRAs that nobody refers to any more. They are not removed at once: the garbage
+#: collector may come at any moment, also while the layers of the network are being gone through.
 _forgotten: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 
 
 class LoRA:
-    """A trainable low-rank change of a frozen network, which is switched on for the length of a ``with`` block.
+    """A trainable low-rank change of a frozen network, which is on for the length of a ``with`` block.
 
     Several can live in one network without knowing of each other; outside their blocks it computes what it always did.
-    What nobody refers to any more leaves the network when the next one is added.
-    The change is B A x with A random and B zero to begin with; there is no further scale. It is float32, whatever the
-    network is.
+    A LoRA that nobody refers to any more leaves the network when the next one is added.
+    The change of a layer is B A x, with A random and B zero to begin with; there is no further scale. It is float32,
+    whatever the network is.
 
     Args:
         network: changed in place: its target layers become peft layers.
         rank: of the change; 4 to 16 is usual. Each target layer gets rank x (inputs + outputs) parameters.
-        target_modules: the layers to change: a key of :data:`LAYERS`, or ends of their names.
+        target_modules: endings of the names of the layers to change, such as ``("to_q", "to_v")``;
+            :attr:`TextToImageModel.lora_layers` has the usual sets.
+
+    Attributes:
+        parameters: the trainable parameters by name.
 
     Raises:
         ValueError: if the rank is not positive or no layer has such a name.
     """
 
-    def __init__(self, network: nn.Module, rank: int, target_modules: str | Sequence[str] = "attention") -> None:
-        self.rank = integer("the LoRA rank", rank)
+    def __init__(self, network: nn.Module, rank: int, target_modules: Sequence[str]) -> None:
+        self.rank = check_integer("the LoRA rank", rank)
         if isinstance(target_modules, str):
-            if target_modules not in LAYERS:
-                raise ValueError(f"there is no choice of layers {target_modules!r}; there are {', '.join(LAYERS)}")
-            target_modules = LAYERS[target_modules]
+            raise ValueError(
+                f"target_modules must be a list of endings of layer names, got the text {target_modules!r}; the usual "
+                "lists are in model.lora_layers"
+            )
         _remove_forgotten(network)
         self.name = f"lora{next(_numbers)}"
         self.target_modules = tuple(target_modules)
@@ -75,7 +75,6 @@ class LoRA:
             raise ValueError(f"no layer of the denoiser ends in any of {list(target_modules)}") from error
         self._network = network
         marker = f".{self.name}."
-        #: The trainable parameters by name.
         self.parameters = {name: value for name, value in network.named_parameters() if marker in name}
         _switch([(layer, [self.name], False) for layer in _layers(network)])
         _switch(before)
@@ -86,65 +85,126 @@ class LoRA:
         weakref.finalize(self, _forgotten.setdefault(network, []).append, self.name)
 
     @contextmanager
-    def switched_on(self) -> Iterator[None]:
-        """Within the block, the network computes with this change, and with no other."""
-        layers = _layers(self._network)
-        before = [_state(layer) for layer in layers]
-        _switch([(layer, [self.name], True) for layer in layers])
-        try:
+    def enabled(self) -> Iterator[None]:
+        """Within the block, the network computes with this change, and with no other. Parameters stay trainable."""
+        with _switched(self._network, [self.name], True):
             yield
-        finally:
-            _switch(before)
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes the file that diffusers' ``load_lora_weights(folder)`` reads; returns its path."""
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block, the network computes without any LoRA, even inside the block of one that is enabled."""
+        with _switched(self._network, [self.name], False):
+            yield
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the parameters by the names that they have in a LoRA file, without the prefix.
+
+        Unlike those of :attr:`parameters`, the names do not depend on how many LoRAs were made before. As with
+        ``nn.Module.state_dict``, the tensors share the parameters' memory.
+        """
         state = get_peft_model_state_dict(self._network, adapter_name=self.name)
+        return {key: value.detach() for key, value in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copies what :meth:`state_dict` returned into the parameters.
+
+        Raises:
+            ValueError: if it is of another model, rank or choice of layers; the parameters are not changed then.
+        """
+        self._copy_from(state, "the LoRA")
+
+    def _copy_from(self, state: Mapping[str, Tensor], what: str) -> None:
+        expected = {key: value.shape for key, value in self.state_dict().items()}
+        if {key: value.shape for key, value in state.items()} != expected:
+            raise ValueError(
+                f"{what} is of another model: it changes {len(state) // 2} layers with rank {_rank(state)}, and not "
+                f"the same layers and sizes as here, {len(expected) // 2} with rank {self.rank}"
+            )
+        set_peft_model_state_dict(self._network, dict(state), adapter_name=self.name)
+
+    def save(self, folder: str | Path, prefix: str) -> Path:
+        """Writes the file that diffusers' ``load_lora_weights(folder)`` reads.
+
+        Args:
+            folder: made if it is not there.
+            prefix: the model's ``lora_prefix``, such as "unet.".
+
+        Returns:
+            The file's path.
+        """
+        state = {prefix + key: value.cpu().contiguous() for key, value in self.state_dict().items()}
         path = Path(folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({PREFIX + key: value.detach().cpu().contiguous() for key, value in state.items()}, path)
+        with replacing(path) as part:
+            save_file(state, part)
         return path
 
-    def load(self, folder: str | Path) -> None:
+    def load(self, folder: str | Path, prefix: str) -> None:
         """Reads such a file back.
+
+        Args:
+            folder: the folder, or the file itself.
+            prefix: as in :meth:`save`.
 
         Raises:
             FileNotFoundError: if there is none.
             ValueError: if it is damaged, or of another model, rank or choice of layers.
         """
-        found = _read(folder)
-        expected = {
-            key: value.shape for key, value in get_peft_model_state_dict(self._network, adapter_name=self.name).items()
-        }
-        if {key: value.shape for key, value in found.items()} != expected:
-            raise ValueError(
-                f"the LoRA in {folder} is of another model: it changes {len(found) // 2} layers with rank "
-                f"{_rank(found)}, and not the same layers and sizes as here, {len(expected) // 2} with rank {self.rank}"
-            )
-        set_peft_model_state_dict(self._network, found, adapter_name=self.name)
+        self._copy_from(_read(folder, prefix), f"the LoRA in {folder}")
 
     @classmethod
-    def from_folder(cls, network: nn.Module, folder: str | Path) -> LoRA:
-        """Adds the LoRA that a file holds to a network; rank and layers are taken from the file."""
-        found = _read(folder)
-        targets = sorted({key.removesuffix(f".lora_{part}.weight") for key in found for part in "AB"})
+    def from_folder(cls, network: nn.Module, folder: str | Path, prefix: str) -> LoRA:
+        """Adds the LoRA that a file holds to a network; rank and layers are taken from the file.
+
+        Args:
+            network: changed in place.
+            folder: the folder, or the file itself.
+            prefix: as in :meth:`save`.
+
+        Raises:
+            FileNotFoundError: if there is no file.
+            ValueError: if it is damaged, or of another model.
+        """
+        state = _read(folder, prefix)
+        targets = sorted({key.removesuffix(f".lora_{part}.weight") for key in state for part in "AB"})
         targets = [target for target in targets if not target.endswith(".weight")]
         names = {name for name, _ in network.named_modules()}
         missing = [target for target in targets if target not in names]
         if missing:
             raise ValueError(f"the LoRA in {folder} is of another model: there is no layer {missing[0]!r} here")
-        lora = cls(network, _rank(found), targets)
-        lora.load(folder)
+        lora = cls(network, _rank(state), targets)
+        lora.load(folder, prefix)
         return lora
 
+    def merged_copy(self) -> nn.Module:
+        """Returns a copy of the network with this change added to its weights, and no LoRA in it."""
+        copied = copy.deepcopy(self._network)
+        with torch.no_grad():
+            for layer in _layers(copied):
+                layer.merge(adapter_names=[self.name])
+        return _without_adapters(copied)
 
-def pretrained_copy(network: nn.Module) -> nn.Module:
-    """A copy of a network without any LoRA that is in it."""
-    copied = copy.deepcopy(network)
-    for name, layer in list(copied.named_modules()):
+
+def reference_view(network: nn.Module) -> nn.Module:
+    """Returns the network without any LoRA that is in it: new modules around the same weights, which are not copied."""
+    if not _layers(network):
+        return network
+    # What deepcopy finds in its memo, it takes as it is.
+    shared = {id(value): value for value in [*network.parameters(), *network.buffers()]}
+    return _without_adapters(copy.deepcopy(network, shared))
+
+
+def reference_copy(network: nn.Module) -> nn.Module:
+    """Returns a copy of the network, weights included, without any LoRA that is in it."""
+    return copy.deepcopy(reference_view(network))
+
+
+def _without_adapters(network: nn.Module) -> nn.Module:
+    for name, layer in list(network.named_modules()):
         if isinstance(layer, BaseTunerLayer):
-            copied.set_submodule(name, layer.get_base_layer())
-    copied.__dict__.pop("peft_config", None)
-    return copied
+            network.set_submodule(name, layer.get_base_layer())
+    network.__dict__.pop("peft_config", None)
+    return network
 
 
 def _remove_forgotten(network: nn.Module) -> None:
@@ -158,7 +218,7 @@ def _remove_forgotten(network: nn.Module) -> None:
         del network.peft_config[name]  # type: ignore[operator, union-attr]
 
 
-#: A layer, the names of its active adapters, and whether they are switched on.
+#: A layer, the names of its active adapters, and whether they are on.
 _State = tuple[Any, list[str], bool]  # Any: to mypy, peft's layers are no modules
 
 
@@ -170,8 +230,19 @@ def _state(layer: Any) -> _State:
     return layer, list(layer.active_adapters), not layer.disable_adapters
 
 
+@contextmanager
+def _switched(network: nn.Module, names: list[str], on: bool) -> Iterator[None]:
+    """Puts all layers of a network in a state for the length of the block, then back."""
+    before = [_state(layer) for layer in _layers(network)]
+    _switch([(layer, names, on) for layer, _, _ in before])
+    try:
+        yield
+    finally:
+        _switch(before)
+
+
 def _switch(states: list[_State]) -> None:
-    """Puts layers in these states, whatever is trainable staying so.
+    """Puts layers in these states; parameters that are trainable stay so.
 
     peft freezes what it switches off, and a frozen parameter would miss a backward pass that is still to come.
     """
@@ -183,23 +254,27 @@ def _switch(states: list[_State]) -> None:
             value.requires_grad_(flag)
 
 
-def _read(folder: str | Path) -> dict:
+def _read(folder: str | Path, prefix: str) -> dict[str, Tensor]:
+    """Reads a LoRA file: the tensors by their names without the prefix."""
     path = Path(folder)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"there is no LoRA at {folder}: expected a file {FILE_NAME}, as save_lora() writes it")
     try:
         with safe_open(path, "pt") as file:
-            found = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+            state = {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
             config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     except SafetensorError as error:
         raise ValueError(f"the LoRA file {path} is damaged ({error}); write or copy it again") from error
-    if not any(key.endswith(".lora_A.weight") for key in found):
+    if not any(key.endswith(".lora_A.weight") for key in state):
         raise ValueError(f"the file {path} holds no LoRA weights")
     # What other tools write may be scaled by alpha / rank, as diffusers notes it; there is no scale here.
-    scale = config.get(f"{PREFIX}lora_alpha", 1) / config.get(f"{PREFIX}r", 1)
-    return {key: value * scale if key.endswith(".lora_B.weight") else value for key, value in found.items()}
+    scale = config.get(f"{prefix}lora_alpha", 1) / config.get(f"{prefix}r", 1)
+    return {key: value * scale if key.endswith(".lora_B.weight") else value for key, value in state.items()}
 
 
-def _rank(state: dict) -> int:
-    return next(len(value) for key, value in state.items() if key.endswith(".lora_A.weight"))
+def _rank(state: Mapping[str, Tensor]) -> int:
+    for key, value in state.items():
+        if key.endswith(".lora_A.weight"):
+            return len(value)
+    return 0

@@ -1,4 +1,4 @@
-"""File size as a reward: no model, no prompt, and any picture has one. Good for trying things out.
+"""File size as a reward: it needs no model and no prompt, and every image has one. Good for a first try.
 
 Source: Black et al. 2023, "Training Diffusion Models with Reinforcement Learning" (DDPO), section 5.1.
 """
@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dpok_gym.images import to_uint8
+from dpok_gym.utils.images import to_uint8
 
 QUALITY = 95  # as in DDPO; Pillow's default of 75 would flatten the differences
 
 
 def jpeg_sizes(images: Tensor) -> Tensor:
-    """The size of each picture as a JPEG file of quality 95.
+    """Returns the size of each image as a JPEG file of quality 95.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
@@ -26,15 +26,15 @@ def jpeg_sizes(images: Tensor) -> Tensor:
         (B,) float32, kilobytes of 1000 bytes.
     """
     sizes = []
-    for picture in to_uint8(images):
+    for pixels in to_uint8(images):
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, format="JPEG", quality=QUALITY)
+        Image.fromarray(pixels).save(buffer, format="JPEG", quality=QUALITY)
         sizes.append(buffer.tell() / 1000)
     return torch.tensor(sizes)
 
 
 class JpegIncompressibility:
-    """The size of the picture as a JPEG file, kilobytes: more for more detail."""
+    """The size of the image as a JPEG file, kilobytes. Images with more detail have larger files."""
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns (B,) float32, positive."""
@@ -42,7 +42,7 @@ class JpegIncompressibility:
 
 
 class JpegCompressibility:
-    """Minus the size of the picture as a JPEG file, kilobytes: more for a smoother picture."""
+    """Minus the size of the image as a JPEG file, kilobytes. It is higher for smoother images."""
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns (B,) float32, negative."""

@@ -1,7 +1,8 @@
-"""Judging finished pictures in several threads while the next ones are still being decoded.
+"""Scoring of finished images in threads, while the next images are still being decoded.
 
-Threads suit rewards that wait (for a server) or compute outside of Python (torch, Pillow). One that needs processes of
-its own, for Python code or another environment, has them as ``dpok serve-reward``, by any number of addresses.
+Threads suit rewards that wait (for a server) or compute outside of Python (torch, Pillow). A reward that needs
+processes of its own, for Python code or for another environment, runs behind ``dpok serve-reward``, on any number of
+machines.
 """
 
 from __future__ import annotations
@@ -18,53 +19,52 @@ from dpok_gym.rewards.base import Components, Reward, RewardBatch
 def judge_chunks(
     reward: Reward, chunks: Iterable[tuple[Tensor, list[str]]], executor: Executor | None = None
 ) -> tuple[Tensor, RewardBatch]:
-    """Judges pictures that come in chunks, and puts them together in their order.
+    """Scores images that come in chunks, and concatenates the results in the order of the chunks.
 
-    What has state, the running normalisation, waits for the whole batch and sees it in order: only the reward functions
-    themselves run in the workers. So the result is that of one call with everything, as long as what a function says of
-    a picture does not depend on the others in its batch.
+    The result equals that of one call with all images, as long as a function's score of an image does not depend on
+    the other images in its batch.
 
     Args:
-        reward: its functions must bear being called by several threads, if there are any.
-        chunks: pictures (b, 3, H, W) and their b prompts; each is handed on as soon as it has come.
-        executor: computes the chunks; None for this thread.
+        reward: several threads call its functions if the executor has several.
+        chunks: images (b, 3, H, W) and their b prompts; each chunk is submitted as soon as it has come.
+        executor: runs the reward functions; None for this thread.
 
     Returns:
-        All pictures (B, 3, H, W), and what they are worth.
+        All images (B, 3, H, W), and their rewards.
 
     Raises:
-        ValueError: if a function has other components for one chunk than for another. Errors of the reward surface
-            here, the first by the order of the pictures; what has not begun by then is called off.
+        ValueError: if a function has other components for one chunk than for another. An error of a reward function is
+            raised here too, the first in the order of the images; chunks that have not begun by then are cancelled.
     """
-    pictures: list[Tensor] = []
+    images: list[Tensor] = []
     prompts: list[str] = []
     pending: list[Future[Components]] = []
-    found: list[Components] = []
+    scores: list[Components] = []
     try:
-        for images, texts in chunks:
-            pictures.append(images)
-            prompts += texts
+        for chunk_images, chunk_prompts in chunks:
+            images.append(chunk_images)
+            prompts += chunk_prompts
             if executor is None:
-                found.append(reward.components(images, texts))
+                scores.append(reward.components(chunk_images, chunk_prompts))
             else:
-                pending.append(executor.submit(reward.components, images, texts))
-        found += [future.result() for future in pending]
+                pending.append(executor.submit(reward.components, chunk_images, chunk_prompts))
+        scores += [future.result() for future in pending]
     finally:
         for future in pending:
             future.cancel()
-    return torch.cat(pictures), reward.combine(_concatenate(found), prompts)
+    return torch.cat(images), reward.combine(_concatenate(scores), prompts)
 
 
-def _concatenate(found: Sequence[Components]) -> Components:
-    names = {name: list(components) for name, components in found[0].items()}
-    for other in found[1:]:
-        for name, components in other.items():
-            if components.keys() != found[0][name].keys():
+def _concatenate(scores: Sequence[Components]) -> Components:
+    first = scores[0]
+    for other in scores[1:]:
+        for name, by_component in other.items():
+            if by_component.keys() != first[name].keys():
                 raise ValueError(
-                    f"the reward {name!r} must have the same components for all pictures, but has {names[name]} for "
-                    f"some and {list(components)} for others"
+                    f"the reward {name!r} must have the same components for all images, but has {list(first[name])} "
+                    f"for some and {list(by_component)} for others"
                 )
-    return {
-        name: {component: torch.cat([part[name][component] for part in found]) for component in components}
-        for name, components in names.items()
-    }
+    whole: Components = {}
+    for name, components in first.items():
+        whole[name] = {component: torch.cat([part[name][component] for part in scores]) for component in components}
+    return whole

@@ -1,4 +1,4 @@
-"""The embedded world of coloured shapes: scenes, captions, judge, and the small model trained on them."""
+"""The embedded world of coloured shapes: scenes, captions, a judge, and the small model trained on them."""
 
 from pathlib import Path
 

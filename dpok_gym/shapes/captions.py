@@ -1,4 +1,4 @@
-"""What is said about scenes: DPOK's four categories of prompts, their grammar, and scenes to go with them.
+"""Captions of scenes: DPOK's four categories of prompts, their grammar, and random scenes that go with them.
 
 ======================  ===========================================
 category                example
@@ -8,6 +8,8 @@ category                example
 ``composition``         a red circle and a blue square
 ``location``            a red circle above a blue square
 ======================  ===========================================
+
+Letters used for shapes: B scenes.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ NUMBERS = ("one", "two", "three", "four")
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What an object looks like: indices into :data:`~dpok_gym.shapes.scenes.COLOURS` and ``SHAPES``."""
+class ObjectKind:
+    """The look of an object: indices into :data:`~dpok_gym.shapes.scenes.COLOURS` and ``SHAPES``."""
 
     colour: int
     shape: int
@@ -39,19 +41,20 @@ class Kind:
 
 @dataclass(frozen=True)
 class Request:
-    """What a prompt asks for, all of it and nothing else.
+    """The meaning of a prompt: the objects that it asks for. Nothing else may be in the image.
 
     Attributes:
-        kinds: the kind of every object, one entry each; repeated for "three green squares".
-        relation: where the first object is relative to the second, index into :data:`RELATIONS`; None if not said.
+        kinds: the kind of every object, one entry each; the same one three times for "three green squares".
+        relation: where the first object is relative to the second, index into :data:`RELATIONS`; None if the prompt
+            does not say.
     """
 
-    kinds: tuple[Kind, ...]
+    kinds: tuple[ObjectKind, ...]
     relation: int | None = None
 
     @property
     def category(self) -> str:
-        """The category of DPOK's that this prompt belongs to."""
+        """The category of :data:`CATEGORIES` that this prompt belongs to."""
         if self.relation is not None:
             return "location"
         if len(self.kinds) == 1:
@@ -62,12 +65,24 @@ class Request:
         if self.category == "count":
             return f"{NUMBERS[len(self.kinds) - 1]} {self.kinds[0]}s"
         join = "and" if self.relation is None else RELATIONS[self.relation]
-        return f" {join} ".join(f"{'an' if str(kind)[0] in 'aeiou' else 'a'} {kind}" for kind in self.kinds)
+        return f" {join} ".join(_with_article(kind) for kind in self.kinds)
+
+
+def _with_article(kind: ObjectKind) -> str:
+    text = str(kind)
+    article = "an" if text[0] in "aeiou" else "a"
+    return f"{article} {text}"
 
 
 def all_requests(category: str) -> list[Request]:
-    """Every request of a category, in a fixed order: 24 colours, 72 counts, 552 compositions, 2,208 locations."""
-    kinds = [Kind(colour, shape) for colour in range(len(COLOURS)) for shape in range(len(SHAPES))]
+    """Returns every request of a category, in a fixed order.
+
+    There are 24 for colour, 72 for count, 552 for composition and 2,208 for location.
+
+    Raises:
+        ValueError: if the category is none of :data:`CATEGORIES`.
+    """
+    kinds = [ObjectKind(colour, shape) for colour in range(len(COLOURS)) for shape in range(len(SHAPES))]
     pairs = list(itertools.permutations(kinds, 2))
     if category == "colour":
         return [Request((kind,)) for kind in kinds]
@@ -80,20 +95,21 @@ def all_requests(category: str) -> list[Request]:
     raise ValueError(f"unknown category {category!r}; the categories are {', '.join(CATEGORIES)}")
 
 
-_READABLE = {str(request): request for category in CATEGORIES for request in all_requests(category)}
+# There are few enough prompts to list them all, so that no grammar is needed to read one.
+_REQUESTS = {str(request): request for category in CATEGORIES for request in all_requests(category)}
 
 #: Every word of every caption: all that the embedded model can read.
-WORDS = tuple(sorted({word for text in _READABLE for word in text.split()}))
+WORDS = tuple(sorted({word for text in _REQUESTS for word in text.split()}))
 
 
 def parse_prompt(text: str) -> Request:
-    """Reads a prompt.
+    """Reads a prompt. Upper case, further spaces and full stops at the end do not matter.
 
     Raises:
-        ValueError: if the text is not of the forms in this module's table, with examples of those that are.
+        ValueError: if the text has none of the forms in this module's table; the message has an example of each.
     """
     try:
-        return _READABLE[" ".join(text.lower().split()).rstrip(".")]
+        return _REQUESTS[" ".join(text.lower().split()).rstrip(".")]
     except KeyError:
         raise ValueError(
             f"the shapes world cannot judge the prompt {text!r}; write it like 'a green star', 'three green squares', "
@@ -104,7 +120,7 @@ def parse_prompt(text: str) -> Request:
 
 
 def relation_of(offset: Tensor) -> Tensor:
-    """How the first of two objects lies to the second, judged by the larger of the two distances.
+    """Returns where the first of two objects is relative to the second. The larger of the two distances decides.
 
     Args:
         offset: (..., 2) centre of the first minus centre of the second, x to the right and y downwards, in pixels.
@@ -113,18 +129,23 @@ def relation_of(offset: Tensor) -> Tensor:
         (...) int64, index into :data:`RELATIONS`.
     """
     x, y = offset.unbind(-1)
-    return torch.where(y.abs() >= x.abs(), torch.where(y < 0, 0, 1), torch.where(x < 0, 2, 3))
+    vertical = torch.where(y < 0, RELATIONS.index("above"), RELATIONS.index("below"))
+    horizontal = torch.where(x < 0, RELATIONS.index("left of"), RELATIONS.index("right of"))
+    return torch.where(y.abs() >= x.abs(), vertical, horizontal)
 
 
 def sample_requested_scenes(
     n_scenes: int, generator: torch.Generator, shares: Sequence[float] = (1, 1, 1, 1)
 ) -> tuple[Scenes, list[Request]]:
-    """Draws scenes and what is true of them.
+    """Draws scenes, each with a request that is true of it.
 
     Args:
-        n_scenes: how many, B.
+        n_scenes: number of scenes, B.
         generator: a CPU generator; the same state gives the same scenes.
         shares: how often each of :data:`CATEGORIES` is drawn, up to a common factor.
+
+    Returns:
+        The scenes and B requests.
     """
 
     def integers(high: int, *size: int) -> Tensor:
@@ -133,7 +154,7 @@ def sample_requested_scenes(
     category = torch.tensor(shares, dtype=torch.float32).multinomial(n_scenes, replacement=True, generator=generator)
     number = 2 + integers(MAX_OBJECTS - 1, n_scenes)
     count = torch.where(category == 0, 1, torch.where(category == 1, number, 2))
-    # Two different kinds, and the first one everywhere where the caption speaks of one kind only.
+    # Composition and location speak of two different kinds. In the other categories all objects are of the first one.
     n_kinds = len(COLOURS) * len(SHAPES)
     first = integers(n_kinds, n_scenes)
     second = (first + 1 + integers(n_kinds - 1, n_scenes)) % n_kinds
@@ -142,18 +163,28 @@ def sample_requested_scenes(
     colour, shape = kind // len(SHAPES), kind % len(SHAPES)
     size, centre = place_objects(count, shape, generator, aligned=category == 3)
     scenes = Scenes(count, shape, colour, centre, size, sample_backgrounds(n_scenes, generator))
-
-    relation = relation_of(centre[:, 0] - centre[:, 1]).tolist()
-    rows = zip(category.tolist(), count.tolist(), colour.tolist(), shape.tolist(), relation, strict=True)
-    requests = [
-        Request(tuple(Kind(c, s) for c, s in zip(colours[:n], shapes[:n], strict=True)), r if which == 3 else None)
-        for which, n, colours, shapes, r in rows
-    ]
-    return scenes, requests
+    relation = relation_of(centre[:, 0] - centre[:, 1])
+    return scenes, _describe(scenes, category, relation)
 
 
-def spoil(request: Request, generator: torch.Generator) -> Request:
-    """Gets one attribute wrong: a colour, a shape, the number of objects or the relation."""
+def _describe(scenes: Scenes, category: Tensor, relation: Tensor) -> list[Request]:
+    """Returns the request of a category (B,) that is true of each scene, with a relation (B,) where it has one."""
+    columns = (category, scenes.count, scenes.colour, scenes.shape, relation)
+    requests = []
+    for which, n, colours, shapes, where in zip(*(column.tolist() for column in columns), strict=True):
+        kinds = tuple(ObjectKind(*pair) for pair in zip(colours[:n], shapes[:n], strict=True))
+        has_relation = CATEGORIES[which] == "location"
+        requests.append(Request(kinds, relation=where) if has_relation else Request(kinds))
+    return requests
+
+
+def corrupt(request: Request, generator: torch.Generator) -> Request:
+    """Returns the request with one attribute wrong: a colour, a shape, the number of objects or the relation.
+
+    Args:
+        request: a request.
+        generator: a CPU generator.
+    """
 
     def pick(high: int) -> int:
         return int(torch.randint(high, (), generator=generator))
@@ -161,7 +192,8 @@ def spoil(request: Request, generator: torch.Generator) -> Request:
     def other(value: int, high: int) -> int:
         return (value + 1 + pick(high - 1)) % high
 
-    attribute = pick(2 if request.category in ("colour", "composition") else 3)
+    n_attributes = 3 if request.category in ("count", "location") else 2
+    attribute = pick(n_attributes)  # 0: colour, 1: shape, 2: number or relation
     if attribute == 2 and request.relation is not None:
         return replace(request, relation=other(request.relation, len(RELATIONS)))
     if attribute == 2:
@@ -173,6 +205,6 @@ def spoil(request: Request, generator: torch.Generator) -> Request:
     else:
         wrong = replace(target, shape=other(target.shape, len(SHAPES)))
     kinds = tuple(wrong if kind == target else kind for kind in request.kinds)
-    if len(set(kinds)) < len(set(request.kinds)):  # two different objects must not become the same
-        return spoil(request, generator)
+    if len(set(kinds)) < len(set(request.kinds)):  # two different objects have become the same one: try again
+        return corrupt(request, generator)
     return replace(request, kinds=kinds)

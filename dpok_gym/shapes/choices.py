@@ -1,21 +1,21 @@
 """Makes the shipped reward ``shapes-preference`` from nothing: ``python -m dpok_gym.shapes.choices``.
 
-A simulated person compares pictures of the embedded world; a network learns to match captions and clean scenes; from
-there, a reward is fitted to the choices (:mod:`dpok_gym.rewards.preference_fit`). The judge is heard in the choices
-only, so that it stays the honest measure.
+A simulated person compares images of the shapes world. A network first learns to match captions and clean scenes; then
+a reward is fitted to the choices, starting from this network (:mod:`dpok_gym.rewards.preference.fit`). The judge
+decides the choices and nothing else, so that it stays an honest measure of the reward.
 
-The pictures come in groups of five around two captions, a true one of a random scene and the same with one attribute
-wrong: the scene through the autoencoder, and two drawings by the pre-trained model for each caption. They take 10
-denoising steps, in every fourth batch 20. Under a caption are compared two pictures of its group, which is hard, or,
-as often, one of them and one of a group about something else, which is easy. The person likes the higher
-``alignment + 0.2 quality`` of the judge better, is asked only where these differ by 0.03 or more, and says the wrong
-one in 5 % of the choices.
+The images come in groups of five around two captions: a true caption of a random scene, and the same with one attribute
+wrong. The five are the scene itself, encoded and decoded by the autoencoder, and two images by the pre-trained model
+for each caption. The model takes 10 denoising steps, in every fourth batch 20. Half of the choices are hard: between
+two images of a group, under one of its captions. The other half are easy: one of the images is from a group about
+something else. The person prefers the image with the higher ``alignment + 0.2 quality`` of the judge, is asked only if
+these differ by 0.03 or more, and errs in 5 % of the choices.
 
-On one core: about 20 minutes of drawing and comparing 20,000 pictures, 12 of captions (4,000 steps of 64 scenes) and 4
-of choices (6 epochs of 18,000). Interrupted, it goes on where it stopped; pictures, choices, checkpoints and log are in
-``--work``.
+On one core it takes about 20 minutes to draw and compare 20,000 images, 12 to learn captions (4,000 steps of 64
+scenes) and 4 to learn the choices (6 epochs of 18,000). An interrupted run goes on where it stopped, if started with
+the same ``--work``: this folder keeps images, choices, checkpoints and log.
 
-Letters used for shapes: G groups in a batch, N pictures, H = W = 64 pixels.
+Letters used for shapes: G groups in a batch, N images, H = W = 64 pixels.
 """
 
 from __future__ import annotations
@@ -34,137 +34,170 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpok_gym import diffusion
-from dpok_gym.files import replacing
-from dpok_gym.images import to_uint8
-from dpok_gym.models import load_model
-from dpok_gym.rewards.preference import PreferenceNetwork
-from dpok_gym.rewards.preference_data import load_comparisons
-from dpok_gym.rewards.preference_fit import fit, make_network
+from dpok_gym.models import TextToImageModel, load_model
+from dpok_gym.rewards.preference.data import load_comparisons
+from dpok_gym.rewards.preference.fit import fit, make_network
+from dpok_gym.rewards.preference.network import PreferenceNetwork
+from dpok_gym.samplers.process import DenoisingProcess
 from dpok_gym.shapes import PREFERENCE
-from dpok_gym.shapes.captions import CATEGORIES, Request, all_requests, sample_requested_scenes, spoil
-from dpok_gym.shapes.judge import align, quality, read
-from dpok_gym.shapes.pretrain import fit as minimise
-from dpok_gym.shapes.pretrain import seeded
+from dpok_gym.shapes.captions import CATEGORIES, Request, all_requests, corrupt, sample_requested_scenes
+from dpok_gym.shapes.detection import detect_objects
+from dpok_gym.shapes.judge import alignment, quality
 from dpok_gym.shapes.scenes import IMAGE_SIZE, Scenes, render
-from dpok_gym.vector_env import DenoisingVectorEnv
+from dpok_gym.shapes.training import minimise, seeded_generator
+from dpok_gym.utils.files import replacing
+from dpok_gym.utils.images import to_uint8
 
-#: What is asked for, and the same with one attribute wrong.
+#: A request and the same with one attribute wrong.
 Captions = tuple[Request, Request]
 
-BATCHES, GROUPS = 100, 40  # drawn at a time
-CLUSTER = 4  # groups whose pictures are compared with each other
-CHOICES_PER_CLUSTER = 20  # 20,000 in all
+BATCHES, GROUPS = 100, 40  # GROUPS are drawn together, in one batch
+CLUSTER = 4  # neighbouring groups whose images are compared with each other
+CHOICES_PER_CLUSTER = 20  # 20,000 choices in all
 DENOISING_STEPS = (10, 10, 10, 20)  # of the batches, in turn
-CATEGORY_SHARES = (1, 2, 2, 3)  # colour, count, composition, location: the more there is to say, the more examples
+CATEGORY_SHARES = (1, 2, 2, 3)  # colour, count, composition, location: harder categories get more examples
+DECODE_BATCH_SIZE = 16  # images that the autoencoder encodes or decodes at a time
 
-HARD_SHARE = 0.5  # of the choices, between pictures of one group
+HARD_SHARE = 0.5  # share of the choices that are between images of one group
 QUALITY_WEIGHT = 0.2
-JUST_NOTICEABLE = 0.03  # difference in what the person sees; closer pictures are not compared
+JUST_NOTICEABLE = 0.03  # least difference in utility; the person is not asked about images that are closer
 ERROR_RATE = 0.05
 
 CAPTION_STEPS, CAPTION_BATCH, CAPTION_LEARNING_RATE = 4000, 64, 1e-3
-#: At first only scenes of one object: colours and shapes are found there quickly, and slowly in fuller ones.
+#: The first steps show only scenes of one object, where the network finds out about colours and shapes much sooner than
+#: in scenes of several.
 ONE_OBJECT_STEPS, ONE_OBJECT_SHARES, CAPTION_SHARES = 500, (1, 0, 0, 0), (1, 1, 1, 5)
 EPOCHS, LEARNING_RATE = 6, 7e-4
 
 
-def draw(env: DenoisingVectorEnv, prompts: Sequence[str], rngs: Sequence[np.random.Generator]) -> NDArray[np.uint8]:
-    """Pictures (N, H, W, 3) by the pre-trained model, for as many prompts as the environment has places."""
-    observation, _ = env.begin_episodes(rngs, {"prompt": list(prompts)})
-    done = False
-    while not done:
-        mean, std = env.pretrained_transition(observation)
-        noise = np.stack([rng.standard_normal(mean.shape[1:], np.float32) for rng in rngs])
-        action, _ = diffusion.sample_with_log_prob(mean, std, torch.from_numpy(noise))
-        observation, _, done, infos = env.advance(action.numpy())
-    return np.stack([info["image"] for info in infos])
+@torch.no_grad()
+def sample_images(
+    process: DenoisingProcess, prompts: Sequence[str], rngs: Sequence[np.random.Generator]
+) -> NDArray[np.uint8]:
+    """Draws one image for each prompt with the pre-trained model.
+
+    Args:
+        process: the model and its sampler.
+        prompts: N texts.
+        rngs: N generators; image k takes x_T and all of its noise from the k-th one.
+
+    Returns:
+        (N, H, W, 3).
+    """
+    shape = process.model.latent_shape
+
+    def noise(step: int) -> Tensor:
+        return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
+
+    latents = noise(0)  # x_T, the first that each generator gives
+    for step in process.denoise(latents, process.encode(prompts), noise):
+        latents = step.next_latents
+    return to_uint8(_decode(process.model, latents))
 
 
 @torch.no_grad()
-def reconstruct(pictures: Tensor) -> NDArray[np.uint8]:
-    """Pictures (N, 3, H, W) in [0, 1] through the embedded autoencoder and back, (N, H, W, 3)."""
-    vae = load_model("shapes", "cpu").vae  # type: ignore[attr-defined]  # no other model of the interface has to have one
-    latents = torch.cat([vae.encode(2 * part - 1).latent_dist.mean for part in pictures.split(16)])
-    decoded = torch.cat([vae.decode(part).sample for part in latents.split(16)])
-    return to_uint8(decoded / 2 + 0.5)
+def reconstruct(model: TextToImageModel, images: Tensor) -> NDArray[np.uint8]:
+    """Encodes images (N, 3, H, W) in [0, 1] with the model's autoencoder and decodes them again, (N, H, W, 3)."""
+    latents = torch.cat([model.encode_images(part) for part in images.split(DECODE_BATCH_SIZE)])
+    return to_uint8(_decode(model, latents))
+
+
+def _decode(model: TextToImageModel, latents: Tensor) -> Tensor:
+    return torch.cat([model.decode(part) for part in latents.split(DECODE_BATCH_SIZE)])
 
 
 def draw_groups(
-    env: DenoisingVectorEnv, scenes: Scenes, captions: Sequence[Captions], seed: Sequence[int]
+    process: DenoisingProcess, scenes: Scenes, captions: Sequence[Captions], seed: Sequence[int]
 ) -> NDArray[np.uint8]:
-    """Draws the five pictures of each group, (G, 5, H, W, 3) uint8."""
+    """Draws the five images of each group, (G, 5, H, W, 3).
+
+    Args:
+        process: draws the images of the captions.
+        scenes: G scenes.
+        captions: the two captions of each.
+        seed: the randomness is a function of these integers and of an image's place in the batch.
+    """
     prompts = [str(caption) for pair in captions for caption in pair for _ in range(2)]
-    drawn = draw(env, prompts, [np.random.default_rng([*seed, k]) for k in range(len(prompts))])
-    true = reconstruct(render(scenes))
-    return np.concatenate([true[:, None], drawn.reshape(len(captions), 4, *drawn.shape[1:])], axis=1)
+    drawn = sample_images(process, prompts, [np.random.default_rng([*seed, k]) for k in range(len(prompts))])
+    reconstructed = reconstruct(process.model, render(scenes))
+    return np.concatenate([reconstructed[:, None], drawn.reshape(len(captions), 4, *drawn.shape[1:])], axis=1)
 
 
 def describe(seed: int, batch: int) -> tuple[Scenes, list[Captions]]:
-    """The scenes of a batch's groups and the two captions of each."""
+    """Draws the scenes of a batch's groups and the two captions of each."""
     generator = torch.Generator().manual_seed(1_000_000 * seed + batch)
     scenes, requests = sample_requested_scenes(GROUPS, generator, CATEGORY_SHARES)
-    return scenes, [(request, spoil(request, generator)) for request in requests]
+    return scenes, [(request, corrupt(request, generator)) for request in requests]
 
 
-def name(batch: int, group: int, k: int) -> str:
-    """The path of a group's k-th picture in the folder."""
-    return f"pictures/{batch:03}-{group:02}-{k}.png"
+def image_path(batch: int, group: int, k: int) -> str:
+    """Returns the path of a group's k-th image, relative to the work folder."""
+    return f"images/{batch:03}-{group:02}-{k}.png"
 
 
-def draw_pictures(folder: Path, seed: int, n_batches: int) -> None:
-    """Draws the pictures of all batches that are not there yet."""
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    envs = [
-        DenoisingVectorEnv(4 * GROUPS, reward=_no_reward, num_inference_steps=steps, decode_batch_size=16, device="cpu")
-        for steps in DENOISING_STEPS
-    ]
+def draw_images(folder: Path, seed: int, n_batches: int) -> None:
+    """Draws the images of all batches that are not in the folder yet."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    model = load_model("shapes", "cpu")
+    processes = [DenoisingProcess(model, num_inference_steps=steps) for steps in DENOISING_STEPS]
     for batch in range(n_batches):
-        if (folder / name(batch, GROUPS - 1, 4)).exists():  # the last one to be written
+        if (folder / image_path(batch, GROUPS - 1, 4)).exists():  # the last image of a batch to be written
             continue
         scenes, captions = describe(seed, batch)
-        for group, pictures in enumerate(draw_groups(envs[batch % len(envs)], scenes, captions, (seed, batch))):
-            for k, picture in enumerate(pictures):
-                Image.fromarray(picture).save(folder / name(batch, group, k))
-        print(f"{5 * GROUPS * (batch + 1)} pictures", flush=True)
+        groups = draw_groups(processes[batch % len(processes)], scenes, captions, (seed, batch))
+        for group, images in enumerate(groups):
+            for k, image in enumerate(images):
+                Image.fromarray(image).save(folder / image_path(batch, group, k))
+        print(f"{5 * GROUPS * (batch + 1)} images", flush=True)
 
 
-def utilities(pictures: Tensor, captions: Sequence[Request]) -> Tensor:
-    """What the person sees in pictures (N, 3, H, W) under each of the captions, (captions, N) float32."""
-    scenes = read(pictures)
-    clean = quality(pictures, scenes)
-    return torch.stack([align(scenes, [caption] * len(scenes)) for caption in captions]) + QUALITY_WEIGHT * clean
+def utilities(images: Tensor, captions: Sequence[Request]) -> Tensor:
+    """Returns how much the person likes each image under each caption.
+
+    Args:
+        images: (N, 3, H, W) in [0, 1].
+        captions: C requests.
+
+    Returns:
+        (C, N) float32.
+    """
+    scenes = detect_objects(images)
+    aligned = torch.stack([alignment(scenes, [caption] * len(scenes)) for caption in captions])
+    return aligned + QUALITY_WEIGHT * quality(images, scenes)
 
 
 def choose(seen: Tensor, rng: np.random.Generator) -> Iterator[tuple[int, int, int, int]]:
-    """The person's choices in a cluster.
+    """Makes the person's choices in a cluster.
 
     Args:
-        seen: (2 CLUSTER, 5 CLUSTER) float32, the utilities of its pictures under its captions, both group by group.
+        seen: (2 CLUSTER, 5 CLUSTER) float32, the utilities of its images under its captions, both group by group.
         rng: source of randomness.
 
     Yields:
-        The caption, the two pictures, and which of them is preferred, 0 or 1.
+        The number of the caption, the numbers of the two images, and which of the two is preferred, 0 or 1.
     """
-    n_captions, n_pictures = seen.shape
+    n_captions, n_images = seen.shape
     for hard in rng.random(CHOICES_PER_CLUSTER) < HARD_SHARE:
         difference = 0.0
         while abs(difference) < JUST_NOTICEABLE:
             caption = int(rng.integers(n_captions))
             a, b = 5 * (caption // 2) + rng.choice(5, 2, replace=False)
             if not hard:
-                b = (a + 5 * rng.integers(1, CLUSTER)) % n_pictures
+                b = (a + 5 * rng.integers(1, CLUSTER)) % n_images
             a, b = rng.permutation([a, b]).tolist()
             difference = (seen[caption, b] - seen[caption, a]).item()
         errs = rng.random() < ERROR_RATE
         yield caption, a, b, int((difference > 0) != errs)
 
 
-def compare_pictures(folder: Path, seed: int, n_batches: int) -> Path:
-    """Compares the pictures, and writes ``choices.jsonl``.
+def compare_images(folder: Path, seed: int, n_batches: int) -> Path:
+    """Compares the images, and writes ``choices.jsonl``.
 
-    The lines are as :mod:`dpok_gym.rewards.preference_data` reads them. Besides, they have ``utilities``, what the
-    person saw in the two pictures, for measuring how well the reward agrees with the choices without their errors.
+    Its lines have the form that :mod:`dpok_gym.rewards.preference.data` reads. The further field ``utilities``, those
+    of the two images, serves to measure how well a reward agrees with the choices without their errors.
+
+    Returns:
+        The path of the file.
     """
     lines = []
     for batch in range(n_batches):
@@ -172,14 +205,14 @@ def compare_pictures(folder: Path, seed: int, n_batches: int) -> Path:
         rng = np.random.default_rng([seed, batch])
         for first in range(0, GROUPS, CLUSTER):
             groups = range(first, first + CLUSTER)
-            names = [name(batch, group, k) for group in groups for k in range(5)]
-            pictures = np.stack([np.asarray(Image.open(folder / path)) for path in names])
+            paths = [image_path(batch, group, k) for group in groups for k in range(5)]
+            images = np.stack([np.asarray(Image.open(folder / path)) for path in paths])
             requests = [caption for group in groups for caption in captions[group]]
-            seen = utilities(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, requests)
+            seen = utilities(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, requests)
             for caption, a, b, preferred in choose(seen, rng):
                 line = {
                     "prompt": str(requests[caption]),
-                    "pictures": [names[a], names[b]],
+                    "images": [paths[a], paths[b]],
                     "preferred": preferred,
                     "who": "simulated",
                     "when": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -192,46 +225,47 @@ def compare_pictures(folder: Path, seed: int, n_batches: int) -> Path:
     return path
 
 
-def _no_reward(images: Tensor, prompts: list[str]) -> Tensor:
-    return torch.zeros(len(prompts))
-
-
 def learn_captions(folder: Path) -> PreferenceNetwork:
-    """A network that tells true captions of clean scenes from wrong ones, for the reward to start from.
+    """Trains a network to tell true captions of clean scenes from wrong ones; the reward starts from it.
 
-    As ImageReward starts from BLIP, which was taught to match pictures and captions. Each scene has its true caption
-    and one with a wrong attribute. No choice and no judge is involved, and no picture of the pre-trained model.
+    ImageReward starts in the same way from BLIP, which had learned to match images and captions. Each scene has its
+    true caption and one with a wrong attribute. No choice, no judge and no image of the pre-trained model is involved.
+
+    Args:
+        folder: of the checkpoint and the log.
     """
     torch.manual_seed(0)
     requests = [request for category in CATEGORIES for request in all_requests(category)]
     network = make_network([str(request) for request in requests], IMAGE_SIZE)
 
     def loss(step: int) -> Tensor:
-        generator = seeded(step)
+        generator = seeded_generator(step)
         shares = ONE_OBJECT_SHARES if step < ONE_OBJECT_STEPS else CAPTION_SHARES
         scenes, requests = sample_requested_scenes(CAPTION_BATCH, generator, shares)
-        wrong = [spoil(request, generator) for request in requests]
-        seen, captions = network.look(render(scenes)), [str(request) for request in requests + wrong]
-        right_score, wrong_score = network.judge(seen.repeat(2, 1, 1), network.read(captions)).chunk(2)
+        wrong = [corrupt(request, generator) for request in requests]
+        captions = network.tokenize([str(request) for request in requests + wrong])
+        features = network.encode_images(render(scenes)).repeat(2, 1, 1)  # of the same scenes for both captions
+        right_score, wrong_score = network.score_features(features, captions).chunk(2)
         return -(F.logsigmoid(right_score) + F.logsigmoid(-wrong_score)).mean()
 
-    minimise("captions", nn.ModuleDict({"it": network}), loss, CAPTION_STEPS, CAPTION_LEARNING_RATE, folder)
+    modules = nn.ModuleDict({"network": network})
+    minimise("captions", modules, loss, CAPTION_STEPS, CAPTION_LEARNING_RATE, folder)
     return network
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
     """Draws, compares and fits, or goes on where an interrupted run stopped, and writes the reward's folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("choices"), help="folder of pictures, choices and log")
+    parser.add_argument("--work", type=Path, default=Path("choices"), help="folder of images, choices and log")
     parser.add_argument("--out", type=Path, default=PREFERENCE, help="folder of the finished reward")
-    parser.add_argument("--batches", type=int, default=BATCHES, help="of 200 choices")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batches", type=int, default=BATCHES, help="number of batches, each of 200 choices")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the choices")
+    parser.add_argument("--seed", type=int, default=0, help="seed of images and choices")
     options = parser.parse_args(arguments)
-    draw_pictures(options.work, options.seed, options.batches)
+    draw_images(options.work, options.seed, options.batches)
     path = options.work / "choices.jsonl"
     if not path.exists():
-        compare_pictures(options.work, options.seed, options.batches)
+        compare_images(options.work, options.seed, options.batches)
 
     def log(row: dict[str, Any]) -> None:
         line = json.dumps(row)
@@ -239,18 +273,17 @@ def main(arguments: Iterable[str] | None = None) -> None:
         with (options.work / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    checkpoint = options.work / "reward.pt"
-    found = fit(
+    result = fit(
         load_comparisons(path, IMAGE_SIZE),
         network=learn_captions(options.work),
         epochs=options.epochs,
         learning_rate=LEARNING_RATE,
         seed=options.seed,
-        checkpoint=checkpoint,
+        checkpoint=options.work / "reward.pt",
         log=log,
     )
-    found.reward.save(options.out)
-    print(f"agreement on {found.held_out.choices} choices held out: {found.held_out.agreement:.3f}")
+    result.reward.save(options.out)
+    print(f"agreement on {result.held_out.choices} choices held out: {result.held_out.agreement:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The embedded world: pictures of one to four coloured shapes on a soft background.
+"""Scenes of the shapes world: one to four coloured shapes on a soft background.
 
-A scene is a description (which objects, where, how large, on what background); :func:`render` draws it. Both are
-batched torch code, and everything is deterministic given the generator.
+A scene is a description: which objects, where, how large, on what background. :func:`render` draws it as an image.
+Both are batched torch code, and everything is deterministic given the generator.
 
-Letters used for shapes: B scenes, K object slots (4 in scenes that are drawn), H = W = 64 pixels.
+Letters used for shapes: B scenes, K object slots (4 in random scenes), N objects, H = W = 64 pixels.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IMAGE_SIZE = 64
+IMAGE_SIZE = 64  # pixels of a side
 MAX_OBJECTS = 4
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 
-#: RGB in [0, 1] of each colour. Far apart from one another and from every background (which is close to grey).
+#: RGB in [0, 1] of each colour. They are far apart from one another and from every background, which is close to grey.
 PALETTE = torch.tensor(
     [
         [0.86, 0.12, 0.14],  # red
@@ -33,8 +33,9 @@ PALETTE = torch.tensor(
     ]
 )
 
-#: Corners of each shape (0: a circle), and its outer and inner radius in units of the object's size. The outer radii
-#: make the four shapes look about equally large; the inner radius is that of the points half-way between two corners.
+#: Number of corners of each shape (0 for the circle), and its outer and inner radius in units of the object's size.
+#: With these outer radii the four shapes look about equally large. The inner radius is that of the points of the
+#: outline half-way between two corners.
 _CORNERS = torch.tensor([0, 4, 3, 5])
 _OUTER = torch.tensor([0.86, 1.05, 1.10, 1.12])
 _INNER = _OUTER * torch.tensor([1.0, math.cos(math.pi / 4), math.cos(math.pi / 3), 0.45])
@@ -42,20 +43,22 @@ _INNER = _OUTER * torch.tensor([1.0, math.cos(math.pi / 4), math.cos(math.pi / 3
 #: Range of the objects' size in pixels, by the number of objects in the scene (index 0 is unused).
 _SIZE_RANGE = torch.tensor([[0.0, 0.0], [10.0, 15.0], [9.0, 13.0], [8.5, 11.0], [8.0, 10.0]])
 
-_GAP = 2.0  # pixels between the circumscribed circles of two objects, and half of it to the border
+#: Least distance in pixels between the circumscribed circles of two objects; to the border it is half of that.
+_GAP = 2.0
 
 
 @dataclass
 class Scenes:
-    """A batch of scene descriptions; slots at and after ``count`` are empty and ignored.
+    """Descriptions of a batch of scenes. Slots at and after ``count`` are empty and ignored.
 
     Attributes:
-        count: (B,) int64, objects in the scene, 1 to 4.
+        count: (B,) int64, number of objects, 1 to 4 in random scenes.
         shape: (B, K) int64, index into :data:`SHAPES`.
         colour: (B, K) int64, index into :data:`COLOURS`.
         centre: (B, K, 2) float32, x (to the right) and y (downwards) in pixels.
         size: (B, K) float32, nominal radius in pixels.
-        background: (B, 3, 3, 3) float32 in [0, 1], RGB on a coarse 3x3 grid that is interpolated smoothly.
+        background: (B, 3, 3, 3) float32 in [0, 1], RGB on a coarse 3x3 grid, which is interpolated
+            smoothly.
     """
 
     count: Tensor
@@ -68,26 +71,29 @@ class Scenes:
     def __len__(self) -> int:
         return self.count.shape[0]
 
-    def __getitem__(self, index) -> Scenes:
-        """The scenes at ``index`` (a slice, mask or index tensor: the leading axis stays)."""
+    def __getitem__(self, index: slice | Tensor) -> Scenes:
+        """Returns some of the scenes; ``index`` is a slice, a mask or an index tensor: the leading axis stays."""
         return Scenes(*(getattr(self, field.name)[index] for field in fields(self)))
 
     @property
     def present(self) -> Tensor:
-        """(B, K) bool, which slots hold an object."""
+        """(B, K) bool: True for the slots that hold an object."""
         return torch.arange(self.shape.shape[1], device=self.count.device) < self.count[:, None]
 
 
 def place_objects(
     count: Tensor, shape: Tensor, generator: torch.Generator, aligned: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draws sizes and centres so that no two objects touch and all are wholly inside the picture.
+    """Draws sizes and centres so that no two objects touch and all are wholly inside the image.
+
+    By rejection sampling: each round proposes 64 placements for every scene that has none yet, and takes the first
+    valid one.
 
     Args:
         count: (B,) int64, number of objects.
-        shape: (B, K) int64.
-        generator: source of randomness.
-        aligned: (B,) bool; where true, the first two objects are placed clearly beside or above one another.
+        shape: (B, K) int64, index into :data:`SHAPES`.
+        generator: a CPU generator.
+        aligned: (B,) bool; where True, the first two objects are placed clearly beside or above one another.
 
     Returns:
         Sizes (B, K) and centres (B, K, 2), float32, in pixels.
@@ -112,16 +118,16 @@ def place_objects(
         if aligned is not None:
             offset = (centre[:, :, 0] - centre[:, :, 1]).abs()
             valid &= (offset.amin(-1) <= 0.5 * offset.amax(-1)) | ~aligned[todo, None]
-        found, first = valid.max(dim=1)
-        rows = torch.nonzero(found).flatten()
+        is_placed, first = valid.max(dim=1)
+        rows = torch.nonzero(is_placed).flatten()
         sizes[todo[rows]] = size[rows]
         centres[todo[rows]] = centre[rows, first[rows]]
-        todo = todo[~found]
+        todo = todo[~is_placed]
     return sizes, centres
 
 
 def sample_backgrounds(n_scenes: int, generator: torch.Generator) -> Tensor:
-    """Soft backgrounds: nearly grey colours, mid to bright, varying smoothly; (B, 3, 3, 3) in [0, 1]."""
+    """Draws soft backgrounds, (B, 3, 3, 3) in [0, 1]: nearly grey, of middle to high brightness, varying smoothly."""
     level = 0.55 + 0.35 * torch.rand(n_scenes, 1, 1, 1, generator=generator)
     tint = 0.05 * (2 * torch.rand(n_scenes, 3, 1, 1, generator=generator) - 1)
     shade = 0.06 * (2 * torch.rand(n_scenes, 1, 3, 3, generator=generator) - 1)
@@ -129,15 +135,16 @@ def sample_backgrounds(n_scenes: int, generator: torch.Generator) -> Tensor:
 
 
 def draw_backgrounds(backgrounds: Tensor) -> Tensor:
-    """Interpolates the coarse grids (B, 3, 3, 3) to pictures (B, 3, H, W)."""
+    """Interpolates the coarse grids (B, 3, 3, 3) to images (B, 3, H, W)."""
     return F.interpolate(backgrounds, size=IMAGE_SIZE, mode="bilinear", align_corners=True)
 
 
 def coverage(shape: Tensor, centre: Tensor, size: Tensor) -> Tensor:
-    """Share of each pixel covered by an object: the anti-aliased mask of its outline.
+    """Returns the share of each pixel that an object covers: an anti-aliased mask.
 
-    All shapes but the circle are folded by their rotational symmetry onto one half-edge, so the outline is a single
-    straight line from a corner at ``outer`` to the point half-way to the next corner, at ``inner``.
+    The share is 1/2 minus the distance of the pixel from the outline (negative inside), cut off at 0 and 1. All shapes
+    but the circle are folded by their rotational symmetry onto half of an edge. There the outline is one straight line,
+    from a corner at the radius ``outer`` to the point half-way to the next corner, at the radius ``inner``.
 
     Args:
         shape: (N,) int64, index into :data:`SHAPES`.
@@ -153,13 +160,13 @@ def coverage(shape: Tensor, centre: Tensor, size: Tensor) -> Tensor:
     corners, outer, inner = (table.to(size.device)[shape][:, None, None] for table in (_CORNERS, _OUTER, _INNER))
     outer, inner = outer * size[:, None, None], inner * size[:, None, None]
 
-    distance = (x.square() + y.square()).sqrt() - outer  # circles; overwritten below for all others
+    distance = (x.square() + y.square()).sqrt() - outer  # of circles; replaced below for all other shapes
     polygon = corners.flatten() > 0
     if polygon.any():
         x, y = torch.broadcast_tensors(x[polygon], y[polygon])
         corners, outer, inner = corners[polygon], outer[polygon], inner[polygon]
         half = math.pi / corners
-        # The angle is measured from the top, where each polygon has a corner; a square stands on its side instead.
+        # The angle is measured from the top, where each polygon has a corner; but a square stands on one of its sides.
         angle = torch.atan2(x, -y) + torch.where(corners == 4, half, 0.0)
         angle = (torch.remainder(angle + half, 2 * half) - half).abs()
         radius = (x.square() + y.square()).sqrt()
@@ -171,22 +178,22 @@ def coverage(shape: Tensor, centre: Tensor, size: Tensor) -> Tensor:
 
 
 def render(scenes: Scenes) -> Tensor:
-    """Draws the scenes; returns pictures (B, 3, H, W), float32 in [0, 1]."""
-    pictures = draw_backgrounds(scenes.background)
+    """Draws scenes as images (B, 3, H, W), float32 in [0, 1]."""
+    images = draw_backgrounds(scenes.background)
     scene, slot = torch.nonzero(scenes.present, as_tuple=True)
     masks = coverage(scenes.shape[scene, slot], scenes.centre[scene, slot], scenes.size[scene, slot])
     colours = PALETTE.to(masks.device)[scenes.colour[scene, slot]]
     # Objects never overlap, so their masks and colours simply add up.
-    total = torch.zeros_like(pictures[:, 0]).index_add_(0, scene, masks)
-    paint = torch.zeros_like(pictures).index_add_(0, scene, masks[:, None] * colours[:, :, None, None])
-    return (pictures * (1 - total.clamp(max=1))[:, None] + paint).clamp(0, 1)
+    total = torch.zeros_like(images[:, 0]).index_add_(0, scene, masks)
+    paint = torch.zeros_like(images).index_add_(0, scene, masks[:, None] * colours[:, :, None, None])
+    return (images * (1 - total.clamp(max=1))[:, None] + paint).clamp(0, 1)
 
 
 def sample_scenes(n_scenes: int, generator: torch.Generator) -> Scenes:
     """Draws scenes of one to four objects, every shape and colour equally likely and independent.
 
     Args:
-        n_scenes: how many, B.
+        n_scenes: number of scenes, B.
         generator: a CPU generator; the same state gives the same scenes.
     """
     count = torch.randint(1, MAX_OBJECTS + 1, (n_scenes,), generator=generator)

@@ -1,0 +1,1 @@
+"""The algorithms, one file each, and the two bases that they share."""

@@ -1,0 +1,194 @@
+"""DPOK: Diffusion Policy Optimization with KL regularization (Fan et al., NeurIPS 2023)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from stable_baselines3.common.utils import explained_variance
+from torch import Tensor
+
+from agents.algorithms.policy_gradient import PolicyGradient
+from agents.common import losses
+from agents.common.advantages import Normalization, generalized_advantages, normalize
+from agents.common.buffer import TrajectoryBuffer, Transitions
+from agents.common.losses import Metrics
+from agents.common.policy import DenoisingPolicy
+from agents.common.randomness import Purpose, make_generator
+from dpok_gym import diffusion
+from dpok_gym.utils.validation import check_choice, check_fraction, check_integer, check_non_negative
+
+
+class DPOK(PolicyGradient):
+    """Online policy gradient on the denoising steps, regularised towards the pre-trained model.
+
+    Minimises, over trajectories of the current model (Eq. 8 and 9 of the paper, with the importance ratio and clipping
+    of its App. A.6 and the value baseline of its App. A.5),
+
+        E[ sum_t  -alpha A_t rho_t  +  beta KL( p_theta(x_{t-1} | x_t, z) || p_pre(x_{t-1} | x_t, z) ) ],
+
+    where A_t = r(x_0, z) - V(x_t, t, z), and rho_t is the clipped ratio of the new to the old transition density.
+
+    An update, in the order of the code: :meth:`PolicyGradient.train` (policy_gradient.py) takes the advantages from
+    :meth:`advantages` here, batches of transitions from :meth:`TrajectoryBuffer.batches` (common/buffer.py), and the
+    loss from :meth:`loss` here. The loss calls :meth:`DenoisingPolicy.transition` (common/policy.py) and the equations
+    in common/losses.py. These are five files.
+
+    The defaults suit the embedded model; ``PRESETS["paper"]`` and ``PRESETS["official-code"]`` are the papers' settings
+    for Stable Diffusion.
+
+    Args:
+        policy: "DenoisingPolicy", or a subclass of it.
+        env: a denoising environment, see :class:`~agents.common.algorithm.DenoisingAlgorithm`.
+        reward_weight: alpha, at least 0.
+        kl_coef: beta, weight of the KL to the pre-trained model, per nat, at least 0. 0 trains without it and saves the
+            pre-trained model's pass; too large a value keeps the model where it was.
+        kl_estimator: "exact" is the KL of the Gaussians; "output-mse" is the squared difference of the networks'
+            outputs, which lacks a factor that differs between timesteps (the published code).
+        kl_placement: "loss" adds the KL of each transition to the loss (the paper; it drops a term of the gradient);
+            "reward" also charges the exact KL of later steps to the earlier actions that led there. That is the full
+            gradient of Eq. 8 if ``normalize_advantage`` is "center" or False and ``step_weighting`` is "likelihood".
+        target_kl: nats per image that ``kl_coef`` is adapted to hold. After each update ``kl_coef`` changes by up to a
+            fifth: up if the KL is above the target, down if below (Ziegler et al. 2019, Sec. 2.2, with gain 1). None
+            leaves ``kl_coef`` as it is.
+        use_critic: whether V is the baseline; without it there is none but the mean that ``normalize_advantage``
+            subtracts.
+        vf_learning_rate: learning rate of the critic, at least 0.
+        vf_batch_size: transitions for each step of the critic, at least 1; None for the whole rollout.
+        vf_epochs: passes of the critic over the rollout, at least 1.
+        normalize_advantage: True gives a rollout's advantages mean 0 and standard deviation 1, so that the reward's
+            scale does not matter; "center" subtracts the mean of each denoising step and leaves the scale; False
+            changes nothing. With ``log_prob_reduction="mean"``, E[rho] falls with the distance from the old policy, so
+            advantages that are negative on average push the model away from wherever it is.
+        gamma: discount per denoising step, in [0, 1]; the paper has none (1).
+        gae_lambda: 1 for the paper's advantage, less trusts the critic more, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        policy: str | type[DenoisingPolicy] = "DenoisingPolicy",
+        env: Any = None,
+        *,
+        reward_weight: float = 1.0,
+        kl_coef: float = 0.01,
+        kl_estimator: Literal["exact", "output-mse"] = "exact",
+        kl_placement: Literal["loss", "reward"] = "loss",
+        target_kl: float | None = None,
+        use_critic: bool = True,
+        vf_learning_rate: float = 3e-4,
+        vf_batch_size: int | None = 256,
+        vf_epochs: int = 1,
+        normalize_advantage: Normalization = True,
+        gamma: float = 1.0,
+        gae_lambda: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        self.reward_weight = check_non_negative("reward_weight", reward_weight)
+        self.kl_coef = check_non_negative("kl_coef", kl_coef)
+        self.kl_estimator = check_choice("kl_estimator", kl_estimator, "exact", "output-mse")
+        self.kl_placement = check_choice("kl_placement", kl_placement, "loss", "reward")
+        if target_kl is not None and not (target_kl > 0 and kl_coef > 0):
+            raise ValueError(
+                "target_kl must be a number of nats above 0, with a kl_coef above 0 to begin with, got "
+                f"{target_kl} and {kl_coef}"
+            )
+        if kl_placement == "reward" and reward_weight == 0:
+            raise ValueError(
+                "kl_placement='reward' charges kl_coef / reward_weight of the KL, so reward_weight must be above 0"
+            )
+        self.target_kl = target_kl
+        self.use_critic = use_critic
+        self.vf_learning_rate = check_non_negative("vf_learning_rate", vf_learning_rate)
+        self.vf_batch_size = None if vf_batch_size is None else check_integer("vf_batch_size", vf_batch_size)
+        self.vf_epochs = check_integer("vf_epochs", vf_epochs)
+        self.normalize_advantage: Normalization = check_choice(
+            "normalize_advantage", normalize_advantage, True, False, "center"
+        )
+        super().__init__(policy, env, **kwargs)
+        self.gamma, self.gae_lambda = check_fraction("gamma", gamma), check_fraction("gae_lambda", gae_lambda)
+
+    @property
+    def records_reference_kl(self) -> bool:  # type: ignore[override]
+        """The KL of a rollout is needed only as a part of the reward."""
+        return self.kl_placement == "reward" and self.kl_coef > 0
+
+    def loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
+        """-alpha A rho + beta KL of each transition (Eq. 9), (B,)."""
+        mean, std = self.policy.transition(batch.state)
+        policy_loss, metrics = self.policy_gradient_loss(batch, mean, std)
+        loss = self.reward_weight * batch.step_weight * policy_loss
+        if self.kl_coef:
+            reference = self.reference_mean(batch.state)
+            if self.kl_estimator == "exact":
+                penalty = diffusion.kl_divergence(mean, reference, std, self.log_prob_reduction)
+            else:
+                output_mse = self.process.table.output_mse(batch.step, mean, reference)
+                penalty = losses.output_difference(output_mse, mean, self.log_prob_reduction)
+            loss = loss + self.kl_coef * penalty
+            metrics |= self.kl_metrics(batch, diffusion.kl_divergence(mean.detach(), reference, std))
+        return batch.weight * loss, metrics
+
+    def advantages(self, buffer: TrajectoryBuffer) -> Tensor:
+        """A_t = r - V(x_t, t, z) of each transition, (N, T)."""
+        rewards = buffer.rewards.clone()
+        if self.records_reference_kl:
+            # The KL at x_t is a cost of the action that led to x_t, hence of step t - 1. No action led to x_T.
+            rewards[:, :-1] -= self.kl_coef / self.reward_weight * buffer.kl[:, 1:]
+        if self.use_critic:
+            with torch.no_grad():
+                for index in range(buffer.num_inference_steps):
+                    buffer.values[:, index] = self.policy.values(buffer.state_at(index))
+        advantages, buffer.returns = generalized_advantages(rewards, buffer.values, self.gamma, self.gae_lambda)
+        return normalize(advantages, buffer.valid, self.normalize_advantage)
+
+    def train(self) -> None:
+        """Updates the denoiser as every policy gradient does; then the critic, and the weight of the KL."""
+        super().train()
+        if self.use_critic:
+            self._train_critic()
+        if self.target_kl is not None:
+            self._adapt_kl_coef(self.target_kl)
+
+    def step_importance(self, weights: Tensor) -> Tensor:
+        """Half for the reward, half for the KL, which has the same weight at every step."""
+        return (weights + 1) / 2
+
+    def _train_critic(self) -> None:
+        """Regression of V(x_t, t, z) on the returns."""
+        buffer = self.rollout_buffer
+        for epoch in range(self.vf_epochs):
+            # After the denoiser's epochs, so that no order of batches comes twice.
+            rng = make_generator(self.run_seed, Purpose.BATCHES, self.iteration, self.n_epochs + epoch)
+            for batch in buffer.batches(self.vf_batch_size, rng):
+                loss = losses.value_loss(self.policy.values(batch.state), batch.returns).mean()
+                self.policy.optimizer.zero_grad()  # to None, so the step leaves the denoiser where it is
+                loss.backward()
+                self.policy.optimizer.step()
+                self.log_metrics({"value_loss": loss})
+        if buffer.valid.any():
+            values = buffer.values[buffer.valid].flatten().cpu().numpy()
+            returns = buffer.returns[buffer.valid].flatten().cpu().numpy()
+            self.logger.record("train/explained_variance", float(explained_variance(values, returns)))
+
+    def _adapt_kl_coef(self, target: float) -> None:
+        """beta <- beta (1 + e), with e = KL / target - 1 within +-0.2."""
+        if "kl_to_reference" in self._metrics:  # no image may have had a valid reward
+            kl = torch.cat(self._metrics["kl_to_reference"]).mean().item()
+            self.kl_coef *= 1 + min(max(kl / target - 1, -0.2), 0.2)
+        self.logger.record("train/kl_coef", self.kl_coef)
+
+    def _update_learning_rate(self, optimizers: Any) -> None:
+        super()._update_learning_rate(optimizers)
+        if self.use_critic:
+            self.policy.optimizer.param_groups[1]["lr"] = self.vf_learning_rate
+            self.logger.record("train/vf_learning_rate", self.vf_learning_rate)
+
+    def algorithm_state(self) -> dict[str, Any]:
+        """Adds the adapted weight of the KL."""
+        return super().algorithm_state() | {"kl_coef": self.kl_coef}
+
+    def load_algorithm_state(self, state: dict[str, Any]) -> None:  # type: ignore[override]
+        """Goes on with the adapted weight of the KL."""
+        super().load_algorithm_state(state)
+        if self.target_kl is not None:
+            self.kl_coef = state["kl_coef"]

@@ -1,0 +1,60 @@
+"""RWR: reward-weighted regression (Peters & Schaal 2007; for diffusion, Lee et al. 2023 and Black et al. 2024)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.algorithms.forward_process import ForwardProcess
+from agents.common.buffer import number_groups
+from agents.common.policy import DenoisingPolicy
+from dpok_gym.utils.validation import check_positive
+
+
+class RWR(ForwardProcess):
+    """Minimises E[ -w log p_theta(x_0 | z) ] over images of the pre-trained model, with the weights of DDPO's Sec. 4.1:
+
+        w = exp(r / temperature) / Z,     or, sparse,     w = 1 if r is among the best of its prompt, else 0.
+
+    Z is the mean over the images of the same prompt, so that easy prompts do not crowd out the others. This is one
+    round; the paper goes on to draw images with the model so trained, and to train on these.
+
+    Args:
+        policy: "DenoisingPolicy", or a subclass of it.
+        env: a denoising environment, see :class:`~agents.common.algorithm.DenoisingAlgorithm`.
+        temperature: in units of the reward, above 0; a small one takes the best images only, a large one all alike.
+        sparse_fraction: share of each prompt's images that get weight 1, in (0, 1]; None for exponential weights.
+            Images that are as good as the last of them get it too.
+    """
+
+    def __init__(
+        self,
+        policy: str | type[DenoisingPolicy] = "DenoisingPolicy",
+        env: Any = None,
+        *,
+        temperature: float = 0.2,
+        sparse_fraction: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if sparse_fraction is not None and not 0 < sparse_fraction <= 1:
+            raise ValueError(f"sparse_fraction must lie in (0, 1], or be None, got {sparse_fraction}")
+        self.temperature = check_positive("temperature", temperature)
+        self.sparse_fraction = sparse_fraction
+        super().__init__(policy, env, **kwargs)
+
+    def image_weights(self, rewards: Tensor, prompts: list[str]) -> Tensor:
+        """Exponential weights with a mean of 1 over each prompt's images, or 1 for the best ones."""
+        weights = torch.zeros_like(rewards)
+        groups = number_groups(prompts).to(rewards.device)
+        for group in groups.unique():
+            rows = groups == group
+            of_prompt = rewards[rows]
+            if self.sparse_fraction is None:
+                weights[rows] = torch.softmax(of_prompt / self.temperature, dim=0) * len(of_prompt)
+            else:
+                n_best = math.ceil(self.sparse_fraction * len(of_prompt))
+                weights[rows] = (of_prompt >= of_prompt.topk(n_best).values[-1]).to(weights)
+        return weights

@@ -1,0 +1,227 @@
+"""The resolved settings of a run, as ``config.yaml`` keeps them."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agents.algorithms.presets import PRESETS, default_preset
+from agents.algorithms.registry import load_algorithm
+from agents.cli.environments import environment_class, environment_kwargs, make_env, parse_reward
+from agents.common.algorithm import DenoisingAlgorithm
+from agents.common.arguments import Argument, describe_arguments
+from agents.common.policy import DenoisingPolicy
+from dpok_gym.models.registry import list_models
+from dpok_gym.prompts import list_prompt_sets
+from dpok_gym.rewards.registry import list_rewards
+from dpok_gym.utils.files import replacing
+from dpok_gym.utils.validation import check_integer, check_names, suggest
+from dpok_gym.vector_env import DenoisingVectorEnv
+
+FILE_NAME = "config.yaml"
+
+#: Arguments of an algorithm that are in the config under their own name, or that the command sets by itself.
+_NOT_SETTINGS = (
+    "policy",
+    "env",
+    "n_envs",
+    "policy_kwargs",
+    "stats_window_size",
+    "tensorboard_log",
+    "verbose",
+    "seed",
+    "device",
+)
+#: Arguments of a policy that the algorithm decides, or that a text cannot express.
+_NOT_POLICY_SETTINGS = ("use_sde", "use_critic", "optimizer_class")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on.
+
+    Attributes:
+        env: environment id.
+        algo: name of the algorithm, or ``"module:Class"``.
+        preset: name of the preset that the settings come from.
+        seed: seed of everything random, at least 0.
+        images: images to draw in training, at least 1.
+        n_envs: images drawn side by side in training.
+        eval_images: images drawn before and after training.
+        device: device of the networks.
+        checkpointing_steps: iterations between two checkpoints.
+        checkpoints_total_limit: number of checkpoints that are kept.
+        env_kwargs: arguments of the environment; ``reward`` is always a dict.
+        algo_kwargs: arguments of the algorithm.
+        policy_kwargs: arguments of its policy.
+
+    Raises:
+        ValueError: if a number is out of range, or an argument is unknown.
+    """
+
+    env: str
+    algo: str
+    preset: str
+    seed: int
+    images: int
+    n_envs: int
+    eval_images: int
+    device: str
+    checkpointing_steps: int
+    checkpoints_total_limit: int
+    env_kwargs: dict[str, Any]
+    algo_kwargs: dict[str, Any]
+    policy_kwargs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("images", "n_envs", "eval_images", "checkpointing_steps", "checkpoints_total_limit"):
+            check_integer(name, getattr(self, name))
+        check_integer("the seed", self.seed, minimum=0)
+
+    @classmethod
+    def read(cls, folder: Path) -> Config:
+        """Reads the config of a run.
+
+        Raises:
+            FileNotFoundError: if the folder has none.
+            ValueError: if the file is damaged, or a key is unknown or missing.
+        """
+        path = folder / FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is no run folder: it has no {FILE_NAME}, as dpok train writes it")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} is damaged: it is no mapping of keys to values")
+        known = [field.name for field in fields(cls)]
+        check_names(f"key of {path}", values, known)
+        for name in known:
+            if name not in values:
+                raise ValueError(f"{path} lacks the key {name!r}")
+        config = cls(**values)
+        config.check_keys()
+        return config
+
+    def check_keys(self) -> None:
+        """Checks that environment, algorithm and policy have the arguments.
+
+        Raises:
+            ValueError: if they lack one; the message names the nearest one.
+        """
+        algorithm = load_algorithm(self.algo)
+        check_names(f"argument of {self.env}", self.env_kwargs, environment_kwargs(self.env))
+        check_names(f"argument of {self.algo}", self.algo_kwargs, settings_of(algorithm))
+        check_names("argument of the policy", self.policy_kwargs, settings_of(DenoisingPolicy))
+
+    def write(self, folder: Path) -> None:
+        """Writes the config into a run folder."""
+        with replacing(folder / FILE_NAME) as file:
+            file.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    @property
+    def evaluation_seed(self) -> int:
+        """Seed of the first evaluation image, far from the images of training."""
+        return 1_000_000 * (self.seed + 1)
+
+    def make_env(self, num_envs: int, **changes: Any) -> DenoisingVectorEnv:
+        """Makes the environment.
+
+        Args:
+            num_envs: images side by side.
+            **changes: changes to the environment's arguments.
+        """
+        return make_env(self.env, num_envs, **(self.env_kwargs | {"device": self.device} | changes))
+
+    def make_agent(self, env: DenoisingVectorEnv, device: str | None = None) -> DenoisingAlgorithm:
+        """Makes the agent, untrained.
+
+        Args:
+            env: the environment to learn in.
+            device: device of the policy; None for the config's.
+        """
+        algorithm: Callable[..., DenoisingAlgorithm] = load_algorithm(self.algo)
+        settings = self.algo_kwargs | {"policy_kwargs": self.policy_kwargs}
+        return algorithm("DenoisingPolicy", env, seed=self.seed, device=device or self.device, **settings)
+
+
+def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Config:
+    """Resolves the settings that a run has if the command line says nothing more.
+
+    Each of these changes the ones before it: the defaults of the classes, the arguments that the environment id stands
+    for, the preset.
+
+    Args:
+        env_id: environment id.
+        algo: name of the algorithm, or ``"module:Class"``.
+        preset_name: name of a preset; None for the one that suits the environment.
+
+    Raises:
+        ValueError: if one of them is unknown.
+    """
+    algorithm = load_algorithm(algo)
+    env_class = environment_class(env_id)
+    preset_name = preset_name or default_preset(env_id)
+    if preset_name not in PRESETS:
+        raise ValueError(f"unknown preset {preset_name!r}; {suggest(preset_name, PRESETS)}")
+    preset = PRESETS[preset_name]
+    chosen = dict(preset.algorithm_kwargs(algo))
+    n_envs = chosen.pop("n_envs", describe_arguments(algorithm)["n_envs"].default)
+    policy_kwargs = settings_of(DenoisingPolicy) | chosen.pop("policy_kwargs", {})
+    own = settings_of(algorithm)
+    check_names(f"argument of {algo} in the preset {preset_name!r}", chosen, own)
+    check_names(f"argument of {env_class.__name__} in the preset", preset.env_kwargs, environment_kwargs(env_id))
+    env_kwargs = environment_kwargs(env_id) | dict(preset.env_kwargs)
+    env_kwargs.pop("device")
+    return Config(
+        env=env_id,
+        algo=algo,
+        preset=preset_name,
+        seed=0,
+        images=preset.images,
+        n_envs=n_envs,
+        eval_images=256,
+        device="auto",
+        checkpointing_steps=10,
+        checkpoints_total_limit=2,
+        env_kwargs=find_paths(env_kwargs),
+        algo_kwargs=own | chosen,
+        policy_kwargs=policy_kwargs,
+    )
+
+
+def settings_of(owner: type) -> dict[str, Any]:
+    """Returns the arguments of an algorithm or a policy that a run can set, with their defaults."""
+    return {argument.name: argument.default for argument in describe_settings(owner)}
+
+
+def describe_settings(owner: type) -> list[Argument]:
+    """Returns the descriptions of these arguments."""
+    left_out = _NOT_POLICY_SETTINGS if issubclass(owner, DenoisingPolicy) else _NOT_SETTINGS
+    arguments = describe_arguments(owner).values()
+    empty = inspect.Parameter.empty
+    return [argument for argument in arguments if argument.name not in left_out and argument.default is not empty]
+
+
+def find_paths(env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments with absolute paths and the reward as a dict: a run may be read from another folder."""
+    found = dict(env_kwargs)
+    weights = parse_reward(found["reward"])
+    found["reward"] = {_absolute(name, list_rewards()): weight for name, weight in weights.items()}
+    if os.path.isfile(str(found["prompts"])):  # a folder of that name does not make a prompt a path
+        found["prompts"] = _absolute(found["prompts"], list_prompt_sets())
+    found["model"] = _absolute(found["model"], list_models())
+    return found
+
+
+def _absolute(text: Any, names: Collection[str]) -> Any:
+    """Returns a path in full; names, which go before paths, and anything else as it is."""
+    is_path = isinstance(text, str) and text not in names and os.path.exists(text)
+    return os.path.abspath(text) if is_path else text

@@ -1,0 +1,104 @@
+"""``dpok evaluate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from agents.cli.arguments import default_hint, given, parse_options
+
+if TYPE_CHECKING:
+    from agents.cli.config import Config
+    from dpok_gym.vector_env import DenoisingVectorEnv
+
+
+@dataclass
+class Evaluate:
+    """Score a run on its training prompts and on prompts that it never saw, before and after training.
+
+    Rewards that it was not trained on are scored too. Writes evaluation.json into the run folder.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of dpok train."""
+    model: Annotated[Path | None, default_hint("FOLDER", "the run's")] = None
+    """Folder of the run's model, if it has moved."""
+    images: int = 256
+    """Images for each set of prompts, before and after, 1 or more."""
+    seed: Annotated[int | None, default_hint("INT", "the run's, which repeats its own evaluation")] = None
+    """Seed of the images, 0 or more."""
+    reward: Annotated[str | None, default_hint("NAME,...", "one that suits the model, for others the JPEG size")] = None
+    """Further rewards to score with, which the run was not trained on."""
+    device: str = "auto"
+    """Device of the networks: auto, cpu, cuda, cuda:1, ..."""
+
+
+def parse(argv: Sequence[str]) -> Evaluate:
+    """Reads the options."""
+    return parse_options(Evaluate, "dpok evaluate", argv)
+
+
+def run(options: Evaluate) -> int:
+    """Scores a run on training prompts and on held-out prompts; returns the exit code."""
+    # These load torch; the help does not need it.
+    from rich.console import Console
+
+    from agents.cli.config import Config
+    from agents.cli.run_folder import load_agent
+    from agents.cli.tables import scores_of, scores_table, write_json
+    from agents.common.evaluation import cycle_prompts
+    from agents.common.evaluation import evaluate as evaluate_policy
+    from dpok_gym.utils.validation import check_integer
+
+    config = Config.read(options.run)
+    check_integer("--images", options.images)
+    config = replace(config, **given(options, "seed"))
+    env = _make_env(options, config)
+    agent = load_agent(options.run, config, env, options.device)
+    console, results = Console(), {}
+    for name, texts in _prompt_sets(env).items():
+        if not texts:
+            console.print(f"there are no {name} prompts")
+            continue
+        prompts = cycle_prompts(texts, options.images)
+        before = evaluate_policy(agent.policy, env, prompts, config.evaluation_seed, reference=True)
+        after = evaluate_policy(agent.policy, env, prompts, config.evaluation_seed)
+        results[name] = {"n_prompts": len(set(texts))} | scores_of(before, after)
+        console.print(scores_table(f"{name} prompts (means of {options.images} images)", results[name]))
+    trained_on = list(config.env_kwargs["reward"])
+    content = {"seed": config.seed, "images": options.images, "trained_on": trained_on, "prompts": results}
+    write_json(options.run / "evaluation.json", content)
+    return 0
+
+
+def _make_env(options: Evaluate, config: Config) -> DenoisingVectorEnv:
+    """Makes the run's environment, with further rewards of weight 0."""
+    from agents.cli.environments import EVALUATION_BATCH_SIZE, evaluation_rewards, parse_reward
+
+    n_envs = min(options.images, EVALUATION_BATCH_SIZE)
+    changes: dict[str, Any] = {"device": options.device}
+    if options.model is not None:
+        changes["model"] = str(options.model)
+    reward = config.env_kwargs["reward"]
+    # Its world is known once it is made; the networks are shared with the second one.
+    world = config.make_env(n_envs, **changes).world
+    also: Sequence[str]
+    if options.reward:
+        also = tuple(parse_reward(options.reward))
+    elif world is not None:
+        also = world.held_out_rewards
+    elif any(name.startswith("jpeg-") for name in reward):
+        also = ()
+    else:
+        also = ("jpeg-compressibility",)
+    return config.make_env(n_envs, **(changes | {"reward": evaluation_rewards(world, reward, also)}))
+
+
+def _prompt_sets(env: DenoisingVectorEnv) -> dict[str, Sequence[str]]:
+    """Returns the prompts of training, and prompts that training never shows."""
+    held_out = env.prompts.held_out if env.world is None else env.world.unseen_prompts(env.prompts)
+    return {"training": env.prompts.train, "held-out": held_out}

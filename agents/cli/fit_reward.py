@@ -1,0 +1,114 @@
+"""``dpok fit-reward``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from agents.cli.arguments import default_hint, given, parse_options
+
+if TYPE_CHECKING:
+    from dpok_gym.rewards.preference.network import PreferenceNetwork
+
+
+@dataclass
+class FitReward:
+    """Learn a reward from people's choices between two images, for dpok train --reward FOLDER.
+
+    The folder gets the reward (config.json and model.safetensors), and its agreement with choices that are held out:
+    fit.json and calibration.png. Ctrl-C keeps the best weights so far. The same command continues a fit that was
+    killed.
+    """
+
+    choices: tyro.conf.Positional[Path]
+    """JSONL file with a choice on each line, its paths relative to the file.
+
+    {"prompt": "a red star", "images": ["a.png", "b.png"], "preferred": 0, "who": "ada", "when": "2026-01-31T12:00"}
+    """
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """Folder to write; it must not hold a reward already."""
+    start: Annotated[Path | None, default_hint("FOLDER", "none: an untrained one")] = None
+    """Reward to start from, which this command wrote. Fewer choices are enough then, of prompts with its words only."""
+    held_out: float = 0.1
+    """Share of the choices that is measured on and not learned from, in (0, 1). No image is on both sides."""
+    epochs: int = 30
+    """Passes over the choices, 1 or more. With few choices take more, until the held-out loss no longer falls."""
+    batch_size: int = 64
+    """Choices in each optimiser step, 1 or more."""
+    learning_rate: float = 1.5e-3
+    """Highest learning rate, usually 5e-4 to 3e-3."""
+    image_size: Annotated[int | None, default_hint("INT", "64, or that of --start")] = None
+    """Pixels of the side that images are resized to, a multiple of 8 from 16 on. More shows finer details, and is
+    slower."""
+    seed: int = 0
+    """Seed of the split, the first weights and the order of the choices, 0 or more."""
+    device: str = "auto"
+    """Device of the network: auto, cpu, cuda, cuda:1, ..."""
+
+
+def parse(argv: Sequence[str]) -> FitReward:
+    """Reads the options."""
+    return parse_options(FitReward, "dpok fit-reward", argv)
+
+
+def run(options: FitReward) -> int:
+    """Fits a reward to choices and measures it; returns the exit code."""
+    # These load torch; the help does not need it.
+    from rich.console import Console
+
+    from agents.cli import plots
+    from agents.cli.tables import calibration_table, write_json
+    from dpok_gym.rewards.preference.data import load_comparisons
+    from dpok_gym.rewards.preference.fit import fit
+    from dpok_gym.utils.validation import check_integer
+
+    check_integer("--seed", options.seed, minimum=0)
+    console = Console()
+    network, image_size = _starting_point(options)
+    comparisons = load_comparisons(options.choices, image_size)
+    console.print(f"{len(comparisons)} choices between {len(comparisons.images)} images")
+
+    def log(row: dict[str, Any]) -> None:
+        numbers = f"loss {row['loss']:.3f}, held-out {row['held_out_loss']:.3f}, agreement {row['agreement']:.1%}"
+        console.print(f"epoch {row['epoch']}: {numbers}", highlight=False)
+
+    checkpoint = options.out / "checkpoint.pt"
+    result = fit(
+        comparisons,
+        network=network,
+        **given(options, "epochs", "held_out", "seed", "batch_size", "learning_rate", "device"),
+        checkpoint=checkpoint,
+        log=log,
+    )
+    result.reward.save(options.out)
+    checkpoint.unlink()
+    held_out = result.held_out
+    summary = {"choices": str(options.choices), "trained_on": result.trained_on, "epoch": result.epoch}
+    write_json(options.out / "fit.json", summary | {"held_out": asdict(held_out)})
+    plots.calibration(held_out, options.out / "calibration.png", f"{held_out.choices:,} choices held out")
+    console.print(calibration_table(held_out))
+    console.print(
+        f"agreement {held_out.agreement:.1%}, loss {held_out.loss:.3f} nats, expected calibration error "
+        f"{held_out.calibration_error:.3f}; use it with: dpok train --reward {options.out}",
+        highlight=False,
+    )
+    return 130 if result.interrupted else 0
+
+
+def _starting_point(options: FitReward) -> tuple[PreferenceNetwork | None, int]:
+    """Returns the network to start from, if there is one, and the size of the images in pixels."""
+    from dpok_gym.rewards.preference.reward import CONFIG, PreferenceReward
+
+    if (options.out / CONFIG).exists():
+        raise FileExistsError(f"{options.out} already holds a reward; choose another --out")
+    if options.start is None:
+        return None, options.image_size or 64
+    network = PreferenceReward.load(options.start).network
+    image_size = network.config.image_size
+    if options.image_size not in (None, image_size):
+        raise ValueError(f"{options.start} takes images of {image_size} pixels; leave out --image-size")
+    return network, image_size

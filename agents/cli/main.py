@@ -1,0 +1,107 @@
+"""The command line: ``dpok train``, ``sample``, ``evaluate``, ``fit-reward`` and ``serve-reward``.
+
+Each command is a module of this package with two functions: ``parse`` reads its options, ``run`` does its work. They
+are imported once the command is known, and torch once its work begins.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+#: The module of each command, and its line in the help.
+COMMANDS = {
+    "train": ("agents.cli.train", "Fine-tune a text-to-image model with a reward, and compare it with the original."),
+    "sample": ("agents.cli.sample", "Draw images for a prompt with a pre-trained or a fine-tuned model."),
+    "evaluate": ("agents.cli.evaluate", "Score a run on its training prompts and on prompts that it never saw."),
+    "fit-reward": ("agents.cli.fit_reward", "Learn a reward from people's choices between two images."),
+    "serve-reward": ("agents.cli.serve_reward", "Serve a reward over HTTP."),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    With DPOK_DEBUG=1 in the environment, an error shows its traceback.
+
+    Args:
+        argv: the words after ``dpok``; None for those of the process.
+
+    Returns:
+        The exit code: 0, 2 after an error in the input, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        from dpok_gym import __version__
+
+        print(f"dpok {__version__}")
+        return 0
+    try:
+        command, options = parse(words)
+        return _module(command).run(options)
+    except KeyboardInterrupt:
+        print("dpok: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("DPOK_DEBUG"):
+            raise
+        print(f"dpok: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        # Torch's class, which is not imported here.
+        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("DPOK_DEBUG"):
+            raise
+        advice = "training takes less with --micro-batch-size auto, --gradient-checkpointing and --dtype bfloat16"
+        print(f"dpok: error: the device's memory is full; {advice}", file=sys.stderr)
+        return 2
+
+
+def parse(argv: Sequence[str]) -> tuple[str, Any]:
+    """Reads a command line, and runs nothing.
+
+    Args:
+        argv: the words after ``dpok``.
+
+    Returns:
+        The command's name, and its options.
+
+    Raises:
+        ValueError: if the command or an option is unknown, or a value cannot be read.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for --reward module:name and --algo module:Class, as python -m does
+    command = argv[0]
+    if command not in COMMANDS:
+        from dpok_gym.utils.validation import suggest
+
+        raise ValueError(f"unknown command {command!r}; {suggest(command, COMMANDS)}")
+    return command, _module(command).parse(argv[1:])
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(COMMANDS[command][0])
+
+
+def _help() -> str:
+    """Returns what ``dpok --help`` prints."""
+    lines = [
+        "usage: dpok [-h] [--version] COMMAND [OPTIONS]",
+        "",
+        "Fine-tune text-to-image models by reinforcement learning.",
+        "",
+        "commands:",
+    ]
+    for name, (_, description) in COMMANDS.items():
+        lines.append(f"  {name:<14}{description}")
+    lines += ["", "dpok COMMAND --help shows the options of a command."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

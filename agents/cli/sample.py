@@ -1,0 +1,131 @@
+"""``dpok sample``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from agents.cli.arguments import default_hint, given, parse_options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from agents.cli.config import Config
+    from agents.common.evaluation import Evaluation
+    from dpok_gym.vector_env import DenoisingVectorEnv
+
+
+@dataclass
+class Sample:
+    """Draw images for a prompt with a pre-trained or a fine-tuned model."""
+
+    prompt: str
+    """Text to draw."""
+    lora: Annotated[Path | None, default_hint("FOLDER", "none: the pre-trained model")] = None
+    """Run folder of dpok train (its model and sampler settings are used too), or folder with a LoRA."""
+    env: Annotated[str | None, default_hint("ID", "the run's, or that of dpok train")] = None
+    """Environment id, for its model and sampler settings."""
+    model: Annotated[str | None, default_hint("NAME|FOLDER|HUB-ID", "the environment's")] = None
+    """Model to draw with: a registered name such as sd15, a local diffusers folder, or a hub id."""
+    n: int = 16
+    """Number of images, 1 or more."""
+    seed: int = 0
+    """Seed of the first image, 0 or more. Image k has seed + k, and is the same in every call."""
+    out: Path = Path("sample.png")
+    """PNG file to write."""
+    num_inference_steps: Annotated[int | None, default_hint("INT", "the environment's")] = None
+    """Denoising steps of each image, 1 or more, usually 10 to 50."""
+    guidance_scale: Annotated[float | None, default_hint("FLOAT", "the environment's")] = None
+    """Scale of classifier-free guidance, 0 or more. 1 is none; a larger scale follows the prompt more closely."""
+    negative_prompt: str | None = None
+    """Text that guidance leads away from; it needs a guidance scale other than 1."""
+    image_size: Annotated[int | tuple[int, int] | None, default_hint("INT|HEIGHT WIDTH", "the model's")] = None
+    """Pixels of a side, or height and width. Images get worse far from the size that the model was trained with."""
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_hint("NAME", "float32")] = None
+    """Precision of the frozen weights: float32, or bfloat16 or float16 for half of the memory."""
+    device: str = "auto"
+    """Device of the networks: auto, cpu, cuda, cuda:1, ..."""
+
+
+def parse(argv: Sequence[str]) -> Sample:
+    """Reads the options."""
+    return parse_options(Sample, "dpok sample", argv)
+
+
+def run(options: Sample) -> int:
+    """Draws images into a labelled grid; returns the exit code."""
+    # These load torch; the help does not need it.
+    from rich.console import Console
+
+    from agents.cli import plots
+    from agents.cli.config import FILE_NAME, Config
+    from agents.cli.tables import say
+    from dpok_gym.utils.validation import check_integer
+
+    check_integer("--n", options.n)
+    check_integer("--seed", options.seed, minimum=0)
+    lora, run_folder = options.lora, None
+    if lora is not None:
+        holders = [folder for folder in (lora, lora.parent) if (folder / FILE_NAME).is_file()]
+        run_folder = holders[0] if holders else None
+        lora = lora / "lora" if run_folder == lora else lora
+    config = None if run_folder is None else Config.read(run_folder)
+    env = _make_env(options, config)
+    evaluation = _draw(options, env, lora, run_folder, config)
+    labels = [f"seed {options.seed + k}" for k in range(options.n)]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    plots.image_grid(evaluation.images, labels, options.out, f"“{options.prompt}”", evaluation.aligned)
+    share = ""
+    if evaluation.aligned_share is not None:
+        share = f", {evaluation.aligned_share:.0%} of them fully aligned"
+    say(Console(), f"{options.n} images{share}: {options.out}")
+    return 0
+
+
+def _make_env(options: Sample, config: Config | None) -> DenoisingVectorEnv:
+    """Makes the environment to draw in, with the settings of the options, the run and the id, in this order."""
+    from agents.cli.environments import EVALUATION_BATCH_SIZE, environment_kwargs, make_env
+    from dpok_gym.registration import DEFAULT_ENVIRONMENT
+
+    if config is not None and options.env is None:
+        env_id, kwargs = config.env, dict(config.env_kwargs)
+    else:
+        env_id = options.env or DEFAULT_ENVIRONMENT
+        kwargs = environment_kwargs(env_id)
+    changes = ("model", "num_inference_steps", "guidance_scale", "negative_prompt", "image_size", "dtype")
+    kwargs |= given(options, *changes) | {"device": options.device, "prompts": [options.prompt], "reward": _no_reward}
+    n_envs = min(options.n, EVALUATION_BATCH_SIZE)
+    env = make_env(env_id, n_envs, **kwargs)
+    if env.world is None or env.world.alignment_reward is None:
+        return env
+    return make_env(env_id, n_envs, **(kwargs | {"reward": env.world.alignment_reward}))
+
+
+def _draw(
+    options: Sample, env: DenoisingVectorEnv, lora: Path | None, run_folder: Path | None, config: Config | None
+) -> Evaluation:
+    """Draws the images with the pre-trained model, with a LoRA, or with the denoiser that a run trained as a whole."""
+    from agents.cli.run_folder import load_agent
+    from agents.common.evaluation import sample_images
+    from dpok_gym.models.lora import LoRA
+
+    sample = partial(sample_images, env.process, env, [options.prompt] * options.n, options.seed)
+    if lora is None:
+        return sample()
+    if run_folder is not None and config is not None and lora == run_folder / "lora" and not lora.is_dir():
+        if options.dtype:
+            raise ValueError("a run that trained the whole denoiser draws in its own precision; leave out --dtype")
+        agent = load_agent(run_folder, config, env, options.device)
+        return sample(transition=partial(env.process.transition, denoiser=agent.policy.denoiser))
+    model = env.process.model
+    with LoRA.from_folder(model.denoiser, lora, model.lora_prefix).enabled():
+        return sample()
+
+
+def _no_reward(images: Tensor, prompts: list[str]) -> Tensor:
+    return images.new_zeros(len(prompts))

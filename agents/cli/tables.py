@@ -1,0 +1,82 @@
+"""The results of evaluations and fits: as JSON in the folders, and as tables on the screen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from agents.common.evaluation import Evaluation
+from dpok_gym.rewards.preference.fit import Measured
+from dpok_gym.utils.files import replacing
+
+
+def scores_of(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+    """Returns the scores of two evaluations, as means over their images.
+
+    Args:
+        before: images of the pre-trained model; None if there are none, which gives a score of None.
+        after: images of the fine-tuned model.
+    """
+    scores: dict[str, Any] = {"eval_images": len(after) if after else 0}
+    for when, evaluation in {"before": before, "after": after}.items():
+        scores |= _scores_of_one(when, evaluation)
+    scores["kl_to_pretrained"] = float(after.kl.mean()) if after else None
+    return scores
+
+
+def _scores_of_one(when: str, evaluation: Evaluation | None) -> dict[str, Any]:
+    if evaluation is None:
+        return {f"aligned_{when}": None, f"quality_{when}": None, f"reward_{when}": None, f"rewards_{when}": {}}
+    quality = evaluation.quality_reward
+    return {
+        f"aligned_{when}": evaluation.aligned_share,
+        f"quality_{when}": None if quality is None else evaluation.mean(quality),
+        f"reward_{when}": evaluation.mean_reward,
+        f"rewards_{when}": {name: evaluation.mean(name) for name in evaluation.rewards},
+    }
+
+
+def scores_table(title: str, scores: dict[str, Any]) -> Table:
+    """Returns a table of the scores that :func:`scores_of` returns."""
+    table = Table("", title=title, title_justify="left")
+    for heading in ("before", "after"):
+        table.add_column(heading, justify="right")
+    for row in _rows(scores):
+        table.add_row(*row)
+    return table
+
+
+def _rows(scores: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    if scores["aligned_before"] is not None:
+        yield "fully aligned images", f"{scores['aligned_before']:.1%}", f"{scores['aligned_after']:.1%}"
+    for name, value in scores["rewards_before"].items():
+        yield name, f"{value:.3f}", f"{scores['rewards_after'][name]:.3f}"
+    yield "reward trained on", f"{scores['reward_before']:.3f}", f"{scores['reward_after']:.3f}"
+    yield "KL to pre-trained, nats per image", "0", f"{scores['kl_to_pretrained']:.2f}"
+
+
+def calibration_table(held_out: Measured) -> Table:
+    """Returns a table of the predicted and the observed shares of choices."""
+    title = f"how often the favourite was chosen ({held_out.choices} choices held out)"
+    table = Table(title=title, title_justify="left")
+    for heading in ("predicted", "observed", "choices"):
+        table.add_column(heading, justify="right")
+    for predicted, observed, count in zip(held_out.predicted, held_out.observed, held_out.counts, strict=True):
+        table.add_row(f"{predicted:.1%}", f"{observed:.1%}", str(count))
+    return table
+
+
+def say(console: Console, text: str) -> None:
+    """Prints a line as it is: folders may have brackets in their names, and users copy the commands."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that is whole or not there."""
+    with replacing(path) as file:
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,226 @@
+"""``dpok train``."""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from agents.algorithms.registry import load_algorithm
+from agents.cli.arguments import UsageError, default_hint, make_options, parse_options, to_command_line
+from agents.cli.config import FILE_NAME, Config, default_config, describe_settings, find_paths
+from agents.cli.environments import environment_class
+from agents.cli.run_folder import Run
+from agents.cli.tables import say
+from agents.common.arguments import describe_arguments
+from agents.common.checkpoint import find_checkpoint, list_checkpoints
+from agents.common.policy import DenoisingPolicy
+from dpok_gym.registration import DEFAULT_ENVIRONMENT
+
+#: Images of each evaluation of a run that was interrupted.
+_FEW_IMAGES = 16
+
+#: Options that a run which goes on may change.
+_CHANGEABLE = ("images", "device", "checkpointing_steps", "checkpoints_total_limit")
+
+
+@dataclass
+class RunOptions:
+    """The run: its task in short, its length, its folder."""
+
+    seed: int = 0
+    """Seed of prompts, noise and first weights, 0 or more. The same seed repeats a run."""
+    out: Annotated[Path | None, default_hint("FOLDER", "runs/<env>-<algo>-seed<seed>-<time>")] = None
+    """Run folder to write. It must not hold a run already, unless the run is resumed."""
+    env: str = DEFAULT_ENVIRONMENT
+    """Environment id, which sets the model, the prompts and the reward; or MODULE:ID of one of yours."""
+    algo: str = "dpok"
+    """Algorithm, or MODULE:CLASS of one of yours. Its own options are below.
+
+    dpok is policy gradient with a KL penalty (Fan et al. 2023); ddpo, grpo and reinforce are other policy gradients.
+    sft (weighted by the reward), rwr (by its exponential) and best-of-n (on winners) learn from images of the
+    pre-trained model. draft follows the gradient of the reward, which must have one.
+    """
+    preset: str = "laptop"
+    """Named settings, which the other options change: see agents.PRESETS."""
+    images: int = 2240
+    """Images to draw in training, 1 or more, rounded up to whole iterations. More take longer and learn more."""
+    n_envs: int = 64
+    """Images that are drawn side by side, 1 or more, usually 10 to 256. More need more memory."""
+    eval_images: int = 256
+    """Images drawn before and after training to measure the change, 1 or more. Training never uses their seeds."""
+    device: str = "auto"
+    """Device of the networks: auto, cpu, cuda, cuda:1, ..."""
+    checkpointing_steps: int = 10
+    """Iterations between two checkpoints, 1 or more. A killed run loses at most these."""
+    checkpoints_total_limit: int = 2
+    """Number of checkpoints to keep, 1 or more. The oldest ones are removed."""
+    resume: bool = False
+    """Go on with the run in --out, with its own settings; --images asks for more images in all."""
+    resume_from_checkpoint: Annotated[str | None, default_hint("latest|NAME|PATH", "latest, with --resume")] = None
+    """Go on from this checkpoint; later ones are removed. It implies --resume."""
+
+
+@dataclass
+class _FirstOptions:
+    """The options that decide which further options there are, and their defaults."""
+
+    env: str | None = None
+    algo: str | None = None
+    preset: str | None = None
+    out: Path | None = None
+    resume: bool = False
+    resume_from_checkpoint: str | None = None
+
+
+@dataclass
+class Train:
+    """A command line of ``dpok train`` that was read.
+
+    Attributes:
+        out: the run folder; None for a new one in runs/.
+        config: the settings.
+        resume_from: "latest", or the name or path of a checkpoint; None for a new run.
+    """
+
+    out: Path | None
+    config: Config
+    resume_from: str | None
+
+
+def parse(argv: Sequence[str]) -> Train:
+    """Reads the options.
+
+    It does so twice, as the environment, the algorithm and the preset decide on the other options and their defaults.
+
+    Raises:
+        ValueError: if an option, or a value, is wrong.
+    """
+    first, _ = tyro.cli(_FirstOptions, args=argv, return_unknown_args=True, add_help=False)
+    resumes = first.resume or first.resume_from_checkpoint is not None
+    if resumes and first.out is None:
+        raise UsageError("--resume needs the run folder to go on with: --out FOLDER")
+    if resumes and first.out is not None and (first.out / FILE_NAME).is_file():
+        base = Config.read(first.out)
+    else:
+        base = default_config(first.env or DEFAULT_ENVIRONMENT, first.algo or "dpok", first.preset)
+    kind = _options_class(base)
+    parsed = parse_options(kind, "dpok train", argv)
+    config = _config_of(parsed, base)
+    if not resumes:
+        return Train(parsed.run.out, config, None)
+    changed = _changed_options(config, base)
+    if changed and (first.out / FILE_NAME).is_file():  # type: ignore[operator]  # checked above
+        raise UsageError(f"--resume goes on with the run's own settings; leave out {', '.join(changed)}")
+    return Train(parsed.run.out, config, parsed.run.resume_from_checkpoint or "latest")
+
+
+def run(options: Train) -> int:
+    """Trains, evaluates before and after, and writes the run folder; returns the exit code."""
+    run = _prepare(options)
+    run.begin()
+    try:
+        before = run.evaluate_before()
+        run.learn()
+        run.save()
+        after = run.evaluate_after()
+    except KeyboardInterrupt:
+        run.interrupted = True
+        if run.interrupts.updating:
+            say(run.console, f"interrupted in an update, which is lost; go on with: {run.how_to_go_on}")
+            return 130
+        say(run.console, "interrupted: saving what there is (Ctrl-C again leaves at once)")
+        # In this order a second interruption costs only what is not written yet.
+        run.save()
+        n_images = min(_FEW_IMAGES, run.config.eval_images)
+        before, after = run.evaluate_before(n_images), run.evaluate_after(n_images)
+    except Exception:  # a reward's server has gone, for example
+        run.interrupted = True
+        weights = run.agent.policy.parameters()
+        if run.agent.images_drawn and not run.interrupts.updating and all(values.isfinite().all() for values in weights):
+            run.save()
+            say(run.console, f"stopped by an error; what was learned is kept: {run.how_to_go_on}")
+        raise
+    finally:
+        run.close()
+    run.report(before, after)
+    return 130 if run.interrupted else 0
+
+
+def _prepare(options: Train) -> Run:
+    """Makes the run: a new one, or the one to go on with."""
+    config, folder = options.config, options.out or _new_folder(options.config)
+    if options.resume_from is None:
+        if list_checkpoints(folder):
+            raise FileExistsError(
+                f"{folder} already holds a run; choose another --out, or go on with it: "
+                f"dpok train --resume --out {shlex.quote(str(folder))}"
+            )
+        return Run(folder, config)
+    Config.read(folder)  # for its error if this is no run folder
+    if options.resume_from == "latest" and not list_checkpoints(folder):
+        return Run(folder, config)  # it was killed before the first checkpoint
+    return Run(folder, config, find_checkpoint(folder, options.resume_from))
+
+
+def _new_folder(config: Config) -> Path:
+    """Returns the name of a new run folder; the last part tells runs apart that start in the same second."""
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    name = f"{config.env}-{config.algo}-seed{config.seed}-{stamp}"
+    return Path("runs") / name.replace("/", "-").replace(":", "-")
+
+
+def _options_class(base: Config) -> type:
+    """Makes the dataclass of all options, with the settings of a config as defaults."""
+    env_class = environment_class(base.env)
+    of_env = make_options("environment", describe_arguments(env_class).values(), base.env_kwargs)
+    of_algorithm = make_options(base.algo, describe_settings(load_algorithm(base.algo)), base.algo_kwargs)
+    of_policy = make_options("policy", describe_settings(DenoisingPolicy), base.policy_kwargs)
+    shared = {option.name for option in fields(RunOptions)} & {option.name for option in fields(Config)}
+    run = RunOptions(**{name: getattr(base, name) for name in shared})
+    sections = {"run": (RunOptions, run), "environment": (of_env, of_env())}
+    sections |= {"algorithm": (of_algorithm, of_algorithm()), "policy": (of_policy, of_policy())}
+    made = []
+    for name, (kind, default) in sections.items():
+        made.append((name, tyro.conf.OmitArgPrefixes[kind], field(default_factory=lambda value=default: value)))
+    options = make_dataclass("Train", made)
+    options.__doc__ = (
+        "Fine-tune a text-to-image model with a reward, and compare it with the pre-trained model.\n\n"
+        "The run folder gets config.yaml, checkpoints, the LoRA, logs, learning_curve.png, before_after.png and "
+        "summary.json. Ctrl-C ends a run early and keeps what was learned."
+    )
+    return options
+
+
+def _config_of(parsed: Any, base: Config) -> Config:
+    """Returns the config with what the options change."""
+    shared = {option.name for option in fields(RunOptions)} & {option.name for option in fields(Config)}
+    values: dict[str, Any] = {name: getattr(parsed.run, name) for name in shared}
+    sections = {"env_kwargs": parsed.environment, "algo_kwargs": parsed.algorithm, "policy_kwargs": parsed.policy}
+    for name, options in sections.items():
+        settings = dict(getattr(base, name))
+        for option, value in vars(options).items():
+            # A default that a text or a tuple stands for stays as it is.
+            if value != to_command_line(option, settings[option]):
+                settings[option] = list(value) if isinstance(value, tuple) else value
+        values[name] = settings
+    values["env_kwargs"] = find_paths(values["env_kwargs"])
+    return replace(base, **values)
+
+
+def _changed_options(config: Config, base: Config) -> list[str]:
+    """Returns the options that differ from a run's own settings and must not."""
+    changed = []
+    for option in fields(Config):
+        ours, theirs = getattr(config, option.name), getattr(base, option.name)
+        if isinstance(ours, dict):
+            changed += [name for name in ours if ours[name] != theirs[name]]
+        elif ours != theirs and option.name not in _CHANGEABLE:
+            changed.append(option.name)
+    return [f"--{name.replace('_', '-')}" for name in changed]

@@ -1,0 +1,1 @@
+"""The parts that the algorithms share: policy, rollouts, buffer, losses, randomness, evaluation, saving."""

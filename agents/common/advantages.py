@@ -1,0 +1,102 @@
+"""Advantages: how much better an image is than expected.
+
+Letters used for shapes: N images, T denoising steps, G groups.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+#: True: mean 0 and standard deviation 1 over the rollout. "center": mean 0 at each denoising step. False: unchanged.
+Normalization = bool | Literal["center"]
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, gamma: float = 1.0, gae_lambda: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of finished trajectories (Schulman et al. 2016, Eq. 16).
+
+    With gamma = lambda = 1 and a reward r at the end only, the advantage is r - V(x_t) and the return r, as in DPOK.
+
+    Args:
+        rewards: (N, T).
+        values: (N, T) of the states that the actions were taken in; the state after the last one is worth 0.
+        gamma: discount per denoising step, in [0, 1].
+        gae_lambda: 1 for Monte-Carlo returns; less trusts the values more.
+
+    Returns:
+        Advantages and returns, both (N, T).
+    """
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    errors = rewards + gamma * next_values - values
+    advantages = torch.zeros_like(values)
+    running = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        running = errors[:, t] + gamma * gae_lambda * running
+        advantages[:, t] = running
+    return advantages, advantages + values
+
+
+def normalize(advantages: Tensor, valid: Tensor, how: Normalization) -> Tensor:
+    """Shifts and scales the advantages of a rollout.
+
+    Args:
+        advantages: (N, T).
+        valid: (N,) bool, the images that mean and standard deviation are taken over.
+        how: see :data:`Normalization`.
+
+    Returns:
+        (N, T).
+    """
+    if not how or not valid.any():
+        return advantages
+    sound = advantages[valid]
+    if how == "center":
+        return advantages - sound.mean(dim=0)
+    return (advantages - sound.mean()) / (sound.std(correction=0) + 1e-8)
+
+
+def standardize_in_groups(rewards: Tensor, groups: Tensor) -> Tensor:
+    """(r - mean) / std over the images of the same group (Liu et al. 2025, Eq. 4).
+
+    Args:
+        rewards: (N,).
+        groups: (N,) int64, the group of each image.
+
+    Returns:
+        (N,).
+    """
+    members = _membership(groups, rewards)
+    size = members.sum(dim=0)
+    centred = rewards - members @ (rewards @ members / size)
+    variance = centred.square() @ members / size
+    return centred / (members @ variance.sqrt() + 1e-6)
+
+
+def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
+    """r - b, where b is the mean reward of the other images of the same group (Kool et al. 2019).
+
+    An image that is alone in its group is compared with all others; a single image keeps its reward.
+
+    Args:
+        rewards: (N,).
+        groups: (N,) int64, the group of each image.
+
+    Returns:
+        (N,).
+    """
+    if len(rewards) == 1:
+        return rewards
+    others = 1 - torch.eye(len(rewards), device=rewards.device)
+    same = (groups[:, None] == groups[None]).float() * others
+    alone = same.sum(dim=1) == 0
+    same[alone] = others[alone]
+    return rewards - same @ rewards / same.sum(dim=1)
+
+
+def _membership(groups: Tensor, like: Tensor) -> Tensor:
+    """(N, G) with a 1 where the image is in the group; every group has an image."""
+    return nn.functional.one_hot(groups.unique(return_inverse=True)[1]).to(like)

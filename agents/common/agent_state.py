@@ -1,0 +1,103 @@
+"""The state of an agent as plain tensors and plain JSON: weights, optimiser, counters. Nothing in it can run code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dpok_gym.samplers import SamplerConfig
+
+if TYPE_CHECKING:
+    from agents.common.algorithm import DenoisingAlgorithm
+
+
+def get_state(agent: DenoisingAlgorithm) -> dict[str, Any]:
+    """Returns ``{"tensors": {group: {name: tensor}}, "state": JSON-able dict}``.
+
+    The groups are "lora" or "denoiser", "critic" if there is one, and "optimizer".
+    """
+    policy = agent.policy
+    tensors: dict[str, dict[str, Tensor]] = {}
+    if policy.lora is not None:
+        tensors["lora"] = policy.lora.state_dict()
+    else:
+        assert policy.denoiser is not None
+        tensors["denoiser"] = dict(policy.denoiser.state_dict())
+    if policy.critic is not None:
+        tensors["critic"] = dict(policy.critic.state_dict())
+    tensors["optimizer"] = flatten_optimizer(policy.optimizer)
+    assert agent.sampler_config is not None
+    state = {
+        "algorithm": type(agent).__name__,
+        "sampler": agent.sampler_config.to_dict(),
+        "run_seed": agent.run_seed,
+        "iteration": agent.iteration,
+        "images_drawn": agent.images_drawn,
+        "num_timesteps": agent.num_timesteps,
+        "n_updates": agent._n_updates,
+        "algorithm_state": agent.algorithm_state(),
+    }
+    return {"tensors": tensors, "state": state}
+
+
+def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
+    """Puts back what :func:`get_state` returned.
+
+    Raises:
+        ValueError: if it is of another algorithm, sampler or network.
+    """
+    tensors, state = saved["tensors"], saved["state"]
+    if state["algorithm"] != type(agent).__name__:
+        raise ValueError(f"the state is of {state['algorithm']}, and the agent is {type(agent).__name__}")
+    assert agent.sampler_config is not None
+    SamplerConfig.from_dict(state["sampler"]).check_equal(agent.sampler_config)
+    policy = agent.policy
+    expected = get_state(agent)["tensors"]
+    missing = sorted((expected.keys() - {"optimizer"}) - tensors.keys())
+    if missing:
+        raise ValueError(f"the state has no {' and no '.join(missing)}: the agent was made with other settings")
+    try:
+        if policy.lora is not None:
+            policy.lora.load_state_dict(tensors["lora"])
+        else:
+            assert policy.denoiser is not None
+            policy.denoiser.load_state_dict(tensors["denoiser"])
+        if policy.critic is not None:
+            policy.critic.load_state_dict(tensors["critic"])
+    except RuntimeError as error:  # torch's, for tensors of other names or shapes
+        raise ValueError(f"the state is of a network of another build: {error}") from error
+    load_optimizer(policy.optimizer, tensors["optimizer"])
+    agent.run_seed = state["run_seed"]
+    agent.iteration = state["iteration"]
+    agent.images_drawn = state["images_drawn"]
+    agent.num_timesteps = state["num_timesteps"]
+    agent._n_updates = state["n_updates"]
+    agent.load_algorithm_state(state["algorithm_state"])
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns the optimiser's state as tensors named ``<number of the parameter>.<name>``."""
+    flat = {}
+    for number, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            flat[f"{number}.{name}"] = torch.as_tensor(value)
+    return flat
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
+    """Puts back what :func:`flatten_optimizer` returned.
+
+    Raises:
+        ValueError: if it is of other parameters.
+    """
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    n_parameters = sum(len(group["params"]) for group in optimizer.param_groups)
+    if state and max(state) >= n_parameters:
+        raise ValueError(f"the optimiser's state is of {max(state) + 1} parameters, and there are {n_parameters}")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,420 @@
+"""The base of all agents: Stable-Baselines3's interface around images drawn, updates taken, and saving.
+
+Letters used for shapes: B elements of a batch, N images of an iteration, T denoising steps.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor, nn
+
+import dpok_gym  # noqa: F401  (registers the environments)
+from agents.common.agent_state import get_state, set_state
+from agents.common.arguments import check_arguments, show_inherited_arguments
+from agents.common.buffer import Batch, TrajectoryBuffer
+from agents.common.losses import Metrics
+from agents.common.normalization import RewardNormalizer
+from agents.common.policy import DenoisingPolicy
+from agents.common.randomness import Purpose, make_generator
+from agents.common.rollouts import draw_rollout
+from agents.common.vec_env import GymnasiumVecEnv, find_denoising_env
+from dpok_gym.samplers import DenoisingProcess, SamplerConfig
+from dpok_gym.utils.batching import BatchSize
+from dpok_gym.utils.validation import check_fraction, check_integer, check_positive
+from dpok_gym.vector_env import DenoisingVectorEnv
+
+SelfAlgorithm = TypeVar("SelfAlgorithm", bound="DenoisingAlgorithm")
+
+
+class DenoisingAlgorithm(OnPolicyAlgorithm):
+    """Draws images with a :class:`~agents.common.policy.DenoisingPolicy` and learns from them, iteration by iteration.
+
+    For an algorithm of your own, subclass :class:`~agents.algorithms.policy_gradient.PolicyGradient` or
+    :class:`~agents.algorithms.forward_process.ForwardProcess`, or this class with a ``train()`` of its own. Write
+    ``loss(batch)``, which returns the loss of each element (B,) and what to log.
+
+    Args:
+        policy: "DenoisingPolicy", or a subclass of it.
+        env: an id such as "DPOK-SD15-v0", a denoising environment, a vector of them, or SB3's ``VecEnv`` of one.
+        learning_rate: learning rate of the denoiser, above 0. A LoRA on the embedded model learns with 1e-3, on Stable
+            Diffusion with 1e-5 to 3e-4; too large a rate shows as images that fall apart. A function of the remaining
+            progress, 1 to 0, is allowed.
+        final_lr_fraction: share of the learning rate that is left at the end of ``learn``, in [0, 1], falling linearly;
+            1 keeps the rate. A falling rate averages out the noise of the last updates.
+        images_per_iteration: images drawn between two updates, at least 1; None for as many as there are environments.
+            More give less noise in the gradient and fewer updates.
+        n_envs: images drawn side by side when ``env`` is an id, at least 1; it changes memory and speed only, unless
+            ``images_per_iteration`` is None.
+        batch_size: elements (transitions or images) of an optimiser step, at least 1; None for all there are. Smaller
+            takes more steps in each iteration.
+        micro_batch_size: elements of a forward and backward pass, at least 1, whose gradients add up to those of the
+            batch; smaller takes less memory and changes nothing else. None for the batch, "auto" for as many as fit
+            into memory.
+        max_grad_norm: largest norm of the denoiser's gradient, above 0; infinity for no limit.
+        normalize_rewards: standardise each reward of a sum by its running mean and standard deviation before
+            weighting, so that weights compare rewards of different scales. Logs and evaluations stay raw.
+        stats_window_size: images that the logged mean reward goes over, at least 1.
+        tensorboard_log: folder for TensorBoard; None for no log.
+        policy_kwargs: arguments of :class:`~agents.common.policy.DenoisingPolicy`, such as ``{"lora_rank": 16}``.
+        verbose: 0 is silent, 1 logs to the console.
+        seed: seed of prompts, noise, batches and initial weights, at least 0; None for a random one.
+        device: where the policy runs; it must be the environment's. "auto" for a GPU if there is one.
+
+    Attributes:
+        process: the denoising process of the environment.
+        images_drawn: images drawn and learned from so far.
+        iteration: iterations done so far.
+
+    Raises:
+        TypeError: if there is no such argument.
+        ValueError: if an argument is out of range, or the environment is no denoising environment.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"DenoisingPolicy": DenoisingPolicy}
+    policy: DenoisingPolicy
+    rollout_buffer: TrajectoryBuffer  # type: ignore[assignment]
+    process: DenoisingProcess
+
+    #: Whether the pre-trained model draws the images, and not the policy.
+    draws_with_reference: bool = False
+    #: Whether rollouts compute the KL of each transition to the reference's.
+    records_reference_kl: bool = False
+    #: Whether the policy has a critic.
+    use_critic: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        show_inherited_arguments(cls)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Checks the names of the arguments."""
+        check_arguments(cls, kwargs)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        policy: str | type[DenoisingPolicy] = "DenoisingPolicy",
+        env: GymEnv | VectorEnv | str | None = None,
+        *,
+        learning_rate: float | Schedule = 1e-3,
+        final_lr_fraction: float = 1.0,
+        images_per_iteration: int | None = None,
+        n_envs: int = 64,
+        batch_size: int | None = None,
+        micro_batch_size: int | Literal["auto"] | None = 128,
+        max_grad_norm: float = 1.0,
+        normalize_rewards: bool = False,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        if isinstance(env, str):
+            env = gymnasium.make_vec(env, num_envs=n_envs, vectorization_mode="vector_entry_point")
+        self.final_lr_fraction = check_fraction("final_lr_fraction", final_lr_fraction)
+        self.batch_size = None if batch_size is None else check_integer("batch_size", batch_size)
+        self.micro_batch_size = micro_batch_size
+        if images_per_iteration is not None:
+            check_integer("images_per_iteration", images_per_iteration)
+        self.images_per_iteration = images_per_iteration
+        self.reward_normalizer = RewardNormalizer() if normalize_rewards else None
+        self.images_drawn = 0
+        self.iteration = 0
+        #: The environment's sampler, kept so that a saved agent can be loaded without an environment.
+        self.sampler_config: SamplerConfig | None = None
+        self.run_seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        check_integer("seed", self.run_seed, minimum=0)
+        super().__init__(
+            policy,
+            env,  # type: ignore[arg-type]
+            learning_rate=learning_rate,
+            n_steps=1,  # set below, once T is known
+            gamma=1.0,
+            gae_lambda=1.0,
+            ent_coef=0.0,
+            vf_coef=0.0,
+            max_grad_norm=check_positive("max_grad_norm", max_grad_norm),
+            use_sde=False,
+            sde_sample_freq=-1,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=_init_setup_model,
+        )
+
+    @staticmethod
+    def _wrap_env(env: GymEnv | VectorEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        return GymnasiumVecEnv(find_denoising_env(env))
+
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        self.lr_schedule = partial(_falling, self.lr_schedule, self.final_lr_fraction)
+
+    def _setup_model(self) -> None:
+        self._setup_lr_schedule()
+        self._micro_batches = BatchSize("micro_batch_size", self.micro_batch_size)
+        self.set_random_seed(self.seed)
+        if self.env is not None:
+            self._take_process(self.denoising_env)
+        elif self.sampler_config is not None:
+            self.process = DenoisingProcess.from_config(self.sampler_config, str(self.device))
+        else:
+            raise ValueError("an agent needs an environment: pass env='DPOK-SD15-v0', for example")
+        if self.process.model.options.get("dtype") == "float16":
+            raise ValueError(
+                "float16 can draw but not learn: the gradient of an element of an output is below its smallest number; "
+                "use dtype='bfloat16'"
+            )
+        self.n_steps = self.process.num_inference_steps
+        if self.images_per_iteration is None:
+            self.images_per_iteration = self.n_envs
+        check_arguments(self.policy_class, self.policy_kwargs)
+        with torch.random.fork_rng():  # new weights depend on the seed alone, and change no one else's numbers
+            torch.manual_seed(int(make_generator(self.run_seed, Purpose.WEIGHTS).integers(2**62)))
+            self.policy = self.policy_class(  # type: ignore[assignment]
+                self.observation_space,
+                self.action_space,
+                self.lr_schedule,
+                process=self.process,
+                **{"use_critic": self.use_critic, **self.policy_kwargs},
+            )
+        model = self.process.model
+        self.rollout_buffer = TrajectoryBuffer(
+            self.images_per_iteration, self.process.num_inference_steps, model.latent_shape, model.device
+        )
+
+    @property
+    def denoising_env(self) -> DenoisingVectorEnv:
+        """The environment that the agent draws its images with.
+
+        Raises:
+            ValueError: if the agent has none.
+        """
+        if self.env is None:
+            raise ValueError("the agent has no environment: give it one with set_env()")
+        return find_denoising_env(self.env)
+
+    def _take_process(self, env: DenoisingVectorEnv) -> None:
+        """Takes the environment's denoising process, which must sample as the one that was learned with."""
+        if self.sampler_config is not None:
+            self.sampler_config.check_equal(env.process.config)
+        self.process, self.sampler_config = env.process, env.process.config
+
+    def set_env(self, env: GymEnv | VectorEnv, force_reset: bool = True) -> None:
+        """Puts the agent on another environment, which must sample as the one it was made for."""
+        wrapped = self._wrap_env(env, self.verbose)
+        assert self.sampler_config is not None
+        self.sampler_config.check_equal(find_denoising_env(wrapped).process.config)
+        super().set_env(wrapped, force_reset)
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Draws images and updates the model, in turn, until enough denoising steps are taken.
+
+        Args:
+            total_timesteps: denoising steps, T for each image; rounded up to whole iterations.
+            callback: SB3's callbacks, asked after each denoising step and around each rollout.
+            log_interval: iterations between two rows of the log.
+            tb_log_name: name of the run for TensorBoard; None for the algorithm's.
+            reset_num_timesteps: whether to count from 0 again. The images go on in any case: none is drawn twice.
+            progress_bar: whether to show SB3's progress bar.
+        """
+        name = tb_log_name or type(self).__name__
+        total, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, name, progress_bar)
+        callback.on_training_start(locals(), globals())
+        while self.num_timesteps < total:
+            if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
+                break
+            self._update_current_progress_remaining(self.num_timesteps, total)
+            with self._logged_update(len(self.rollout_buffer)):
+                self.train()
+            self._finish_iteration(log_interval)
+        callback.on_training_end()
+        return self
+
+    def _finish_iteration(self, log_interval: int) -> None:
+        self.iteration += 1
+        self.images_drawn += len(self.rollout_buffer)
+        if log_interval and self.iteration % log_interval == 0:
+            self.dump_logs(self.iteration)
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # The last rollout may go beyond the total, and a learning rate below 0 would climb the loss.
+        super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
+
+    def collect_rollouts(  # type: ignore[override]
+        self, env: Any, callback: BaseCallback, rollout_buffer: TrajectoryBuffer, n_rollout_steps: int
+    ) -> bool:
+        """Fills the buffer with the trajectories of an iteration; False if a callback ended the training.
+
+        An iteration that is not complete counts no images and no steps: they are drawn again when the agent goes on.
+        """
+        steps_before = self.num_timesteps
+        is_complete = False
+        callback.on_rollout_start()
+        try:
+            is_complete = draw_rollout(self, rollout_buffer, callback)
+        finally:
+            if not is_complete:
+                self.num_timesteps = steps_before
+        if is_complete:
+            callback.on_rollout_end()
+        return is_complete
+
+    def group_of(self, image: int) -> int:
+        """Returns the group of an image of the run; the images of a group have the same prompt."""
+        return image
+
+    def initial_noise_of(self, images: range) -> list[int] | None:
+        """Returns the number of the image whose x_T each image starts from; None for its own."""
+        return None
+
+    @abstractmethod
+    def train(self) -> None:
+        """Updates the model from the rollout buffer."""
+
+    @abstractmethod
+    def loss(self, batch: Any) -> tuple[Tensor, Metrics]:
+        """The loss of each element of a batch, (B,), and metrics to log, (B,) each."""
+
+    @contextmanager
+    def _logged_update(self, n_images: int) -> Iterator[None]:
+        """Around an update: sets the learning rate before, logs the means of the metrics and the speed after."""
+        self._metrics: dict[str, list[Tensor]] = defaultdict(list)
+        started = time.perf_counter()
+        self._update_learning_rate(self.policy.optimizer)
+        yield
+        for name, values in self._metrics.items():
+            self.logger.record(f"train/{name}", torch.cat(values).mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("time/update_images_per_second", n_images / (time.perf_counter() - started))
+
+    def log_metrics(self, metrics: Mapping[str, Tensor]) -> None:
+        """Adds tensors (B,) to the means that the update logs."""
+        for name, values in metrics.items():
+            self._metrics[name].append(values.detach().reshape(-1))
+
+    @contextmanager
+    def optimizer_step(self) -> Iterator[None]:
+        """Around the backward passes of a batch: sets gradients to zero before, clips and takes the step after."""
+        self.policy.optimizer.zero_grad()
+        yield
+        norm = nn.utils.clip_grad_norm_(self.policy.denoiser_parameters(), self.max_grad_norm)
+        self.log_metrics({"grad_norm": norm})
+        self.policy.optimizer.step()
+        self._n_updates += 1
+
+    def backward(self, batch: Batch) -> None:
+        """Adds up the gradient of the batch's mean loss, one micro-batch at a time."""
+        for metrics in self._micro_batches.run(partial(self._backward, batch), len(batch)):
+            self.log_metrics(metrics)
+
+    def _backward(self, batch: Batch, micro_batch_size: int) -> list[Metrics]:
+        self.policy.optimizer.zero_grad()  # again, as memory may have run out in the middle
+        collected = []
+        for part in batch.split(micro_batch_size):
+            # The block goes on through the backward pass, which may compute parts of the network again.
+            with self.policy.adapter_enabled():
+                loss, metrics = self.loss(part)
+                (loss.sum() / len(batch)).backward()
+            collected.append(metrics)
+        return collected
+
+    def is_done(self, total_timesteps: int) -> bool:
+        """Returns whether ``learn`` has nothing left to do for these denoising steps in all."""
+        return self.num_timesteps >= total_timesteps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that going on exactly needs: ``{"tensors": {group: {name: tensor}}, "state": JSON-able}``."""
+        return get_state(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: if it is of another algorithm, sampler or network.
+        """
+        set_state(self, state)
+
+    def algorithm_state(self) -> dict[str, Any]:
+        """Returns the JSON-able state of an algorithm beside weights and counters; subclasses add to it."""
+        return {"reward_statistics": self.reward_normalizer.state_dict()} if self.reward_normalizer else {}
+
+    def load_algorithm_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on with what :meth:`algorithm_state` returned."""
+        if self.reward_normalizer:
+            self.reward_normalizer.load_state_dict(state["reward_statistics"])
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfAlgorithm], path: Any, env: GymEnv | VectorEnv | None = None, **kwargs: Any
+    ) -> SelfAlgorithm:
+        """Loads what SB3's :meth:`save` wrote; ``env`` may be any denoising environment.
+
+        The file holds a pickle, which can run code of whoever wrote it: load only files that you trust. The folders
+        that ``dpok train`` writes hold none.
+
+        Raises:
+            ValueError: if the environment has another model, number of steps or latent shape than the agent.
+        """
+        check_arguments(cls, kwargs.keys() - {"custom_objects", "print_system_info", "force_reset"})
+        if env is not None:
+            env = cls._wrap_env(env)
+            data, _, _ = load_from_zip_file(path, load_data=True, device="cpu")
+            data["sampler_config"].check_equal(find_denoising_env(env).process.config)  # type: ignore[index]
+        return super().load(path, env, **kwargs)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "process", "_last_obs", "_last_original_obs", "_metrics"]
+
+    def save_lora(self, folder: str | pathlib.Path) -> pathlib.Path:
+        """Writes the LoRA as diffusers' ``load_lora_weights(folder)`` reads it; returns the file's path."""
+        return self.policy.save_lora(folder)
+
+    def pipeline(self) -> Any:
+        """Returns a diffusers pipeline that draws with what was learned.
+
+        The LoRA is merged into a copy of the denoiser; the other networks are shared with the agent. Draw with
+        ``eta=...`` and ``guidance_scale=...`` of the environment.
+        """
+        return self.process.model.to_pipeline(self.policy.merged_denoiser())
+
+    def save_pretrained(self, folder: str | pathlib.Path) -> None:
+        """Writes :meth:`pipeline` as a folder that diffusers' ``from_pretrained`` and ``model=folder`` read."""
+        self.pipeline().save_pretrained(folder)
+
+
+def _falling(schedule: Schedule, final_fraction: float, progress_remaining: float) -> float:
+    """A learning rate that also falls linearly to a fraction of itself; the progress goes from 1 to 0."""
+    return schedule(progress_remaining) * (final_fraction + (1 - final_fraction) * progress_remaining)

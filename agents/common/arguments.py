@@ -1,0 +1,97 @@
+"""The constructor arguments of a class, with those that it hands on to its base classes.
+
+Each argument is written once, in the class that uses it: name, type and default in ``__init__``, its effect in the
+docstring. The signatures that ``help()`` shows and the options of the command line are made from there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+from docstring_parser import google
+
+from dpok_gym.utils.validation import suggest
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a constructor.
+
+    Attributes:
+        name: its name.
+        annotation: its type.
+        default: its default, or ``inspect.Parameter.empty``.
+        doc: its description in the docstring, on one line.
+    """
+
+    name: str
+    annotation: Any
+    default: Any
+    doc: str
+
+
+def describe_arguments(cls: type) -> dict[str, Argument]:
+    """Returns all named arguments of a class's constructor by name, its own before those of its base classes.
+
+    Arguments that begin with an underscore, and ``**kwargs``, are left out.
+    """
+    described: dict[str, Argument] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        docs = {param.arg_name: param.description or "" for param in google.parse(base.__doc__ or "").params}
+        hints = get_type_hints(vars(base)["__init__"])
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]  # without self
+        for parameter in parameters:
+            if parameter.kind is parameter.VAR_KEYWORD or parameter.name.startswith("_"):
+                continue
+            doc = " ".join(docs.get(parameter.name, "").split())
+            annotation = hints.get(parameter.name, Any)
+            described.setdefault(parameter.name, Argument(parameter.name, annotation, parameter.default, doc))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return described
+
+
+def show_inherited_arguments(cls: type) -> None:
+    """Puts the arguments of the base classes into the signature and the docstring of a class."""
+    arguments = describe_arguments(cls)
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    parameters = []
+    for argument in arguments.values():
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if argument.name in ("policy", "env") else keyword_only
+        parameters.append(
+            inspect.Parameter(argument.name, kind, default=argument.default, annotation=argument.annotation)
+        )
+    cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    own = {param.arg_name for param in google.parse(doc).params}
+    inherited = []
+    for argument in arguments.values():
+        if argument.name not in own and argument.doc:
+            text = f"{argument.name}: {argument.doc}"
+            inherited.append(textwrap.fill(text, 112, initial_indent="    ", subsequent_indent="        "))
+    if "Args:" not in doc:
+        doc += "\n\nArgs:\n"
+    section = re.search(r"^Args:\n(?:(?: .*)?\n?)*?(?=^\S|\Z)", doc, re.MULTILINE)
+    assert section is not None
+    lines = [section.group().rstrip(), *inherited]
+    cls.__doc__ = doc[: section.start()] + "\n".join(lines) + "\n\n" + doc[section.end() :]
+
+
+def check_arguments(cls: type, names: Iterable[str]) -> None:
+    """Checks the names of keyword arguments before a class is made of them.
+
+    Raises:
+        TypeError: if the constructor has no such argument; the message has the nearest one.
+    """
+    known = describe_arguments(cls)
+    for name in names:
+        if name not in known and not name.startswith("_"):
+            raise TypeError(f"{cls.__name__} has no argument {name!r}; {suggest(name, known)}")

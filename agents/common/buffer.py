@@ -1,0 +1,240 @@
+"""Whole denoising trajectories of a rollout, and batches of their transitions.
+
+Letters used for shapes: N images, T denoising steps, B transitions, C x h x w a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpok_gym.models.base import Conditioning
+from dpok_gym.samplers import DenoisingStep, State
+
+
+class Batch:
+    """Tensors with a leading axis of B; subclasses are dataclasses of them. Other fields belong to all elements."""
+
+    def __len__(self) -> int:
+        return len(next(iter(vars(self).values())))
+
+    def split(self, size: int | None) -> Iterator[Self]:
+        """Yields pieces of at most ``size`` elements; one piece if it is None."""
+        size = size or max(len(self), 1)
+        for first in range(0, len(self), size):
+            yield self.take(slice(first, first + size))
+
+    def take(self, rows: slice | Tensor) -> Self:
+        """Returns some of the elements."""
+        values = {}
+        for field in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            value = getattr(self, field.name)
+            values[field.name] = value[rows] if isinstance(value, Tensor) else value
+        return type(self)(**values)
+
+
+def select(conditioning: Conditioning, rows: Tensor | slice) -> Conditioning:
+    """Returns the conditioning of some images."""
+    return {name: values[rows] for name, values in conditioning.items()}
+
+
+@dataclass
+class Transitions(Batch):
+    """A batch of transitions.
+
+    Attributes:
+        latents: (B, C, h, w) x_t.
+        step: (B,) int64, the denoising step.
+        image: (B,) int64, row of the image in the rollout.
+        actions: (B, C, h, w) x_{t-1}.
+        old_means: (B, C, h, w) of the policy that drew the actions.
+        advantages: (B,).
+        returns: (B,) targets of the critic.
+        step_weight: (B,) weight of the step in the policy gradient.
+        weight: (B,) weight that makes the mean over a random share of the rollout estimate the mean over all of it.
+        image_conditioning: of the N images of the rollout.
+    """
+
+    latents: Tensor
+    step: Tensor
+    image: Tensor
+    actions: Tensor
+    old_means: Tensor
+    advantages: Tensor
+    returns: Tensor
+    step_weight: Tensor
+    weight: Tensor
+    image_conditioning: Conditioning
+
+    @property
+    def state(self) -> State:
+        """The states (z, x_t, t) that the actions were taken in."""
+        return State(self.latents, self.step, select(self.image_conditioning, self.image))
+
+
+class TrajectoryBuffer:
+    """The trajectories of one rollout.
+
+    Each latent is stored once: x_{t-1} is an action and also the next state. The means of the policy that drew the
+    images are stored in place of its log-probabilities, so that log-ratios have a closed form.
+
+    Args:
+        n_images: N.
+        num_inference_steps: T.
+        latent_shape: (C, h, w).
+        device: where the tensors are.
+
+    Attributes:
+        latents: (N, T + 1, C, h, w), from x_T to x_0.
+        means: (N, T, C, h, w) of each transition.
+        kl: (N, T) nats, KL of each transition to the reference's, for algorithms that ask for it.
+        rewards: (N, T), 0 but at the last step.
+        values: (N, T), the critic's values of the states.
+        advantages: (N, T).
+        returns: (N, T).
+        valid: (N,) bool, whether an image has a finite reward and can be learned from.
+        prompts: N texts.
+        conditioning: of the N prompts; encoded once, for the rollout and for its update.
+    """
+
+    def __init__(
+        self, n_images: int, num_inference_steps: int, latent_shape: tuple[int, ...], device: torch.device | str
+    ) -> None:
+        n, t = n_images, num_inference_steps
+        self.latents = torch.zeros(n, t + 1, *latent_shape, device=device)
+        self.means = torch.zeros(n, t, *latent_shape, device=device)
+        self.kl, self.rewards, self.values, self.advantages, self.returns = torch.zeros(5, n, t, device=device).unbind()
+        self.valid = torch.zeros(n, dtype=torch.bool, device=device)
+        self.prompts = [""] * n
+        self.conditioning: Conditioning = {}
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def num_inference_steps(self) -> int:
+        """T."""
+        return self.means.shape[1]
+
+    def begin(self, rows: slice, prompts: Sequence[str], conditioning: Conditioning) -> None:
+        """Starts the trajectories of some images.
+
+        Args:
+            rows: which images.
+            prompts: their prompts.
+            conditioning: of these prompts.
+        """
+        self.prompts[rows] = list(prompts)
+        for name, values in conditioning.items():
+            known = self.conditioning.get(name)
+            if known is None or known.shape[1:] != values.shape[1:]:
+                known = self.conditioning[name] = values.new_zeros(len(self), *values.shape[1:])
+            known[rows] = values
+
+    def add(self, rows: slice, step: DenoisingStep) -> None:
+        """Stores one denoising step of these images."""
+        self.latents[rows, step.index] = step.state.latents
+        self.latents[rows, step.index + 1] = step.next_latents
+        self.means[rows, step.index] = step.mean
+
+    def finish(self, rows: slice, rewards: Tensor, valid: Tensor) -> None:
+        """Stores the rewards (n,) of finished images, and whether each is valid (n,)."""
+        self.rewards[rows] = 0
+        self.rewards[rows, -1] = rewards.to(self.rewards)
+        self.valid[rows] = valid.to(self.valid.device)
+
+    @property
+    def final_rewards(self) -> Tensor:
+        """(N,) the reward of each image."""
+        return self.rewards[:, -1]
+
+    def state_at(self, index: int) -> State:
+        """Returns the N states at a denoising step, in [0, T)."""
+        step = torch.full((len(self),), index, device=self.latents.device)
+        return State(self.latents[:, index], step, self.conditioning)
+
+    def batches(
+        self,
+        batch_size: int | None,
+        rng: np.random.Generator,
+        fraction: float = 1.0,
+        step_importance: Tensor | None = None,
+        step_weights: Tensor | None = None,
+    ) -> Iterator[Transitions]:
+        """Yields random batches of the transitions of valid images, each transition at most once.
+
+        Args:
+            batch_size: transitions in a batch; None for all in one.
+            rng: decides on order and choice.
+            fraction: share of the transitions that is used at all, in (0, 1].
+            step_importance: (T,) positive; transitions of some steps are chosen more often than those of others, in
+                these proportions as far as there are enough of them. None for all alike.
+            step_weights: (T,) weights of the steps in the policy gradient; None for 1.
+        """
+        n_steps, device = self.num_inference_steps, self.means.device
+        ones = torch.ones(n_steps, device=device)
+        probability = inclusion_probabilities(ones if step_importance is None else step_importance, fraction)
+        step_weights = ones if step_weights is None else step_weights
+        images = torch.nonzero(self.valid).flatten()
+        transitions = (images[:, None] * n_steps + torch.arange(n_steps, device=device)).flatten()
+        transitions = transitions[torch.from_numpy(rng.permutation(len(transitions))).to(device)]
+        chosen = systematic_sample(transitions, probability[transitions % n_steps], rng.random())
+        if not len(chosen):
+            return  # splitting nothing would give one batch of nothing
+        for index in torch.split(chosen, batch_size or len(chosen)):
+            image, t = index // n_steps, index % n_steps
+            yield Transitions(
+                latents=self.latents[image, t],
+                step=t,
+                image=image,
+                actions=self.latents[image, t + 1],
+                old_means=self.means[image, t],
+                advantages=self.advantages[image, t],
+                returns=self.returns[image, t],
+                step_weight=step_weights[t],
+                weight=fraction / probability[t],
+                image_conditioning=self.conditioning,
+            )
+
+
+def number_groups(keys: Sequence[object]) -> Tensor:
+    """Numbers equal keys alike, in the order of their first appearance: (N,) int64."""
+    numbers: dict[object, int] = {}
+    for key in keys:
+        numbers.setdefault(key, len(numbers))
+    return torch.tensor([numbers[key] for key in keys], dtype=torch.int64)
+
+
+def inclusion_probabilities(importance: Tensor, fraction: float) -> Tensor:
+    """Probabilities with a mean of ``fraction``, in proportion to the importance where that is not above 1, (T,).
+
+    Args:
+        importance: (T,) positive.
+        fraction: in (0, 1].
+    """
+    certain = torch.full_like(importance, fraction == 1, dtype=torch.bool)
+    while True:
+        left = fraction * len(importance) - certain.sum()
+        probability = torch.where(certain, 1.0, left * importance / importance[~certain].sum())
+        if not (probability > 1 + 1e-6).any():
+            return probability.clamp(max=1)
+        certain |= probability >= 1
+
+
+def systematic_sample(entries: Tensor, probability: Tensor, start: float) -> Tensor:
+    """Chooses each of (n,) shuffled entries with its probability, and as many as their sum says (+-1).
+
+    Args:
+        entries: (n,).
+        probability: (n,) in [0, 1].
+        start: a random number in [0, 1).
+
+    Source: Madow (1949), On the theory of systematic sampling, II.
+    """
+    marks = (probability.double().cumsum(0) + start).floor()
+    return entries[torch.diff(marks, prepend=marks.new_zeros(1)) > 0]

@@ -1,0 +1,65 @@
+"""What happens beside the learning: a progress bar."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from tqdm import tqdm
+
+
+class ProgressCallback(BaseCallback):
+    """A progress bar in images, with the mean reward and the latest update's statistics.
+
+    Args:
+        images: number of images that the training will have drawn in the end.
+        disable: True for no bar; None shows it in a terminal only.
+    """
+
+    def __init__(self, images: int, disable: bool | None = None) -> None:
+        super().__init__()
+        self._bar: tqdm | None = None
+        self._images, self._disable = images, disable
+        self._started: float | None = None
+        #: Seconds of training, known once the bar is closed.
+        self.seconds = 0.0
+
+    def _on_training_start(self) -> None:
+        self._bar = tqdm(
+            total=self._images, initial=self._drawn(), unit=" images", disable=self._disable, dynamic_ncols=True
+        )
+        self._started = time.perf_counter()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        assert self._bar is not None
+        self._bar.update(self._drawn() - self._bar.n)
+        recent = [episode["r"] for episode in self.model.ep_info_buffer or ()]
+        parts = [f"reward {np.mean(recent):.3f}"] if recent else []
+        latest = self.logger.name_to_value  # of the latest update, if there was one
+        if "train/kl_to_reference" in latest:
+            parts.append(f"KL {latest['train/kl_to_reference']:.2f} nats")
+        if "train/denoising_loss" in latest:
+            parts.append(f"update {latest['train/n_updates']}, loss {latest['train/denoising_loss']:.4f}")
+        self._bar.set_postfix_str(", ".join(parts))
+
+    def _on_training_end(self) -> None:
+        self.close()
+
+    @property
+    def seconds_so_far(self) -> float:
+        """Seconds of training until now."""
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self.seconds + running
+
+    def close(self) -> None:
+        """Ends the bar where it is, also after an interruption."""
+        if self._bar is not None:
+            self._bar.close()
+        self.seconds, self._started = self.seconds_so_far, None
+
+    def _drawn(self) -> int:
+        return self.model.num_timesteps // self.model.process.num_inference_steps  # type: ignore[attr-defined]

@@ -1,0 +1,240 @@
+"""Checkpoints of a training: folders of safetensors and JSON files, without pickle.
+
+A checkpoint is a folder ``checkpoint-<images drawn>`` in the run folder. It holds
+
+- ``pytorch_lora_weights.safetensors``, which diffusers can load, or ``denoiser.safetensors`` if all weights are trained;
+- a file of tensors for every other part of the agent: ``critic``, ``optimizer``, ``images`` (forward-process algorithms);
+- ``trainer_state.json``: the agent's counters and statistics, and what the run itself needs to go on.
+
+It is written into a folder beside it, which is renamed when all is on the disk. So a checkpoint is whole or not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
+
+from dpok_gym.models.lora import FILE_NAME as LORA_FILE
+from dpok_gym.utils.validation import check_integer, suggest
+
+if TYPE_CHECKING:
+    from agents.common.algorithm import DenoisingAlgorithm
+
+TRAINER_STATE = "trainer_state.json"
+
+#: Endings of a folder that is being written, and of one that is being removed.
+_PART, _OLD = ".part", ".old"
+#: The images drawn; then the optimiser steps, if they alone tell two checkpoints apart.
+_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?")
+
+
+def save_checkpoint(
+    agent: DenoisingAlgorithm,
+    run_folder: str | Path,
+    extra_state: Mapping[str, Any] | None = None,
+    total_limit: int | None = None,
+) -> Path:
+    """Saves an agent between two iterations.
+
+    Old checkpoints beyond the limit are removed once the new one is in place.
+
+    Args:
+        agent: the agent.
+        run_folder: the folder that gets the checkpoint; it must exist.
+        extra_state: JSON-able values of the run, which :func:`load_checkpoint` returns.
+        total_limit: number of checkpoints to keep, at least 1; None keeps all.
+
+    Returns:
+        The checkpoint's folder. If one of the same state is there already, nothing is written.
+
+    Raises:
+        ValueError: if the limit is below 1.
+    """
+    if total_limit is not None:
+        check_integer("checkpoints_total_limit", total_limit)
+    run_folder = Path(run_folder)
+    _remove_leftovers(run_folder)
+    saved = agent.state_dict()
+    state: dict[str, Any] = saved["state"]
+    folder = run_folder / f"checkpoint-{agent.images_drawn}"
+    if folder.is_dir() and not _has_state(folder, state):
+        # A forward-process algorithm draws no more images while it fits.
+        folder = run_folder / f"{folder.name}-{agent._n_updates}"
+    if not _has_state(folder, state):
+        _write(agent, saved["tensors"], {"agent": state, "run": dict(extra_state or {})}, folder)
+    if total_limit is not None:
+        for old in list_checkpoints(run_folder)[:-total_limit]:
+            remove_checkpoint(old)
+    return folder
+
+
+def _write(
+    agent: DenoisingAlgorithm, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], folder: Path
+) -> None:
+    """Writes a checkpoint beside its place, and moves it there when all of it is on the disk."""
+    part = folder.with_name(folder.name + _PART)
+    part.mkdir()
+    for group, named in tensors.items():
+        if group == "lora":
+            agent.save_lora(part)
+        else:
+            on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+            save_file(on_cpu, part / f"{group}.safetensors")
+    (part / TRAINER_STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    for file in part.iterdir():
+        flush_to_disk(file)
+    flush_to_disk(part)
+    if folder.is_dir():
+        remove_checkpoint(folder)
+    part.rename(folder)
+    flush_to_disk(folder.parent)
+
+
+def list_checkpoints(run_folder: str | Path) -> list[Path]:
+    """Returns a run's checkpoints, the oldest first."""
+    folders = [path for path in Path(run_folder).glob("checkpoint-*") if _is_checkpoint(path)]
+    return sorted(folders, key=_age)
+
+
+def find_checkpoint(run_folder: str | Path, which: str | Path = "latest") -> Path:
+    """Finds a checkpoint of a run.
+
+    Args:
+        run_folder: the run folder.
+        which: "latest", the name of a checkpoint in the run folder, or a path.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint; the message names the nearest one.
+    """
+    known = list_checkpoints(run_folder)
+    if str(which) == "latest":
+        if not known:
+            raise FileNotFoundError(f"{run_folder} has no checkpoint: the run ended before the first one")
+        return known[-1]
+    for candidate in (Path(run_folder) / which, Path(which)):
+        if (candidate / TRAINER_STATE).is_file():
+            return candidate
+    advice = suggest(str(which), [path.name for path in known]) if known else "it has none"
+    raise FileNotFoundError(f"{run_folder} has no checkpoint {str(which)!r}; {advice}")
+
+
+def load_checkpoint(agent: DenoisingAlgorithm, folder: str | Path) -> dict[str, Any]:
+    """Puts an agent into the state of a checkpoint.
+
+    Args:
+        agent: an agent with the settings of the one that was saved.
+        folder: the checkpoint.
+
+    Returns:
+        The ``extra_state`` that was saved with it.
+
+    Raises:
+        FileNotFoundError: if the folder is no checkpoint.
+        ValueError: if a file in it is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / TRAINER_STATE).is_file():
+        raise FileNotFoundError(f"{folder} is no checkpoint: it has no {TRAINER_STATE}")
+    try:
+        saved = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+        state, extra_state = saved["agent"], saved["run"]
+        tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"the checkpoint {folder} is damaged: {error}") from error
+    lora = tensors.pop(Path(LORA_FILE).stem, None)
+    if lora is not None:
+        prefix = agent.process.model.lora_prefix
+        tensors["lora"] = {name.removeprefix(prefix): values for name, values in lora.items()}
+    agent.load_state_dict({"tensors": tensors, "state": state})
+    return extra_state
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Removes a checkpoint; if this is interrupted, no half of it is taken for a checkpoint."""
+    old = folder.with_name(folder.name + _OLD)
+    if old.is_dir():
+        shutil.rmtree(old)
+    folder.rename(old)
+    shutil.rmtree(old)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file, or the list of a folder's files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class CheckpointCallback(BaseCallback):
+    """Saves a checkpoint before an iteration begins, when nothing is half done.
+
+    Args:
+        run_folder: the folder that gets the checkpoints.
+        every: iterations between two checkpoints, at least 1.
+        total_limit: number of checkpoints to keep, at least 1; None keeps all.
+        extra_state: returns what is saved beside the agent; see :func:`save_checkpoint`.
+
+    Raises:
+        ValueError: if one of the numbers is below 1.
+    """
+
+    def __init__(
+        self,
+        run_folder: str | Path,
+        every: int = 10,
+        total_limit: int | None = 2,
+        extra_state: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        super().__init__()
+        self._folder, self._every = Path(run_folder), check_integer("checkpointing_steps", every)
+        if total_limit is not None:
+            check_integer("checkpoints_total_limit", total_limit)
+        self._total_limit, self._extra_state = total_limit, extra_state
+
+    def _on_rollout_start(self) -> None:
+        agent: Any = self.model
+        if agent.iteration and agent.iteration % self._every == 0:
+            save_checkpoint(agent, self._folder, self._extra_state(), self._total_limit)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def _remove_leftovers(run_folder: Path) -> None:
+    """Removes what a killed process left half written or half removed."""
+    for ending in (_PART, _OLD):
+        for folder in run_folder.glob(f"checkpoint-*{ending}"):
+            shutil.rmtree(folder)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return _NAME.fullmatch(folder.name) is not None and (folder / TRAINER_STATE).is_file()
+
+
+def _age(folder: Path) -> tuple[int, int]:
+    """Returns the images drawn and the optimiser steps in a checkpoint's name."""
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None  # list_checkpoints has looked
+    return int(match[1]), int(match[2] or 0)
+
+
+def _has_state(folder: Path, state: Mapping[str, Any]) -> bool:
+    """Returns whether a checkpoint holds the agent in this state."""
+    try:
+        saved = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    # As text, since nan is not equal to itself.
+    return json.dumps(saved.get("agent"), sort_keys=True) == json.dumps(state, sort_keys=True)

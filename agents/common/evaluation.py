@@ -1,0 +1,232 @@
+"""Draws images under fixed seeds and scores them, so that two policies can be compared image by image.
+
+Letters used for shapes: N images, n environments, T denoising steps, C x h x w a latent, H x W an image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from agents.common.policy import DenoisingPolicy
+from agents.common.randomness import ImageNoise
+from agents.common.vec_env import find_denoising_env
+from dpok_gym import diffusion
+from dpok_gym.samplers import DenoisingProcess, Transition
+from dpok_gym.utils.validation import check_integer
+from dpok_gym.vector_env import DenoisingVectorEnv
+
+
+@dataclass
+class Evaluation:
+    """Images and their rewards.
+
+    Attributes:
+        prompts: N texts.
+        images: (N, H, W, 3) uint8.
+        reward: (N,) float64, the environment's reward: the weighted sum of the components; NaN where one of them is not
+            finite.
+        rewards: each component by name, (N,) float64, before weighting.
+        step_kl: (N, T) float64, nats: KL(policy || reference) of each denoising step along the image's own trajectory.
+        alignment_reward: the component that is 1 if an image shows all that was asked for and nothing else; None if
+            there is no such judge.
+        quality_reward: the component that says how clean an image is; None if there is no such judge.
+    """
+
+    prompts: list[str]
+    images: NDArray[np.uint8]
+    reward: NDArray[np.float64]
+    rewards: dict[str, NDArray[np.float64]]
+    step_kl: NDArray[np.float64]
+    alignment_reward: str | None = None
+    quality_reward: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def kl(self) -> NDArray[np.float64]:
+        """(N,) nats: the sum over the steps, whose mean is an unbiased estimate of the KL of the trajectories."""
+        return self.step_kl.sum(axis=1)
+
+    @property
+    def aligned(self) -> NDArray[np.bool_] | None:
+        """(N,) whether a judge finds all of the prompt in the image and nothing else; None without a judge."""
+        alignment = self.rewards.get(self.alignment_reward or "")
+        return None if alignment is None else alignment == 1
+
+    @property
+    def aligned_share(self) -> float | None:
+        """Share of fully aligned images, in [0, 1]; None without a judge."""
+        return None if self.aligned is None else float(self.aligned.mean())
+
+    @property
+    def mean_quality(self) -> float | None:
+        """Mean quality in [0, 1]; None without a judge."""
+        return self.mean(self.quality_reward or "")
+
+    def best_of(self, n: int) -> Evaluation:
+        """Returns, of every ``n`` images in a row, the one with the highest reward; images without a valid one lose.
+
+        Raises:
+            ValueError: if they cannot be split so.
+        """
+        if n < 1 or len(self) % n:
+            raise ValueError(f"{len(self)} images cannot be split into groups of {n}")
+        groups = np.where(np.isfinite(self.reward), self.reward, -np.inf).reshape(-1, n)
+        rows = np.arange(0, len(self), n) + groups.argmax(axis=1)
+        return Evaluation(
+            prompts=[self.prompts[row] for row in rows],
+            images=self.images[rows],
+            reward=self.reward[rows],
+            rewards={name: values[rows] for name, values in self.rewards.items()},
+            step_kl=self.step_kl[rows],
+            alignment_reward=self.alignment_reward,
+            quality_reward=self.quality_reward,
+        )
+
+    @property
+    def mean_reward(self) -> float:
+        """Mean of the reward over the images that have one."""
+        return _finite_mean(self.reward)
+
+    def mean(self, component: str) -> float | None:
+        """Mean of a component over the images that have it; None if there is no such component."""
+        return _finite_mean(self.rewards[component]) if component in self.rewards else None
+
+
+def evaluate(
+    policy: DenoisingPolicy,
+    env: Any,
+    prompts: Sequence[str],
+    seed: int,
+    reference: bool = False,
+    best_of: int = 1,
+) -> Evaluation:
+    """Draws one image for each prompt with a policy, or with the pre-trained model that it started from.
+
+    Image k takes all of its noise from generators keyed by ``seed + k``: before and after training, only the model
+    differs. No other random state is read or changed.
+
+    Args:
+        policy: of the environment's model and sampler.
+        env: a denoising environment, whose reward scores the images; it is not stepped.
+        prompts: N texts.
+        seed: of the first image, at least 0.
+        reference: draw with the pre-trained model; the KL is 0 then.
+        best_of: n images are drawn for each prompt, of consecutive seeds, and the one with the highest reward is kept:
+            rejection sampling, at n times the cost. The KL then leaves out what the choice itself adds, for which
+            log n - (n - 1) / n is a bound (Beirami et al. 2024).
+
+    Raises:
+        TypeError: if the policy is no DenoisingPolicy.
+        ValueError: if there are no prompts, ``best_of`` is below 1, or the environment samples in another way.
+    """
+    if not isinstance(policy, DenoisingPolicy):
+        raise TypeError(
+            f"the policy must be a DenoisingPolicy, such as the .policy of an agent, not {policy!r}; with "
+            "reference=True it draws with the pre-trained model"
+        )
+    _check_prompts(prompts)
+    check_integer("best_of", best_of)
+    env = find_denoising_env(env)
+    policy.process.config.check_equal(env.process.config)
+    repeated = [prompt for prompt in prompts for _ in range(best_of)]
+    if reference:
+        evaluation = sample_images(policy.process, env, repeated, seed, policy.reference_transition)
+    else:
+        evaluation = sample_images(policy.process, env, repeated, seed, policy.transition, policy.reference_transition)
+    return evaluation if best_of == 1 else evaluation.best_of(best_of)
+
+
+@torch.no_grad()
+def sample_images(
+    process: DenoisingProcess,
+    env: Any,
+    prompts: Sequence[str],
+    seed: int,
+    transition: Transition | None = None,
+    reference: Transition | None = None,
+) -> Evaluation:
+    """Draws and scores images as :func:`evaluate` does, with any transition.
+
+    Args:
+        process: the denoising process that draws the images.
+        env: the environment that scores them, ``num_envs`` images at a time.
+        prompts: N texts.
+        seed: of the first image, at least 0.
+        transition: mean and std of the next latents; None for the process's own.
+        reference: the transition that the KL is taken to; None for a KL of 0.
+
+    Raises:
+        ValueError: if there are no prompts, or one cannot be read.
+    """
+    _check_prompts(prompts)
+    check_integer("seed", seed, minimum=0)
+    env = find_denoising_env(env)
+    process.model.check_prompts(prompts)
+    parts = []
+    for first in range(0, len(prompts), env.num_envs):
+        chunk = list(prompts[first : first + env.num_envs])
+        seeds = [seed + first + i for i in range(len(chunk))]
+        parts.append(_sample_chunk(process, env, chunk, seeds, transition, reference))
+    world = env.world
+    components = parts[0].rewards
+    rewards = {name: np.concatenate([part.rewards[name] for part in parts]) for name in components}
+    return Evaluation(
+        prompts=list(prompts),
+        images=np.concatenate([part.images for part in parts]),
+        reward=np.concatenate([part.reward for part in parts]),
+        rewards=rewards,
+        step_kl=np.concatenate([part.step_kl for part in parts]),
+        alignment_reward=world.alignment_reward if world else None,
+        quality_reward=world.quality_reward if world else None,
+    )
+
+
+def _sample_chunk(
+    process: DenoisingProcess,
+    env: DenoisingVectorEnv,
+    prompts: list[str],
+    seeds: list[int],
+    transition: Transition | None,
+    reference: Transition | None,
+) -> Evaluation:
+    """Draws and scores the images of some seeds side by side."""
+    noise = ImageNoise.for_evaluation(seeds, process.model.latent_shape, process.model.device)
+    latents = noise.initial_latents()
+    kl = np.zeros((len(prompts), process.num_inference_steps))
+    for step in process.denoise(latents, process.encode(prompts), noise, transition):
+        latents = step.next_latents
+        if reference is not None:
+            reference_mean, _ = reference(step.state)
+            kl[:, step.index] = diffusion.kl_divergence(step.mean, reference_mean, step.std).double().cpu().numpy()
+    images, rewards = env.judge(latents, prompts)
+    components = {name: values.double().numpy() for name, values in rewards.components.items()}
+    is_finite = np.isfinite(list(components.values())).all(axis=0)
+    reward = np.where(is_finite, rewards.total.double().numpy(), np.nan)
+    return Evaluation(prompts, images, reward, components, kl)
+
+
+def _check_prompts(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"the prompts to evaluate on are a list of texts; give at least one, not {prompts!r}")
+
+
+def _finite_mean(values: NDArray[np.float64]) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def cycle_prompts(prompts: Sequence[str], n: int) -> list[str]:
+    """Returns ``n`` prompts, the same at every call: all of them in turn, or evenly spaced ones if there are more."""
+    size = len(prompts)
+    if n >= size:
+        return [prompts[k % size] for k in range(n)]
+    return [prompts[k * size // n] for k in range(n)]

@@ -1,0 +1,287 @@
+"""The denoising network as an actor, with a critic beside it.
+
+Letters used for shapes: B states, C x h x w a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.distributions import DiagGaussianDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor, nn
+
+from agents.common.critic import Critic
+from dpok_gym import diffusion
+from dpok_gym.models.base import GuidanceGradient
+from dpok_gym.models.lora import LoRA, reference_copy
+from dpok_gym.prompts import prompts_from_bytes
+from dpok_gym.samplers import DenoisingProcess, SamplerConfig, State
+from dpok_gym.utils.batching import BatchSize
+from dpok_gym.utils.validation import check_choice
+
+
+class DenoisingPolicy(ActorCriticPolicy):
+    """p_theta(x_{t-1} | x_t, z) of a diffusion model, and V(x_t, t, z).
+
+    It trains a LoRA on the denoiser, which leaves the shared model as it was, or a copy of the whole denoiser. The
+    reference policy is the pre-trained model: the LoRA switched off, or the original network. The policy's parameters,
+    and so the optimiser's and those that are saved, are the trained ones only.
+
+    ``predict(..., deterministic=True)`` takes the mean of each step. A diffusion sampler without its noise draws poor
+    images, so evaluate with ``deterministic=False``.
+
+    Args:
+        observation_space: of a denoising environment.
+        action_space: of a denoising environment.
+        lr_schedule: learning rate of the denoiser by remaining progress (1 to 0).
+        use_sde: must be False.
+        process: the denoising process of the environment, or the settings of one.
+        guidance_gradient: "both" differentiates the guided output; "conditional" takes its unconditional part as a
+            constant, which saves about a third of the update's time and half of its memory.
+        lora_rank: rank of the LoRA, usually 4 to 16; 0 trains a copy of the whole denoiser instead; None for the rank
+            that suits the model, 8 for diffusion models of the usual size.
+        target_modules: layers that get a LoRA: "attention" is usual for large models; "all" has convolutions and
+            feed-forward layers too, which small models need; or ends of layer names.
+        autocast: run the denoiser in bfloat16, where the device is faster at it; the transitions stay float32.
+        gradient_checkpointing: compute parts of the denoiser again in the backward pass instead of keeping all of it:
+            about a third slower, for a fraction of the memory.
+        max_batch_size: most states in one call of the denoiser when no gradient is needed, at least 1; None for no
+            limit, "auto" for as many as fit into memory.
+        critic_hidden: width of the critic's layers, at least 1.
+        optimizer_class: a torch optimiser.
+        optimizer_kwargs: its arguments but the learning rate.
+        use_critic: whether there is a critic; the algorithm decides.
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        use_sde: bool = False,
+        *,
+        process: DenoisingProcess | Mapping[str, Any],
+        guidance_gradient: GuidanceGradient = "both",
+        lora_rank: int | None = None,
+        target_modules: str | Sequence[str] = "attention",
+        autocast: bool = False,
+        gradient_checkpointing: bool = False,
+        max_batch_size: int | Literal["auto"] | None = 64,
+        critic_hidden: int = 256,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        use_critic: bool = False,
+    ) -> None:
+        if use_sde:
+            raise ValueError("use_sde must be False: the noise of a denoising step is that of the diffusion")
+        check_choice("guidance_gradient", guidance_gradient, "both", "conditional")
+        # ActorCriticPolicy would build feature extractors and an action head; only its interface is wanted.
+        BasePolicy.__init__(
+            self,
+            observation_space,
+            action_space,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs or {"weight_decay": 0.0},
+        )
+        if isinstance(process, Mapping):
+            process = DenoisingProcess.from_config(SamplerConfig.from_dict(process))
+        self.process = process
+        self.model = process.model
+        self.guidance_gradient: GuidanceGradient = guidance_gradient
+        self.autocast = autocast
+        self._batch_size = BatchSize("max_batch_size", max_batch_size)
+        self._adapter_is_on = False
+        rank = self.model.default_lora_rank if lora_rank is None else lora_rank
+        self._constructor = {
+            "process": process.config.to_dict(),
+            "guidance_gradient": guidance_gradient,
+            "lora_rank": rank,
+            "target_modules": target_modules,
+            "autocast": autocast,
+            "gradient_checkpointing": gradient_checkpointing,
+            "max_batch_size": max_batch_size,
+            "critic_hidden": critic_hidden,
+            "use_critic": use_critic,
+        }
+        self._make_trainable(rank, target_modules)
+        if gradient_checkpointing:
+            network: Any = self.denoiser or self.model.denoiser
+            network.enable_gradient_checkpointing()
+        self.critic: Critic | None = None
+        if use_critic:
+            dims = int(np.prod(self.model.latent_shape))
+            self.critic = Critic(dims, self.model.text_width, process.num_inference_steps, critic_hidden)
+            self.critic.to(self.model.device)
+        # Two groups, so that the critic can have a learning rate of its own.
+        groups: list[dict[str, Any]] = [{"params": self.denoiser_parameters()}]
+        if self.critic is not None:
+            groups.append({"params": list(self.critic.parameters())})
+        self.optimizer = optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _make_trainable(self, lora_rank: int, target_modules: str | Sequence[str]) -> None:
+        """Makes the LoRA, or for rank 0 the copy of the denoiser."""
+        self.lora: LoRA | None = None
+        self.denoiser: nn.Module | None = None
+        if lora_rank:
+            self.lora = LoRA(self.model.denoiser, lora_rank, self._layer_names(target_modules))
+            # A parameter's name in a module must have no dots; nor must it depend on how many LoRAs were made before.
+            names = {name: name.replace(f".{self.lora.name}.", ".").replace(".", "/") for name in self.lora.parameters}
+            self.adapter = nn.ParameterDict({names[name]: value for name, value in self.lora.parameters.items()})
+            return
+        if "dtype" in self.model.options:
+            raise ValueError(
+                f"the steps of an optimiser are lost in the digits of {self.model.options['dtype']}: to train the "
+                "whole denoiser, use dtype='float32', with autocast=True for speed; or train a LoRA"
+            )
+        self.denoiser = reference_copy(self.model.denoiser).requires_grad_(True)
+        if self.model.options.get("compile"):
+            self.denoiser.compile()
+
+    def _layer_names(self, target_modules: str | Sequence[str]) -> Sequence[str]:
+        """Returns the ends of the names of the layers that get a LoRA."""
+        if not isinstance(target_modules, str):
+            return target_modules
+        check_choice("target_modules", target_modules, *self.model.lora_layers)
+        return self.model.lora_layers[target_modules]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "lr_schedule": self._dummy_schedule,
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+            **self._constructor,
+        }
+
+    def denoiser_parameters(self) -> list[nn.Parameter]:
+        """Returns the trained parameters of the denoiser, without the critic's."""
+        trained = self.adapter if self.lora else self.denoiser
+        assert trained is not None
+        return list(trained.parameters())
+
+    def merged_denoiser(self) -> nn.Module:
+        """Returns the trained denoiser as an ordinary network: the whole one, or a copy with the LoRA merged in."""
+        if self.lora is None:
+            assert self.denoiser is not None
+            return self.denoiser
+        return self.lora.merged_copy()
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Does nothing: in training mode, dropout would make the first importance ratio differ from 1."""
+
+    @contextmanager
+    def adapter_enabled(self, enabled: bool = True) -> Iterator[None]:
+        """Within the block the denoiser is the trained one, in backward passes too; with False, the reference."""
+        if self.lora is None or self._adapter_is_on == enabled:
+            yield
+            return
+        self._adapter_is_on = enabled
+        try:
+            with self.lora.enabled() if enabled else self.lora.disabled():
+                yield
+        finally:
+            self._adapter_is_on = not enabled
+
+    def predict_output(self, state: State, reference: bool = False, guidance_scale: float | None = None) -> Tensor:
+        """The denoiser's output for B states, (B, C, h, w) float32.
+
+        Args:
+            state: B states.
+            reference: whether to ask the pre-trained model.
+            guidance_scale: None for the process's own; 1 for no guidance.
+        """
+        denoiser = None if reference else self.denoiser
+
+        def predict(rows: slice) -> Tensor:
+            return self.process.predict(state[rows], guidance_scale, denoiser, self.guidance_gradient)
+
+        autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast)
+        with autocast, self.adapter_enabled(not reference):
+            if torch.is_grad_enabled():
+                return predict(slice(None))
+            return self._batch_size.map(predict, len(state.latents))
+
+    def transition(self, state: State, reference: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean (B, C, h, w) and std (B,) of p(x_{t-1} | x_t, z), float32.
+
+        Args:
+            state: B states.
+            reference: whether to ask the pre-trained model.
+        """
+        output = self.predict_output(state, reference)
+        return self.process.mean_of_output(state, output), self.process.table.std[state.step]
+
+    @torch.no_grad()
+    def reference_transition(self, state: State) -> tuple[Tensor, Tensor]:
+        """Mean (B, C, h, w) and std (B,) of the pre-trained model's p(x_{t-1} | x_t, z), without a gradient."""
+        return self.transition(state, reference=True)
+
+    def values(self, state: State) -> Tensor:
+        """V(x_t, t, z) of B states, (B,); 0 without a critic."""
+        if self.critic is None:
+            return torch.zeros(len(state.latents), device=state.latents.device)
+        return self.critic(state.latents, state.step, self.model.text_features(state.conditioning))
+
+    def state_of(self, obs: PyTorchObs) -> State:
+        """Returns the states that observations show: ``latent``, ``step`` and ``prompt``, in bytes."""
+        assert isinstance(obs, dict)
+        device = self.model.device
+        prompts = prompts_from_bytes(obs["prompt"].to("cpu", torch.uint8).numpy())
+        return State(obs["latent"].to(device), obs["step"].long().flatten().to(device), self.process.encode(prompts))
+
+    def _act(self, state: State, deterministic: bool) -> tuple[Tensor, Tensor]:
+        """Returns actions (B, C, h, w) and their log-probabilities (B,) in nats."""
+        mean, std = self.transition(state)
+        action = mean if deterministic else diffusion.sample(mean, std, torch.randn_like(mean))
+        return action, diffusion.log_prob(action, mean, std)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions (B, C, h, w), values (B,) and log-probabilities (B,) in nats."""
+        state = self.state_of(obs)
+        action, log_prob = self._act(state, deterministic)
+        return action, self.values(state), log_prob
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        return self._act(self.state_of(observation), deterministic)[0]
+
+    def predict_values(self, obs: PyTorchObs) -> Tensor:
+        """V(x_t, t, z) of observations, (B,)."""
+        return self.values(self.state_of(obs))
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, log-probabilities and entropies of actions (B, C, h, w) or (B, C*h*w); all (B,), in nats."""
+        state = self.state_of(obs)
+        mean, std = self.transition(state)
+        log_prob = diffusion.log_prob(actions.reshape(mean.shape), mean, std)
+        entropy = -diffusion.log_prob(mean, mean, std) + 0.5 * mean[0].numel()
+        return self.values(state), log_prob, entropy
+
+    def get_distribution(self, obs: PyTorchObs) -> DiagGaussianDistribution:
+        """Returns the Gaussian over the flattened next latent."""
+        mean, std = self.transition(self.state_of(obs))
+        flat = mean.flatten(1)
+        return DiagGaussianDistribution(flat.shape[1]).proba_distribution(flat, std.log()[:, None].expand_as(flat))
+
+    def _get_lora(self) -> LoRA:
+        if self.lora is None:
+            raise ValueError("this policy trains the whole denoiser (lora_rank=0) and has no LoRA")
+        return self.lora
+
+    def save_lora(self, folder: str | Path) -> Path:
+        """Writes the LoRA as diffusers' ``load_lora_weights(folder)`` reads it; returns the file's path."""
+        return self._get_lora().save(folder, self.model.lora_prefix)
+
+    def load_lora(self, folder: str | Path) -> None:
+        """Reads a LoRA of the same model, rank and layers; errors as :meth:`dpok_gym.models.lora.LoRA.load`."""
+        self._get_lora().load(folder, self.model.lora_prefix)

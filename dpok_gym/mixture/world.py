@@ -1,0 +1,29 @@
+"""The evaluation of images of the mixture world; see :class:`dpok_gym.worlds.World`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dpok_gym.mixture.image import IMAGE_SIZE
+from dpok_gym.prompts import PromptSet
+from dpok_gym.worlds import World
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Accepts all prompts: this world has no judge that would have to read them."""
+
+
+def unseen_prompts(prompts: PromptSet) -> tuple[str, ...]:
+    """Returns the held-out prompts of the set; there are no others that stand for a mixture and are not trained on."""
+    return prompts.held_out
+
+
+WORLD = World(
+    image_shape=(IMAGE_SIZE, IMAGE_SIZE),
+    evaluation_rewards=(),
+    held_out_rewards=(),
+    alignment_reward=None,
+    quality_reward=None,
+    check_prompts=check_prompts,
+    unseen_prompts=unseen_prompts,
+)

@@ -1,0 +1,94 @@
+"""Makes a reward from its description: a name, a callable, an address, or a sum of these."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any, Literal
+
+from dpok_gym.rewards.base import Part, Reward
+from dpok_gym.rewards.normalization import check_normalize
+from dpok_gym.rewards.registry import RewardFunction, load_reward
+from dpok_gym.rewards.remote.client import RemoteReward, is_address
+
+
+def make_reward(
+    spec: str | os.PathLike[str] | RewardFunction | Mapping[Any, Any] | Reward,
+    non_finite: Literal["error", "mask"] = "error",
+) -> Reward:
+    """Makes a reward, and loads at once whatever it needs.
+
+    With ``"normalize": [mean, std]`` a reward is standardised by these fixed numbers before it is weighted, so that
+    weights compare rewards of different scales. Components stay raw in :class:`RewardBatch`, in ``info`` and in the
+    logs. To standardise by the mean and standard deviation of all values so far is an option of the learner,
+    ``normalize_rewards=True``, because a reward keeps no statistics.
+
+    Args:
+        spec: one of
+
+            - a registered name, see :func:`~dpok_gym.rewards.list_rewards`;
+            - the path of a folder that ``dpok fit-reward`` wrote, as text or ``Path``, see :mod:`.preference`;
+            - ``"module:name"``, the place of a callable as below, or of a class or factory without arguments that
+              makes one;
+            - ``http://`` or ``https://`` and the rest of an address, or several with spaces between them: servers that
+              share the work, see :class:`~dpok_gym.rewards.RemoteReward`;
+            - a callable ``(images, prompts) -> (B,)``: a single component, named like the function or its class;
+            - a callable ``(images, prompts) -> {component: (B,)}``: the total is the sum of the entries;
+            - ``{name: weight}``, with any of these in place of the name, and the finite number that it is multiplied
+              by. In place of the number may be ``{"weight": 1.0, "normalize": [mean, std]}`` (or None in place of the
+              pair), and for an address RemoteReward's arguments too, such as ``"timeout": 300``;
+            - a :class:`Reward`, returned as it is.
+        non_finite: what happens to an image that contains NaN or infinity, or whose reward does: ``"error"`` raises a
+            ValueError that names the reward and the prompt; ``"mask"`` gives it a total of 0 and ``valid = False``.
+
+    Raises:
+        TypeError: if the spec is of another kind or a weight is not a number.
+        ValueError: if a name is unknown, the mapping is empty, two rewards have the same name, a weight is not finite,
+            a setting or ``normalize`` is unknown, or ``non_finite`` is neither of the two.
+        ImportError: if a reward needs something that is not installed.
+    """
+    if isinstance(spec, Reward):
+        return spec
+    # A list, because a callable need not be hashable.
+    entries = list(spec.items()) if isinstance(spec, Mapping) else [(spec, 1.0)]
+    if not entries:
+        raise ValueError("the mapping of rewards is empty; name at least one, such as {'jpeg-compressibility': 1.0}")
+    parts: dict[str, Part] = {}
+    for key, settings in entries:
+        settings = dict(settings) if isinstance(settings, Mapping) else {"weight": settings}
+        weight, normalize = settings.pop("weight", 1.0), settings.pop("normalize", None)
+        name, load = _identify(key, settings)
+        if name in parts:
+            raise ValueError(f"two rewards are named {name!r}; rename one of them")
+        parts[name] = Part(load(), _check_weight(weight, name), check_normalize(normalize, name))
+    return Reward(parts, non_finite)
+
+
+def _identify(key: Any, settings: Mapping[str, Any]) -> tuple[str, Callable[[], RewardFunction]]:
+    """Returns the name of a reward, and a function that loads it."""
+    key = os.fspath(key) if isinstance(key, os.PathLike) else key
+    if isinstance(key, str) and is_address(key):
+        try:
+            inspect.signature(RemoteReward).bind(key, **settings)
+        except TypeError as error:
+            raise ValueError(f"unknown settings of the reward {key!r}: {error}; see RemoteReward") from None
+        key = RemoteReward(key.split(), **settings)
+    elif settings:
+        unknown = ", ".join(map(str, settings))
+        raise ValueError(f"unknown settings {unknown} of the reward {key!r}; it has 'weight', 'normalize'")
+    if isinstance(key, str):
+        return key, lambda: load_reward(key)
+    if callable(key):
+        return getattr(key, "__name__", type(key).__name__), lambda: key
+    raise TypeError(f"a reward must be a registered name, a callable, or a mapping of names to weights, not {key!r}")
+
+
+def _check_weight(weight: Any, name: str) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, Real):
+        raise TypeError(f"the weight of the reward {name!r} must be a number, not {weight!r}")
+    if not math.isfinite(weight):
+        raise ValueError(f"the weight of the reward {name!r} must be finite, not {weight!r}")
+    return float(weight)

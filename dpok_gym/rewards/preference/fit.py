@@ -1,0 +1,289 @@
+"""Fits a reward to choices, and measures its agreement with choices that it has not learned from.
+
+Letters used for shapes: N choices, M images, S x S pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from dpok_gym.rewards.preference.data import Comparisons
+from dpok_gym.rewards.preference.network import PreferenceConfig, PreferenceNetwork, split_words
+from dpok_gym.rewards.preference.reward import PreferenceReward
+from dpok_gym.utils.files import replacing
+from dpok_gym.utils.validation import check_integer, check_positive
+
+_WARMUP = 100  # optimiser steps
+_MAX_WORDS = 64  # every prompt is padded to the longest, so one very long prompt would make all of them slow
+
+
+@dataclass
+class Measured:
+    """The agreement of a reward with choices that it was not learned from.
+
+    The reward's favourite is the image with the higher score. p is the probability that the reward gives to the choice
+    of its favourite, at least 1/2. For the calibration, choices are sorted by p into bins of equal width; empty bins
+    are left out.
+
+    Attributes:
+        choices: N.
+        agreement: share of the choices in which the favourite was preferred, in [0, 1].
+        loss: mean of -log sigmoid(s_preferred - s_other), nats; a coin has log 2 = 0.69.
+        calibration_error: the expected calibration error, in [0, 1]: the mean distance between ``predicted`` and
+            ``observed``, weighted by ``counts``.
+        predicted: for each bin, the mean of p.
+        observed: for each bin, the share of its choices in which the favourite was preferred.
+        counts: for each bin, the number of its choices.
+    """
+
+    choices: int
+    agreement: float
+    loss: float
+    calibration_error: float
+    predicted: list[float]
+    observed: list[float]
+    counts: list[int]
+
+
+@dataclass
+class Fit:
+    """The result of :func:`fit`.
+
+    Attributes:
+        reward: the reward, with the weights of the epoch that had the lowest loss on the held-out choices.
+        held_out: its agreement with the held-out choices. These also selected the epoch, so that its agreement with new
+            choices may be a little lower.
+        trained_on: number of choices that it learned from.
+        epoch: epoch of the weights, from 1.
+        interrupted: True if Ctrl-C ended the fit early.
+    """
+
+    reward: PreferenceReward
+    held_out: Measured
+    trained_on: int
+    epoch: int
+    interrupted: bool
+
+
+def bradley_terry_loss(preferred: Tensor, other: Tensor) -> Tensor:
+    """Returns -log P(preferred > other) = -log sigmoid(s_preferred - s_other), nats, for scores of any shape.
+
+    Source: Bradley and Terry 1952, "Rank Analysis of Incomplete Block Designs"; for rewards, Christiano et al. 2017,
+    "Deep Reinforcement Learning from Human Preferences", equation 1.
+    """
+    return -F.logsigmoid(preferred - other)
+
+
+def measure(log_odds: Tensor, n_bins: int = 10) -> Measured:
+    """Computes agreement, loss and calibration.
+
+    Args:
+        log_odds: (N,) s_preferred - s_other of the choices.
+        n_bins: number of bins for the calibration.
+    """
+    confidence, right = log_odds.abs().sigmoid(), (log_odds > 0).float()
+    bins = ((2 * confidence - 1) * n_bins).long().clamp(max=n_bins - 1)  # (N,), bins of equal width in [1/2, 1]
+    counts = bins.bincount(minlength=n_bins)
+    filled = counts > 0
+    counts = counts[filled]
+    predicted = torch.zeros(n_bins).index_add_(0, bins, confidence)[filled] / counts
+    observed = torch.zeros(n_bins).index_add_(0, bins, right)[filled] / counts
+    return Measured(
+        choices=len(log_odds),
+        agreement=right.mean().item(),
+        loss=-F.logsigmoid(log_odds).mean().item(),
+        calibration_error=((predicted - observed).abs() * counts).sum().item() / len(log_odds),
+        predicted=predicted.tolist(),
+        observed=observed.tolist(),
+        counts=counts.tolist(),
+    )
+
+
+@torch.no_grad()
+def log_odds(reward: PreferenceReward, comparisons: Comparisons) -> Tensor:
+    """Returns s_preferred - s_other of each choice, (N,) float32 on the CPU."""
+    parts = []
+    for rows in torch.arange(len(comparisons)).split(reward.batch_size):
+        preferred, other = _scores(reward.network, comparisons[rows])
+        parts.append((preferred - other).cpu())
+    return torch.cat(parts)
+
+
+def make_network(prompts: Iterable[str], image_size: int) -> PreferenceNetwork:
+    """Makes an untrained network for images of ``image_size`` pixels, with the words of the prompts as vocabulary."""
+    split = [split_words(prompt) for prompt in prompts]
+    words = set().union(*split)
+    longest = max(map(len, split))
+    return PreferenceNetwork(PreferenceConfig(tuple(sorted(words)), min(longest, _MAX_WORDS), image_size))
+
+
+def fit(
+    comparisons: Comparisons,
+    *,
+    network: PreferenceNetwork | None = None,
+    epochs: int = 50,
+    held_out: float = 0.1,
+    seed: int = 0,
+    batch_size: int = 64,
+    learning_rate: float = 1.5e-3,
+    device: str = "auto",
+    checkpoint: Path | None = None,
+    log: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> Fit:
+    """Minimises the Bradley-Terry loss with AdamW. The learning rate falls linearly to zero.
+
+    Ctrl-C after the first epoch ends the fit with the best weights so far.
+
+    Args:
+        comparisons: the choices; the size S of their images becomes the network's.
+        network: the network to start from, for images of that size; it is not changed. None for an untrained network
+            with the words of the prompts.
+        epochs: passes over the choices, 1 or more. Some hundred thousand choices, counted in every epoch, are a good
+            start. Too many passes over few choices overfit, which the held-out loss shows.
+        held_out: share of the choices that is not learned from, in (0, 1); see :meth:`Comparisons.split`.
+        seed: seed of the split, the first weights, the order of the choices and the shifts.
+        batch_size: choices in each optimiser step, 1 or more.
+        learning_rate: the highest learning rate, above 0; usually 5e-4 to 3e-3.
+        device: "auto" (a GPU if there is one), or any torch device.
+        checkpoint: file to write after each epoch, and to resume from if it exists; None for none.
+        log: called after each epoch with its number, the mean training loss, and the held-out loss and agreement.
+
+    Raises:
+        ValueError: if an argument is out of range, the choices cannot be split, or the checkpoint is another fit's.
+        KeyboardInterrupt: if Ctrl-C comes before the end of the first epoch.
+    """
+    check_integer("epochs", epochs)
+    check_integer("batch_size", batch_size)
+    check_positive("learning_rate", learning_rate)
+    train, test = comparisons.split(held_out, seed)
+    torch.manual_seed(seed)
+    start = network or make_network(train.prompts, comparisons.images.shape[-1])
+    reward = PreferenceReward(copy.deepcopy(start), device)
+    network = reward.network.requires_grad_(True)
+    optimizer, schedule = _make_optimizer(network, learning_rate, epochs * math.ceil(len(train) / batch_size))
+    parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    settings = {
+        "image_size": network.config.image_size,
+        "content": _digest(network.state_dict(), train),
+        "choices": len(train),
+        "epochs": epochs,
+        "held_out": held_out,
+        "seed": seed,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+    }
+    state: dict[str, Any] = {"settings": settings, "epoch": 0, "best_epoch": 0, "best_loss": math.inf, "best": {}}
+    if checkpoint is not None and checkpoint.exists():
+        state = _restore(checkpoint, settings, parts)
+    interrupted = False
+    try:
+        for epoch in range(state["epoch"] + 1, epochs + 1):
+            network.train()
+            # Each epoch has a generator of its own, so that a resumed fit draws the same batches.
+            batches = _batches(train, batch_size, torch.Generator().manual_seed(1_000_000 * seed + epoch))
+            loss = fmean(_step(network, batch, optimizer, schedule) for batch in batches)
+            network.eval()
+            measured = measure(log_odds(reward, test))
+            state["epoch"] = epoch
+            if measured.loss < state["best_loss"]:
+                weights = {name: weight.clone() for name, weight in network.state_dict().items()}
+                state |= {"best_epoch": epoch, "best_loss": measured.loss, "best": weights}
+            if checkpoint is not None:
+                _save(checkpoint, state, parts)
+            log({"epoch": epoch, "loss": loss, "held_out_loss": measured.loss, "agreement": measured.agreement})
+    except KeyboardInterrupt:
+        if not state["best"]:
+            raise
+        interrupted = True
+    if not state["best"]:
+        raise ValueError("the held-out loss was not finite after any epoch; try a smaller learning rate")
+    # Rounded to half precision as in the folder, so that the measured weights are the saved ones.
+    network.load_state_dict({name: weight.half().float() for name, weight in state["best"].items()})
+    network.eval().requires_grad_(False)
+    return Fit(reward, measure(log_odds(reward, test)), len(train), state["best_epoch"], interrupted)
+
+
+def _make_optimizer(network: nn.Module, learning_rate: float, n_steps: int) -> tuple[Optimizer, LambdaLR]:
+    """Makes AdamW, and a schedule that warms the learning rate up and then lowers it linearly to 0."""
+
+    def factor(step: int) -> float:
+        return min((step + 1) / _WARMUP, max(1 - step / n_steps, 0.0))
+
+    optimizer = torch.optim.AdamW(network.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    return optimizer, LambdaLR(optimizer, factor)
+
+
+def _digest(first_weights: dict[str, Tensor], choices: Comparisons) -> str:
+    """Returns a hash of the data and the first weights: fits with the same settings may differ in these."""
+    digest = hashlib.sha256("\n".join(choices.prompts).encode())
+    for values in (*first_weights.values(), choices.images, choices.pairs):
+        digest.update(values.cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _batches(comparisons: Comparisons, batch_size: int, generator: torch.Generator) -> Iterator[Comparisons]:
+    """Yields all choices once, in random order, with each image shifted by a small random amount."""
+    for rows in torch.randperm(len(comparisons), generator=generator).split(batch_size):
+        batch = comparisons[rows]
+        yield replace(batch, images=_shifted(batch.images, generator))
+
+
+def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shifts each image (M, 3, S, S) uint8 by at most S / 16 pixels, and repeats its border at the free edge."""
+    size = images.shape[-1]
+    reach = size // 16
+    padded = F.pad(images.float(), (reach,) * 4, mode="replicate").byte()
+    corners = torch.randint(2 * reach + 1, (len(images), 2), generator=generator).tolist()
+    return torch.stack([padded[k, :, y : y + size, x : x + size] for k, (y, x) in enumerate(corners)])
+
+
+def _scores(network: PreferenceNetwork, batch: Comparisons) -> tuple[Tensor, Tensor]:
+    """Returns the scores (N,) of the preferred images and of the others."""
+    device = network.places.device
+    features = network.encode_images(batch.images.to(device).float() / 255)  # (M, K + 1, D): each image once
+    words = network.tokenize(batch.prompts).to(device)
+    preferred, other = batch.pairs.to(device).T
+    scores = network.score_features(features[torch.cat([preferred, other])], words.repeat(2, 1))
+    return scores[: len(words)], scores[len(words) :]
+
+
+def _step(network: PreferenceNetwork, batch: Comparisons, optimizer: Optimizer, schedule: LambdaLR) -> float:
+    """Makes one optimiser step, and returns the loss before it."""
+    loss = bradley_terry_loss(*_scores(network, batch)).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    return loss.item()
+
+
+def _restore(path: Path, settings: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if saved["settings"] != settings:
+        raise ValueError(
+            f"{str(path)!r} is the checkpoint of a fit with other settings, {saved['settings']}; continue with those, "
+            "or remove it"
+        )
+    for name, part in parts.items():
+        part.load_state_dict(saved.pop(name))
+    return saved
+
+
+def _save(path: Path, state: dict[str, Any], parts: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        torch.save(state | {name: part.state_dict() for name, part in parts.items()}, file)

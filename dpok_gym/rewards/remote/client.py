@@ -1,0 +1,324 @@
+"""A reward that other processes or machines compute: a client of reward servers, over HTTP.
+
+This is the protocol, which ``dpok serve-reward`` implements too. The client sends a POST request with JSON: the
+prompts, and as many images of one size, as PNG or JPEG files in base64.
+
+    {"prompts": ["a red circle", ...], "images": ["iVBORw0KGgo...", ...]}
+
+The server answers with status 200 and one number for each image, or with several by name, whose sum is the reward. An
+image without a reward gets ``null``.
+
+    {"rewards": [0.25, ...]}    or    {"rewards": {"colour": [0.25, ...], "shape": [0.5, ...]}}
+
+Any other status is a failure, with the reason in ``{"error": "..."}``. After status 429 and 5xx the client tries again,
+after ``Retry-After`` seconds if the server says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import json
+import logging
+import math
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpok_gym.utils.images import to_uint8
+from dpok_gym.utils.validation import check_choice, check_integer
+
+if TYPE_CHECKING:
+    import httpx2
+
+logger = logging.getLogger(__name__)
+
+#: The share of batches in which an endpoint that failed is tried again while others answer.
+RETRY_SHARE = 0.1
+#: Seconds to wait for a connection; a machine that runs accepts one in far less.
+CONNECT_TIMEOUT = 10.0
+JPEG_QUALITY = 95
+
+Reply = dict[str, list[float]]  # by component; "" stands for the rewards of a reply without names
+
+
+class RemoteReward:
+    """Sends images and prompts to servers, and returns their rewards; for the protocol see the module.
+
+    A batch is cut into requests, and each endpoint (address of a server) gets the next request when it has answered the
+    last. A request that failed goes to the endpoint that is free next. The failed endpoint rests, longer after each
+    failure in a row. It is tried in one of ten later batches, and in any batch in which no other endpoint is left. So a
+    dead endpoint costs its share of the speed, and in one batch of ten the wait for its failure. Images are sent with 8
+    bits per channel. It needs the extra ``reward-client``.
+
+    Args:
+        urls: the address of one endpoint, or of several that compute the same reward; with http:// or https://.
+        name: name of the reward; None for the first address without http:// ("localhost:8000"). If the reply has names,
+            the components are called "name/theirs".
+        timeout: longest time for one answer, seconds, above 0. Too short a time gives up servers that are only busy.
+        attempts: an endpoint that fails this many requests in a row is given up for this batch, 1 or more. Failures to
+            connect, timeouts, and status 429 and 5xx count; any other failure is an error at once.
+        backoff: rest after the first failure, about, seconds, 0 or more. It doubles with each failure, and varies at
+            random by a half, so that many clients do not come back at the same time.
+        batch_size: largest number of images in a request, 1 or more.
+        image_format: "png", which is exact, or "jpeg" of quality 95, which is smaller, for slow networks.
+        headers: further headers of each request, such as ``{"Authorization": "Bearer ..."}``.
+
+    Raises:
+        ImportError: if the extra ``reward-client`` is not installed.
+        ValueError: if an argument is out of range; in a call, if an endpoint refuses the images, or its answer breaks
+            the protocol.
+        ConnectionError: in a call, when no endpoint is left. The message names each, its attempts and its last failure.
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        *,
+        name: str | None = None,
+        timeout: float = 120.0,
+        attempts: int = 5,
+        backoff: float = 0.5,
+        batch_size: int = 16,
+        image_format: Literal["png", "jpeg"] = "png",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.urls = [urls] if isinstance(urls, str) else list(urls)
+        if not self.urls or len(set(self.urls)) < len(self.urls):
+            raise ValueError(f"a remote reward needs one address or several different ones, not {self.urls}")
+        for url in self.urls:
+            _check_address(url)
+        attempts, batch_size = check_integer("attempts", attempts), check_integer("batch_size", batch_size)
+        if not (0 < timeout < math.inf and 0 <= backoff < math.inf):
+            raise ValueError(f"timeout must be positive and backoff at least 0 seconds, got {timeout} and {backoff}")
+        check_choice("image_format", image_format, "png", "jpeg")
+        try:
+            # Here as well, so that a missing package shows when the reward is made, not after the first images.
+            import httpx2  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                f"a reward behind an address needs the extra 'reward-client' ({error}): "
+                "pip install 'dpok-gym[reward-client]'"
+            ) from error
+        self.__name__ = name or self.urls[0].split("://", 1)[1].rstrip("/")
+        self.timeout, self.attempts, self.backoff = timeout, attempts, backoff
+        self.batch_size, self.image_format, self.headers = batch_size, image_format, dict(headers or {})
+        self._failing: set[str] = set()
+        self._random = random.Random()  # its own, because a reward must not change the state of seeded generators
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor | dict[str, Tensor]:
+        """Returns (B,), or (B,) by name, with NaN for images without a reward."""
+        if not prompts:
+            return torch.zeros(0)
+        pixels = to_uint8(images)
+        size = min(self.batch_size, math.ceil(len(prompts) / len(self.urls)))
+        chunks = [slice(first, first + size) for first in range(0, len(prompts), size)]
+        replies = self._share([(pixels[chunk], list(prompts[chunk])) for chunk in chunks])
+        names = list(replies[0])
+        for reply in replies:
+            if reply.keys() != replies[0].keys():
+                raise ValueError(
+                    f"the endpoints of the reward {self.__name__!r} answer with different names, {names} and "
+                    f"{list(reply)}; all must compute the same"
+                )
+        rewards: dict[str, Tensor] = {}
+        for name in names:
+            rewards[name] = torch.cat([torch.tensor(reply[name]) for reply in replies])
+        if names == [""]:
+            return rewards[""]
+        return {f"{self.__name__}/{name}": values for name, values in rewards.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Gymnasium copies an environment's arguments. Open connections cannot be copied; the copy opens its own.
+        return {name: value for name, value in self.__dict__.items() if name != "_client"}
+
+    @functools.cached_property
+    def _client(self) -> httpx2.Client:
+        import httpx2
+
+        timeout = httpx2.Timeout(self.timeout, connect=min(self.timeout, CONNECT_TIMEOUT))
+        return httpx2.Client(timeout=timeout, headers={**self.headers, "content-type": "application/json"})
+
+    def _share(self, jobs: Sequence[tuple[NDArray[np.uint8], list[str]]]) -> list[Reply]:
+        """Sends the jobs to the endpoints in parallel, and returns the replies in the order of the jobs."""
+        waiting = deque(range(len(jobs)))
+        # An endpoint that failed in an earlier batch is asked only if no other is left; some batches try it anyway.
+        spare = [url for url in self.urls if url in self._failing and self._random.random() >= RETRY_SHARE]
+        free = deque(url for url in self.urls if url not in spare)
+        replies: dict[int, Reply] = {}
+        failures, last_error = dict.fromkeys(self.urls, 0), dict.fromkeys(self.urls, "")
+        running: dict[Future[Any], tuple[str, int | None]] = {}  # the endpoint and its job; None while it rests
+        client, over = self._client, threading.Event()
+        pool = ThreadPoolExecutor(len(self.urls), "remote-reward")
+        try:
+            while len(replies) < len(jobs):
+                while free and waiting:
+                    url, job = free.popleft(), waiting.popleft()
+                    running[pool.submit(self._send, client, url, *jobs[job])] = url, job
+                if not running and spare:
+                    free, spare = deque(spare), []
+                    continue
+                if not running:  # every endpoint was given up
+                    raise ConnectionError(self._no_answer(last_error))
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    url, done = running.pop(future)
+                    try:
+                        result = future.result()
+                    except _TemporaryError as error:
+                        assert done is not None
+                        waiting.appendleft(done)  # another endpoint, or this one after its rest, takes it
+                        failures[url] += 1
+                        last_error[url] = str(error)
+                        self._report(url, str(error))
+                        if failures[url] < self.attempts:
+                            rest = self.backoff * 2 ** (failures[url] - 1) * self._random.uniform(0.5, 1.5)
+                            rest = max(rest, min(error.retry_after, self.timeout))
+                            running[pool.submit(over.wait, rest)] = url, None
+                    else:
+                        if done is not None:
+                            replies[done] = result
+                            failures[url] = 0
+                            self._report(url, None)
+                        free.append(url)
+            return [replies[job] for job in range(len(jobs))]
+        finally:
+            over.set()
+            # Requests that still run after an error or Ctrl-C are not waited for here, only when Python ends.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _send(self, client: httpx2.Client, url: str, pixels: NDArray[np.uint8], prompts: list[str]) -> Reply:
+        """Sends one request.
+
+        Args:
+            client: the connections.
+            url: the endpoint.
+            pixels: images (B, H, W, 3).
+            prompts: B texts.
+
+        Raises:
+            _TemporaryError: if another attempt makes sense.
+            ValueError: if the endpoint refuses the images, or its answer breaks the protocol.
+        """
+        import httpx2
+
+        images = [base64.b64encode(self._encode(image)).decode() for image in pixels]
+        content, body = json.dumps({"prompts": prompts, "images": images}).encode(), b""
+        deadline = time.monotonic() + self.timeout
+        try:
+            with client.stream("POST", url, content=content) as response:
+                for part in response.iter_bytes():
+                    body += part
+                    if time.monotonic() > deadline:  # the client's own timeout starts again with each part
+                        raise httpx2.ReadTimeout("timed out")
+        except httpx2.TimeoutException as error:
+            raise _TemporaryError(f"no answer in {self.timeout:g} seconds ({type(error).__name__})") from error
+        except httpx2.TransportError as error:
+            raise _TemporaryError(f"{type(error).__name__}: {error}") from error
+        except httpx2.RequestError as error:
+            raise ValueError(f"the reward server {url} sent an answer that cannot be decoded: {error}") from error
+        if response.status_code == 429 or response.status_code >= 500:
+            after = response.headers.get("retry-after", "")
+            reason = f"status {response.status_code}{_reason(body)}"
+            retry_after = float(after) if after.isdecimal() else 0.0  # it may be a date too, which is not read
+            raise _TemporaryError(reason, retry_after)
+        if response.status_code != 200:
+            raise ValueError(f"the reward server {url} refused: status {response.status_code}{_reason(body)}")
+        try:
+            return _read_reply(body, len(prompts))
+        except ValueError as error:
+            raise ValueError(
+                f"the reward server {url} breaks the protocol of dpok_gym.rewards.remote.client: {error}"
+            ) from error
+
+    def _encode(self, image: NDArray[np.uint8]) -> bytes:
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        # Stronger compression takes longer than the transfer of the bytes that it saves.
+        options = {"compress_level": 1} if self.image_format == "png" else {"quality": JPEG_QUALITY}
+        Image.fromarray(image).save(buffer, self.image_format, **options)
+        return buffer.getvalue()
+
+    def _report(self, url: str, error: str | None) -> None:
+        """Remembers whether an endpoint fails. Only changes are logged, because a dead endpoint is tried many times."""
+        if error is not None and url not in self._failing:
+            self._failing.add(url)
+            logger.warning("the reward server %s failed and will be tried again: %s", url, error)
+        elif error is None and url in self._failing:
+            self._failing.discard(url)
+            logger.warning("the reward server %s answers again", url)
+
+    def _no_answer(self, last_error: Mapping[str, str]) -> str:
+        each = "; ".join(f"{url} failed {self.attempts} times in a row, last: {last_error[url]}" for url in self.urls)
+        return (
+            f"no server of the reward {self.__name__!r} is left: {each}. Check that it runs and can be reached from "
+            f"here, or give it more time (timeout={self.timeout:g}, attempts={self.attempts})"
+        )
+
+
+class _TemporaryError(Exception):
+    """A failure after which another attempt makes sense."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+def is_address(name: str) -> bool:
+    """Returns True if a reward's name is an address, or several with spaces between them."""
+    return name.strip().lower().startswith(("http://", "https://"))
+
+
+def _check_address(url: Any) -> None:
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except (ValueError, TypeError, AttributeError):  # the port is no number, or the address no text
+        sound = False
+    if not sound:
+        raise ValueError(f"the address of a reward server is written http://host:port, not {url!r}")
+
+
+def _reason(body: bytes) -> str:
+    """Returns the reason that a server gives for its failure, in short; "" for none."""
+    try:
+        text = str(json.loads(body)["error"])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        text = body[:200].decode(errors="replace")
+    return f" ({' '.join(text.split())})" if text.strip() else ""
+
+
+def _read_reply(body: bytes, n_images: int) -> Reply:
+    """Returns the rewards in a reply, with NaN for null.
+
+    Raises:
+        ValueError: if the reply breaks the protocol.
+    """
+    try:
+        reply = json.loads(body, parse_int=float)
+    except (ValueError, RecursionError):
+        raise ValueError(f"its answer is no JSON but {body[:100]!r}") from None
+    rewards = reply.get("rewards") if isinstance(reply, dict) else None
+    by_name = {"": rewards} if isinstance(rewards, list) else rewards
+    if not isinstance(by_name, dict) or not by_name:
+        raise ValueError(f"its answer has no list or mapping 'rewards': {body[:100]!r}")
+    for name, values in by_name.items():
+        where = f"the rewards {name!r}" if name else "the rewards"
+        if not isinstance(values, list) or len(values) != n_images:
+            count = len(values) if isinstance(values, list) else "no list"
+            raise ValueError(f"{where} must be {n_images} numbers for as many images, got {count}")
+        for value in values:
+            if not (value is None or isinstance(value, float)):
+                raise ValueError(f"{where} must be numbers or null, got {value!r}")
+    return {name: [math.nan if value is None else value for value in values] for name, values in by_name.items()}

@@ -1,0 +1,103 @@
+"""The transition table of DDIM (Song et al. 2021), for variance-preserving diffusion models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpok_gym.samplers.transition_table import TransitionTable
+
+#: Of x_t and of the network's output, each (T,).
+Coefficients = tuple[Tensor, Tensor]
+
+
+def make_ddim_table(scheduler_config: Mapping[str, Any], num_inference_steps: int, eta: float = 1.0) -> TransitionTable:
+    """Builds the table of DDIM (Song et al. 2021, Eq. 12 and 16) from the config of a diffusers scheduler.
+
+    The predicted clean sample is never clipped: with clipping, the mean would not be linear in the output.
+
+    Args:
+        scheduler_config: any config that ``DDIMScheduler.from_config`` reads. It has the betas, the spacing of the
+            timesteps, and what the network predicts.
+        num_inference_steps: T, from 1 to the number of training timesteps.
+        eta: amount of noise, in (0, 1]. 1 is that of the diffusion's posterior (DDPM); near 0 there is almost none.
+
+    Raises:
+        ValueError: if T or eta is out of range, if the spacing has no T timesteps, if a transition has no noise (and
+            so no density), if the config belongs to another kind of diffusion, or if the prediction type is not one of
+            epsilon, v_prediction and sample.
+    """
+    from diffusers import DDIMScheduler  # slow to import, and only needed here
+
+    if not 0 < eta <= 1:
+        raise ValueError(f"eta must lie in (0, 1], got {eta}: without noise a denoising step has no log-probability")
+    kind = scheduler_config.get("_class_name", "DDIMScheduler")
+    if kind not in {cls.__name__ for cls in DDIMScheduler().compatibles} - {"EDMEulerScheduler"}:
+        raise ValueError(
+            f"the model comes with a {kind}, whose diffusion is not the variance-preserving one of DDIM with betas; "
+            "models of that kind are not supported"
+        )
+    scheduler = DDIMScheduler.from_config(scheduler_config, clip_sample=False, thresholding=False)
+    timesteps = _make_timesteps(scheduler, num_inference_steps)
+    previous = timesteps - scheduler.config.num_train_timesteps // num_inference_steps  # as DDIMScheduler.step does it
+    alphas = scheduler.alphas_cumprod.double()
+    alpha = alphas[timesteps]
+    alpha_prev = torch.where(previous >= 0, alphas[previous.clamp(min=0)], scheduler.final_alpha_cumprod.double())
+
+    # Eq. 16: the variance of x_{t-1} given x_t.
+    variance = eta**2 * (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
+    if not bool((variance > 0).all()):
+        raise ValueError(
+            "the sampler's last step adds no noise, so it has no log-probability; use a scheduler config with "
+            "set_alpha_to_one=False and timestep_spacing 'leading' (with steps_offset=1) or 'trailing'"
+        )
+    clean, noise = _prediction_coefficients(scheduler.config.prediction_type, alpha)
+
+    # Eq. 12: x_{t-1} = sqrt(alpha_prev) x_0 + direction * eps + std * noise, where x_0 and eps are linear in x_t and
+    # in the network's output; each is a pair of coefficients.
+    direction = (1 - alpha_prev - variance).clamp(min=0).sqrt()
+    sample_coef = alpha_prev.sqrt() * clean[0] + direction * noise[0]
+    output_coef = alpha_prev.sqrt() * clean[1] + direction * noise[1]
+    columns = (sample_coef, output_coef, variance.sqrt(), alpha.sqrt(), (1 - alpha).sqrt(), *clean)
+    return TransitionTable(timesteps, *(column.float() for column in columns))
+
+
+def _make_timesteps(scheduler: Any, num_inference_steps: int) -> Tensor:
+    """Returns the T training timesteps of the scheduler, (T,) int64, falling."""
+    n_train = scheduler.config.num_train_timesteps
+    if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= n_train:
+        raise ValueError(f"num_inference_steps must be an integer from 1 to {n_train}, got {num_inference_steps!r}")
+    scheduler.set_timesteps(num_inference_steps)
+    timesteps = scheduler.timesteps.long()
+    if len(timesteps) != num_inference_steps or timesteps.min() < 0 or timesteps.max() >= n_train:
+        raise ValueError(
+            f"the model's timestep spacing, {scheduler.config.timestep_spacing!r} with offset "
+            f"{scheduler.config.steps_offset}, does not find {num_inference_steps} of the {n_train} training "
+            f"timesteps; choose another num_inference_steps, such as {num_inference_steps - 1}"
+        )
+    return timesteps
+
+
+def _prediction_coefficients(prediction_type: str, alpha: Tensor) -> tuple[Coefficients, Coefficients]:
+    """Returns the coefficients in the predicted x_0 and in the predicted noise.
+
+    Source: Salimans & Ho 2022 (App. D) for the velocity, v = sqrt(alpha) eps - sqrt(1 - alpha) x_0.
+    """
+    if prediction_type == "epsilon":
+        if bool((alpha == 0).any()):
+            raise ValueError("epsilon prediction is undefined at zero terminal SNR; such a model predicts v")
+        clean = (1 / alpha.sqrt(), -((1 - alpha) / alpha).sqrt())
+        noise = (torch.zeros_like(alpha), torch.ones_like(alpha))
+    elif prediction_type == "v_prediction":
+        clean = (alpha.sqrt(), -(1 - alpha).sqrt())
+        noise = ((1 - alpha).sqrt(), alpha.sqrt())
+    elif prediction_type == "sample":
+        clean = (torch.zeros_like(alpha), torch.ones_like(alpha))
+        noise = (1 / (1 - alpha).sqrt(), -(alpha / (1 - alpha)).sqrt())
+    else:
+        raise ValueError(f"prediction_type {prediction_type!r} is not epsilon, v_prediction or sample")
+    return clean, noise

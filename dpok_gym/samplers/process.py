@@ -1,0 +1,276 @@
+"""The denoising process: a model, a sampler's table and guidance, which together define p(x_{t-1} | x_t, z).
+
+The environment, the policies, evaluation, the simulated person and the benchmarks all use this one class. It is the
+only caller of ``model.predict`` and of the table's mean, and it has the only loop over denoising steps.
+
+Letters used for shapes: B images, T denoising steps, C x h x w a latent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpok_gym import diffusion
+from dpok_gym.models import TextToImageModel, load_model
+from dpok_gym.models.base import Conditioning, GuidanceGradient
+from dpok_gym.samplers.ddim import make_ddim_table
+from dpok_gym.samplers.transition_table import TransitionTable
+from dpok_gym.utils.validation import check_choice, check_names, check_non_negative
+
+#: Arguments of :func:`dpok_gym.models.load_model` that decide what is drawn. The others decide with which precision, or
+#: from which files.
+_DRAWING_KWARGS = ("image_size", "negative_prompt", "revision")
+
+
+@dataclass(frozen=True)
+class State:
+    """A batch of states (z, x_t, t).
+
+    Attributes:
+        latents: (B, C, h, w) x_t, float32.
+        step: (B,) int64 in [0, T), denoising steps done.
+        conditioning: what the denoiser is told about the prompt z: tensors with a leading axis of B.
+    """
+
+    latents: Tensor
+    step: Tensor
+    conditioning: Conditioning
+
+    def __getitem__(self, rows: slice | Tensor) -> State:
+        """Returns some of the states."""
+        conditioning = {name: values[rows] for name, values in self.conditioning.items()}
+        return State(self.latents[rows], self.step[rows], conditioning)
+
+
+@dataclass(frozen=True)
+class DenoisingStep:
+    """One step of :meth:`DenoisingProcess.denoise`.
+
+    Attributes:
+        index: number of the step, 0 for the first (noisiest) one.
+        state: the states before it.
+        mean: (B, C, h, w) of p(x_{t-1} | x_t, z).
+        std: (B,).
+        next_latents: (B, C, h, w) x_{t-1}.
+    """
+
+    index: int
+    state: State
+    mean: Tensor
+    std: Tensor
+    next_latents: Tensor
+
+
+#: From a batch of states to the mean (B, C, h, w) and the std (B,) of the next latents.
+Transition = Callable[[State], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """The settings that define a denoising process, as plain JSON-able values.
+
+    Two processes draw from the same distribution if their configs are equal.
+
+    Attributes:
+        model: a name, folder, file or hub id for :func:`dpok_gym.models.load_model`.
+        model_kwargs: its further arguments; those that only change precision or files do not count for equality.
+        sampler: "ddim".
+        num_inference_steps: T.
+        eta: amount of noise in each step, in (0, 1].
+        guidance_scale: scale of classifier-free guidance; 1 is none.
+    """
+
+    model: str
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    sampler: str = "ddim"
+    num_inference_steps: int = 20
+    eta: float = 1.0
+    guidance_scale: float = 1.0
+    drawing_kwargs: tuple[Any, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model_kwargs", dict(self.model_kwargs))
+        object.__setattr__(self, "drawing_kwargs", tuple(self.model_kwargs.get(name) for name in _DRAWING_KWARGS))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as JSON can keep them."""
+        settings = asdict(self)
+        del settings["drawing_kwargs"]
+        return settings
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> SamplerConfig:
+        """Reads what :meth:`to_dict` returned.
+
+        Raises:
+            ValueError: if a key is unknown.
+        """
+        check_names("sampler setting", settings, [field.name for field in fields(cls) if field.init])
+        return cls(**settings)
+
+    def check_equal(self, other: SamplerConfig) -> None:
+        """Checks that an environment samples as an agent learned to.
+
+        Args:
+            other: the environment's settings.
+
+        Raises:
+            ValueError: if a setting differs; the message names it. A model folder that is no longer there may have
+                moved: it counts as the same if its own name is.
+        """
+        known = replace(self, model=other.model) if _is_same_model(self.model, other.model) else self
+        if known == other:
+            return
+        mine, theirs = known._compared(), other._compared()
+        different = [name for name in mine if mine[name] != theirs[name]]
+        details = ", ".join(f"{name} {mine[name]!r} there, {theirs[name]!r} here" for name in different)
+        raise ValueError(
+            f"the agent was made for another sampler ({details}); make the environment with the agent's settings"
+        )
+
+    def _compared(self) -> dict[str, Any]:
+        settings = {name: value for name, value in self.to_dict().items() if name != "model_kwargs"}
+        return settings | dict(zip(_DRAWING_KWARGS, self.drawing_kwargs, strict=True))
+
+
+class DenoisingProcess:
+    """p(x_{t-1} | x_t, z) of a model under a sampler: a Gaussian for each denoising step.
+
+    Args:
+        model: the text-to-image model.
+        sampler: "ddim" (Song et al. 2021).
+        num_inference_steps: T, from 1 to the number of training timesteps.
+        eta: amount of noise in each step, in (0, 1]; 1 is that of the diffusion's posterior (DDPM).
+        guidance_scale: scale of classifier-free guidance (Ho & Salimans 2022), finite and at least 0; 1 is none.
+
+    Attributes:
+        model: the model.
+        config: the settings.
+        table: the transitions, on the model's device.
+        num_function_evaluations: denoiser forward passes so far, counted in images; guidance needs two for one image.
+
+    Raises:
+        ValueError: if a setting is out of range, or the model's scheduler has no such sampler.
+    """
+
+    def __init__(
+        self,
+        model: TextToImageModel,
+        sampler: str = "ddim",
+        num_inference_steps: int = 20,
+        eta: float = 1.0,
+        guidance_scale: float = 1.0,
+    ) -> None:
+        check_choice("sampler", sampler, "ddim")
+        check_non_negative("guidance_scale (1 is no guidance)", guidance_scale)
+        model.num_forward_passes(guidance_scale)  # which refuses guidance for models that have none
+        self.model = model
+        self.table: TransitionTable = make_ddim_table(model.scheduler_config, num_inference_steps, eta).to(model.device)
+        # The number of steps may have come as a NumPy integer, which JSON does not know.
+        self.config = SamplerConfig(model.name, model.options, sampler, len(self.table), eta, guidance_scale)
+        self.num_function_evaluations = 0
+
+    @classmethod
+    def from_config(cls, config: SamplerConfig, device: str = "auto") -> DenoisingProcess:
+        """Loads the model and makes the process; errors as :func:`dpok_gym.models.load_model`."""
+        model = load_model(config.model, device, **config.model_kwargs)
+        return cls(model, config.sampler, config.num_inference_steps, config.eta, config.guidance_scale)
+
+    @property
+    def num_inference_steps(self) -> int:
+        """T."""
+        return len(self.table)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Returns what the denoiser is told about each prompt; see :meth:`TextToImageModel.encode`."""
+        return self.model.encode(prompts)
+
+    def state(self, latents: Tensor, index: int, conditioning: Conditioning) -> State:
+        """Returns a batch of states that are all at the same denoising step.
+
+        Args:
+            latents: (B, C, h, w) x_t.
+            index: the step, in [0, T).
+            conditioning: of the B prompts.
+        """
+        return State(latents, torch.full((len(latents),), index, device=latents.device), conditioning)
+
+    def predict(
+        self,
+        state: State,
+        guidance_scale: float | None = None,
+        denoiser: nn.Module | None = None,
+        guidance_gradient: GuidanceGradient = "both",
+    ) -> Tensor:
+        """The denoiser's guided output.
+
+        Args:
+            state: B states.
+            guidance_scale: None for the process's own; 1 for no guidance.
+            denoiser: a network to use in place of the model's own.
+            guidance_gradient: see :meth:`TextToImageModel.predict`.
+
+        Returns:
+            (B, C, h, w) float32.
+        """
+        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        self.num_function_evaluations += len(state.latents) * self.model.num_forward_passes(scale)
+        timesteps = self.table.timesteps[state.step]
+        return self.model.predict(state.latents, timesteps, state.conditioning, scale, denoiser, guidance_gradient)
+
+    def transition(
+        self, state: State, denoiser: nn.Module | None = None, guidance_gradient: GuidanceGradient = "both"
+    ) -> tuple[Tensor, Tensor]:
+        """Mean (B, C, h, w) and std (B,) of p(x_{t-1} | x_t, z), float32.
+
+        Args:
+            state: B states.
+            denoiser: a network to use in place of the model's own.
+            guidance_gradient: see :meth:`TextToImageModel.predict`.
+        """
+        output = self.predict(state, None, denoiser, guidance_gradient)
+        return self.mean_of_output(state, output), self.table.std[state.step]
+
+    def mean_of_output(self, state: State, output: Tensor) -> Tensor:
+        """Mean (B, C, h, w) of p(x_{t-1} | x_t, z) for a guided output (B, C, h, w) of the denoiser."""
+        return self.table.mean(state.step, state.latents, output)
+
+    def denoise(
+        self,
+        latents: Tensor,
+        conditioning: Conditioning,
+        noise: Callable[[int], Tensor],
+        transition: Transition | None = None,
+        first_step: int = 0,
+    ) -> Iterator[DenoisingStep]:
+        """Draws x_{t-1} from p(x_{t-1} | x_t, z), step by step, down to x_0.
+
+        Args:
+            latents: (B, C, h, w) x_T, or the latents before ``first_step``.
+            conditioning: of the B prompts.
+            noise: gives the standard normal noise (B, C, h, w) of a step.
+            transition: mean and std of the next latents; None for the process's own.
+            first_step: the step to begin with, in [0, T).
+
+        Yields:
+            Each step; the last one has ``next_latents`` x_0.
+        """
+        transition = transition or self.transition
+        for index in range(first_step, self.num_inference_steps):
+            state = self.state(latents, index, conditioning)
+            mean, std = transition(state)
+            latents = diffusion.sample(mean, std, noise(index))
+            yield DenoisingStep(index, state, mean, std, latents)
+
+
+def _is_same_model(known: str, other: str) -> bool:
+    """Returns whether two names are of one model, whose folder may have moved."""
+    if os.path.exists(known):
+        return os.path.realpath(known) == os.path.realpath(other)
+    return os.path.basename(known) == os.path.basename(other)

@@ -1,0 +1,115 @@
+"""The transitions of a sampler as a table with one row for each denoising step.
+
+For every sampler here the mean of p(x_{t-1} | x_t, z) is linear in x_t and in the network's output, whatever the
+network predicts (noise, velocity or the clean sample):
+
+    mean_i = sample_coef[i] * x_t + output_coef[i] * output,        std[i],        timesteps[i].
+
+i counts denoising steps, 0 for the first (noisiest) one.
+
+Letters used for shapes: T denoising steps, B transitions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from dpok_gym.diffusion import expand, reduce
+
+
+@dataclass(frozen=True)
+class TransitionTable:
+    """All denoising steps of one sampler, computed in float64 and kept in float32.
+
+    Attributes:
+        timesteps: (T,) int64, what the network is told; falling.
+        sample_coef: (T,) coefficient of x_t in the mean of x_{t-1}.
+        output_coef: (T,) coefficient of the network's output in that mean.
+        std: (T,) standard deviation of x_{t-1} in each dimension, above 0.
+        signal: (T,) coefficient of x_0 in x_t.
+        noise: (T,) coefficient of the noise: x_t = signal x_0 + noise eps.
+        clean_sample_coef: (T,) coefficient of x_t in the predicted x_0.
+        clean_output_coef: (T,) coefficient of the network's output in the predicted x_0.
+    """
+
+    timesteps: Tensor
+    sample_coef: Tensor
+    output_coef: Tensor
+    std: Tensor
+    signal: Tensor
+    noise: Tensor
+    clean_sample_coef: Tensor
+    clean_output_coef: Tensor
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def to(self, device: torch.device | str) -> TransitionTable:
+        """Returns the same table on another device."""
+        return TransitionTable(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def mean(self, step: Tensor, sample: Tensor, output: Tensor) -> Tensor:
+        """Mean of p(x_{t-1} | x_t).
+
+        Args:
+            step: (B,) int64 in [0, T).
+            sample: (B, ...) x_t.
+            output: (B, ...) the network's output for it.
+
+        Returns:
+            (B, ...) float32.
+        """
+        sample_coef, output_coef = expand(self.sample_coef[step], sample), expand(self.output_coef[step], sample)
+        return sample_coef * sample.float() + output_coef * output.float()
+
+    def add_noise(self, step: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
+        """Draws x_t from q(x_t | x_0).
+
+        Args:
+            step: (B,) int64 in [0, T).
+            clean: (B, ...) x_0.
+            noise: (B, ...) standard normal.
+
+        Returns:
+            (B, ...) x_t.
+        """
+        return expand(self.signal[step], clean) * clean + expand(self.noise[step], clean) * noise
+
+    def target(self, step: Tensor, clean: Tensor, sample: Tensor) -> Tensor:
+        """The output that a perfect network gives: the noise, the velocity or x_0, as the model predicts.
+
+        Args:
+            step: (B,) int64 in [0, T).
+            clean: (B, ...) x_0.
+            sample: (B, ...) x_t, a sample of q(x_t | x_0).
+
+        Returns:
+            (B, ...).
+        """
+        from_sample = expand(self.clean_sample_coef[step], sample)
+        from_output = expand(self.clean_output_coef[step], sample)
+        return (clean - from_sample * sample) / from_output
+
+    def output_weights(self) -> Tensor:
+        """std / |output_coef| of each step, scaled to a mean of 1; (T,).
+
+        The score of a step, as a function of the network's output, has a standard deviation of |output_coef| / std. So
+        a policy gradient with these weights reaches the output with the same strength at every step. Without them, one
+        late step has most of its variance: with Stable Diffusion's betas at T = 20 the last but one has 73 % (86 % if
+        the network predicts the velocity), though little of the image is left to decide there.
+        """
+        weights = self.std / self.output_coef.abs()
+        return weights / weights.mean()
+
+    def output_mse(self, step: Tensor, mean: Tensor, other_mean: Tensor) -> Tensor:
+        """Mean squared difference of the two network outputs that led to these means, (B,).
+
+        Args:
+            step: (B,) int64 in [0, T).
+            mean: (B, ...).
+            other_mean: (B, ...), of the same x_t.
+        """
+        return reduce(((mean - other_mean) / expand(self.output_coef[step], mean)).square(), "mean")

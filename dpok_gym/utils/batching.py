@@ -1,0 +1,64 @@
+"""Computations in parts that fit into memory."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from numbers import Integral
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+class BatchSize:
+    """The number of entries that are computed at a time.
+
+    Args:
+        name: of the setting, for messages.
+        size: at least 1; None for everything at once; "auto" begins with everything and halves the size whenever
+            memory runs out.
+
+    Raises:
+        ValueError: if the size is none of these.
+    """
+
+    def __init__(self, name: str, size: int | Literal["auto"] | None) -> None:
+        if size not in (None, "auto") and (not isinstance(size, Integral) or size < 1):
+            raise ValueError(f"{name} must be an integer of at least 1, None or 'auto', got {size!r}")
+        self.name = name
+        self.is_automatic = size == "auto"
+        self.size: int | None = int(size) if isinstance(size, Integral) else None
+
+    def run(self, function: Callable[[int], Result], n: int) -> Result:
+        """Calls ``function(size)``, which computes ``n`` entries, ``size`` at a time; it may be called again.
+
+        Raises:
+            torch.OutOfMemoryError: if memory runs out and the size is fixed, or is 1 already.
+        """
+        while True:
+            size = min(self.size or n, n)
+            try:
+                return function(size)
+            except RuntimeError as error:
+                if not self.is_automatic or size == 1 or not _is_out_of_memory(error):
+                    raise
+            # Out of the except block, where the error would keep the tensors of its frames alive.
+            self.size = (size + 1) // 2
+            warnings.warn(f"memory ran out with {self.name} = {size}; trying {self.size}", stacklevel=2)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def map(self, function: Callable[[slice], Tensor], n: int) -> Tensor:
+        """Calls ``function`` with consecutive slices of ``n`` entries; joins the results along the first axis."""
+        return self.run(lambda size: torch.cat([function(slice(i, i + size)) for i in range(0, n, size)]), n)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    from accelerate.utils.memory import should_reduce_batch_size  # it knows what each kind of device says
+
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)

@@ -1,0 +1,66 @@
+"""Embedded worlds: small models that ship with the package, whose images a program can judge.
+
+A world is a folder of its own with data, model, rewards and prompts. The rest of the package finds it through this
+table and never names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dpok_gym.prompts import PromptSet
+from dpok_gym.utils.registry import Registry
+
+
+@dataclass(frozen=True)
+class World:
+    """How images of an embedded world are evaluated.
+
+    Attributes:
+        image_shape: (H, W) in pixels, of the images that its judge can read.
+        evaluation_rewards: rewards that every evaluation computes, whatever the reward trained on.
+        held_out_rewards: further rewards for ``dpok evaluate``, which most runs do not train on.
+        alignment_reward: the reward that is 1 if an image shows all that was asked for and nothing else; None if there
+            is no judge.
+        quality_reward: the reward, in [0, 1], that says how clean an image is; None if there is no judge.
+        check_prompts: raises a ValueError for a prompt that the judge cannot read.
+        unseen_prompts: for a set of prompts, those that training on it never shows.
+    """
+
+    image_shape: tuple[int, int]
+    evaluation_rewards: tuple[str, ...]
+    held_out_rewards: tuple[str, ...]
+    alignment_reward: str | None
+    quality_reward: str | None
+    check_prompts: Callable[[Sequence[str]], None]
+    unseen_prompts: Callable[[PromptSet], tuple[str, ...]]
+
+    def can_judge(self, prompts: Sequence[str], image_shape: tuple[int, int]) -> bool:
+        """Returns whether its judge can read these prompts and images of this size."""
+        try:
+            self.check_prompts(prompts)
+        except ValueError:
+            return False
+        return image_shape == self.image_shape
+
+
+WORLDS: Registry[World] = Registry("world", "Add one with register_world().")
+
+
+def register_world(model: str, world: World | str) -> None:
+    """Says which world a registered model belongs to.
+
+    Args:
+        model: the model's registered name.
+        world: the world, or ``"module:attribute"``, imported on first use.
+
+    Raises:
+        ValueError: if the model already belongs to another world.
+    """
+    WORLDS.register(model, world)
+
+
+def find_world(model: str) -> World | None:
+    """Returns the world of a model, or None if it belongs to none."""
+    return WORLDS.load(model) if model in WORLDS else None

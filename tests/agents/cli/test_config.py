@@ -1,0 +1,291 @@
+"""The settings of a run: where they come from, and how config.yaml keeps them."""
+
+import dataclasses
+import inspect
+
+import pytest
+import yaml
+
+from agents import DPOK, PRESETS, DenoisingPolicy, list_algorithms
+from agents.algorithms.registry import load_algorithm
+from agents.cli.config import Config, default_config
+from agents.cli.environments import environment_kwargs, parse_reward
+from agents.cli.train import RunOptions, parse
+from dpok_gym import DenoisingVectorEnv
+
+LAPTOP = PRESETS["laptop"]
+
+
+def _config(*words):
+    return parse(words).config
+
+
+def test_each_layer_changes_the_ones_before_it():
+    config = _config("--eta", "0.5")
+    assert config.algo_kwargs["clip_range"] == inspect.signature(DPOK).parameters["clip_range"].default
+    assert config.env_kwargs["model"] == environment_kwargs("DPOK-Shapes-v0")["model"] == "shapes"
+    assert config.env_kwargs["num_inference_steps"] == LAPTOP.env_kwargs["num_inference_steps"]
+    assert environment_kwargs("DPOK-Shapes-v0")["num_inference_steps"] != config.env_kwargs["num_inference_steps"]
+    assert (environment_kwargs("DPOK-Shapes-v0")["eta"], config.env_kwargs["eta"]) == (1.0, 0.5)
+
+
+def test_plain_dpok_train_is_the_laptop_preset():
+    """The settings are the same in Python: ``DPOK(env, **PRESETS["laptop"].algorithm_kwargs("dpok"))``."""
+    config = _config()
+    assert config.preset == "laptop"
+    assert config.images == LAPTOP.images
+    given = LAPTOP.algorithm_kwargs("dpok")
+    assert config.n_envs == given.pop("n_envs")
+    policy_kwargs = given.pop("policy_kwargs")
+    assert {name: config.policy_kwargs[name] for name in policy_kwargs} == policy_kwargs
+    assert {name: config.algo_kwargs[name] for name in given} == given
+    assert {name: config.env_kwargs[name] for name in LAPTOP.env_kwargs} == dict(LAPTOP.env_kwargs)
+    assert config == default_config("DPOK-Shapes-v0", "dpok")
+
+
+def test_every_argument_of_the_classes_is_in_the_config():
+    left_out = {"policy", "env", "n_envs", "policy_kwargs", "stats_window_size", "tensorboard_log", "verbose"}
+    left_out |= {"seed", "device"}
+    for algo in list_algorithms():
+        config = default_config("DPOK-Shapes-v0", algo)
+        arguments = inspect.signature(load_algorithm(algo)).parameters.keys()
+        assert config.algo_kwargs.keys() == arguments - left_out
+    arguments = inspect.signature(DenoisingVectorEnv).parameters.keys()
+    assert config.env_kwargs.keys() == arguments - {"num_envs", "render_mode", "device"}
+    policy = inspect.signature(DenoisingPolicy).parameters
+    optional = {name for name, argument in policy.items() if argument.default is not argument.empty}
+    assert config.policy_kwargs.keys() == optional - {"use_sde", "use_critic", "optimizer_class"}
+
+
+def test_settings_of_each_algorithm():
+    for algo in list_algorithms():
+        config = default_config("DPOK-Shapes-v0", algo)
+        for name, value in LAPTOP.algorithm_kwargs(algo).items():
+            if name == "policy_kwargs":
+                continue
+            assert (config.n_envs if name == "n_envs" else config.algo_kwargs[name]) == value
+        elsewhere = default_config("DPOK-SD15-v0", algo)
+        assert elsewhere.algo_kwargs["learning_rate"] == 1e-3
+        assert elsewhere.images == 20_000
+
+
+def test_presets_and_options():
+    paper = _config("--preset", "paper")
+    assert paper.n_envs == 10
+    assert paper.algo_kwargs["reward_weight"] == 10
+    assert paper.policy_kwargs["lora_rank"] == 4
+    mine = _config(
+        *("--preset", "paper", "--kl-coef", "0.5", "--lora-rank", "2", "--target-modules", "all", "--autocast"),
+        *("--gradient-checkpointing", "--image-size", "64", "128", "--dtype", "bfloat16", "--n-envs", "3"),
+        *("--prompts", "count"),
+    )
+    assert mine.env_kwargs["image_size"] == [64, 128]
+    assert mine.env_kwargs["dtype"] == "bfloat16"
+    assert mine.policy_kwargs["target_modules"] == "all"
+    assert mine.policy_kwargs["gradient_checkpointing"] is True
+    assert mine.policy_kwargs["autocast"] is True
+    assert mine.algo_kwargs["kl_coef"] == 0.5
+    assert mine.policy_kwargs["lora_rank"] == 2
+    assert (mine.n_envs, mine.env_kwargs["prompts"]) == (3, "count")
+    other = _config("--env", "DPOK-SD15-v0")
+    assert other.preset == "published-model"
+    assert other.env_kwargs["prompts"] == "dpok"
+    assert other.env_kwargs["reward"] == {"image-reward": 1.0}
+    exact = _config("--env", "DPOK-Mixture-v0")
+    assert (exact.preset, exact.algo_kwargs["kl_placement"]) == ("exact-objective", "reward")
+
+
+#: Another value of every option; "--resume" and its like are in test_resume.py.
+OTHER = {
+    "seed": "1",
+    "env": "DPOK-SD15-v0",
+    "algo": "grpo",
+    "preset": "paper",
+    "images": "7",
+    "n_envs": "3",
+    "eval_images": "3",
+    "device": "cpu",
+    "checkpointing_steps": "3",
+    "checkpoints_total_limit": "3",
+    "model": "sd15",
+    "prompts": "count",
+    "reward": "jpeg-compressibility",
+    "num_inference_steps": "3",
+    "eta": "0.7",
+    "guidance_scale": "0.7",
+    "negative_prompt": "a dog",
+    "image_size": "128",
+    "dtype": "bfloat16",
+    "model_kwargs": "vae_tiling=true",
+    "max_prompt_bytes": "100",
+    "non_finite": "mask",
+    "decode_batch_size": "3",
+    "reward_workers": "2",
+    "reward_weight": "0.7",
+    "kl_coef": "0.7",
+    "kl_estimator": "output-mse",
+    "kl_placement": "reward",
+    "target_kl": "2.5",
+    "use_critic": "",
+    "vf_learning_rate": "0.7",
+    "vf_batch_size": "None",
+    "vf_epochs": "3",
+    "normalize_advantage": "center",
+    "gamma": "0.7",
+    "gae_lambda": "0.7",
+    "n_epochs": "3",
+    "timestep_fraction": "0.7",
+    "clip_range": "0.7",
+    "clip_type": "clamp",
+    "log_prob_reduction": "sum",
+    "step_weighting": "likelihood",
+    "learning_rate": "0.7",
+    "final_lr_fraction": "0.7",
+    "images_per_iteration": "6",
+    "batch_size": "None",
+    "micro_batch_size": "auto",
+    "max_grad_norm": "0.7",
+    "normalize_rewards": "",
+    "guidance_gradient": "conditional",
+    "lora_rank": "3",
+    "target_modules": "attention",
+    "autocast": "",
+    "gradient_checkpointing": "",
+    "max_batch_size": "8",
+    "critic_hidden": "3",
+    "optimizer_kwargs": "weight_decay=0.1",
+}
+
+
+def test_no_option_is_ignored():
+    default = _config()
+    names = {field.name for field in dataclasses.fields(RunOptions)} - {"out", "resume", "resume_from_checkpoint"}
+    names |= default.env_kwargs.keys() | default.algo_kwargs.keys() | default.policy_kwargs.keys()
+    assert names == OTHER.keys()
+    ignored = []
+    for name, value in OTHER.items():
+        words = [f"--{name.replace('_', '-')}", value]
+        if _config(*filter(None, words)) == default:
+            ignored.append(name)
+    assert not ignored
+
+
+def test_values_have_their_types():
+    config = _config(
+        *("--kl-placement", "reward", "--use-critic", "--batch-size", "None", "--n-epochs", "3", "--target-kl", "2.5"),
+        *("--normalize-advantage", "center", "--micro-batch-size", "auto", "--max-batch-size", "8", "--eta", "0.5"),
+        *("--target-modules", "to_q", "to_k", "--model-kwargs", "vae_tiling=true", "revision=main"),
+    )
+    expected = {"kl_placement": "reward", "use_critic": True, "batch_size": None, "n_epochs": 3, "target_kl": 2.5}
+    expected |= {"normalize_advantage": "center", "micro_batch_size": "auto"}
+    actual = {name: config.algo_kwargs[name] for name in expected}
+    assert actual == expected
+    assert [type(value) for value in actual.values()] == [type(value) for value in expected.values()]
+    assert (config.policy_kwargs["max_batch_size"], config.env_kwargs["eta"]) == (8, 0.5)
+    assert config.policy_kwargs["target_modules"] == ["to_q", "to_k"]
+    assert config.env_kwargs["model_kwargs"] == {"vae_tiling": True, "revision": "main"}
+    default = _config()
+    changed = {name for name, value in default.algo_kwargs.items() if config.algo_kwargs[name] != value}
+    assert changed == expected.keys()
+
+
+def test_config_yaml(tmp_path):
+    config = _config("--image-size", "64", "128", "--target-modules", "to_q", "to_k", "--prompts", "three green squares")
+    config.write(tmp_path)
+    assert Config.read(tmp_path) == config
+    text = (tmp_path / "config.yaml").read_text()
+    assert "!!" not in text  # nothing that only Python can read
+    assert yaml.safe_load(text)["env_kwargs"]["image_size"] == [64, 128]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("eval_images:", "eval_image:"), "'eval_image'; did you mean 'eval_images'?"),
+        (lambda text: text.replace("seed: 0\n", ""), "lacks the key 'seed'"),
+        (lambda text: text.replace("kl_coef:", "kl_cof:"), "argument of dpok 'kl_cof'; did you mean 'kl_coef'?"),
+        (lambda text: text.replace("eta:", "etta:"), "argument of DPOK-Shapes-v0 'etta'; did you mean 'eta'?"),
+        (lambda text: text.replace("lora_rank:", "lora_rang:"), "'lora_rang'; did you mean 'lora_rank'?"),
+        (lambda text: text.replace("algo: dpok", "algo: dpokk"), "unknown algorithm 'dpokk'; did you mean 'dpok'?"),
+        (lambda text: text.replace("images: 2240", "images: many"), "images must be an integer of at least 1"),
+        (lambda text: "[" + text, "is damaged"),
+        (lambda text: "- a list", "is damaged: it is no mapping"),
+    ],
+)
+def test_mistakes_in_config_yaml(tmp_path, change, message):
+    _config().write(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match="key|argument|unknown|damaged|must be") as caught:
+        Config.read(tmp_path)
+    assert message in str(caught.value)
+
+
+def test_a_folder_without_a_config(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is no run folder: it has no config\.yaml"):
+        Config.read(tmp_path)
+
+
+def test_a_folder_of_that_name_does_not_make_a_prompt_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cat").mkdir()
+    assert _config("--env", "DPOK-SD15-v0", "--prompts", "cat").env_kwargs["prompts"] == "cat"
+    (tmp_path / "dog").write_text("a dog")
+    assert _config("--env", "DPOK-SD15-v0", "--prompts", "dog").env_kwargs["prompts"] == str(tmp_path / "dog")
+
+
+def test_a_folder_with_a_reward_is_found_from_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "my_reward").mkdir()
+    monkeypatch.chdir(tmp_path)
+    weights = _config("--reward", "my_reward=0.5,shapes-quality").env_kwargs["reward"]
+    assert weights == {str(tmp_path / "my_reward"): 0.5, "shapes-quality": 1.0}
+
+
+def test_an_environment_of_another_module(tmp_path, monkeypatch):
+    register = "dpok_gym:DenoisingVectorEnv"
+    text = f"import gymnasium\ngymnasium.register('Mine-v0', vector_entry_point={register!r}, kwargs={{'eta': 0.5}})\n"
+    (tmp_path / "my_envs.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert _config("--env", "my_envs:Mine-v0").env_kwargs["eta"] == 0.5
+    with pytest.raises(ValueError, match="there is no environment 'no_envs:Mine-v0'"):
+        _config("--env", "no_envs:Mine-v0")
+
+
+def test_an_algorithm_of_another_module(tmp_path, monkeypatch):
+    text = """
+from agents import DPOK
+
+class Mine(DPOK):
+    '''Like DPOK.
+
+    Args:
+        curiosity: how much it wants to know, in [0, 1].
+    '''
+
+    def __init__(self, policy="DenoisingPolicy", env=None, *, curiosity: float = 0.5, **kwargs):
+        super().__init__(policy, env, **kwargs)
+        self.curiosity = curiosity
+"""
+    (tmp_path / "my_algorithm.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = _config("--algo", "my_algorithm:Mine", "--curiosity", "0.75", "--kl-coef", "0.5")
+    assert (config.algo_kwargs["curiosity"], config.algo_kwargs["kl_coef"]) == (0.75, 0.5)
+    with pytest.raises(ValueError, match="did you mean '--curiosity'"):
+        _config("--algo", "my_algorithm:Mine", "--curiosty", "0.75")
+
+
+def test_rewards_are_read():
+    assert parse_reward("shapes-alignment") == {"shapes-alignment": 1.0}
+    assert parse_reward("a=2, b=-0.5,c") == {"a": 2.0, "b": -0.5, "c": 1.0}
+    assert parse_reward({"a": 3}) == {"a": 3}
+    assert parse_reward("http://a:1 https://b=0.5,http://c?d=e=2,mine:f=3,http://g") == {
+        "http://a:1 https://b": 0.5,
+        "http://c?d=e": 2.0,
+        "mine:f": 3.0,
+        "http://g": 1.0,
+    }
+    for wrong in ("", "=1", "a,a", "a=1=2", "http://a?b=c"):
+        with pytest.raises(ValueError, match="reward"):
+            parse_reward(wrong)

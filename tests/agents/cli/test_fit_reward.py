@@ -1,0 +1,134 @@
+"""``dpok fit-reward``, from a file of choices to a reward that can be trained with."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from agents.cli import plots
+from agents.cli.fit_reward import FitReward
+from agents.cli.main import main
+from dpok_gym.rewards import make_reward
+from dpok_gym.rewards.preference.fit import Measured, fit
+from tests.agents.cli.support import check_texts, read_summary, train
+
+QUICK = ["--epochs", "2", "--held-out", "0.2", "--image-size", "16", "--batch-size", "8", "--device", "cpu"]
+WRITTEN = {"config.json", "model.safetensors", "fit.json", "calibration.png"}
+
+
+@pytest.fixture
+def choices(tmp_path):
+    """Forty choices of the brighter image of two."""
+    rng, rows = np.random.default_rng(0), []
+    for k in range(40):
+        names = [f"{k}-{side}.png" for side in "ab"]
+        levels = rng.integers(256, size=2)
+        for name, level in zip(names, levels, strict=True):
+            Image.new("RGB", (20, 16), (int(level),) * 3).save(tmp_path / name)
+        rows.append({"prompt": "a bright day", "images": names, "preferred": int(levels.argmax())})
+    path = tmp_path / "choices.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_a_reward_is_fitted(choices, tmp_path, capsys):
+    out = tmp_path / "reward"
+    assert main(["fit-reward", str(choices), "--out", str(out), *QUICK]) == 0
+    assert {path.name for path in out.iterdir()} == WRITTEN
+    printed = capsys.readouterr().out
+    fitted = json.loads((out / "fit.json").read_text())
+    held_out = Measured(**fitted["held_out"])
+    assert (fitted["trained_on"], held_out.choices) == (32, 8)
+    assert f"agreement {held_out.agreement:.1%}" in printed
+    assert "40 choices between 80 images" in printed
+    assert "predicted" in printed
+    assert Image.open(out / "calibration.png").size[0] > 500
+    batch = make_reward(str(out))(torch.rand(3, 3, 64, 64), ["a bright day", "a dark day", ""])
+    assert batch.total.isfinite().all()
+
+    assert main(["fit-reward", str(choices), "--out", str(out), *QUICK]) == 2
+    assert "already holds a reward; choose another --out" in capsys.readouterr().err
+
+
+def test_it_goes_on_from_a_reward(choices, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    main(["fit-reward", str(choices), "--out", str(first), *QUICK])
+    arguments = ["fit-reward", str(choices), "--out", str(second), "--start", str(first), "--learning-rate", "1e-12"]
+    assert main([*arguments, "--image-size", "24"]) == 2
+    assert "takes images of 16 pixels" in capsys.readouterr().err
+    assert main([*arguments, "--held-out", "0.2", "--epochs", "1", "--device", "cpu"]) == 0
+    images, prompts = torch.rand(3, 3, 16, 16), ["a bright day"] * 3
+    one, other = (make_reward(str(folder))(images, prompts).total for folder in (first, second))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
+
+
+def test_it_can_be_trained_with(choices, tmp_path):
+    out = tmp_path / "reward"
+    main(["fit-reward", str(choices), "--out", str(out), *QUICK])
+    settings = ["--images", "2", "--n-envs", "2", "--num-inference-steps", "2", "--eval-images", "2"]
+    assert train(tmp_path / "run", "--reward", str(out), "--device", "cpu", *settings) == 0
+    assert str(out) in read_summary(tmp_path / "run")["rewards_after"]
+
+
+def test_ctrl_c_keeps_the_best_so_far(choices, tmp_path, monkeypatch):
+    def interrupted(*args, log, **settings):
+        def log_and_stop(row):
+            log(row)
+            raise KeyboardInterrupt
+
+        return fit(*args, log=log_and_stop, **settings)
+
+    monkeypatch.setattr("dpok_gym.rewards.preference.fit.fit", interrupted)
+    out = tmp_path / "reward"
+    assert main(["fit-reward", str(choices), "--out", str(out), *QUICK]) == 130
+    assert {path.name for path in out.iterdir()} == WRITTEN
+    assert json.loads((out / "fit.json").read_text())["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--held-out", "1"], "held-out share must lie between 0 and 1"),
+        (["--image-size", "20"], "image size must be a multiple of 8"),
+        (["--epochs", "0"], "epochs must be an integer of at least 1"),
+        (["--seed", "-1"], "--seed must be an integer of at least 0"),
+    ],
+)
+def test_mistakes_are_said_and_nothing_is_written(choices, tmp_path, capsys, options, message):
+    assert main(["fit-reward", str(choices), "--out", str(tmp_path / "reward"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "reward").exists()
+
+
+def test_mistakes_in_the_file(choices, tmp_path, capsys):
+    (tmp_path / "3-a.png").unlink()
+    assert main(["fit-reward", str(choices), "--out", str(tmp_path / "reward")]) == 2
+    captured = capsys.readouterr().err
+    assert "line 4 of" in captured
+    assert captured.count("\n") == 1
+
+
+def test_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        main(["fit-reward", "--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(FitReward):
+        assert field.name == "choices" or f"--{field.name.replace('_', '-')}" in text
+    assert '"preferred": 0' in text
+
+
+def test_calibration_figure(tmp_path, monkeypatch):
+    kept = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: (kept.append(figure), save(figure, path))[1])
+    measured = Measured(100, 0.81, 0.4, 0.02, [0.55, 0.75, 0.95], [0.5, 0.8, 1.0], [20, 30, 50])
+    assert plots.calibration(measured, tmp_path / "calibration.png", "100 choices held out").is_file()
+    curve, counts = kept[0].axes
+    np.testing.assert_allclose(curve.containers[0].lines[0].get_data(), [measured.predicted, measured.observed])
+    assert [bar.get_height() for bar in counts.patches] == measured.counts
+    assert "81.0%" in kept[0].get_suptitle()
+    check_texts(kept[0])

@@ -1,0 +1,121 @@
+"""The command itself: help, version, errors, exit codes."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+import dpok_gym
+from agents.cli import main as command_line
+from agents.cli.evaluate import Evaluate
+from agents.cli.fit_reward import FitReward
+from agents.cli.main import COMMANDS, main, parse
+from agents.cli.sample import Sample
+from agents.cli.serve_reward import ServeReward
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help_lists_the_commands(argv, capsys):
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    for name, (_, description) in COMMANDS.items():
+        assert f"  {name} " in text
+        assert description in text
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dpok {dpok_gym.__version__}\n"
+
+
+@pytest.mark.parametrize("argv", ["[]", "['--help']", "['--version']", "['sample', '--help']", "['trian']"])
+def test_torch_is_not_loaded_before_it_is_needed(argv):
+    check = f"""
+import sys
+from agents.cli.main import main
+try:
+    main({argv})
+except SystemExit:
+    pass
+sys.exit(bool({{'torch', 'matplotlib'}} & set(sys.modules)))
+"""
+    assert subprocess.run([sys.executable, "-c", check], check=False, capture_output=True).returncode == 0
+
+
+def test_python_m_agents(tmp_path):
+    words = [sys.executable, "-m", "agents", "sample", "--prompt", "a red circle", "--n", "0", "--device", "cpu"]
+    ended = subprocess.run(words, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "dpok: error: --n must be an integer of at least 1, got 0\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["evaluate", "nowhere"], "no run folder"),
+        (["evaluate"], "run"),
+        (["evaluate", "nowhere", "--image", "3"], "unknown option --image; did you mean '--images'?"),
+        (["sample", "--prompt", "a red circle", "--lora", "nowhere"], "no LoRA"),
+        (["sample", "--prompt", "a red cat"], "cat"),
+        (["sample", "--prompt", "a red circle", "--n", "0"], "--n must be"),
+        (["sample", "--prompt", "a red circle", "--n", "two"], "--n"),
+        (["sample", "three", "squares"], "prompt"),
+        (["serve-reward", "beauty"], "unknown reward 'beauty'"),
+        (["serve-reward", "jpeg-compressibility", "--max-batch", "0"], "max_batch must be an integer of at least 1"),
+        (["serve-reward", "jpeg-compressibility", "--port", "70000"], "--port must be from 0 to 65535"),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dpok: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_mistake_can_be_looked_into(monkeypatch):
+    monkeypatch.setenv("DPOK_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["evaluate", "nowhere"])
+
+
+def test_ctrl_c(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "parse", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "dpok: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "units"),
+    [
+        ("sample", Sample, ["1 or more", "0 or more"]),
+        ("evaluate", Evaluate, ["1 or more"]),
+        ("fit-reward", FitReward, ["1 or more", '"preferred": 0', "(0, 1)"]),
+        ("serve-reward", ServeReward, ["1 or more"]),
+    ],
+)
+def test_help_of_a_command(command, options, units, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    positional = {"evaluate": "run", "serve-reward": "reward", "fit-reward": "choices"}.get(command)
+    for field in dataclasses.fields(options):
+        assert field.name == positional or f"--{field.name.replace('_', '-')}" in text
+    assert all(unit in text for unit in units)
+
+
+def test_parse_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command, options = parse(["sample", "--prompt", "a red circle", "--image-size", "64", "128"])
+    assert (command, options.prompt, options.image_size) == ("sample", "a red circle", (64, 128))
+    command, options = parse(["train", "--seed", "3"])
+    assert (command, options.config.seed) == ("train", 3)
+    assert not list(tmp_path.iterdir())

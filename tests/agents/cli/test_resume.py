@@ -1,0 +1,185 @@
+"""A run that was killed goes on to the same bits: weights, log and summary are those of an uninterrupted run."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agents import load_run
+from agents.cli.logs import read_log
+from agents.common.checkpoint import find_checkpoint, list_checkpoints
+from tests.agents.cli.support import TINY, list_written, read_summary, train
+from tests.support import assert_same
+
+OPTIONS = [*TINY, "--images", "8", "--checkpointing-steps", "2", "--seed", "3", "--target-modules", "attention"]
+FIT = ["--n-gradient-steps", "5", "--log-every", "1", "--batch-size", "2"]
+
+#: Runs the command line, and kills itself without any warning in the n-th update.
+KILLED = """
+import os, signal, sys
+import torch
+from agents.algorithms.registry import load_algorithm
+from agents.cli.main import main
+
+torch.set_num_threads(1)  # as the tests have it
+name, n, words = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+algorithm, calls = load_algorithm(name), []
+step = algorithm.optimizer_step
+
+def killed(self):
+    calls.append(0)
+    if len(calls) == n:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self)
+
+algorithm.optimizer_step = killed
+main(words)
+"""
+
+
+def _kill(algo, n_updates, folder, *options):
+    words = ["train", "--out", str(folder), "--algo", algo, *options]
+    ended = subprocess.run([sys.executable, "-c", KILLED, algo, str(n_updates), *words], check=False)
+    assert ended.returncode == -signal.SIGKILL
+
+
+def _without_times(rows):
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+def _tensorboard(folder):
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    scalars = {}
+    for name in events.Tags()["scalars"]:
+        if not name.startswith("time/"):
+            scalars[name] = [(event.step, event.value) for event in events.Scalars(name)]
+    return scalars
+
+
+def _tensors(folder):
+    return {path.name: load_file(path) for path in find_checkpoint(folder).glob("*.safetensors")}
+
+
+def assert_same_run(one, other):
+    """Asserts that two runs ended alike, but for the times."""
+    assert find_checkpoint(one).name == find_checkpoint(other).name
+    assert_same(_tensors(one), _tensors(other))
+    assert_same(_without_times(read_log(one / "progress.csv")), _without_times(read_log(other / "progress.csv")))
+    assert _tensorboard(one) == _tensorboard(other)
+    assert read_summary(one) | {"seconds": 0} == read_summary(other) | {"seconds": 0}
+    assert list_written(one) == list_written(other)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_models")
+@pytest.mark.parametrize(
+    ("algo", "options", "killed_in"),
+    [
+        ("dpok", ["--use-critic", "--target-kl", "0.5", "--normalize-rewards"], 4),
+        ("ddpo", ["--prompts", "colour"], 4),
+        ("sft", FIT, 4),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, algo, options, killed_in):
+    words = [*OPTIONS, "--batch-size", "64", *options]
+    assert train(tmp_path / "whole", "--algo", algo, *words) == 0
+    _kill(algo, killed_in, tmp_path / "killed", *words)
+    checkpoint = find_checkpoint(tmp_path / "killed")
+    assert checkpoint.name == {"dpok": "checkpoint-4", "ddpo": "checkpoint-4", "sft": "checkpoint-8-2"}[algo]
+    n_rows = len(read_log(tmp_path / "killed" / "progress.csv"))
+    assert n_rows == {"dpok": 3, "ddpo": 3, "sft": 7}[algo]  # a row more than the checkpoint's
+    # What a process that is killed while it writes a checkpoint leaves:
+    shutil.copytree(checkpoint, tmp_path / "killed" / "checkpoint-6.part")
+    (tmp_path / "killed" / "checkpoint-6.part" / "trainer_state.json").unlink()
+    evaluated = (tmp_path / "killed" / "evaluation_before.npz").stat().st_mtime_ns
+    assert train(tmp_path / "killed", "--resume") == 0
+    assert (tmp_path / "killed" / "evaluation_before.npz").stat().st_mtime_ns == evaluated  # it was not drawn again
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert train(folder, *OPTIONS) == 0
+    return folder
+
+
+def test_a_run_goes_on_from_an_older_checkpoint(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-4", "checkpoint-8"]
+    assert train(folder, "--resume-from-checkpoint", "checkpoint-4") == 0
+    assert_same_run(folder, finished)
+
+
+def test_more_images(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    assert train(folder, "--resume", "--images", "10") == 0
+    assert [row["rollout/images"] for row in read_log(folder / "progress.csv")] == [2, 4, 6, 8, 10]
+    assert [step for step, _ in _tensorboard(folder)["rollout/images"]] == [1, 2, 3, 4, 5]
+    summary = read_summary(folder)
+    assert summary["pictures"] == 10
+    assert summary["aligned_before"] == read_summary(finished)["aligned_before"]
+    assert summary["seconds"] > read_summary(finished)["seconds"]
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-8", "checkpoint-10"]
+
+
+def test_a_run_that_died_before_its_first_checkpoint(finished, tmp_path):
+    """The same command goes on, and so does --resume."""
+    for words in (OPTIONS, ["--resume"]):
+        folder = tmp_path / words[0].strip("-")
+        folder.mkdir()
+        shutil.copy(finished / "config.yaml", folder)
+        (folder / "progress.csv").write_text("rollout/images\n2\n")
+        assert train(folder, *words) == 0
+        assert_same_run(folder, finished)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--resume"], "ask for more with --images"),
+        (["--resume", "--kl-coef", "0.5"], "leave out --kl-coef"),
+        (["--resume", "--lora-rank", "4", "--n-epochs", "2"], "leave out --n-epochs, --lora-rank"),
+        (["--resume", "--algo", "grpo"], "leave out --algo"),
+        (["--resume", "--images", "-5"], "images must be an integer of at least 1, got -5"),
+        (["--resume-from-checkpoint", "checkpoint-5"], "did you mean 'checkpoint-8'"),
+        (["--resume", "--group-size", "4"], "unknown option --group-size"),
+        ([], "already holds a run"),
+    ],
+)
+def test_mistakes(finished, tmp_path, capsys, words, message):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert train(finished, *words) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("dpok: error: ")
+    assert message in error
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_resume_needs_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train(tmp_path / "nothing", "--resume") == 2
+    assert "is no run folder" in capsys.readouterr().err
+    from agents.cli.main import main
+
+    assert main(["train", "--resume"]) == 2
+    assert "--resume needs the run folder to go on with: --out FOLDER" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.usefixtures("fresh_models")
+def test_load_run(finished, tmp_path):
+    agent = load_run(finished, device="cpu")
+    assert agent.images_drawn == 8
+    assert_same(dict(agent.policy.lora.state_dict()), agent.state_dict()["tensors"]["lora"])
+    saved = load_file(find_checkpoint(finished) / "pytorch_lora_weights.safetensors")
+    assert_same({f"unet.{name}": value for name, value in agent.policy.lora.state_dict().items()}, saved)
+    (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
+    with pytest.raises(FileNotFoundError, match="has no checkpoint"):
+        load_run(tmp_path)

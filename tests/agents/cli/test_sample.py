@@ -1,0 +1,67 @@
+"""``dpok sample``: with the pre-trained model, a LoRA, a run, and a model that has moved."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from agents.cli.main import main
+from tests.agents.cli.support import TINY, sample, train
+
+
+def _pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_sample(finished, tmp_path, capsys):
+    code, out = sample(tmp_path, finished)
+    assert code == 0
+    assert Image.open(out).format == "PNG"
+    printed = capsys.readouterr().out
+    assert "2 images, " in printed
+    assert "of them fully aligned" in printed
+    fine_tuned = _pixels(out)
+    shutil.copytree(finished / "lora", tmp_path / "elsewhere")
+    assert sample(tmp_path, tmp_path / "elsewhere")[0] == 0
+    assert np.abs(_pixels(out) - fine_tuned).max() <= 1  # of 255
+    assert sample(tmp_path, finished / "checkpoint-4")[0] == 0
+    assert np.abs(_pixels(out) - fine_tuned).max() <= 1
+    assert sample(tmp_path, finished / "typo")[0] == 2
+
+
+def test_the_pre_trained_model(finished, tmp_path, capsys):
+    words = ["sample", "--num-inference-steps", "2", "--n", "2", "--device", "cpu", "--out", str(tmp_path / "one.png")]
+    assert main([*words, "--prompt", "a red circle"]) == 0
+    assert "of them fully aligned" in capsys.readouterr().out
+    _, out = sample(tmp_path, finished)
+    assert np.abs(_pixels(tmp_path / "one.png") - _pixels(out)).max() > 1
+    # The judge cannot read this, the model can.
+    assert main([*words, "--prompt", "circle", "--out", str(tmp_path / "new" / "circle.png")]) == 0
+    assert (tmp_path / "new" / "circle.png").is_file()
+    assert "aligned" not in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_model_has_moved(tiny_sd_folder, tmp_path, capsys, fresh_models):
+    """And all of its denoiser was trained, which draws with the options of the command."""
+    model, run = shutil.copytree(tiny_sd_folder, tmp_path / "before" / "model"), tmp_path / "run"
+    options = ["--env", "DPOK-SD15-v0", "--model", str(model), "--prompts", "a dog", "--reward", "jpeg-compressibility"]
+    assert train(run, "--images", "2", *options, *TINY, "--lora-rank", "0", "--guidance-scale", "1") == 0
+    moved = (tmp_path / "before").rename(tmp_path / "after") / "model"
+    fresh_models()
+    scores = ["evaluate", str(run), "--images", "2", "--device", "cpu"]
+    assert main(scores) == 2
+    assert str(model) in capsys.readouterr().err
+    assert main([*scores, "--model", str(moved)]) == 0
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(model), str(moved)))
+    assert train(run, "--resume", "--images", "4") == 0
+    drawn = []
+    for guidance_scale in ("1", "5"):
+        code, out = sample(tmp_path, run, "--guidance-scale", guidance_scale, "--num-inference-steps", "3")
+        assert code == 0
+        drawn.append(_pixels(out))
+    assert not np.array_equal(*drawn)
+    assert sample(tmp_path, run, "--dtype", "bfloat16")[0] == 2
+    assert "leave out --dtype" in capsys.readouterr().err

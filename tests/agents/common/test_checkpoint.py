@@ -1,0 +1,182 @@
+"""Checkpoints of a stand-in for an agent: what is written, what is kept, and what a killed process leaves."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from agents.common import checkpoint
+from agents.common.checkpoint import (
+    CheckpointCallback,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from tests.support import assert_same
+
+
+class Agent:
+    """Has what a checkpoint needs of an agent."""
+
+    def __init__(self, images_drawn=0, n_updates=0, seed=0, trains_all=False):
+        generator = torch.Generator().manual_seed(seed)
+        weights = "denoiser" if trains_all else "lora"
+        self.tensors = {
+            weights: {"down.weight": torch.randn(2, 3, generator=generator)},
+            "critic": {"0.bias": torch.randn(4, generator=generator)},
+            "optimizer": {"0.step": torch.tensor(3.0), "0.exp_avg": torch.randn(3, 2, generator=generator).T},
+        }
+        self.images_drawn, self._n_updates = images_drawn, n_updates
+        self.iteration = 0
+        self.process = SimpleNamespace(model=SimpleNamespace(lora_prefix="unet."))
+
+    def state_dict(self):
+        counters = {"images_drawn": self.images_drawn, "n_updates": self._n_updates, "statistics": [0.1, float("nan")]}
+        return {"tensors": self.tensors, "state": counters}
+
+    def load_state_dict(self, saved):
+        self.tensors = saved["tensors"]
+        self.images_drawn, self._n_updates = saved["state"]["images_drawn"], saved["state"]["n_updates"]
+
+    def save_lora(self, folder):
+        path = Path(folder) / "pytorch_lora_weights.safetensors"
+        save_file({f"unet.{name}": values for name, values in self.tensors["lora"].items()}, path)
+        return path
+
+
+@pytest.mark.parametrize("trains_all", [False, True])
+def test_what_is_saved_comes_back_to_the_last_bit(tmp_path, trains_all):
+    agent = Agent(64, 5, trains_all=trains_all)
+    folder = save_checkpoint(agent, tmp_path, {"log_rows": 3, "seconds": 0.1})
+    assert folder == tmp_path / "checkpoint-64"
+    weights = "denoiser.safetensors" if trains_all else "pytorch_lora_weights.safetensors"
+    assert {path.name for path in folder.iterdir()} == {
+        weights,
+        "critic.safetensors",
+        "optimizer.safetensors",
+        "trainer_state.json",
+    }
+    other = Agent(seed=1, trains_all=trains_all)
+    assert load_checkpoint(other, folder) == {"log_rows": 3, "seconds": 0.1}
+    assert_same(other.tensors, agent.tensors)
+    assert (other.images_drawn, other._n_updates) == (64, 5)
+
+
+def test_the_lora_is_in_the_format_of_diffusers(tmp_path):
+    agent = Agent()
+    folder = save_checkpoint(agent, tmp_path)
+    saved = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert_same(saved, {"unet.down.weight": agent.tensors["lora"]["down.weight"]})
+
+
+def test_old_checkpoints_are_removed(tmp_path):
+    for images in (0, 100, 20):
+        save_checkpoint(Agent(images), tmp_path, total_limit=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
+    save_checkpoint(Agent(120), tmp_path, total_limit=None)
+    assert len(list_checkpoints(tmp_path)) == 3
+    with pytest.raises(ValueError, match="checkpoints_total_limit must be an integer of at least 1"):
+        save_checkpoint(Agent(140), tmp_path, total_limit=0)
+
+
+def test_the_old_checkpoint_stays_until_the_new_one_is_in_place(tmp_path, monkeypatch):
+    save_checkpoint(Agent(10), tmp_path, total_limit=1)
+
+    def fails(*args):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "flush_to_disk", fails)
+    with pytest.raises(OSError, match="full"):
+        save_checkpoint(Agent(20), tmp_path, total_limit=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10"]
+    assert find_checkpoint(tmp_path).name == "checkpoint-10"
+    monkeypatch.undo()
+    save_checkpoint(Agent(20), tmp_path, total_limit=1)
+    assert os.listdir(tmp_path) == ["checkpoint-20"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    save_checkpoint(Agent(10), tmp_path)
+    for name in ("checkpoint-20.part", "checkpoint-5.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "optimizer.safetensors").write_bytes(b"half of it")
+    assert find_checkpoint(tmp_path).name == "checkpoint-10"
+    save_checkpoint(Agent(20), tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-20"]
+
+
+def test_a_fit_without_new_images_gets_new_names(tmp_path):
+    """A forward-process algorithm draws all of its images first, and then takes optimiser steps."""
+    names = [save_checkpoint(Agent(64, updates), tmp_path).name for updates in (0, 50, 100, 100)]
+    assert names == ["checkpoint-64", "checkpoint-64-50", "checkpoint-64-100", "checkpoint-64-100"]
+    assert find_checkpoint(tmp_path).name == "checkpoint-64-100"
+    assert [path.name for path in list_checkpoints(tmp_path)] == names[:3]
+
+
+def test_the_same_state_is_not_written_again(tmp_path):
+    folder = save_checkpoint(Agent(64), tmp_path, {"seconds": 1.0})
+    written = (folder / "trainer_state.json").stat().st_mtime_ns
+    assert save_checkpoint(Agent(64), tmp_path, {"seconds": 2.0}) == folder
+    assert (folder / "trainer_state.json").stat().st_mtime_ns == written
+
+
+def test_find_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="the run ended before the first one"):
+        find_checkpoint(tmp_path)
+    for images in (10, 20):
+        save_checkpoint(Agent(images), tmp_path)
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-20"
+    assert find_checkpoint(tmp_path, "checkpoint-10") == tmp_path / "checkpoint-10"
+    assert find_checkpoint("elsewhere", tmp_path / "checkpoint-10") == tmp_path / "checkpoint-10"
+    with pytest.raises(FileNotFoundError, match="did you mean 'checkpoint-10'"):
+        find_checkpoint(tmp_path, "checkpoint-1")
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.safetensors"])
+def test_a_damaged_checkpoint_is_refused(tmp_path, name):
+    folder = save_checkpoint(Agent(10), tmp_path)
+    (folder / name).write_bytes((folder / name).read_bytes()[:20])
+    with pytest.raises(ValueError, match="checkpoint-10 is damaged"):
+        load_checkpoint(Agent(), folder)
+    (folder / "trainer_state.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"is no checkpoint: it has no trainer_state\.json"):
+        load_checkpoint(Agent(), folder)
+    assert not list_checkpoints(tmp_path)
+
+
+def test_no_file_can_run_code(tmp_path):
+    """No pickle: every file is safetensors or JSON."""
+    for path in save_checkpoint(Agent(10), tmp_path).iterdir():
+        if path.suffix == ".json":
+            assert set(json.loads(path.read_text())) == {"agent", "run"}
+        else:
+            assert load_file(path)
+
+
+def test_the_callback_saves_before_an_iteration(tmp_path):
+    agent, rows = Agent(), []
+    save = CheckpointCallback(tmp_path, every=2, total_limit=3, extra_state=lambda: {"log_rows": len(rows)})
+    save.model = agent
+    for iteration in range(6):
+        agent.iteration, agent.images_drawn = iteration, 8 * iteration
+        save.on_rollout_start()
+        rows.append(iteration)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-16", "checkpoint-32"]
+    assert load_checkpoint(Agent(), tmp_path / "checkpoint-32") == {"log_rows": 4}
+    for wrong in ({"every": 0}, {"total_limit": 0}):
+        with pytest.raises(ValueError, match="must be an integer of at least 1"):
+            CheckpointCallback(tmp_path, **wrong)
+
+
+def test_the_agents_arrays_need_not_be_contiguous(tmp_path):
+    agent = Agent(1)
+    assert not agent.tensors["optimizer"]["0.exp_avg"].is_contiguous()
+    loaded = Agent(seed=1)
+    load_checkpoint(loaded, save_checkpoint(agent, tmp_path))
+    np.testing.assert_array_equal(loaded.tensors["optimizer"]["0.exp_avg"], agent.tensors["optimizer"]["0.exp_avg"])

@@ -1,0 +1,590 @@
+"""Each family of models against diffusers' own pipelines, the ways to name a model, and what is refused."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from dpok_gym.models import TextToImageModel, load_model
+from dpok_gym.models.base import ENCODING_BATCH_SIZE, GuidanceGradient
+from dpok_gym.models.lora import LoRA, reference_copy
+from dpok_gym.samplers.process import DenoisingProcess, State
+from dpok_gym.testing import MAX_TOKENS
+from dpok_gym.vector_env import DenoisingVectorEnv
+from tests.support import assert_same, make_process, redness
+
+FOLDERS = ["tiny_sd_folder", "tiny_v_folder", "tiny_xl_folder"]
+PROMPTS = ["a green rabbit.", "dog"]
+T = 3
+
+
+@pytest.fixture(params=FOLDERS)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+def our_images(process: DenoisingProcess, latents: Tensor) -> Tensor:
+    """Draws from x_T with the noise that diffusers' pipelines take."""
+    generator = torch.Generator().manual_seed(5)
+    conditioning = process.encode(PROMPTS)
+    with torch.no_grad():
+        steps = list(process.denoise(latents, conditioning, lambda _: torch.randn(latents.shape, generator=generator)))
+        return process.model.decode(steps[-1].next_latents)
+
+
+def their_images(pipeline: Any, latents: Tensor, **kwargs: Any) -> Tensor:
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    return pipeline(
+        PROMPTS, latents=latents, generator=generator, eta=1.0, num_inference_steps=T, output_type="pt", **kwargs
+    ).images
+
+
+def x_T(*size: int) -> Tensor:
+    return torch.randn(2, *(size or (4, 8, 8)), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "", "a dog"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_the_sampler_is_that_of_diffusers(folder: Path, guidance_scale: float, negative_prompt: str | None) -> None:
+    process = make_process(folder, T, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+    negative = None if negative_prompt is None else [negative_prompt] * 2
+    theirs = their_images(
+        DiffusionPipeline.from_pretrained(folder), x_T(), guidance_scale=guidance_scale, negative_prompt=negative
+    )
+    torch.testing.assert_close(our_images(process, x_T()), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_negative_prompts_matter(folder: Path) -> None:
+    plain, other = (
+        our_images(make_process(folder, T, guidance_scale=5.0, negative_prompt=text), x_T()) for text in (None, "a dog")
+    )
+    assert not torch.allclose(plain, other, atol=1e-3)
+
+
+def test_other_sizes_of_images(folder: Path) -> None:
+    process = make_process(folder, T, image_size=(16, 32), guidance_scale=3.0)
+    model = process.model
+    assert (model.latent_shape, model.image_shape) == ((4, 8, 16), (16, 32))
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    theirs = their_images(pipeline, x_T(4, 8, 16), guidance_scale=3.0, height=16, width=32)
+    torch.testing.assert_close(our_images(process, x_T(4, 8, 16)), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [0, 15, (16, 16, 16), (16,), (16, -2), 16.0, "16", ("a", "b"), (16, True)])
+def test_sizes_that_cannot_be(tiny_sd_folder: Path, size: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"multiples of 2 pixels, got {size!r}")):
+        load_model(tiny_sd_folder, "cpu", image_size=size)
+
+
+def test_sizes_and_negative_prompts_share_the_networks(folder: Path) -> None:
+    plain, other = load_model(folder, "cpu"), load_model(folder, "cpu", image_size=32, negative_prompt="dog")
+    assert plain.denoiser is other.denoiser
+    assert (plain.options, other.options) == ({}, {"image_size": 32, "negative_prompt": "dog"})
+    assert load_model(folder, "cpu", **other.options) is other
+
+
+def make_lora(model: TextToImageModel, scale: float = 0.3) -> LoRA:
+    """A LoRA that changes something, as after training."""
+    lora = LoRA(model.denoiser, 2, model.lora_layers["attention"])
+    with torch.no_grad():
+        for value in lora.parameters.values():
+            value.normal_(std=scale)
+    return lora
+
+
+def test_exported_lora_draws_the_same_images_with_diffusers(folder: Path, tmp_path: Path) -> None:
+    process = make_process(folder, T, guidance_scale=3.0)
+    lora = make_lora(process.model)
+    with lora.enabled():
+        ours = our_images(process, x_T())
+    lora.save(tmp_path, process.model.lora_prefix)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path)
+    theirs = their_images(pipeline, x_T(), guidance_scale=3.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ours, our_images(process, x_T()), atol=1e-3)
+
+
+Gradients = tuple[Tensor, list[Tensor]]
+
+
+def gradients(
+    process: DenoisingProcess, trained: LoRA | nn.Module, guidance_gradient: GuidanceGradient = "both"
+) -> Gradients:
+    """Returns the mean of a transition, and the gradient of a function of it by the trained parameters."""
+    if isinstance(trained, LoRA):
+        parameters, denoiser, block = list(trained.parameters.values()), None, trained.enabled()
+    else:
+        parameters, denoiser, block = list(trained.parameters()), trained, nullcontext()
+    latents = x_T(*process.model.latent_shape)
+    state = State(latents, torch.tensor([0, T - 1]), process.encode(PROMPTS))
+    with block:
+        mean, _ = process.transition(state, denoiser=denoiser, guidance_gradient=guidance_gradient)
+        mean.square().sum().backward()
+    values = [value.grad.clone() for value in parameters if value.grad is not None]
+    for value in parameters:
+        value.grad = None
+    return mean.detach(), values
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_gradient_checkpointing_changes_only_what_is_kept(
+    folder: Path, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = make_process(folder, T, guidance_scale=3.0)
+    trained: Any = reference_copy(process.model.denoiser).requires_grad_(True) if whole else make_lora(process.model)
+    mean, expected = gradients(process, trained)
+    network: Any = trained if whole else process.model.denoiser
+    network.enable_gradient_checkpointing()
+    calls = []
+    for module in network.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            function = module._gradient_checkpointing_func
+            monkeypatch.setattr(
+                module, "_gradient_checkpointing_func", lambda *args, f=function: calls.append(1) or f(*args)
+            )
+    try:
+        same_mean, values = gradients(process, trained)
+        assert calls
+        calls.clear()
+        our_images(process, x_T())
+        assert not calls
+    finally:
+        network.disable_gradient_checkpointing()
+    torch.testing.assert_close(same_mean, mean)
+    assert len(values) == len(expected) > 0
+    for ours, theirs in zip(values, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_the_conditional_part_alone(folder: Path) -> None:
+    process = make_process(folder, T, guidance_scale=3.0)
+    lora = make_lora(process.model, 0.1)
+    mean, both = gradients(process, lora)
+    same_mean, conditional = gradients(process, lora, "conditional")
+    # A batch of another size adds up in another order, and guidance magnifies the difference.
+    torch.testing.assert_close(same_mean, mean, rtol=1e-4, atol=1e-4)
+    assert any(not torch.allclose(ours, theirs, rtol=0.01) for ours, theirs in zip(conditional, both, strict=True))
+    # output = (1 - s) unconditional + s conditional: with s = 1 nothing is left of the first.
+    _, expected = gradients(make_process(folder, T), lora)
+    nearly_unguided = make_process(folder, T, guidance_scale=1 + 1e-7)
+    for ours, theirs in zip(gradients(nearly_unguided, lora, "conditional")[1], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_half_precision_of_xl(tiny_xl_folder: Path) -> None:
+    process = make_process(tiny_xl_folder, T, dtype="bfloat16", image_size=[16, 32], negative_prompt="dog")
+    assert json.loads(json.dumps(process.model.options)) == {
+        "dtype": "bfloat16",
+        "image_size": [16, 32],
+        "negative_prompt": "dog",
+    }
+    lora = make_lora(process.model, 0.1)
+    assert {value.dtype for value in lora.parameters.values()} == {torch.float32}
+    mean, values = gradients(process, lora)
+    assert mean.dtype == torch.float32
+    assert len(values) == len(lora.parameters)
+    assert all(gradient.isfinite().all() for gradient in values)
+
+
+def test_number_of_forward_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = load_model(folder, "cpu")
+    rows: list[int] = []
+    plain = model._denoise
+    monkeypatch.setattr(model, "_denoise", lambda *args: rows.append(len(args[1])) or plain(*args))
+    conditioning = model.encode(PROMPTS)
+    for scale in (1.0, 0.0, 7.5):
+        for guidance_gradient in ("both", "conditional"):
+            rows.clear()
+            model.predict(x_T(), torch.tensor([1, 501]), conditioning, scale, None, guidance_gradient)
+            assert sum(rows) == 2 * model.num_forward_passes(scale)
+
+
+def test_xl_autoencoder_in_a_safe_precision(tiny_xl_folder: Path) -> None:
+    model: Any = load_model(tiny_xl_folder, "cpu", "float16")
+    assert (model.denoiser.dtype, model.vae.dtype) == (torch.float16, torch.float32)
+    assert load_model(tiny_xl_folder, "cpu", "bfloat16").vae.dtype == torch.bfloat16  # type: ignore[attr-defined]
+
+
+def test_offloaded_text_encoders_come_back(folder: Path) -> None:
+    model: Any = load_model(folder, "cpu")
+    expected = model.encode(["a dog"])
+    model.offload_text_encoder()
+    model._conditioning.clear()
+    assert_same(model.encode(["a dog"]), expected)
+
+
+def test_guidance_leaves_offloaded_text_encoders_where_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = load_model(folder, "cpu", negative_prompt="a rabbit")
+    conditioning = model.encode(["a dog"])
+    model.offload_text_encoder()
+    monkeypatch.delattr(type(model), "_encode")
+    model.predict(torch.zeros(1, *model.latent_shape), torch.tensor([1]), conditioning, guidance_scale=2.0)
+
+
+def test_prompts_are_encoded_in_the_precision_of_the_weights(folder: Path) -> None:
+    """Whoever asks first: they are kept, and a learner's autocast is nobody else's."""
+    model: Any = load_model(folder, "cpu", negative_prompt="a red dog")
+    with torch.autocast("cpu", torch.bfloat16):
+        first = model.encode(["a green dog"])
+    model._conditioning.clear()
+    assert_same(first, model.encode(["a green dog"]))
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "a green moon"])
+def test_guidance_after_the_first_use_in_inference_mode(folder: Path, negative_prompt: str | None) -> None:
+    """The encoded negative prompt is kept: an inference tensor could not take part in a backward pass."""
+    process = make_process(folder, T, guidance_scale=3.0, negative_prompt=negative_prompt)
+    process.model._unconditional = None  # type: ignore[attr-defined]
+    process.model._conditioning.clear()
+    with torch.inference_mode():
+        our_images(process, x_T())
+    assert not any(value.is_inference() for value in process.model.unconditional().values())  # type: ignore[attr-defined]
+    assert all(value.isfinite().all() for value in gradients(process, make_lora(process.model))[1])
+
+
+def test_many_prompts_are_encoded_as_each_of_them(folder: Path) -> None:
+    model: Any = load_model(folder, "cpu", negative_prompt="a dog")
+    short = [" ".join(["a", *["dog"] * k]) for k in range(1, 6)] * 9
+    prompts = [*short, *(f"{letter} moon {letter * n}." for letter in "xyz" for n in range(1, 14))]
+    assert len(set(prompts)) > ENCODING_BATCH_SIZE
+    together = model.encode(prompts)
+    model._conditioning.clear()
+    for k in (0, 1, 44, 45, 83):
+        for name, values in model.encode(prompts[k : k + 1]).items():
+            torch.testing.assert_close(values[0], together[name][k])
+
+
+XL_PROMPTS = [*PROMPTS, "", "a z zebra", "zz top!", "moon - 3"]
+
+
+def test_xl_encodes_as_diffusers(tiny_xl_folder: Path) -> None:
+    """Prompts that contain the second tokenizer's padding, "z", included."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_xl_folder)
+    assert pipeline.tokenizer_2.pad_token == "z" != pipeline.tokenizer.pad_token
+    expected, _, pooled, _ = pipeline.encode_prompt(XL_PROMPTS, do_classifier_free_guidance=False)
+    ours = load_model(tiny_xl_folder, "cpu").encode(XL_PROMPTS)
+    torch.testing.assert_close(ours["encoder_hidden_states"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours["text_embeds"], pooled, rtol=1e-4, atol=1e-5)
+    assert ours["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * len(XL_PROMPTS)
+
+
+@pytest.fixture
+def other_words_folder(tiny_xl_folder: Path, tmp_path: Path) -> Path:
+    """An XL whose second tokenizer numbers its words differently, and reads fewer of them as one token."""
+    copied = Path(shutil.copytree(tiny_xl_folder, tmp_path / "model"))
+    tokenizer = CLIPTokenizer.from_pretrained(copied / "tokenizer")
+    vocabulary = tokenizer.get_vocab()
+    words = [token for token in sorted(vocabulary, key=vocabulary.__getitem__)[2:] if not token.startswith("ra")]
+    other = {token: 2 + index for index, token in enumerate(reversed(words))}
+    special = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    merges = json.loads((copied / "tokenizer" / "tokenizer.json").read_text())["model"]["merges"]
+    kept = [tuple(pair) for pair in merges if "".join(pair) in other]
+    CLIPTokenizer(vocab=special | other, merges=kept, model_max_length=MAX_TOKENS).save_pretrained(
+        copied / "tokenizer_2"
+    )
+    return copied
+
+
+def test_xl_with_two_vocabularies(other_words_folder: Path) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(other_words_folder)
+    first, second = pipeline.tokenizer(PROMPTS)["input_ids"], pipeline.tokenizer_2(PROMPTS)["input_ids"]
+    assert [len(ids) for ids in first] != [len(ids) for ids in second]
+    expected, _, pooled, _ = pipeline.encode_prompt(XL_PROMPTS, do_classifier_free_guidance=False)
+    model = load_model(other_words_folder, "cpu")
+    ours = model.encode(XL_PROMPTS)
+    torch.testing.assert_close(ours["encoder_hidden_states"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours["text_embeds"], pooled, rtol=1e-4, atol=1e-5)
+    # Ten rabbits are ten tokens of the first tokenizer and sixty of the second, which can read no more than forty.
+    with pytest.raises(ValueError, match="has 62 tokens and the model"):
+        model.check_prompts(["rabbit " * 10])
+
+
+def test_an_environment_uses_a_loaded_model(tiny_sd_folder: Path) -> None:
+    settings: dict[str, Any] = {"prompts": ["dog"], "reward": redness, "num_inference_steps": 2, "device": "cpu"}
+    model = load_model(tiny_sd_folder, "cpu", image_size=32)
+    env = DenoisingVectorEnv(1, model=model, **settings)
+    assert env.process.model is model
+    assert env.process.config.to_dict()["model_kwargs"] == {"image_size": 32}
+    by_name = DenoisingVectorEnv(1, model=str(tiny_sd_folder), image_size=32, **settings)
+    assert by_name.process.model is model
+    assert by_name.process.config == env.process.config
+    for given in ({"image_size": 16}, {"dtype": "bfloat16"}, {"model_kwargs": {"revision": "main"}}):
+        name = next(iter(given.get("model_kwargs", given)))
+        with pytest.raises(ValueError, match=f"a loaded model has its own {name}"):
+            DenoisingVectorEnv(1, model=model, **settings | given)
+
+
+def test_an_environment_uses_a_live_pipeline(folder: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    settings: dict[str, Any] = {"prompts": PROMPTS, "reward": redness, "num_inference_steps": 2, "device": "cpu"}
+    live = DenoisingVectorEnv(2, model=TextToImageModel.from_pipeline(pipe), **settings)
+    assert live.process.model.denoiser is pipe.unet
+    loaded = DenoisingVectorEnv(2, model=str(folder), **settings)
+    for env in (live, loaded):
+        env.reset(seed=3)
+        env.step(torch.zeros(2, 4, 8, 8).numpy())
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()
+    (_, ours, *_), (_, theirs, *_) = live.step(latents), loaded.step(latents)
+    assert_same(ours, theirs)
+
+
+def broken_copy(folder: Path, tmp_path: Path, file: str, **changes: Any) -> Path:
+    copied = Path(shutil.copytree(folder, tmp_path / "model"))
+    path = copied / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "reason"),
+    [
+        ("FluxPipeline", "flow-matching transformers are not supported"),
+        ("StableDiffusion3Pipeline", "flow-matching transformers are not supported"),
+        ("LatentConsistencyModelPipeline", "does not take DDIM's Gaussian steps"),
+        ("StableDiffusionInpaintPipeline", "it is a StableDiffusionInpaintPipeline, and only"),
+    ],
+)
+def test_families_that_are_not_supported(tiny_sd_folder: Path, tmp_path: Path, pipeline: str, reason: str) -> None:
+    copied = broken_copy(tiny_sd_folder, tmp_path, "model_index.json", _class_name=pipeline)
+    with pytest.raises(ValueError, match=reason):
+        load_model(copied, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["LCMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
+def test_schedulers_of_other_diffusions(tiny_sd_folder: Path, tmp_path: Path, kind: str) -> None:
+    copied = broken_copy(tiny_sd_folder, tmp_path, "scheduler/scheduler_config.json", _class_name=kind)
+    with pytest.raises(ValueError, match=f"the model comes with a {kind}, whose diffusion is not"):
+        make_process(copied)
+
+
+def test_denoisers_that_are_not_plain(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    for changes, reason in (({"in_channels": 9}, "inpainting"), ({"time_cond_proj_dim": 8}, "latent-consistency")):
+        folder = tmp_path / reason
+        pipeline.save_pretrained(folder)
+        unet = type(pipeline.unet).from_config({**pipeline.unet.config, **changes})
+        unet.save_pretrained(folder / "unet")
+        with pytest.raises(ValueError, match=reason):
+            load_model(folder, "cpu")
+
+
+def test_missing_second_text_encoder(tiny_xl_folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(tiny_xl_folder, tmp_path / "model"))
+    shutil.rmtree(copied / "text_encoder_2")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(copied, "cpu")
+
+
+def test_pickles_only_for_those_who_insist(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    copied = Path(shutil.copytree(tiny_sd_folder, tmp_path / "model"))
+    (copied / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(pipeline.unet.state_dict(), copied / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(copied, "cpu")
+    model: Any = load_model(copied, "cpu", allow_pickle=True)
+    assert torch.equal(model.denoiser.conv_in.weight, pipeline.unet.conv_in.weight)
+
+
+def test_variants(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight.add_(1)
+    pipeline.save_pretrained(tmp_path, variant="other")
+    model: Any = load_model(tmp_path, "cpu", variant="other")
+    assert torch.equal(model.denoiser.conv_in.weight, pipeline.unet.conv_in.weight)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(tmp_path, "cpu")
+
+
+def single_file(pipeline: Any) -> dict[str, Tensor]:
+    """The weights under the names that the models' authors published them with."""
+    n_down, per_block = len(pipeline.unet.down_blocks), pipeline.unet.config.layers_per_block + 1
+    with_attention = ["CrossAttn" in kind for kind in pipeline.unet.config.up_block_types]
+
+    def unet(key: str) -> str:
+        def block(match: re.Match[str]) -> str:
+            where, number, part, layer = match[1], int(match[2]), match[3], int(match[4])
+            if where == "down":
+                position = 1 + number * per_block + (per_block - 1 if part == "downsamplers" else layer)
+                return f"input_blocks.{position}." + {"resnets": "0", "attentions": "1", "downsamplers": "0"}[part]
+            position = number * per_block + (per_block - 1 if part == "upsamplers" else layer)
+            after = "2" if with_attention[number] else "1"
+            return f"output_blocks.{position}." + {"resnets": "0", "attentions": "1", "upsamplers": after}[part]
+
+        key = re.sub(r"^(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)", block, key)
+        key = key.replace(".0.conv.", ".0.op.") if key.startswith("input_blocks") else key
+        for theirs, published in {
+            "time_embedding.linear_1": "time_embed.0",
+            "time_embedding.linear_2": "time_embed.2",
+            "add_embedding.linear_1": "label_emb.0.0",
+            "add_embedding.linear_2": "label_emb.0.2",
+            "conv_norm_out": "out.0",
+            "conv_out": "out.2",
+            "mid_block.resnets.0": "middle_block.0",
+            "mid_block.attentions.0": "middle_block.1",
+            "mid_block.resnets.1": "middle_block.2",
+        }.items():
+            key = re.sub(rf"^{re.escape(theirs)}\b", published, key)
+        key = re.sub(r"^conv_in\b", "input_blocks.0.0", key)
+        if "transformer_blocks" not in key:
+            for theirs, published in {
+                ".norm1": ".in_layers.0",
+                ".conv1": ".in_layers.2",
+                ".norm2": ".out_layers.0",
+                ".conv2": ".out_layers.3",
+                ".time_emb_proj": ".emb_layers.1",
+                ".conv_shortcut": ".skip_connection",
+            }.items():
+                key = key.replace(theirs, published)
+        return "model.diffusion_model." + key
+
+    def vae(key: str) -> str:
+        key = re.sub(r"decoder\.up_blocks\.(\d+)", lambda m: f"decoder.up.{1 - int(m[1])}", key)  # two blocks
+        key = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
+        for theirs, published in {
+            "encoder.down_blocks": "encoder.down",
+            ".resnets.": ".block.",
+            ".downsamplers.0": ".downsample",
+            ".upsamplers.0": ".upsample",
+            "mid_block.attentions.0": "mid.attn_1",
+            "conv_norm_out": "norm_out",
+            "conv_shortcut": "nin_shortcut",
+            "group_norm": "norm",
+            "to_q": "q",
+            "to_k": "k",
+            "to_v": "v",
+            "to_out.0": "proj_out",
+        }.items():
+            key = key.replace(theirs, published)
+        return "first_stage_model." + key
+
+    is_xl = hasattr(pipeline, "text_encoder_2")
+
+    def text(key: str) -> str:
+        home = "conditioner.embedders.0.transformer" if is_xl else "cond_stage_model.transformer"
+        return f"{home}.text_model.{key.removeprefix('text_model.')}"
+
+    assert n_down == 2
+    parts = {unet: pipeline.unet, vae: pipeline.vae, text: pipeline.text_encoder}
+    found = {rename(key): value for rename, part in parts.items() for key, value in part.state_dict().items()}
+    return found | (open_clip(pipeline.text_encoder_2.state_dict()) if is_xl else {})
+
+
+def open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP text encoder under OpenCLIP's names, where queries, keys and values are one matrix."""
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for theirs, published in {
+            "text_model.embeddings.token_embedding": "token_embedding",
+            "text_model.embeddings.position_embedding.weight": "positional_embedding",
+            "text_model.final_layer_norm": "ln_final",
+            "text_model.encoder.layers": "transformer.resblocks",
+            "layer_norm1": "ln_1",
+            "layer_norm2": "ln_2",
+            "self_attn": "attn",
+            "mlp.fc1": "mlp.c_fc",
+            "mlp.fc2": "mlp.c_proj",
+        }.items():
+            key = key.replace(theirs, published)
+        if match := re.fullmatch(r"(.*)\.([qkv])_proj\.(weight|bias)", key):
+            key = f"{match[1]}.in_proj_{match[3]}"
+            names = [f"{match[1]}.{letter}_proj.{match[3]}" for letter in "qkv"]
+            found.setdefault(key, torch.empty(3, *value.shape))[[f".{match[2]}_" in name for name in names]] = value
+        else:
+            found[key] = value
+    found["text_projection"] = found.pop("text_projection.weight").T.contiguous()
+    return {
+        f"conditioner.embedders.1.model.{key}": value.flatten(0, 1) if "in_proj" in key else value
+        for key, value in found.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("folder", "pipeline"), [("tiny_sd_folder", StableDiffusionPipeline), ("tiny_xl_folder", StableDiffusionXLPipeline)]
+)
+def test_single_file(folder: str, pipeline: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    config: Path = request.getfixturevalue(folder)
+    path = tmp_path / "model.safetensors"
+    save_file(single_file(pipeline.from_pretrained(config)), path)
+    model: Any = load_model(path, "cpu", config=config)
+    expected: Any = load_model(config, "cpu")
+    latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([501, 1])
+    told, expected_told = (each.encode(PROMPTS) for each in (model, expected))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.predict(latents, timesteps, told), expected.predict(latents, timesteps, expected_told)
+        )
+    torch.testing.assert_close(model.decode(latents), expected.decode(latents))
+    assert model.scheduler_config["beta_end"] == expected.scheduler_config["beta_end"]
+    assert model.options == {"config": str(config)}
+
+
+def test_files_that_are_no_checkpoints(tmp_path: Path, tiny_sd_folder: Path) -> None:
+    pickled = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {}}, pickled)
+    with pytest.raises(ValueError, match="a pickle may run code of its author's"):
+        load_model(pickled, "cpu")
+    with pytest.raises(ValueError, match="holds no Stable Diffusion"):
+        load_model(pickled, "cpu", allow_pickle=True)
+    other = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(2)}, other)
+    with pytest.raises(ValueError, match="holds no Stable Diffusion"):
+        load_model(other, "cpu")
+    content = other.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[:-4])
+    with pytest.raises(ValueError, match=r"the checkpoint .*cut\.safetensors cannot be loaded"):
+        load_model(tmp_path / "cut.safetensors", "cpu")
+
+
+def test_hub_cache_and_revision_offline(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    """A hub id is found in the cache without a network, at the revision that was asked for, and the error is clear."""
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    commits = {"main": "0" * 40, "v2": "1" * 40}
+    for name, commit in commits.items():
+        shutil.copytree(tiny_sd_folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    path = repository / "snapshots" / commits["v2"] / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    large = tmp_path / "hub" / "models--someone--large"  # of which nothing but the index was ever downloaded
+    for file, content in {
+        "refs/main": "2" * 40,
+        f"snapshots/{'2' * 40}/model_index.json": '{"_class_name": "FluxPipeline"}',
+    }.items():
+        (large / file).parent.mkdir(parents=True)
+        (large / file).write_text(content)
+    code = """
+from dpok_gym.models import load_model
+print(load_model("someone/tiny", "cpu").scheduler_config["prediction_type"])
+print(load_model("someone/tiny", "cpu", revision="v2").scheduler_config["prediction_type"])
+try:
+    load_model("someone/tiny", "cpu", revision="v3")
+except FileNotFoundError as error:
+    print(" ".join(str(error).split()))
+try:
+    load_model("someone/large", "cpu")
+except ValueError as error:
+    print(error)
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    first, second, message, refused = found.stdout.splitlines()
+    assert (first, second) == ("epsilon", "v_prediction")
+    assert "nor could it be downloaded as 'someone/tiny' at the revision 'v3'" in message
+    assert "flow-matching transformers are not supported" in refused

@@ -1,0 +1,217 @@
+"""The reference server: the same rewards as without it, and what it says of bad requests."""
+
+import base64
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+import torch
+import uvicorn
+from PIL import Image
+
+from dpok_gym.rewards import RemoteReward, make_reward
+from dpok_gym.rewards.remote.server import MAX_PIXELS, make_app, serve
+
+PROMPTS = ["a red circle", "three blue stars", "a green square"]
+JPEG_SIZE = "jpeg-incompressibility"
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., str]]:
+    with ExitStack() as stack:
+
+        def started(*args: Any, **kwargs: Any) -> str:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            server = uvicorn.Server(uvicorn.Config(make_app(*args, **kwargs), log_level="critical"))
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(setattr, server, "should_exit", True)
+            return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        yield started
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """With 8 bits a channel, as they are sent."""
+    return torch.randint(256, (3, 3, 64, 64), generator=torch.Generator().manual_seed(0)) / 255
+
+
+def file(image: Any = None, kind: str = "PNG") -> str:
+    buffer = io.BytesIO()
+    (Image.new("RGB", (4, 4)) if image is None else image).save(buffer, kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def asked(n: int = 1, **changes: Any) -> dict[str, Any]:
+    return {"prompts": ["a red circle"] * n, "images": [file()] * n} | changes
+
+
+def post(url: str, request: Any, path: str = "/") -> tuple[int, Any]:
+    kwargs = {"content": request} if isinstance(request, bytes) else {"json": request}
+    response = httpx2.post(url + path, timeout=30, **kwargs)
+    return response.status_code, response.json()
+
+
+def test_rewards_are_the_same_as_without_it(start, images) -> None:
+    url = start({"shapes-alignment": 1.0, JPEG_SIZE: -0.25})
+    here, there = make_reward({"shapes-alignment": 1.0, JPEG_SIZE: -0.25}), make_reward(url)
+    expected, answered = here(images, PROMPTS), there(images, PROMPTS)
+    assert torch.equal(answered.total, expected.total)
+    name = url.removeprefix("http://")
+    assert list(answered.components) == [f"{name}/shapes-alignment", f"{name}/{JPEG_SIZE}"]
+    for key, values in expected.components.items():
+        assert torch.equal(answered.components[f"{name}/{key}"], expected.weights[key] * values)
+
+
+def test_jpeg_and_grey_images_are_read(start) -> None:
+    def seen(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return images.mean((1, 2, 3))
+
+    grey, coloured = Image.new("L", (8, 8), 51), Image.new("RGBA", (8, 8), (102, 102, 102, 255))
+    request = asked(3, images=[file(grey), file(grey, "JPEG"), file(coloured)])
+    status, reply = post(start(seen), request)
+    assert status == 200
+    np.testing.assert_allclose(reply["rewards"]["seen"], [0.2, 0.2, 0.4], atol=1e-6)
+
+
+def test_no_finite_number_is_null(start, images) -> None:
+    def broken(images: torch.Tensor, prompts: list[str]) -> dict[str, list[float]]:
+        return {"sharp": [1.0, float("nan"), float("inf")], "dark": [1.0, 2.0, 3.0]}
+
+    url = start(broken)
+    _, reply = post(url, asked(3))
+    assert reply == {"rewards": {"sharp": [1.0, None, None], "dark": [1.0, 2.0, 3.0]}}
+    assert make_reward(url, "mask")(images, PROMPTS).valid.tolist() == [True, False, False]
+
+
+def test_fixed_normalisation_is_part_of_the_reward(start, images) -> None:
+    spec = {JPEG_SIZE: {"weight": 2.0, "normalize": [1.0, 0.5]}}
+    url = start(spec)
+    here, there = make_reward(spec)(images, PROMPTS), make_reward(url)(images, PROMPTS)
+    assert torch.equal(here.total, there.total)
+    assert torch.equal(here.total, (2 * ((here.components[JPEG_SIZE].double() - 1.0) / 0.5).float()))
+
+
+def test_running_normalisation_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be 'running'"):
+        make_app({JPEG_SIZE: {"normalize": "running"}})
+
+
+def test_health_is_answered_while_it_scores_one_request_at_a_time(start, images) -> None:
+    lock, release, most = threading.Lock(), threading.Event(), []
+
+    def slow(images: torch.Tensor, prompts: list[str]) -> list[float]:
+        most.append(lock.acquire(blocking=False))
+        release.wait(20)
+        time.sleep(0.05)
+        lock.release()
+        return [1.0] * len(prompts)
+
+    url = start(slow, max_batch=5)
+    with ThreadPoolExecutor(3) as pool:
+        pending = [pool.submit(post, url, asked()) for _ in range(3)]
+        health = httpx2.get(url + "/health", timeout=20)
+        release.set()
+        assert [future.result()[0] for future in pending] == [200] * 3
+    assert most == [True] * 3
+    assert health.status_code == 200
+    assert health.json() == {"status": "ok", "rewards": ["slow"], "max_batch": 5}
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "message"),
+    [
+        (b"hello", 400, "the request is no JSON"),
+        (b"[" * 100_000, 400, "the request is no JSON"),
+        ([1], 400, "the request must be"),
+        ({}, 400, "'prompts' must be a list of texts, at least one"),
+        (asked(0), 400, "'prompts' must be a list of texts, at least one"),
+        (asked(images="x"), 400, "'images' must be a list of texts"),
+        (asked(prompts=[3]), 400, "'prompts' must be a list of texts"),
+        (asked(prompts=["a", "b"]), 400, "as many prompts as images, not 2 and 1"),
+        (asked(images=["!"]), 400, "image 0 cannot be read"),
+        (asked(images=["AAAA"]), 400, "image 0 is neither PNG nor JPEG"),
+        (asked(images=[file(kind="GIF")]), 400, "image 0 is neither PNG nor JPEG"),
+        (asked(images=[file()[:64]]), 400, "image 0"),
+        (asked(2, images=[file(), file(Image.new("RGB", (4, 5)))]), 400, r"one size, not \[\(4, 4\), \(5, 4\)\]"),
+        (asked(5), 413, "5 images in one request are too many, at most 4"),
+        (asked(images=[file(Image.new("1", (MAX_PIXELS // 8 + 1, 8)))]), 413, f"at most {MAX_PIXELS} in all"),
+        (b" " * (16 * MAX_PIXELS + 1), 413, "the request is too large; at most 4 images"),
+        (asked(prompts=["a purple cow"]), 422, "a purple cow"),
+    ],
+)
+def test_bad_requests(start, request_, status, message) -> None:
+    url = start("shapes-alignment", max_batch=4)
+    answered, reply = post(url, request_)
+    assert answered == status
+    assert re.search(message, reply["error"])
+    assert post(url, asked(images=[file(Image.new("RGB", (64, 64)))]))[0] == 200  # it goes on
+
+
+def test_no_such_path(start) -> None:
+    url = start(JPEG_SIZE)
+    assert post(url, asked(), "/rewards") == (404, {"error": "Not Found: there are POST / and GET /health"})
+    assert httpx2.get(url, timeout=30).status_code == 405
+
+
+def test_a_reward_that_fails(start, images) -> None:
+    calls = []
+
+    def failing(images: torch.Tensor, prompts: list[str]) -> list[float]:
+        calls.append(0)
+        if len(calls) < 3:
+            raise RuntimeError("out of memory")
+        return [1.0] * len(prompts)
+
+    url = start(failing)
+    assert post(url, asked()) == (500, {"error": "the reward failed: RuntimeError: out of memory"})
+    # The client takes that for something that may pass.
+    assert make_reward(RemoteReward(url, backoff=0.001))(images, PROMPTS).total.tolist() == [1.0] * 3
+    assert len(calls) == 3
+
+
+def test_bad_arguments(monkeypatch) -> None:
+    with pytest.raises(ValueError, match="max_batch must be an integer of at least 1, got 0"):
+        make_app(JPEG_SIZE, max_batch=0)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+        serve(JPEG_SIZE, port=taken.getsockname()[1])
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    with pytest.raises(ImportError, match=r"this needs the extra 'serve' .*: pip install 'dpok-gym\[serve\]'"):
+        make_app(JPEG_SIZE)
+
+
+def test_the_command(tmp_path, images) -> None:
+    """From the shell, with a reward of one's own, until Ctrl-C."""
+    (tmp_path / "mine.py").write_text("def redness(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
+    command = [sys.executable, "-m", "agents", "serve-reward", "mine:redness=2", "--port", "0"]
+    path = os.pathsep.join([str(Path(__file__).parents[4]), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}
+    ) as server:
+        try:
+            assert server.stdout is not None
+            address = re.search(r"http://\S+(?=;)", server.stdout.readline())
+            assert address is not None
+            url = address.group()
+            answered = make_reward(url)(images, PROMPTS)
+            np.testing.assert_allclose(answered.total, 2 * images[:, 0].mean((1, 2)), rtol=1e-6)
+            server.send_signal(signal.SIGINT)
+            assert server.wait(30) == 130
+        finally:
+            server.kill()

@@ -1,0 +1,100 @@
+"""The formats of prompt files."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from dpok_gym.prompts import PromptSet, load_prompts
+
+
+def test_files(tmp_path):
+    path = tmp_path / "prompts.list"
+    path.write_bytes("\ufeff# animals\r\na cat\r\n\r\n  ein Löwe #1  \n#a dog\na bird".encode())
+    for spec in (path, str(path)):
+        assert load_prompts(spec) == PromptSet(str(path), ("a cat", "ein Löwe #1", "a bird"))
+
+
+def test_bad_files(tmp_path):
+    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.write_text("# nothing\n\n")
+    binary.write_bytes(b"a c\xff\xfet")
+    with pytest.raises(ValueError, match=r"no prompt in the file '.*empty\.txt'"):
+        load_prompts(empty)
+    with pytest.raises(ValueError, match=r"'.*binary\.txt' is not UTF-8"):
+        load_prompts(str(binary))
+    with pytest.raises(FileNotFoundError, match="no file of prompts"):
+        load_prompts(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="no file of prompts"):
+        load_prompts(tmp_path)
+
+
+WEIGHTED = (("a cat", 3.0), ("a dog, asleep", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("bench.json", '{"a cat": {"category": "pets", "weight": 3}, "a dog, asleep": {"category": "pets"}}'),
+        ("list.json", '[{"caption": "a cat", "weight": 3}, "a dog, asleep"]'),
+        ("lines.jsonl", '{"text": "a cat", "weight": "3"}\n\n{"text": "a dog, asleep"}\n'),
+        ("null.jsonl", '{"text": "a cat", "weight": 3}\n{"text": "a dog, asleep", "weight": null}\n'),
+        ("table.csv", 'id,Prompt,weight\n1,a cat,3\n2,"a dog, asleep",1\n'),
+        ("blank.csv", 'prompt,weight\na cat,3\n"a dog, asleep",\n'),
+        ("short.csv", 'prompt,weight\na cat,3\n"a dog, asleep"\n'),
+        ("table.TSV", "\ufeffweight\tcaption\r\n3\ta cat\r\n1\ta dog, asleep\r\n"),
+    ],
+)
+def test_formats(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8", newline="")
+    prompts = load_prompts(str(path))
+    assert tuple(zip(prompts.train, prompts.weights, strict=True)) == WEIGHTED
+    counts = Counter(prompts.sample(np.random.default_rng(0), 4000))
+    assert 2900 < counts["a cat"] < 3100  # 3000 +- 27 (one standard deviation)
+    assert counts.total() == 4000
+
+
+def test_equal_weights_are_none(tmp_path):
+    path = tmp_path / "drawbench.json"
+    path.write_text('{"a cat": {"category": "pets"}, "a dog": {"category": "pets"}}')
+    assert load_prompts(path) == PromptSet(str(path), ("a cat", "a dog"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "{", "cannot be read as JSON: Expecting"),
+        ("a.json", "3", "neither an object with the prompts as its keys nor a list"),
+        ("a.json", "{}", "there is no prompt in the file"),
+        ("a.json", "[3]", r"prompt 0 of .* must be a text that is not blank, not 3"),
+        ("a.json", '{"a cat": {"weight": "much"}}', "the weight of the prompt 'a cat' must be a number, not 'much'"),
+        (
+            "a.json",
+            '{"a cat": {"weight": -1}, "a dog": {}}',
+            "must be 2 finite numbers, one for each prompt, none negat",
+        ),
+        ("a.jsonl", '"a cat"', "each line must be an object, such as"),
+        ("a.jsonl", '{"prompt": "a cat"}\n{"promt": "a dog"}', "none of the fields 'promt' is named 'prompt', 'text'"),
+        ("a.csv", "id,words\n1,a cat\n", "none of the fields 'id', 'words' is named"),
+        ("a.csv", "prompt\n", "there is no prompt in the file"),
+        ("a.csv", "prompt,weight\na cat,?\n", "the weight of the prompt 'a cat' must be a number, not '?'"),
+        ("a.json", '{"prompts": ["a cat", "a dog"]}', "the prompt 'prompts' must have an object of fields"),
+        ("a.json", '{"a cat": 3}', "the prompt 'a cat' must have an object of fields, such as {}, not 3"),
+    ],
+)
+def test_files_that_are_not_of_their_format(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_prompts(str(tmp_path / name))
+    assert str(tmp_path / name) in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="there is no file of prompts at"):
+        load_prompts(f"elsewhere/{name}")
+
+
+def test_large_file(tmp_path):
+    path = tmp_path / "many.txt"
+    path.write_text("\n".join(f"a picture of {n} cats" for n in range(100_000)))
+    prompts = load_prompts(path)
+    assert len(prompts.train) == 100_000
+    assert prompts.train[-1] == "a picture of 99999 cats"

@@ -1,0 +1,115 @@
+"""Helpers that several test modules share: toy rewards, exact comparison, a small denoising process."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dpok_gym.samplers.process import DenoisingProcess
+
+
+#: What Gymnasium's checker says of an observed latent, which is a sample of a Gaussian.
+GYMNASIUM_ADVICE = (
+    "A Box observation space minimum value is -infinity",
+    "A Box observation space maximum value is infinity",
+)
+#: What Stable-Baselines3's checker says: every array of three axes is an image to it, and actions lie in [-1, 1].
+SB3_ADVICE = (
+    "It seems that your observation latent is an image but its `dtype` is",
+    "It seems that your observation space latent is an image but the upper and lower bounds",
+    "The minimal resolution for an image is 36x36",
+    "We recommend you to use a symmetric and normalized Box action space",
+)
+
+
+def redness(images: Tensor, prompts: list[str]) -> Tensor:
+    """Returns how much redder than green and blue each image is."""
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+def colours(images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    """Returns a reward of two components."""
+    return {"red": images[:, 0].mean((1, 2)), "blue": images[:, 2].mean((1, 2))}
+
+
+def every_other_fails(images: Tensor, prompts: list[str]) -> Tensor:
+    """Returns the redness of every second image; the others get nan and infinity in turn."""
+    rewards = redness(images, prompts)
+    failures = torch.tensor([math.nan, math.inf]).repeat(len(rewards))
+    rewards[1::2] = failures[: len(rewards[1::2])]
+    return rewards
+
+
+def always_nan(images: Tensor, prompts: list[str]) -> Tensor:
+    """Returns nan for every image."""
+    return torch.full((len(images),), math.nan)
+
+
+def assert_same(actual: Any, expected: Any, where: str = "value") -> None:
+    """Asserts that two values are equal to the last bit.
+
+    Compares tensors, arrays, mappings, sequences and dataclasses part by part. Types, shapes and dtypes must agree; nan
+    equals nan.
+
+    Args:
+        actual: the value under test.
+        expected: what it must be.
+        where: the name of the value in the error message.
+
+    Raises:
+        AssertionError: at the first part that differs; the message says where it is.
+    """
+    if isinstance(expected, Mapping):
+        assert isinstance(actual, Mapping), f"{where}: {type(actual)} is no mapping"
+        assert set(actual) == set(expected), (
+            f"{where}: keys {sorted(map(str, actual))}, not {sorted(map(str, expected))}"
+        )
+        for key in expected:
+            assert_same(actual[key], expected[key], f"{where}[{key!r}]")
+        return
+    assert type(actual) is type(expected), f"{where}: {type(actual)}, not {type(expected)}"
+    if isinstance(expected, Tensor):
+        assert actual.dtype == expected.dtype, f"{where}: {actual.dtype}, not {expected.dtype}"
+        assert actual.device == expected.device, f"{where}: on {actual.device}, not on {expected.device}"
+        torch.testing.assert_close(
+            actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{where}: {text}"
+        )
+    elif isinstance(expected, np.ndarray):
+        assert actual.dtype == expected.dtype, f"{where}: {actual.dtype}, not {expected.dtype}"
+        np.testing.assert_array_equal(actual, expected, err_msg=where, strict=True)
+    elif dataclasses.is_dataclass(expected):
+        for field in dataclasses.fields(expected):
+            assert_same(getattr(actual, field.name), getattr(expected, field.name), f"{where}.{field.name}")
+    elif isinstance(expected, Sequence) and not isinstance(expected, str | bytes):
+        assert len(actual) == len(expected), f"{where}: length {len(actual)}, not {len(expected)}"
+        for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+            assert_same(ours, theirs, f"{where}[{index}]")
+    elif isinstance(expected, float) and math.isnan(expected):
+        assert math.isnan(actual), f"{where}: {actual}, not nan"
+    else:
+        assert actual == expected, f"{where}: {actual!r}, not {expected!r}"
+
+
+def make_process(folder: Path, num_inference_steps: int = 3, **kwargs: Any) -> DenoisingProcess:
+    """Makes a denoising process of a saved model, on the CPU.
+
+    Args:
+        folder: a diffusers pipeline, such as the fixture ``tiny_sd_folder``.
+        num_inference_steps: T.
+        kwargs: further arguments of the process (eta, guidance_scale); any others go to ``load_model``.
+    """
+    from dpok_gym.models import load_model
+    from dpok_gym.samplers.process import DenoisingProcess
+
+    of_process = {"sampler", "eta", "guidance_scale"} & kwargs.keys()
+    settings = {name: kwargs.pop(name) for name in of_process}
+    model = load_model(folder, "cpu", **kwargs)
+    return DenoisingProcess(model, num_inference_steps=num_inference_steps, **settings)
