@@ -6,6 +6,7 @@ image.
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import os
@@ -30,7 +31,7 @@ from dpok_gym.rewards import Reward, RewardBatch, judge_chunks, make_reward
 from dpok_gym.samplers import DenoisingProcess, State
 from dpok_gym.utils.batching import BatchSize
 from dpok_gym.utils.images import to_uint8
-from dpok_gym.utils.validation import check_integer
+from dpok_gym.utils.validation import check_integer, suggest
 from dpok_gym.worlds import World, find_world
 
 Observation = dict[str, NDArray[Any]]
@@ -90,8 +91,10 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         reward_workers: threads that compute rewards while later images are decoded, at least 0; for rewards that wait
             or compute outside of Python, and may be called by several threads. 0 uses this thread.
         render_mode: "rgb_array" or None.
+        unknown: none; a misspelt name among keyword arguments gives an error with the nearest known one.
 
     Raises:
+        TypeError: if there is no argument of a name.
         ValueError: if an argument is out of range; the message says which.
     """
 
@@ -121,7 +124,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         decode_batch_size: int | Literal["auto"] = 1,
         reward_workers: int = 0,
         render_mode: str | None = None,
+        **unknown: Any,
     ) -> None:
+        _check_no_unknown(unknown)
         self.num_envs = check_integer("num_envs", num_envs)
         self.max_prompt_bytes = check_integer("max_prompt_bytes", max_prompt_bytes)
         self.reward_workers = check_integer("reward_workers", reward_workers, minimum=0)
@@ -131,7 +136,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self._decoding = BatchSize("decode_batch_size", decode_batch_size)
         self._executor = ThreadPoolExecutor(reward_workers, "reward") if reward_workers else None
 
-        options = {"negative_prompt": negative_prompt, "image_size": image_size, **(model_kwargs or {})}
+        options = _merge_options({"negative_prompt": negative_prompt, "image_size": image_size}, model_kwargs or {})
         self.model = _get_model(model, device, dtype, options)
         self.process = DenoisingProcess(self.model, "ddim", num_inference_steps, eta, guidance_scale)
         self.prompts = load_prompts(prompts)
@@ -247,7 +252,15 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
     def begin_episodes(
         self, generators: Sequence[np.random.Generator], options: Mapping[str, Any] | None = None
     ) -> tuple[Observation, list[dict[str, Any]]]:
-        """Starts an episode everywhere: a prompt z and x_T ~ N(0, I), both from the environment's own generator."""
+        """Starts an episode everywhere: a prompt z and x_T ~ N(0, I).
+
+        Args:
+            generators: one for each environment, which its prompt and noise are drawn from.
+            options: as for :meth:`reset`.
+
+        Returns:
+            The observation, and one info for each environment.
+        """
         texts, latents = self._read_options(options)
         if texts is None:
             texts = [self.prompts.sample(rng, 1)[0] for rng in generators]
@@ -298,8 +311,10 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             prompts: the B prompts that the images were made for.
 
         Raises:
-            ValueError: if a reward is not finite and ``non_finite`` is "error".
+            ValueError: if the number of prompts is not B, or a reward is not finite and ``non_finite`` is "error".
         """
+        if len(prompts) != len(latents):
+            raise ValueError(f"expected a prompt for each of the {len(latents)} latents, got {len(prompts)}")
         chunks = self._decode_in_chunks(latents, list(prompts))
         images, rewards = judge_chunks(self.reward, chunks, self._executor)
         return Outcome(to_uint8(images), rewards)
@@ -379,6 +394,20 @@ def make_info(outcome: Outcome, index: int, prompt: str) -> dict[str, Any]:
         "rewards": {name: float(values[index]) for name, values in components.items()},
         "reward_valid": bool(outcome.rewards.valid[index]),
     }
+
+
+def _check_no_unknown(unknown: Mapping[str, Any]) -> None:
+    known = set(inspect.signature(DenoisingVectorEnv).parameters) - {"unknown"}
+    for name in unknown:
+        raise TypeError(f"a denoising environment has no argument {name!r}; {suggest(name, known)}")
+
+
+def _merge_options(own: dict[str, Any], model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of ``load_model`` that the environment has and those of ``model_kwargs``."""
+    for name in model_kwargs:
+        if name in (*own, "device", "dtype"):
+            raise ValueError(f"{name} is an argument of the environment: leave it out of model_kwargs")
+    return {**own, **model_kwargs}
 
 
 def _get_model(

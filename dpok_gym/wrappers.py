@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
-from gymnasium.vector import VectorActionWrapper, VectorEnv, VectorObservationWrapper
+from gymnasium.vector import VectorActionWrapper, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
@@ -49,6 +49,9 @@ def reference_policy(
 
     Returns:
         A function that takes an observation of ``env`` and returns an action for it.
+
+    Raises:
+        TypeError: if ``env`` is no denoising environment, or shows text features in place of the prompt.
     """
     batch = get_batch(env)
     rng = np.random.default_rng(seed)
@@ -165,6 +168,12 @@ class VectorNoiseAction(VectorActionWrapper):
         return _act(self._batch, self._observation, np.asarray(actions, np.float32))
 
 
+def _check_shows_prompt(env: Any) -> None:
+    """Refuses environments that show text features already."""
+    if any(isinstance(layer, (TextFeatures, VectorTextFeatures)) for layer in _layers(env)):
+        raise ValueError("the observation has text features already: wrap the environment in TextFeatures only once")
+
+
 def _feature_space(batch: DenoisingVectorEnv) -> spaces.Box:
     return spaces.Box(-np.inf, np.inf, (batch.model.text_width,), np.float32)
 
@@ -180,10 +189,14 @@ class TextFeatures(gymnasium.ObservationWrapper, RecordConstructorArgs):
     """Shows the prompt as F features of the model's text encoder, ``Box(-inf, inf, (F,), float32)``, not as bytes.
 
     For other people's networks, which would read bytes as magnitudes. Agents of ``agents`` need no wrapper.
+
+    Raises:
+        ValueError: if the environment shows the features already.
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
         RecordConstructorArgs.__init__(self)
+        _check_shows_prompt(env)
         super().__init__(env)
         self._batch = get_batch(env)
         space: Any = env.observation_space
@@ -194,24 +207,31 @@ class TextFeatures(gymnasium.ObservationWrapper, RecordConstructorArgs):
         return {**observation, "prompt": _features(self._batch, observation["prompt"][None])[0]}
 
 
-class VectorTextFeatures(VectorObservationWrapper):
+# Not a VectorObservationWrapper: that one refuses the autoreset mode SAME_STEP, because it would leave the last
+# observation of an episode, which is in the infos, as it is.
+class VectorTextFeatures(VectorWrapper):
     """:class:`TextFeatures` for the vector environment: the prompts (n, L) become features (n, F)."""
 
     def __init__(self, env: VectorEnv) -> None:
+        _check_shows_prompt(env)
         super().__init__(env)
         self._batch = get_batch(env)
         space: Any = env.single_observation_space
         self.single_observation_space = spaces.Dict({**space.spaces, "prompt": _feature_space(self._batch)})
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
 
+    def reset(self, **kwargs: Any) -> tuple[Observation, dict[str, Any]]:
+        """Resets; the first observations have features."""
+        observation, infos = self.env.reset(**kwargs)
+        return self._with_features(observation), infos
+
     def step(self, actions: NDArray[Any]) -> Any:
         """Takes actions (n, C, h, w); the last observations of finished episodes have features too."""
-        observation, rewards, terminated, truncated, infos = super().step(actions)
+        observation, rewards, terminated, truncated, infos = self.env.step(actions)
         for last in infos.get("final_obs", ()):
             if last is not None:
                 last["prompt"] = _features(self._batch, last["prompt"][None])[0]
-        return observation, rewards, terminated, truncated, infos
+        return self._with_features(observation), rewards, terminated, truncated, infos
 
-    def observations(self, observations: Observation) -> Observation:
-        """Replaces the prompts (n, L) by their features (n, F)."""
-        return {**observations, "prompt": _features(self._batch, observations["prompt"])}
+    def _with_features(self, observation: Observation) -> Observation:
+        return {**observation, "prompt": _features(self._batch, observation["prompt"])}

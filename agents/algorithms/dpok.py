@@ -29,10 +29,11 @@ class DPOK(PolicyGradient):
 
     where A_t = r(x_0, z) - V(x_t, t, z), and rho_t is the clipped ratio of the new to the old transition density.
 
-    An update, in the order of the code: :meth:`PolicyGradient.train` (policy_gradient.py) takes the advantages from
-    :meth:`advantages` here, batches of transitions from :meth:`TrajectoryBuffer.batches` (common/buffer.py), and the
-    loss from :meth:`loss` here. The loss calls :meth:`DenoisingPolicy.transition` (common/policy.py) and the equations
-    in common/losses.py. These are five files.
+    To follow an update, read five files: :meth:`loss` and :meth:`advantages` here; the loop over batches,
+    ``PolicyGradient.train`` (policy_gradient.py); one optimiser step, ``optimizer_step`` and ``backward``
+    (common/updates.py); the clipped ratio (common/losses.py); its log-ratio and the KL (dpok_gym/diffusion.py). Two
+    calls on the way can be taken at their word: ``TrajectoryBuffer.batches`` gives random transitions of the rollout,
+    and ``DenoisingPolicy.transition`` the mean and std of p_theta(x_{t-1} | x_t, z).
 
     The defaults suit the embedded model; ``PRESETS["paper"]`` and ``PRESETS["official-code"]`` are the papers' settings
     for Stable Diffusion.

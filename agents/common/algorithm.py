@@ -6,11 +6,8 @@ Letters used for shapes: B elements of a batch, N images of an iteration, T deno
 from __future__ import annotations
 
 import pathlib
-import time
 from abc import abstractmethod
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -19,22 +16,20 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
-from torch import Tensor, nn
 
 import dpok_gym  # noqa: F401  (registers the environments)
 from agents.common.agent_state import get_state, set_state
 from agents.common.arguments import check_arguments, show_inherited_arguments
-from agents.common.buffer import Batch, TrajectoryBuffer
-from agents.common.losses import Metrics
+from agents.common.buffer import TrajectoryBuffer
 from agents.common.normalization import RewardNormalizer
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
 from agents.common.rollouts import draw_rollout
+from agents.common.updates import UpdatingAlgorithm
 from agents.common.vec_env import GymnasiumVecEnv, find_denoising_env
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig
 from dpok_gym.utils.batching import BatchSize
@@ -44,7 +39,7 @@ from dpok_gym.vector_env import DenoisingVectorEnv
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="DenoisingAlgorithm")
 
 
-class DenoisingAlgorithm(OnPolicyAlgorithm):
+class DenoisingAlgorithm(UpdatingAlgorithm):
     """Draws images with a :class:`~agents.common.policy.DenoisingPolicy` and learns from them, iteration by iteration.
 
     For an algorithm of your own, subclass :class:`~agents.algorithms.policy_gradient.PolicyGradient` or
@@ -303,53 +298,6 @@ class DenoisingAlgorithm(OnPolicyAlgorithm):
     @abstractmethod
     def train(self) -> None:
         """Updates the model from the rollout buffer."""
-
-    @abstractmethod
-    def loss(self, batch: Any) -> tuple[Tensor, Metrics]:
-        """The loss of each element of a batch, (B,), and metrics to log, (B,) each."""
-
-    @contextmanager
-    def _logged_update(self, n_images: int) -> Iterator[None]:
-        """Around an update: sets the learning rate before, logs the means of the metrics and the speed after."""
-        self._metrics: dict[str, list[Tensor]] = defaultdict(list)
-        started = time.perf_counter()
-        self._update_learning_rate(self.policy.optimizer)
-        yield
-        for name, values in self._metrics.items():
-            self.logger.record(f"train/{name}", torch.cat(values).mean().item())
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("time/update_images_per_second", n_images / (time.perf_counter() - started))
-
-    def log_metrics(self, metrics: Mapping[str, Tensor]) -> None:
-        """Adds tensors (B,) to the means that the update logs."""
-        for name, values in metrics.items():
-            self._metrics[name].append(values.detach().reshape(-1))
-
-    @contextmanager
-    def optimizer_step(self) -> Iterator[None]:
-        """Around the backward passes of a batch: sets gradients to zero before, clips and takes the step after."""
-        self.policy.optimizer.zero_grad()
-        yield
-        norm = nn.utils.clip_grad_norm_(self.policy.denoiser_parameters(), self.max_grad_norm)
-        self.log_metrics({"grad_norm": norm})
-        self.policy.optimizer.step()
-        self._n_updates += 1
-
-    def backward(self, batch: Batch) -> None:
-        """Adds up the gradient of the batch's mean loss, one micro-batch at a time."""
-        for metrics in self._micro_batches.run(partial(self._backward, batch), len(batch)):
-            self.log_metrics(metrics)
-
-    def _backward(self, batch: Batch, micro_batch_size: int) -> list[Metrics]:
-        self.policy.optimizer.zero_grad()  # again, as memory may have run out in the middle
-        collected = []
-        for part in batch.split(micro_batch_size):
-            # The block goes on through the backward pass, which may compute parts of the network again.
-            with self.policy.adapter_enabled():
-                loss, metrics = self.loss(part)
-                (loss.sum() / len(batch)).backward()
-            collected.append(metrics)
-        return collected
 
     def is_done(self, total_timesteps: int) -> bool:
         """Returns whether ``learn`` has nothing left to do for these denoising steps in all."""

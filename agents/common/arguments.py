@@ -38,7 +38,7 @@ class Argument:
 def describe_arguments(cls: type) -> dict[str, Argument]:
     """Returns all named arguments of a class's constructor by name, its own before those of its base classes.
 
-    Arguments that begin with an underscore, and ``**kwargs``, are left out.
+    Arguments that begin with an underscore, ``*args`` and ``**kwargs`` are left out.
     """
     described: dict[str, Argument] = {}
     for base in cls.__mro__:
@@ -48,7 +48,8 @@ def describe_arguments(cls: type) -> dict[str, Argument]:
         hints = get_type_hints(vars(base)["__init__"])
         parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]  # without self
         for parameter in parameters:
-            if parameter.kind is parameter.VAR_KEYWORD or parameter.name.startswith("_"):
+            is_catch_all = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if is_catch_all or parameter.name.startswith("_"):
                 continue
             doc = " ".join(docs.get(parameter.name, "").split())
             annotation = hints.get(parameter.name, Any)

@@ -96,7 +96,10 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_kwargs", dict(self.model_kwargs))
-        object.__setattr__(self, "drawing_kwargs", tuple(self.model_kwargs.get(name) for name in _DRAWING_KWARGS))
+        # A pair of sizes is a list after JSON and perhaps a tuple before; only a tuple can be hashed.
+        drawing = [self.model_kwargs.get(name) for name in _DRAWING_KWARGS]
+        drawing = [tuple(value) if isinstance(value, list) else value for value in drawing]
+        object.__setattr__(self, "drawing_kwargs", tuple(drawing))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as JSON can keep them."""
@@ -273,4 +276,5 @@ def _is_same_model(known: str, other: str) -> bool:
     """Returns whether two names are of one model, whose folder may have moved."""
     if os.path.exists(known):
         return os.path.realpath(known) == os.path.realpath(other)
-    return os.path.basename(known) == os.path.basename(other)
+    # Without normpath, two folders written with a slash at the end would both have the name "".
+    return os.path.basename(os.path.normpath(known)) == os.path.basename(os.path.normpath(other))
