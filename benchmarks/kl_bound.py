@@ -1,9 +1,9 @@
 """The bound of DPOK's Lemma 4.2, measured along training: ``python -m benchmarks.kl_bound``.
 
-The lemma bounds the KL of the finished pictures' distributions, which nobody knows, by the sum over the denoising steps
-of the expected KL of the transitions, which DPOK charges for. In one dimension both can be integrated on a grid: data
-with modes at -1 and 1, r = 0.5 x, T = 20, with the KL in the reward and in the loss. Prints a table, draws
-``kl_bound.png`` and writes ``kl_bound.json``. Takes about a minute on one core.
+The lemma bounds the KL of the distributions of finished images, which is unknown for real models. The bound is the sum
+over the denoising steps of the expected KL of the transitions, which DPOK charges for. In one dimension both can be
+integrated on a grid: data with modes at -1 and 1, r = 0.5 x, T = 20, with the KL in the reward and in the loss. It
+prints a table, draws ``kl_bound.png`` and writes ``kl_bound.json``. It takes about a minute on one core.
 """
 
 from __future__ import annotations
@@ -19,64 +19,81 @@ from rich.console import Console
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.common.algorithm import DenoisingAlgorithm
-from benchmarks.mixture import N_ENVS, RESULTS, half_reward, on_grid, show, train
+from benchmarks.mixture_policies import N_ENVS, half_reward, on_grid, show, train
 from dpok_gym.mixture.exact import GridPolicy, best_policy
 
+RESULTS = Path(__file__).parent / "results"
 PROMPT, N_STEPS = "two modes", 20
+
+#: Names of the two sides, in the table and in the file.
+BOUND, TRUE_KL = "bound", "KL of x_0"
 
 
 class MeasureKL(BaseCallback):
-    """Integrates both sides of the bound for the policy of every fourth rollout.
+    """Integrates both sides of the bound for the policy of every fourth iteration.
+
+    Args:
+        every: iterations between two measurements.
 
     Attributes:
-        rows: pictures drawn so far, the sum of the step KLs and the KL of the finished pictures, in nats.
+        rows: images drawn so far, the sum of the step KLs and the KL of the finished images, in nats.
     """
+
+    model: DenoisingAlgorithm
 
     def __init__(self, every: int = 4) -> None:
         super().__init__()
-        self._every, self._rollouts = every, 0
-        self._pretrained: GridPolicy | None = None
+        self._every = every
+        self._reference: GridPolicy | None = None
         self.rows: list[dict[str, float]] = []
 
     def optimum(self, beta: float, charge_later_kl: bool) -> dict[str, float]:
-        """Both sides for the exact policy that training should come to."""
-        assert self._pretrained is not None
-        policy = best_policy(self._pretrained, half_reward, beta, charge_later_kl)
-        return {"bound": float(policy.step_kl(self._pretrained).sum()), "KL of x_0": policy.final_kl(self._pretrained)}
+        """Computes both sides for the exact policy that training should come to.
+
+        Args:
+            beta: kl_coef.
+            charge_later_kl: True for the KL in the reward; see :func:`dpok_gym.mixture.exact.best_policy`.
+        """
+        assert self._reference is not None
+        policy = best_policy(self._reference, half_reward, beta, charge_later_kl)
+        return _both_sides(policy, self._reference)
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_start(self) -> None:
-        if self._rollouts % self._every == 0:
+        if self.model.iteration % self._every == 0:
             self.measure()
-        self._rollouts += 1
 
     def measure(self) -> None:
         """Adds a row for the policy as it is."""
-        assert isinstance(self.model, DenoisingAlgorithm)
-        if self._pretrained is None:
-            self._pretrained = on_grid(self.model.policy, PROMPT, reference=True)
+        if self._reference is None:
+            self._reference = on_grid(self.model.policy, PROMPT, reference=True)
         policy = on_grid(self.model.policy, PROMPT)
-        bound, true = policy.step_kl(self._pretrained).sum(), policy.final_kl(self._pretrained)
-        pictures = self.model.num_timesteps // N_STEPS
-        self.rows.append({"pictures": pictures, "bound": float(bound), "KL of x_0": true})
+        self.rows.append({"images": self.model.images_drawn, **_both_sides(policy, self._reference)})
 
 
-def draw_figure(found: dict[str, dict[str, Any]], path: Path) -> None:
-    """Both sides against the pictures drawn, a panel for each place of the KL; dotted, those of the exact policy."""
-    figure = Figure(figsize=(4 * len(found), 3), layout="constrained")
-    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    for axes, (kl_in, measured) in zip(panels, found.items(), strict=True):
+def _both_sides(policy: GridPolicy, reference: GridPolicy) -> dict[str, float]:
+    return {BOUND: float(policy.step_kl(reference).sum()), TRUE_KL: policy.final_kl(reference)}
+
+
+def draw_figure(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draws both sides against the images drawn, a panel for each place of the KL; dotted, those of the exact policy.
+
+    Args:
+        results: ``training`` (rows) and ``exact`` (both sides) of each place of the KL.
+        path: file to write.
+    """
+    figure = Figure(figsize=(4 * len(results), 3), layout="constrained")
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    curves = ((BOUND, "#D55E00", "sum of the steps' KL"), (TRUE_KL, "#0072B2", "KL of the finished points"))
+    for axes, (placement, measured) in zip(panels, results.items(), strict=True):
         rows = measured["training"]
-        for name, colour, label in (
-            ("bound", "#D55E00", "sum of the steps' KL"),
-            ("KL of x_0", "#0072B2", "KL of the finished points"),
-        ):
-            axes.plot([row["pictures"] for row in rows], [row[name] for row in rows], color=colour, label=label)
+        for name, colour, label in curves:
+            axes.plot([row["images"] for row in rows], [row[name] for row in rows], color=colour, label=label)
             axes.axhline(measured["exact"][name], color=colour, linestyle=":", linewidth=1)
-        axes.set_title(f"KL in the {kl_in}", fontsize=10)
-        axes.set(xlabel="pictures drawn", xlim=(0, None), ylim=(0, None))
+        axes.set_title(f"KL in the {placement}", fontsize=10)
+        axes.set(xlabel="images drawn", xlim=(0, None), ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("nats")
     panels[0].legend(frameon=False, fontsize=9)
@@ -87,37 +104,28 @@ def main() -> None:
     """Trains twice, measures, prints, draws and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--beta", type=float, default=0.25, help="kl_coef, per nat; less lets the model go further")
-    parser.add_argument("--iterations", type=int, default=100, help=f"rollouts of {N_ENVS} pictures")
+    parser.add_argument("--iterations", type=int, default=100, help=f"of {N_ENVS} images in each training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of kl_bound.png and kl_bound.json")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    found: dict[str, dict[str, Any]] = {}
-    for kl_in in ("reward", "loss"):
+    console = Console(width=120)
+    reward = {"mixture-linear": 0.5}
+    results: dict[str, dict[str, Any]] = {}
+    for placement in ("reward", "loss"):
         measure = MeasureKL()
-        reward = {"mixture-linear": 0.5}
-        train(
-            PROMPT,
-            reward,
-            options.beta,
-            N_STEPS,
-            options.seed,
-            "mixture-1d",
-            options.iterations,
-            measure,
-            kl_in=kl_in,
-        )
+        settings = (options.beta, N_STEPS, options.seed, "mixture-1d", options.iterations)
+        train(PROMPT, reward, *settings, measure, kl_placement=placement)
         measure.measure()
-        found[kl_in] = {"training": measure.rows, "exact": measure.optimum(options.beta, kl_in == "reward")}
-        print(f"exact: {found[kl_in]['exact']}")
-        show(
-            f"KL in the {kl_in}, beta = {options.beta}",
-            measure.rows[:: max(1, len(measure.rows) // 8)],
-            Console(width=120),
-        )
-    draw_figure(found, options.out / "kl_bound.png")
-    (options.out / "kl_bound.json").write_text(json.dumps({"beta": options.beta, **found}, indent=1) + "\n")
+        exact = measure.optimum(options.beta, charge_later_kl=placement == "reward")
+        results[placement] = {"training": measure.rows, "exact": exact}
+        print(f"exact: {exact}")
+        every = max(1, len(measure.rows) // 8)
+        show(f"KL in the {placement}, beta = {options.beta}", measure.rows[::every], console)
+    draw_figure(results, options.out / "kl_bound.png")
+    text = json.dumps({"beta": options.beta, **results}, indent=1) + "\n"
+    (options.out / "kl_bound.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the embedded model draws before any fine-tuning: ``python -m benchmarks.pretrained``.
+"""The images of the shapes world's model before any fine-tuning: ``python -m benchmarks.pretrained``.
 
-Prints the share of fully aligned pictures and the mean quality for each category of prompts, next to the quality of
-VAE reconstructions of real scenes, and writes a grid of pictures with ``--grid``.
+It prints the share of fully aligned images and the mean quality for each category of prompts, beside the quality of
+real scenes after the autoencoder. ``--grid`` writes a figure of some images.
 """
 
 from __future__ import annotations
@@ -14,60 +14,73 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import dpok_gym
-from agents.common.evaluation import draw
-from agents.cli.plots import picture_grid
+from agents.cli.plots import image_grid
+from agents.common.evaluation import sample_images
+from dpok_gym.models import TextToImageModel
 from dpok_gym.shapes.captions import CATEGORIES, all_requests, sample_requested_scenes
 from dpok_gym.shapes.judge import judge
 from dpok_gym.shapes.scenes import render
 from dpok_gym.vector_env import DenoisingVectorEnv
 
+#: Images of each category in the grid.
+_SHOWN = 16
 
-def reconstruction_quality(n_scenes: int, seed: int) -> float:
-    """Mean quality of real scenes after a way through the autoencoder."""
+
+@torch.no_grad()
+def reconstruction_quality(model: TextToImageModel, n_scenes: int, seed: int) -> float:
+    """Computes the mean quality of real scenes that the model's autoencoder has encoded and decoded.
+
+    Args:
+        model: of the shapes world.
+        n_scenes: number of scenes.
+        seed: of the scenes.
+    """
     scenes, requests = sample_requested_scenes(n_scenes, torch.Generator().manual_seed(seed))
-    vae = dpok_gym.load_model("shapes").vae  # type: ignore[attr-defined]
-    with torch.no_grad():
-        parts = [vae.decode(vae.encode(2 * part - 1).latent_dist.mean).sample for part in render(scenes).split(64)]
-    pictures = (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
-    return judge(pictures, [str(request) for request in requests]).quality.mean().item()
+    parts = [model.decode(model.encode_images(part)).cpu() for part in render(scenes).split(64)]
+    return judge(torch.cat(parts), [str(request) for request in requests]).quality.mean().item()
 
 
 def main() -> None:
     """Draws, judges and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=256, help="pictures for each category")
+    parser.add_argument("--images", type=int, default=256, help="images for each category")
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--num-inference-steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--grid", type=Path, help="write a PNG of the first pictures of each category")
+    parser.add_argument("--grid", type=Path, help="PNG file to write, with the first images of each category")
     options = parser.parse_args()
 
     env = DenoisingVectorEnv(
-        min(options.pictures, 64),
+        min(options.images, 64),
         reward={"shapes-alignment": 1.0, "shapes-quality": 1.0},
         guidance_scale=options.guidance_scale,
         num_inference_steps=options.num_inference_steps,
     )
-    table = Table("category", "fully aligned", "alignment", "quality", title="pre-trained embedded model")
-    rng, aligned, qualities, rows, prompts_of = np.random.default_rng(options.seed), [], [], [], []
+    rng = np.random.default_rng(options.seed)
+    evaluations = {}
     for category in CATEGORIES:
         requests = all_requests(category)
-        prompts = [str(requests[i]) for i in rng.integers(len(requests), size=options.pictures)]
-        drawn = draw(env.pretrained_transition, env, prompts, options.seed)
-        qualities.append(drawn.rewards["shapes-quality"].mean())
-        alignment = drawn.rewards["shapes-alignment"].mean()
-        table.add_row(category, f"{drawn.aligned_share:.3f}", f"{alignment:.3f}", f"{qualities[-1]:.3f}")
-        aligned.append(drawn.rewards["shapes-alignment"] == 1)
-        rows.append(drawn.pictures[:16])
-        prompts_of += prompts[:16]
-    table.add_row("all", f"{np.mean(aligned):.3f}", "", f"{np.mean(qualities):.3f}")
-    reconstructed = reconstruction_quality(options.pictures, options.seed)
+        prompts = [str(requests[index]) for index in rng.integers(len(requests), size=options.images)]
+        evaluations[category] = sample_images(env.process, env, prompts, options.seed)
+
+    table = Table("category", "fully aligned", "alignment", "quality", title="pre-trained model of the shapes world")
+    for category, evaluation in evaluations.items():
+        values = (evaluation.aligned_share, evaluation.mean("shapes-alignment"), evaluation.mean_quality)
+        table.add_row(category, *(f"{value:.3f}" for value in values))
+    # Each category has as many images, so these are the means over all images.
+    aligned = np.mean([evaluation.aligned for evaluation in evaluations.values()])
+    quality = np.mean([evaluation.rewards["shapes-quality"] for evaluation in evaluations.values()])
+    reconstructed = reconstruction_quality(env.model, options.images, options.seed)
+    table.add_row("all", f"{aligned:.3f}", "", f"{quality:.3f}")
     table.add_row("VAE reconstructions", "", "", f"{reconstructed:.3f}")
-    table.add_row("ratio", "", "", f"{np.mean(qualities) / reconstructed:.3f}")
+    table.add_row("ratio", "", "", f"{quality / reconstructed:.3f}")
     Console().print(table)
     if options.grid:
-        picture_grid(np.concatenate(rows), prompts_of, options.grid, "pre-trained embedded model")
+        images = np.concatenate([evaluation.images[:_SHOWN] for evaluation in evaluations.values()])
+        labels = []
+        for evaluation in evaluations.values():
+            labels += evaluation.prompts[:_SHOWN]
+        image_grid(images, labels, options.grid, "pre-trained model of the shapes world")
 
 
 if __name__ == "__main__":

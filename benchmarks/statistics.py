@@ -15,35 +15,55 @@ Numbers = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """A statistic with its 95 % bootstrap interval, which is empty (NaN) if there is one run only."""
+    """A statistic with its 95 % bootstrap interval; the ends are NaN if there is one run only.
+
+    Attributes:
+        value: the statistic.
+        low: lower end of the interval.
+        high: upper end of the interval.
+    """
 
     value: float
     low: float
     high: float
 
-    def __format__(self, written: str) -> str:
-        spread = f" [{self.low:{written}}, {self.high:{written}}]" if np.isfinite(self.low) else ""
-        return f"{self.value:{written}}{spread}"
+    def __format__(self, format_spec: str) -> str:
+        text = f"{self.value:{format_spec}}"
+        if np.isfinite(self.low):
+            text += f" [{self.low:{format_spec}}, {self.high:{format_spec}}]"
+        return text
 
 
 def interquartile_mean(by_task: Sequence[ArrayLike]) -> Interval:
-    """The mean of the middle half of a task's runs (of three runs all, of five three), and the mean of that over tasks.
+    """Computes the mean of the middle half of a task's runs, and the mean of these over tasks.
 
-    Tasks differ more than runs of one do, so the middle half of all runs together would be that of some tasks only.
+    Of three runs all count, of five the middle three. Tasks differ more than the runs of one task do, so the middle
+    half of all runs together would be that of some tasks only.
 
     Args:
-        by_task: the runs' numbers, a sequence of seeds for each task; resampled within each task (stratified).
+        by_task: for each task the runs' numbers, one for each seed. The bootstrap resamples within tasks (stratified).
     """
-    return _interval(by_task, lambda *samples, axis: np.mean([_middle(sample, axis) for sample in samples], axis=0))
+
+    def statistic(*samples: Numbers, axis: int = -1) -> Numbers:
+        return np.mean([_middle(sample, axis) for sample in samples], axis=0)
+
+    return _interval(by_task, statistic)
 
 
 def interquartile_band(curves: ArrayLike) -> tuple[Numbers, Numbers, Numbers]:
-    """The interquartile mean at each point of curves, and both ends of its interval; arguments (seeds, points)."""
+    """Computes the interquartile mean at each point of curves.
+
+    Args:
+        curves: (seeds, points).
+
+    Returns:
+        The mean and both ends of its interval, (points,) each.
+    """
     return _bounds([np.asarray(curves).T], _middle)
 
 
 def improvement(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike]) -> Interval:
-    """By how much the interquartile mean of ours is above that of theirs; arguments as in the next function."""
+    """Computes how far the interquartile mean of ours is above that of theirs; arguments as in the next function."""
 
     def statistic(*samples: Numbers, axis: int = -1) -> Numbers:
         middles = [_middle(sample, axis) for sample in samples]
@@ -58,10 +78,12 @@ def _middle(sample: Numbers, axis: int) -> Numbers:
 
 
 def probability_of_improvement(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike]) -> Interval:
-    """How likely a run of ours is better than one of theirs, the mean over tasks; ties count half.
+    """Computes the probability that a run of ours is better than one of theirs, as a mean over tasks.
+
+    Ties count half.
 
     Args:
-        ours: the runs' numbers, a sequence of seeds for each task.
+        ours: for each task the runs' numbers, one for each seed.
         theirs: the same of the other algorithm, for the same tasks.
     """
 
@@ -69,7 +91,7 @@ def probability_of_improvement(ours: Sequence[ArrayLike], theirs: Sequence[Array
         half = len(samples) // 2
         shares = []
         for one, other in zip(samples[:half], samples[half:], strict=True):
-            difference = one[..., :, None] - other[..., None, :]
+            difference = one[..., :, None] - other[..., None, :]  # of each run of ours and each of theirs
             shares.append(((difference > 0) + 0.5 * (difference == 0)).mean(axis=(-2, -1)))
         return np.mean(shares, axis=0)
 
@@ -81,12 +103,21 @@ def _interval(samples: Sequence[ArrayLike], statistic: Callable[..., Numbers]) -
 
 
 def _bounds(samples: Sequence[ArrayLike], statistic: Callable[..., Numbers]) -> tuple[Numbers, Numbers, Numbers]:
-    """A statistic over the last axis, which is resampled, and both ends of its interval, for each of the other axes."""
+    """Computes a statistic over the last axis, which is resampled, and both ends of its interval.
+
+    Args:
+        samples: arrays with the same leading axes.
+        statistic: takes the arrays, and the keyword ``axis``.
+
+    Returns:
+        Three arrays, in the shape of the leading axes.
+    """
     arrays = [np.asarray(sample, np.float64) for sample in samples]
     value = statistic(*arrays, axis=-1)
     if any(array.shape[-1] < 2 for array in arrays):
         return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
     settings = {"n_resamples": 2000, "axis": -1, "method": "percentile", "vectorized": True, "rng": 0}
-    with warnings.catch_warnings(category=DegenerateDataWarning, action="ignore"):  # of runs that all agree
-        found = bootstrap(arrays, statistic, **settings).confidence_interval  # type: ignore[call-overload]
-    return value, found.low, found.high
+    # SciPy warns where all runs agree; the interval is then that one number.
+    with warnings.catch_warnings(category=DegenerateDataWarning, action="ignore"):
+        interval = bootstrap(arrays, statistic, **settings).confidence_interval  # type: ignore[call-overload]
+    return value, interval.low, interval.high

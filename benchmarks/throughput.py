@@ -1,11 +1,12 @@
-"""How fast and how large: ``python -m benchmarks.throughput --model random-sd15 --device cuda --dtype bfloat16``.
+"""Speed and memory: ``python -m benchmarks.throughput --model random-sd15 --device cuda --dtype bfloat16``.
 
-For each number of pictures at a time: pictures drawn a second in rollouts and transitions learned from a second in
-updates, where the time goes, peak memory, and the floating-point operations per second of the denoiser against those of
-a large matrix product on the same device, measured in the same run. Prints one table and writes JSON with ``--out``.
+For each number of images side by side it measures: the images drawn a second in rollouts, and the transitions learned
+from a second in updates; the shares of a rollout's time; the peak memory; and the floating-point operations per second
+of the denoiser, beside those of a large matrix product on the same device in the same run. It prints one table, and
+writes JSON with ``--out``.
 
-``random-sd15`` is Stable Diffusion 1.5 at full size with random weights: speed and memory do not depend on them. It is
-written to ``--work`` once (2 GB in half precision) and loaded from there like any checkpoint.
+``random-sd15`` is Stable Diffusion 1.5 at full size with random weights. It is written to ``--work`` once (2 GB in half
+precision), and loaded from there like any checkpoint.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ import argparse
 import json
 import platform
 import resource
-import string
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,24 +33,29 @@ from torch.utils.flop_counter import FlopCounterMode
 from agents import DPOK
 from dpok_gym.vector_env import DenoisingVectorEnv
 
+#: Name of the share of a rollout's time that is this project's own.
+OUTSIDE = "outside networks and reward"
+
 
 @dataclass
-class Row:
-    """What was measured with one number of pictures at a time.
+class Measurement:
+    """The measurements with one number of images.
 
     Attributes:
-        pictures: at a time.
-        pictures_per_second: of rollouts, decoding and reward included.
-        shares: of a rollout's time in the denoiser, the text encoder, the decoder, the reward, and everything else.
+        images: number of images side by side.
+        images_per_second: of rollouts, decoding and reward included.
+        shares: of a rollout's time, in [0, 1]: in the denoiser, the text encoder, the decoder and the reward, and
+            outside of these.
         rollout_flops: floating-point operations of the denoiser in rollouts, for each second that it runs.
         transitions_per_second: of updates.
-        update_flops: the same, for each second of updates, forward and backward, the pre-trained model's included.
-        rollout_gib: peak memory so far; on a GPU, of rollouts alone.
-        update_gib: peak memory so far; on a GPU, of updates alone.
+        update_flops: floating-point operations for each second of updates, forward and backward, the pre-trained
+            model's included.
+        rollout_gib: peak memory; on a GPU of rollouts alone, else of the process so far.
+        update_gib: the same of updates.
     """
 
-    pictures: int
-    pictures_per_second: float
+    images: int
+    images_per_second: float
     shares: dict[str, float]
     rollout_flops: float
     transitions_per_second: float
@@ -59,32 +64,40 @@ class Row:
     update_gib: float
 
 
-def main() -> None:
-    """Measures, prints and writes."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the options; None for those of the process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="shapes", help="shapes, random-sd15, or a local diffusers folder")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--pictures", type=int, nargs="+", default=[64], help="at a time; several make several rows")
+    parser.add_argument("--images", type=int, nargs="+", default=[64], help="side by side; several make several rows")
     parser.add_argument("--num-inference-steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--image-size", type=int)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--micro-batch-size", type=int, help="of updates")
-    parser.add_argument("--transitions", type=int, default=256, help="that each update learns from, at most")
-    parser.add_argument("--rollouts", type=int, default=2, help="measured, after one to warm up")
+    parser.add_argument("--micro-batch-size", type=int, help="transitions of a forward and backward pass")
+    parser.add_argument("--transitions", type=int, default=256, help="most transitions that an update learns from")
+    parser.add_argument("--rollouts", type=int, default=2, help="number of rollouts measured, after one to warm up")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "random-sd15")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
 
-    model = str(save_random_sd15(options.work)) if options.model == "random-sd15" else options.model
-    ceiling, rows, device = 0.0, [], torch.device("cpu")
-    for pictures in options.pictures:
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints and writes."""
+    options = parse(arguments)
+    model, prompts = options.model, "shapes" if options.model == "shapes" else "dpok"
+    if model == "random-sd15":
+        from benchmarks.random_model import save_random_sd15
+
+        model = str(save_random_sd15(options.work))
+    ceiling, measurements, device = 0.0, [], torch.device("cpu")
+    for images in options.images:
         env = DenoisingVectorEnv(
-            pictures,
+            images,
             model=model,
-            prompts="shapes" if options.model == "shapes" else "dpok",
+            prompts=prompts,
             reward="jpeg-compressibility",
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
@@ -95,39 +108,43 @@ def main() -> None:
         )
         device = env.model.device
         ceiling = ceiling or matrix_product_flops(device, getattr(torch, options.dtype))
-        rows.append(measure(env, options))
-    settings = {key: value for key, value in vars(options).items() if key not in ("work", "out", "pictures")}
-    settings["hardware"] = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    )
+        measurements.append(measure(env, options))
+    settings = {key: value for key, value in vars(options).items() if key not in ("work", "out", "images")}
+    settings["hardware"] = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        settings["hardware"] = torch.cuda.get_device_name(device)
     settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    show(rows, ceiling, settings)
+    show(measurements, ceiling, settings)
     if options.out:
-        found = {"settings": settings, "ceiling_flops": ceiling, "rows": [asdict(row) for row in rows]}
-        options.out.write_text(json.dumps(found, indent=2, default=str) + "\n", encoding="utf-8")
+        rows = [asdict(measurement) for measurement in measurements]
+        results = {"settings": settings, "ceiling_flops": ceiling, "rows": rows}
+        options.out.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def measure(env: DenoisingVectorEnv, options: argparse.Namespace) -> Row:
-    """Rollouts and updates of DPOK in an environment."""
-    n_transitions = env.num_envs * len(env.schedule)
+def measure(env: DenoisingVectorEnv, options: argparse.Namespace) -> Measurement:
+    """Measures rollouts and updates of DPOK in an environment."""
+    device, n_transitions = env.model.device, env.num_envs * env.process.num_inference_steps
     agent = DPOK(
-        "DenoisingPolicy",
-        env,
+        env=env,
         timestep_fraction=min(1.0, options.transitions / n_transitions),
         micro_batch_size=options.micro_batch_size,
         use_critic=False,
         policy_kwargs={"gradient_checkpointing": options.gradient_checkpointing},
-        device=str(env.model.device),
+        device=str(device),
         seed=0,
     )
     callback = CallbackList([])
     callback.init_callback(agent)
     agent._setup_learn(1)
-    device = env.model.device
 
+    # These two are an iteration of learn(), so that each rollout has images and prompts of its own.
     def collect() -> None:
-        assert agent.env is not None
         agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, agent.n_steps)
+        agent._finish_iteration(log_interval=0)
+
+    def update() -> None:
+        with agent._logged_update(env.num_envs):
+            agent.train()
 
     collect()  # warms up: kernels, compilation, encoded prompts
     with peak_memory(device) as rollout_memory:
@@ -135,6 +152,31 @@ def measure(env: DenoisingVectorEnv, options: argparse.Namespace) -> Row:
     with FlopCounterMode(display=False) as counter:
         collect()
     denoiser_flops = sum(counter.flop_counts[type(env.model.denoiser).__name__].values())
+    spent = time_parts(env, collect, options.rollouts)
+    total = spent.pop("total")
+    shares = {name: seconds / total for name, seconds in spent.items()}
+    shares[OUTSIDE] = 1 - sum(shares.values())
+
+    update()  # warms up
+    with peak_memory(device) as update_memory:
+        update_seconds = seconds_of(update, device)
+    with FlopCounterMode(display=False) as counter:
+        update()
+    return Measurement(
+        images=env.num_envs,
+        images_per_second=env.num_envs / rollout_seconds,
+        shares=shares,
+        rollout_flops=options.rollouts * denoiser_flops / spent["denoiser"],
+        transitions_per_second=round(agent.timestep_fraction * n_transitions) / update_seconds,
+        update_flops=counter.get_total_flops() / update_seconds,
+        rollout_gib=rollout_memory[0],
+        update_gib=update_memory[0],
+    )
+
+
+def time_parts(env: DenoisingVectorEnv, collect: Callable[[], None], n: int) -> dict[str, float]:
+    """Measures the seconds of ``n`` rollouts in all, and in the networks and the reward."""
+    device = env.model.device
     spent: dict[str, float] = defaultdict(float)
     with (
         timed(env.model, "predict", spent, "denoiser", device),
@@ -142,30 +184,12 @@ def measure(env: DenoisingVectorEnv, options: argparse.Namespace) -> Row:
         timed(env.model, "decode", spent, "decoder", device),
         timed(env.reward, "components", spent, "reward", device),
     ):
-        total = seconds_of(collect, device, options.rollouts) * options.rollouts
-    shares = {name: value / total for name, value in spent.items()}
-    shares["everything else"] = 1 - sum(shares.values())
-
-    agent.train()  # warms up
-    with peak_memory(device) as update_memory:
-        update_seconds = seconds_of(agent.train, device)
-    with FlopCounterMode(display=False) as counter:
-        agent.train()
-    learned = round(agent.timestep_fraction * n_transitions)
-    return Row(
-        pictures=env.num_envs,
-        pictures_per_second=env.num_envs / rollout_seconds,
-        shares=shares,
-        rollout_flops=options.rollouts * denoiser_flops / spent["denoiser"],
-        transitions_per_second=learned / update_seconds,
-        update_flops=counter.get_total_flops() / update_seconds,
-        rollout_gib=rollout_memory[0],
-        update_gib=update_memory[0],
-    )
+        spent["total"] = seconds_of(collect, device, n) * n
+    return spent
 
 
 def seconds_of(function: Callable[[], Any], device: torch.device, n: int = 1) -> float:
-    """Mean wall time of a call."""
+    """Measures the mean wall time of ``n`` calls."""
     wait_for(device)
     started = time.perf_counter()
     for _ in range(n):
@@ -175,14 +199,14 @@ def seconds_of(function: Callable[[], Any], device: torch.device, n: int = 1) ->
 
 
 def wait_for(device: torch.device) -> None:
-    """Until a GPU has done what it was asked to."""
+    """Waits until a GPU has done its work; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextmanager
-def timed(owner: Any, method: str, into: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
-    """Within the block, adds up the seconds spent in ``owner.method``."""
+def timed(owner: Any, method: str, spent: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
+    """Within the block, adds the seconds spent in ``owner.method`` to ``spent[name]``."""
     original: Callable[..., Any] = getattr(owner, method)
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -192,8 +216,9 @@ def timed(owner: Any, method: str, into: dict[str, float], name: str, device: to
             return original(*args, **kwargs)
         finally:
             wait_for(device)
-            into[name] += time.perf_counter() - started
+            spent[name] += time.perf_counter() - started
 
+    # The wrapper hides the method of the class; an attribute that the owner itself had comes back.
     replaced = vars(owner).get(method)
     setattr(owner, method, wrapper)
     try:
@@ -207,7 +232,7 @@ def timed(owner: Any, method: str, into: dict[str, float], name: str, device: to
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[float]]:
-    """A list that holds, after the block, the peak in GiB: of the block on a GPU, of the process otherwise."""
+    """Yields a list that holds, after the block, the peak in GiB: of the block on a GPU, of the process otherwise."""
     peak: list[float] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -219,23 +244,29 @@ def peak_memory(device: torch.device) -> Iterator[list[float]]:
 
 
 def matrix_product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The best of ten products of two square matrices: what the device can do at most, in practice."""
+    """Measures the operations per second of the best of ten products of two square matrices: a ceiling in practice."""
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / min(seconds_of(lambda: left @ right, device) for _ in range(10))
 
 
-def show(rows: list[Row], ceiling: float, settings: dict[str, Any]) -> None:
-    """Prints the table."""
-    said = ", ".join(f"{key} {value}" for key, value in settings.items() if value not in (None, False))
-    table = Table(title=f"{said}\nmatrix product: {ceiling / 1e12:.3g} TFLOP/s", show_lines=True)
-    for column in ("at a time", "rollout", "of its time", "denoiser", "update", "denoiser ", "peak GiB"):
-        table.add_column(column)
-    for row in rows:
+def show(measurements: Sequence[Measurement], ceiling: float, settings: dict[str, Any]) -> None:
+    """Prints the table.
+
+    Args:
+        measurements: one for each row.
+        ceiling: operations per second of the matrix product.
+        settings: for the title.
+    """
+    title = ", ".join(f"{key} {value}" for key, value in settings.items() if value not in (None, False))
+    table = Table(title=f"{title}\nmatrix product: {ceiling / 1e12:.3g} TFLOP/s", show_lines=True)
+    for heading in ("side by side", "rollout", "of its time", "denoiser", "update", "denoiser ", "peak GiB"):
+        table.add_column(heading)
+    for row in measurements:
         shares = sorted(row.shares.items(), key=lambda item: -item[1])
         table.add_row(
-            str(row.pictures),
-            f"{row.pictures_per_second:.3g} pictures/s",
+            str(row.images),
+            f"{row.images_per_second:.3g} images/s",
             "\n".join(f"{share:6.1%} {name}" for name, share in shares),
             f"{row.rollout_flops / 1e12:.3g} TFLOP/s\n{row.rollout_flops / ceiling:.0%} of the product",
             f"{row.transitions_per_second:.3g} transitions/s",
@@ -243,58 +274,6 @@ def show(rows: list[Row], ceiling: float, settings: dict[str, Any]) -> None:
             f"{row.rollout_gib:.2f} rollout\n{row.update_gib:.2f} update",
         )
     Console(width=150).print(table)
-
-
-def save_random_sd15(folder: Path) -> Path:
-    """Writes Stable Diffusion 1.5 with random weights in bfloat16, unless it is there; returns the folder."""
-    if (folder / "model_index.json").exists():
-        return folder
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from tokenizers import Tokenizer, models, trainers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    letters = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    trainer = trainers.BpeTrainer(special_tokens=special, end_of_word_suffix="</w>", show_progress=False)
-    letters.train_from_iterator([*string.ascii_lowercase, *(f"{a}a" for a in string.ascii_lowercase), "."], trainer)
-    found = json.loads(letters.to_str())["model"]
-    merges = [tuple(pair) for pair in found["merges"]]
-    tokenizer = CLIPTokenizer(vocab=found["vocab"], merges=merges, model_max_length=77)
-    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **tokens
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        torch.manual_seed(0)
-        pipeline = StableDiffusionPipeline(
-            vae=AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                block_out_channels=(128, 256, 512, 512),
-                layers_per_block=2,
-                latent_channels=4,
-                sample_size=512,
-            ),
-            text_encoder=CLIPTextModel(text),
-            tokenizer=tokenizer,
-            unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),  # the defaults are those of 1.5
-            scheduler=PNDMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                skip_prk_steps=True,
-                set_alpha_to_one=False,
-                steps_offset=1,
-            ),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    finally:
-        torch.set_default_dtype(torch.float32)
-    pipeline.save_pretrained(folder)
-    return folder
 
 
 if __name__ == "__main__":

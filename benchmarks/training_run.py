@@ -60,8 +60,9 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
     env, evaluation_env = _make_env(description, prompts, n_envs), _make_env(description, prompts)
     trains = description["algorithm"] != REJECTION
     # Without training, an untrained agent of any algorithm gives access to the pre-trained model.
+    name = description["algorithm"] if trains else "dpok"
     best_of = 1 if trains else settings.pop("n")
-    algorithm: Any = load_algorithm(description["algorithm"] if trains else "dpok")
+    algorithm: Any = load_algorithm(name)
     agent: DenoisingAlgorithm = algorithm(env=env, seed=description["seed"], device="cpu", **settings)
     curve = Curve(evaluation_env, description["seed"])
     if trains:

@@ -82,6 +82,9 @@ def assert_same(actual: Any, expected: Any, where: str = "value") -> None:
         torch.testing.assert_close(
             actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{where}: {text}"
         )
+    elif isinstance(expected, np.ndarray) and expected.dtype == object:  # of a vector environment's infos
+        assert actual.shape == expected.shape, f"{where}: shape {actual.shape}, not {expected.shape}"
+        assert_same(actual.ravel().tolist(), expected.ravel().tolist(), where)
     elif isinstance(expected, np.ndarray):
         assert actual.dtype == expected.dtype, f"{where}: {actual.dtype}, not {expected.dtype}"
         np.testing.assert_array_equal(actual, expected, err_msg=where, strict=True)

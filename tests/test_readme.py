@@ -124,10 +124,12 @@ def commands(program: str) -> list[tuple[str, list[str]]]:
 @pytest.mark.slow
 def test_readme_code_runs_and_learns(readers_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = run_python("README.md")
-    # 640 of the preset's images: some 60 % are aligned before, and more than 75 % after.
-    before, after = names["before"].aligned_share, names["after"].aligned_share
-    assert after > before + 0.05
-    assert f"fully aligned: {before:.0%} before, {after:.0%} after" in capsys.readouterr().out
+    # The noise is the same before and after. With 640 of 2,240 images the mean reward grows by about 0.08.
+    before, after = names["before"], names["after"]
+    assert after.mean_reward > before.mean_reward + 0.03
+    assert after.aligned_share > before.aligned_share
+    shares = f"fully aligned: {before.aligned_share:.0%} before, {after.aligned_share:.0%} after"
+    assert shares in capsys.readouterr().out
     assert names["agent"].images_drawn == 640
     assert (readers_folder / "my_lora" / "pytorch_lora_weights.safetensors").is_file()
     assert names["image"].size == (64, 64)
@@ -141,7 +143,10 @@ def test_code_of_the_documentation_runs(page: str, readers_folder: Path) -> None
     if page == "docs/runs.md":
         few = ["--images", "4", "--n-envs", "4", "--eval-images", "2", "--num-inference-steps", "2"]
         assert main(["train", "--out", "runs/mine", *few]) == 0
-    run_python(page)
+    names = run_python(page)
+    if page == "docs/algorithms.md":
+        names["agent"].learn(1)
+        assert names["agent"].images_drawn == 64
     if page == "docs/runs.md":
         assert (readers_folder / "my_model" / "model_index.json").is_file()
         assert (readers_folder / "my_lora" / "pytorch_lora_weights.safetensors").is_file()

@@ -36,6 +36,7 @@ class BestOfN(ForwardProcess):
         weights = torch.zeros_like(rewards)
         groups = number_groups(prompts).to(rewards.device)
         for group in groups.unique():
+            # In the order in which they were drawn: n images in a row compete.
             for rows in torch.nonzero(groups == group).flatten().split(self.n):
                 weights[rows[rewards[rows].argmax()]] = 1
         return weights

@@ -76,13 +76,16 @@ class DDPO(PolicyGradient):
 
     def image_advantages(self, rewards: Tensor, prompts: list[str], images: Tensor) -> Tensor:
         """(r - mean_z) / std_z of each image, (n,)."""
+        # The new rewards count in their own statistics, as in the published code.
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             self.latest_rewards.setdefault(prompt, deque(maxlen=self.statistics_size)).append(reward)
         means, stds = torch.zeros_like(rewards), torch.zeros_like(rewards)
         for index, prompt in enumerate(prompts):
             latest = torch.tensor(self.latest_rewards[prompt]).to(rewards)
+            # A few rewards tell little about a prompt's mean and spread.
             known = latest if len(latest) >= self.min_count else rewards
             means[index], stds[index] = known.mean(), known.std(correction=0)
+        # One outlier must not decide the update; 1e-6 is for prompts whose rewards are all equal.
         return ((rewards - means) / (stds + 1e-6)).clamp(-self.advantage_clip, self.advantage_clip)
 
     def algorithm_state(self) -> dict[str, Any]:

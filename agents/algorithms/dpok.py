@@ -118,14 +118,17 @@ class DPOK(PolicyGradient):
         mean, std = self.policy.transition(batch.state)
         policy_loss, metrics = self.policy_gradient_loss(batch, mean, std)
         loss = self.reward_weight * batch.step_weight * policy_loss
+        # A weight of 0 needs no pre-trained model, which would cost a pass of the denoiser.
         if self.kl_coef:
             reference = self.reference_mean(batch.state)
+            # Both terms are per latent dimension, or both are not: else beta would change its meaning.
             if self.kl_estimator == "exact":
                 penalty = diffusion.kl_divergence(mean, reference, std, self.log_prob_reduction)
             else:
                 output_mse = self.process.table.output_mse(batch.step, mean, reference)
                 penalty = losses.output_difference(output_mse, mean, self.log_prob_reduction)
             loss = loss + self.kl_coef * penalty
+            # The log has the exact KL in nats, whatever the estimator in the loss.
             metrics |= self.kl_metrics(batch, diffusion.kl_divergence(mean.detach(), reference, std))
         return batch.weight * loss, metrics
 
@@ -139,11 +142,13 @@ class DPOK(PolicyGradient):
             with torch.no_grad():
                 for index in range(buffer.num_inference_steps):
                     buffer.values[:, index] = self.policy.values(buffer.state_at(index))
+        # Without a critic the values are 0, and the advantage is the reward itself.
         advantages, buffer.returns = generalized_advantages(rewards, buffer.values, self.gamma, self.gae_lambda)
         return normalize(advantages, buffer.valid, self.normalize_advantage)
 
     def train(self) -> None:
         """Updates the denoiser as every policy gradient does; then the critic, and the weight of the KL."""
+        # The critic comes last: its values of this iteration are part of the advantages already.
         super().train()
         if self.use_critic:
             self._train_critic()

@@ -18,6 +18,7 @@ from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
 from dpok_gym import diffusion
 from dpok_gym.models.base import Conditioning
+from dpok_gym.utils.validation import check_integer
 
 
 @dataclass
@@ -68,13 +69,13 @@ class DRaFT(DenoisingAlgorithm):
         micro_batch_size: int | Literal["auto"] | None = 16,
         **kwargs: Any,
     ) -> None:
-        self.n_last_steps = n_last_steps
+        self.n_last_steps = check_integer("n_last_steps", n_last_steps)
         super().__init__(policy, env, micro_batch_size=micro_batch_size, **kwargs)
 
     def _setup_model(self) -> None:
         super()._setup_model()
         n_steps = self.process.num_inference_steps
-        if not 1 <= self.n_last_steps <= n_steps:
+        if self.n_last_steps > n_steps:
             raise ValueError(f"n_last_steps must be from 1 to the {n_steps} denoising steps, got {self.n_last_steps}")
         if self.env is not None:
             self.denoising_env.reward.check_differentiable()
@@ -90,12 +91,14 @@ class DRaFT(DenoisingAlgorithm):
         images = torch.nonzero(buffer.valid).flatten()
         rng = make_generator(self.run_seed, Purpose.BATCHES, self.iteration)
         images = images[torch.from_numpy(rng.permutation(len(images))).to(images.device)]
+        # The trajectories give back the noise that they were drawn with, so the images are drawn again as they were.
         noise = []
         for index in range(self.first_step, self.process.num_inference_steps):
             std = self.process.table.std[index].expand(len(images))
             noise.append(diffusion.recover_noise(buffer.latents[images, index + 1], buffer.means[images, index], std))
         latents = buffer.latents[images, self.first_step]
         ends = TrajectoryEnds(latents, torch.stack(noise, dim=1), images, buffer.conditioning)
+        # No image had a valid reward: there is no gradient to follow.
         if not len(ends):
             return
         for batch in ends.split(self.batch_size):
@@ -113,5 +116,6 @@ class DRaFT(DenoisingAlgorithm):
             latents = step.next_latents
         prompts = [self.rollout_buffer.prompts[image] for image in batch.image.tolist()]
         images = self.process.model.decode(latents)
+        # The rewards of the rollout have no gradient; here the reward is computed again, through the decoder.
         reward = self.denoising_env.reward.differentiable(images, prompts).to(latents.device)
         return -reward, {"reward": reward.detach()}

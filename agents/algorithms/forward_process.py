@@ -103,6 +103,7 @@ class ForwardProcess(DenoisingAlgorithm):
     ) -> Self:
         """Draws the images that are still missing, then takes the optimiser steps that are; arguments as SB3's."""
         if reset_num_timesteps:
+            # A new training begins with no images; a continued one keeps what it has drawn.
             self.image_latents, self.image_rewards, self.image_prompts = torch.zeros(0), torch.zeros(0), []
             self._n_updates, self._n_updates_before = 0, 0
         name = tb_log_name or type(self).__name__
@@ -114,6 +115,7 @@ class ForwardProcess(DenoisingAlgorithm):
             if is_going_on:
                 self._keep_images(self.rollout_buffer)
                 self._finish_iteration(log_interval)
+        # All images are drawn before the fit begins: their weights depend on all rewards.
         while is_going_on and not self.is_done(total):
             callback.on_rollout_start()  # where callbacks save
             n_steps = min(self.log_every, self.n_gradient_steps - self.n_fitted)
@@ -137,6 +139,7 @@ class ForwardProcess(DenoisingAlgorithm):
 
     def train(self) -> None:
         """Takes up to ``log_every`` optimiser steps, each on a random batch of the images."""
+        # Weights first: an image of weight 0 is never put into a batch.
         weights = self._checked_weights()
         rows = self.rows_to_fit(weights)
         batch_size = self.batch_size or len(rows)
@@ -197,6 +200,7 @@ class ForwardProcess(DenoisingAlgorithm):
 
     def weighted_loss(self, batch: NoisyImages, output: Tensor) -> tuple[Tensor, Metrics]:
         """w || output - target ||^2 of each image for an output (B, C, h, w), (B,)."""
+        # The target is in the model's own terms: noise, velocity or x_0.
         target = self.process.table.target(batch.step, batch.latents, batch.noisy)
         loss = losses.denoising_loss(output, target)
         return batch.weight * loss, {"denoising_loss": loss.detach()}
@@ -227,7 +231,7 @@ class ForwardProcess(DenoisingAlgorithm):
 
     def algorithm_state(self) -> dict[str, Any]:
         """Adds the images' prompts, and where their fit started."""
-        state = {"image_prompts": self.image_prompts, "n_updates_before": self._n_updates_before}
+        state = {"image_prompts": list(self.image_prompts), "n_updates_before": self._n_updates_before}
         return super().algorithm_state() | state
 
     def load_algorithm_state(self, state: Mapping[str, Any]) -> None:

@@ -54,6 +54,7 @@ class GRPO(PolicyGradient):
 
     def _setup_model(self) -> None:
         n_images = self.images_per_iteration or self.n_envs
+        # Half a group would go on in the next iteration, with images of another policy.
         if n_images % self.group_size:
             raise ValueError(
                 f"the {n_images} images of an iteration cannot be split into groups of {self.group_size}; choose a "
@@ -76,6 +77,7 @@ class GRPO(PolicyGradient):
         mean, std = self.policy.transition(batch.state)
         policy_loss, metrics = self.policy_gradient_loss(batch, mean, std)
         loss = batch.step_weight * policy_loss
+        # A weight of 0 needs no pre-trained model, which would cost a pass of the denoiser.
         if self.kl_coef:
             reference = self.reference_mean(batch.state)
             loss = loss + self.kl_coef * diffusion.kl_divergence(mean, reference, std, self.log_prob_reduction)
@@ -84,6 +86,7 @@ class GRPO(PolicyGradient):
 
     def image_advantages(self, rewards: Tensor, prompts: list[str], images: Tensor) -> Tensor:
         """(r - mean) / std over each image's group, (n,)."""
+        # Iterations hold whole groups, so the rows of a rollout give the groups too.
         return standardize_in_groups(rewards, images // self.group_size)
 
     def step_importance(self, weights: Tensor) -> Tensor:

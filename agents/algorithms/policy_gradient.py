@@ -75,11 +75,14 @@ class PolicyGradient(DenoisingAlgorithm):
         The first batch finds the policy as it was when it drew the images, so its ratios are exactly 1.
         """
         buffer = self.rollout_buffer
+        # Before any step is taken: advantages are about the policy that drew the images.
         buffer.advantages = self.advantages(buffer)
         weights, importance = self.step_weights(), None
         if self.step_weighting == "output":
+            # A step that counts for more is looked at more often; batches() lets it count for less in return.
             importance = self.step_importance(weights)
         for epoch in range(self.n_epochs):
+            # Keyed by iteration and epoch, so that a resumed run makes the same batches.
             rng = make_generator(self.run_seed, Purpose.BATCHES, self.iteration, epoch)
             for batch in buffer.batches(self.batch_size, rng, self.timestep_fraction, importance, weights):
                 with self.optimizer_step():
@@ -134,11 +137,13 @@ class PolicyGradient(DenoisingAlgorithm):
 
         Subclasses with one advantage for all steps of an image write :meth:`image_advantages` instead.
         """
+        # Images without a valid reward keep 0; batches() leaves them out.
         advantages = torch.zeros_like(buffer.final_rewards)
         if buffer.valid.any():
             images = torch.nonzero(buffer.valid).flatten()
             prompts = [buffer.prompts[image] for image in images.tolist()]
             advantages[images] = self.image_advantages(buffer.final_rewards[images], prompts, images)
+        # The reward comes at the end and belongs to all steps alike.
         return advantages[:, None].expand_as(buffer.rewards)
 
     def image_advantages(self, rewards: Tensor, prompts: list[str], images: Tensor) -> Tensor:

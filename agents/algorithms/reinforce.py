@@ -33,6 +33,7 @@ class REINFORCE(PolicyGradient):
     """
 
     def __init__(self, policy: str | type[DenoisingPolicy] = "DenoisingPolicy", env: Any = None, **kwargs: Any) -> None:
+        # The score function's gradient holds only for the policy that drew the images: after one step they are used up.
         if kwargs.get("batch_size") is not None or kwargs.get("n_epochs", 1) > 1:
             raise ValueError(
                 "REINFORCE takes one optimiser step in each iteration: leave batch_size None and n_epochs 1, and draw "

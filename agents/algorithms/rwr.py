@@ -53,8 +53,10 @@ class RWR(ForwardProcess):
             rows = groups == group
             of_prompt = rewards[rows]
             if self.sparse_fraction is None:
+                # softmax is exp(r / temperature) over its sum; times the number of images, the mean weight is 1.
                 weights[rows] = torch.softmax(of_prompt / self.temperature, dim=0) * len(of_prompt)
             else:
                 n_best = math.ceil(self.sparse_fraction * len(of_prompt))
+                # Ties with the last winner win too, so that the order of drawing decides nothing.
                 weights[rows] = (of_prompt >= of_prompt.topk(n_best).values[-1]).to(weights)
         return weights

@@ -56,6 +56,7 @@ class RewardWeightedSFT(ForwardProcess):
             groups = number_groups(prompts).to(rewards.device)
             rewards = rewards - (groups.bincount(rewards) / groups.bincount())[groups]
         shift = self.gamma_kl if self.regularization == "KL-D" else 0
+        # A negative weight has no minimum: the loss could fall for ever.
         return (rewards + shift).clamp(min=0)
 
     def rows_to_fit(self, weights: Tensor) -> Tensor:
@@ -69,6 +70,7 @@ class RewardWeightedSFT(ForwardProcess):
         output = self.policy.predict_output(batch.state, guidance_scale=1.0)
         loss, metrics = self.weighted_loss(batch, output)
         if self.regularization == "KL-O":
+            # The pre-trained model is a fixed target.
             with torch.no_grad():
                 reference = self.policy.predict_output(batch.state, reference=True, guidance_scale=1.0)
             loss = loss + self.gamma_kl * losses.denoising_loss(output, reference)

@@ -148,7 +148,9 @@ class Config:
             device: device of the policy; None for the config's.
         """
         algorithm: Callable[..., DenoisingAlgorithm] = load_algorithm(self.algo)
-        settings = self.algo_kwargs | {"policy_kwargs": self.policy_kwargs}
+        # Said in full, as an environment for evaluation may draw fewer images side by side.
+        per_iteration = self.algo_kwargs["images_per_iteration"] or self.n_envs
+        settings = self.algo_kwargs | {"images_per_iteration": per_iteration, "policy_kwargs": self.policy_kwargs}
         return algorithm("DenoisingPolicy", env, seed=self.seed, device=device or self.device, **settings)
 
 
@@ -212,13 +214,13 @@ def describe_settings(owner: type) -> list[Argument]:
 
 def find_paths(env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments with absolute paths and the reward as a dict: a run may be read from another folder."""
-    found = dict(env_kwargs)
-    weights = parse_reward(found["reward"])
-    found["reward"] = {_absolute(name, list_rewards()): weight for name, weight in weights.items()}
-    if os.path.isfile(str(found["prompts"])):  # a folder of that name does not make a prompt a path
-        found["prompts"] = _absolute(found["prompts"], list_prompt_sets())
-    found["model"] = _absolute(found["model"], list_models())
-    return found
+    resolved = dict(env_kwargs)
+    weights = parse_reward(resolved["reward"])
+    resolved["reward"] = {_absolute(name, list_rewards()): weight for name, weight in weights.items()}
+    if os.path.isfile(str(resolved["prompts"])):  # a folder of that name does not make a prompt a path
+        resolved["prompts"] = _absolute(resolved["prompts"], list_prompt_sets())
+    resolved["model"] = _absolute(resolved["model"], list_models())
+    return resolved
 
 
 def _absolute(text: Any, names: Collection[str]) -> Any:

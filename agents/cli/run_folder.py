@@ -25,9 +25,8 @@ from agents.common.callbacks import ProgressCallback
 from agents.common.checkpoint import (
     CheckpointCallback,
     find_checkpoint,
-    list_checkpoints,
     load_checkpoint,
-    remove_checkpoint,
+    remove_later_checkpoints,
     save_checkpoint,
 )
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
@@ -75,14 +74,12 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config.write(self.folder)
         say(self.console, f"writing to {self.folder}")
-        checkpoints = list_checkpoints(self.folder)
-        if self._checkpoint is not None:
-            known = [checkpoint.name for checkpoint in checkpoints]
-            if self._checkpoint.name in known:
-                checkpoints = checkpoints[known.index(self._checkpoint.name) + 1 :]
+        if self._checkpoint is None:
+            # An earlier run may have died here before its first checkpoint, with other settings.
+            (self.folder / EVALUATION_BEFORE).unlink(missing_ok=True)
+        else:
             say(self.console, f"going on from {self._checkpoint}, with {self.agent.images_drawn} images drawn")
-        for later in checkpoints:
-            remove_checkpoint(later)
+        remove_later_checkpoints(self.folder, self.agent)
         n_rows = self._extra_state["log_rows"]
         self._csv = CSVLog(self.folder / LOG, n_rows)
         self._tensorboard = TensorBoardLog(self.folder / TENSORBOARD, n_rows)
@@ -152,6 +149,16 @@ class Run:
         self.console.print(table)
         if self.interrupted:
             say(self.console, f"interrupted; go on with: {self.how_to_go_on}")
+
+    @property
+    def is_sound(self) -> bool:
+        """True if there is something to keep: no half of an update, and no weights that are not finite."""
+        weights = self.agent.policy.parameters()
+        return (
+            self.agent.images_drawn > 0
+            and not self.interrupts.updating
+            and all(bool(values.isfinite().all()) for values in weights)
+        )
 
     def close(self) -> None:
         """Ends the progress bar and the logs."""
@@ -225,7 +232,7 @@ def load_agent(folder: Path, config: Config, env: DenoisingVectorEnv, device: st
 
 def save_evaluation(evaluation: Evaluation, path: Path) -> None:
     """Writes an evaluation as arrays, without pickle."""
-    arrays = {name: value for name, value in vars(evaluation).items() if isinstance(value, np.ndarray)}
+    arrays: dict[str, Any] = {name: it for name, it in vars(evaluation).items() if isinstance(it, np.ndarray)}
     arrays |= {f"rewards/{name}": values for name, values in evaluation.rewards.items()}
     names = [evaluation.alignment_reward or "", evaluation.quality_reward or ""]
     with replacing(path) as part, open(part, "wb") as file:

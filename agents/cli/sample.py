@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from agents.cli.arguments import default_hint, given, parse_options
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from agents.cli.config import Config
     from agents.common.evaluation import Evaluation
@@ -76,7 +74,7 @@ def run(options: Sample) -> int:
         lora = lora / "lora" if run_folder == lora else lora
     config = None if run_folder is None else Config.read(run_folder)
     env = _make_env(options, config)
-    evaluation = _draw(options, env, lora, run_folder, config)
+    evaluation = _draw(options, env, lora, run_folder)
     labels = [f"seed {options.seed + k}" for k in range(options.n)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     plots.image_grid(evaluation.images, labels, options.out, f"“{options.prompt}”", evaluation.aligned)
@@ -106,25 +104,41 @@ def _make_env(options: Sample, config: Config | None) -> DenoisingVectorEnv:
     return make_env(env_id, n_envs, **(kwargs | {"reward": env.world.alignment_reward}))
 
 
-def _draw(
-    options: Sample, env: DenoisingVectorEnv, lora: Path | None, run_folder: Path | None, config: Config | None
-) -> Evaluation:
+def _draw(options: Sample, env: DenoisingVectorEnv, lora: Path | None, run_folder: Path | None) -> Evaluation:
     """Draws the images with the pre-trained model, with a LoRA, or with the denoiser that a run trained as a whole."""
-    from agents.cli.run_folder import load_agent
     from agents.common.evaluation import sample_images
     from dpok_gym.models.lora import LoRA
 
     sample = partial(sample_images, env.process, env, [options.prompt] * options.n, options.seed)
     if lora is None:
         return sample()
-    if run_folder is not None and config is not None and lora == run_folder / "lora" and not lora.is_dir():
+    if run_folder is not None and lora == run_folder / "lora" and not lora.is_dir():
         if options.dtype:
             raise ValueError("a run that trained the whole denoiser draws in its own precision; leave out --dtype")
-        agent = load_agent(run_folder, config, env, options.device)
-        return sample(transition=partial(env.process.transition, denoiser=agent.policy.denoiser))
+        denoiser = _load_denoiser(run_folder, env)
+        return sample(transition=partial(env.process.transition, denoiser=denoiser))
     model = env.process.model
     with LoRA.from_folder(model.denoiser, lora, model.lora_prefix).enabled():
         return sample()
+
+
+def _load_denoiser(run_folder: Path, env: DenoisingVectorEnv) -> nn.Module:
+    """Returns the denoiser of a run's newest checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint, or none with a denoiser.
+    """
+    from safetensors.torch import load_file
+
+    from agents.common.checkpoint import find_checkpoint
+    from dpok_gym.models.lora import reference_copy
+
+    path = find_checkpoint(run_folder) / "denoiser.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_folder} has neither a LoRA nor a {path.name}")
+    denoiser = reference_copy(env.process.model.denoiser)
+    denoiser.load_state_dict(load_file(path))
+    return denoiser
 
 
 def _no_reward(images: Tensor, prompts: list[str]) -> Tensor:

@@ -6,14 +6,24 @@ import secrets
 import shlex
 import time
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, fields, make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from agents.algorithms.registry import load_algorithm
-from agents.cli.arguments import UsageError, default_hint, make_options, parse_options, to_command_line
+from agents.algorithms.presets import PRESETS
+from agents.algorithms.registry import list_algorithms, load_algorithm
+from agents.cli.arguments import (
+    UsageError,
+    default_hint,
+    make_options,
+    parse_options,
+    parse_some_options,
+    to_command_line,
+)
 from agents.cli.config import FILE_NAME, Config, default_config, describe_settings, find_paths
 from agents.cli.environments import environment_class
 from agents.cli.run_folder import Run
@@ -21,13 +31,27 @@ from agents.cli.tables import say
 from agents.common.arguments import describe_arguments
 from agents.common.checkpoint import find_checkpoint, list_checkpoints
 from agents.common.policy import DenoisingPolicy
-from dpok_gym.registration import DEFAULT_ENVIRONMENT
+from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
 
 #: Images of each evaluation of a run that was interrupted.
 _FEW_IMAGES = 16
 
 #: Options that a run which goes on may change.
 _CHANGEABLE = ("images", "device", "checkpointing_steps", "checkpoints_total_limit")
+
+_ENV_HELP = (
+    f"Environment, which sets the model, the prompts and the reward: {', '.join(ENVIRONMENTS)}; or MODULE:ID of one of "
+    "yours."
+)
+_ALGO_HELP = (
+    f"Algorithm, whose own options are below: {', '.join(list_algorithms())}; or MODULE:CLASS of one of yours. dpok is "
+    "policy gradient with a KL penalty (Fan et al. 2023); ddpo, grpo and reinforce are other policy gradients. sft "
+    "(weighted by the reward), rwr (by its exponential) and best-of-n (on winners) learn from images of the "
+    "pre-trained model. draft follows the gradient of the reward, which must have one."
+)
+_PRESET_HELP = "Named settings, which the other options change: " + "; ".join(
+    f"{name} ({preset.description})" for name, preset in PRESETS.items()
+)
 
 
 @dataclass
@@ -38,17 +62,9 @@ class RunOptions:
     """Seed of prompts, noise and first weights, 0 or more. The same seed repeats a run."""
     out: Annotated[Path | None, default_hint("FOLDER", "runs/<env>-<algo>-seed<seed>-<time>")] = None
     """Run folder to write. It must not hold a run already, unless the run is resumed."""
-    env: str = DEFAULT_ENVIRONMENT
-    """Environment id, which sets the model, the prompts and the reward; or MODULE:ID of one of yours."""
-    algo: str = "dpok"
-    """Algorithm, or MODULE:CLASS of one of yours. Its own options are below.
-
-    dpok is policy gradient with a KL penalty (Fan et al. 2023); ddpo, grpo and reinforce are other policy gradients.
-    sft (weighted by the reward), rwr (by its exponential) and best-of-n (on winners) learn from images of the
-    pre-trained model. draft follows the gradient of the reward, which must have one.
-    """
-    preset: str = "laptop"
-    """Named settings, which the other options change: see agents.PRESETS."""
+    env: Annotated[str, tyro.conf.arg(help=_ENV_HELP, metavar="ID")] = DEFAULT_ENVIRONMENT
+    algo: Annotated[str, tyro.conf.arg(help=_ALGO_HELP, metavar="NAME")] = "dpok"
+    preset: Annotated[str, tyro.conf.arg(help=_PRESET_HELP, metavar="NAME")] = "laptop"
     images: int = 2240
     """Images to draw in training, 1 or more, rounded up to whole iterations. More take longer and learn more."""
     n_envs: int = 64
@@ -102,7 +118,7 @@ def parse(argv: Sequence[str]) -> Train:
     Raises:
         ValueError: if an option, or a value, is wrong.
     """
-    first, _ = tyro.cli(_FirstOptions, args=argv, return_unknown_args=True, add_help=False)
+    first = parse_some_options(_FirstOptions, argv)
     resumes = first.resume or first.resume_from_checkpoint is not None
     if resumes and first.out is None:
         raise UsageError("--resume needs the run folder to go on with: --out FOLDER")
@@ -110,8 +126,7 @@ def parse(argv: Sequence[str]) -> Train:
         base = Config.read(first.out)
     else:
         base = default_config(first.env or DEFAULT_ENVIRONMENT, first.algo or "dpok", first.preset)
-    kind = _options_class(base)
-    parsed = parse_options(kind, "dpok train", argv)
+    parsed: Any = parse_options(_options_class(base), "dpok train", argv)
     config = _config_of(parsed, base)
     if not resumes:
         return Train(parsed.run.out, config, None)
@@ -135,17 +150,16 @@ def run(options: Train) -> int:
         if run.interrupts.updating:
             say(run.console, f"interrupted in an update, which is lost; go on with: {run.how_to_go_on}")
             return 130
-        say(run.console, "interrupted: saving what there is (Ctrl-C again leaves at once)")
+        say(run.console, "interrupted: saving the run (Ctrl-C again leaves at once)")
         # In this order a second interruption costs only what is not written yet.
         run.save()
         n_images = min(_FEW_IMAGES, run.config.eval_images)
         before, after = run.evaluate_before(n_images), run.evaluate_after(n_images)
     except Exception:  # a reward's server has gone, for example
         run.interrupted = True
-        weights = run.agent.policy.parameters()
-        if run.agent.images_drawn and not run.interrupts.updating and all(values.isfinite().all() for values in weights):
+        if run.is_sound:
             run.save()
-            say(run.console, f"stopped by an error; what was learned is kept: {run.how_to_go_on}")
+            say(run.console, f"stopped by an error; the run is saved, go on with: {run.how_to_go_on}")
         raise
     finally:
         run.close()
@@ -178,17 +192,18 @@ def _new_folder(config: Config) -> Path:
 
 def _options_class(base: Config) -> type:
     """Makes the dataclass of all options, with the settings of a config as defaults."""
-    env_class = environment_class(base.env)
-    of_env = make_options("environment", describe_arguments(env_class).values(), base.env_kwargs)
-    of_algorithm = make_options(base.algo, describe_settings(load_algorithm(base.algo)), base.algo_kwargs)
-    of_policy = make_options("policy", describe_settings(DenoisingPolicy), base.policy_kwargs)
-    shared = {option.name for option in fields(RunOptions)} & {option.name for option in fields(Config)}
-    run = RunOptions(**{name: getattr(base, name) for name in shared})
-    sections = {"run": (RunOptions, run), "environment": (of_env, of_env())}
-    sections |= {"algorithm": (of_algorithm, of_algorithm()), "policy": (of_policy, of_policy())}
-    made = []
-    for name, (kind, default) in sections.items():
-        made.append((name, tyro.conf.OmitArgPrefixes[kind], field(default_factory=lambda value=default: value)))
+    arguments = describe_arguments(environment_class(base.env)).values()
+    of_algorithm = describe_settings(load_algorithm(base.algo))
+    sections: dict[str, Any] = {
+        "run": RunOptions(**{name: getattr(base, name) for name in _shared_names()}),
+        "environment": make_options("environment", arguments, base.env_kwargs)(),
+        "algorithm": make_options("algorithm", of_algorithm, base.algo_kwargs)(),
+        "policy": make_options("policy", describe_settings(DenoisingPolicy), base.policy_kwargs)(),
+    }
+    made: list[Any] = []
+    for name, default in sections.items():
+        kind: Any = Annotated[type(default), tyro.conf.OmitArgPrefixes]
+        made.append((name, kind, field(default_factory=partial(copy, default))))
     options = make_dataclass("Train", made)
     options.__doc__ = (
         "Fine-tune a text-to-image model with a reward, and compare it with the pre-trained model.\n\n"
@@ -198,10 +213,14 @@ def _options_class(base: Config) -> type:
     return options
 
 
+def _shared_names() -> set[str]:
+    """Returns the options of the run that the config keeps under the same name."""
+    return {option.name for option in fields(RunOptions)} & {option.name for option in fields(Config)}
+
+
 def _config_of(parsed: Any, base: Config) -> Config:
     """Returns the config with what the options change."""
-    shared = {option.name for option in fields(RunOptions)} & {option.name for option in fields(Config)}
-    values: dict[str, Any] = {name: getattr(parsed.run, name) for name in shared}
+    values: dict[str, Any] = {name: getattr(parsed.run, name) for name in _shared_names()}
     sections = {"env_kwargs": parsed.environment, "algo_kwargs": parsed.algorithm, "policy_kwargs": parsed.policy}
     for name, options in sections.items():
         settings = dict(getattr(base, name))

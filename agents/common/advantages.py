@@ -31,6 +31,7 @@ def generalized_advantages(
         Advantages and returns, both (N, T).
     """
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    # Temporal-difference errors; the advantage is their discounted sum, from the end.
     errors = rewards + gamma * next_values - values
     advantages = torch.zeros_like(values)
     running = torch.zeros_like(values[:, 0])
@@ -90,6 +91,7 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
     """
     if len(rewards) == 1:
         return rewards
+    # Leaving the image itself out keeps the baseline independent of it.
     others = 1 - torch.eye(len(rewards), device=rewards.device)
     same = (groups[:, None] == groups[None]).float() * others
     alone = same.sum(dim=1) == 0

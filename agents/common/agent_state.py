@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ def get_state(agent: DenoisingAlgorithm) -> dict[str, Any]:
     policy = agent.policy
     tensors: dict[str, dict[str, Tensor]] = {}
     if policy.lora is not None:
+        # Only what is trained: the pre-trained weights are in the model's own files.
         tensors["lora"] = policy.lora.state_dict()
     else:
         assert policy.denoiser is not None
@@ -38,6 +40,7 @@ def get_state(agent: DenoisingAlgorithm) -> dict[str, Any]:
         "images_drawn": agent.images_drawn,
         "num_timesteps": agent.num_timesteps,
         "n_updates": agent._n_updates,
+        "recent_rewards": [episode["r"] for episode in agent.ep_info_buffer or ()],
         "algorithm_state": agent.algorithm_state(),
     }
     return {"tensors": tensors, "state": state}
@@ -56,6 +59,7 @@ def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
     SamplerConfig.from_dict(state["sampler"]).check_equal(agent.sampler_config)
     policy = agent.policy
     expected = get_state(agent)["tensors"]
+    # An optimiser that has taken no step yet has no tensors.
     missing = sorted((expected.keys() - {"optimizer"}) - tensors.keys())
     if missing:
         raise ValueError(f"the state has no {' and no '.join(missing)}: the agent was made with other settings")
@@ -75,6 +79,11 @@ def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
     agent.images_drawn = state["images_drawn"]
     agent.num_timesteps = state["num_timesteps"]
     agent._n_updates = state["n_updates"]
+    # The logged mean reward goes over the latest images, also over those before an interruption.
+    episode = {"l": agent.process.num_inference_steps, "t": 0.0}
+    recent = [episode | {"r": reward} for reward in state["recent_rewards"]]
+    agent.ep_info_buffer = deque(recent, maxlen=agent._stats_window_size)
+    agent.ep_success_buffer = deque(maxlen=agent._stats_window_size)  # SB3 makes both or none
     agent.load_algorithm_state(state["algorithm_state"])
 
 
@@ -96,8 +105,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor])
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in flat.items():
         number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = value
+        state.setdefault(int(number), {})[name] = value.clone()  # or the step of one agent would change the other
     n_parameters = sum(len(group["params"]) for group in optimizer.param_groups)
     if state and max(state) >= n_parameters:
         raise ValueError(f"the optimiser's state is of {max(state) + 1} parameters, and there are {n_parameters}")
+    # Learning rates and the like stay those of the constructor; only moments and step counts come back.
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -126,25 +126,27 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         _init_setup_model: bool = True,
     ) -> None:
         if isinstance(env, str):
+            # Gymnasium's own vectorisation would run a model for each environment.
             env = gymnasium.make_vec(env, num_envs=n_envs, vectorization_mode="vector_entry_point")
         self.final_lr_fraction = check_fraction("final_lr_fraction", final_lr_fraction)
         self.batch_size = None if batch_size is None else check_integer("batch_size", batch_size)
         self.micro_batch_size = micro_batch_size
+        self.images_per_iteration: int | None = None
         if images_per_iteration is not None:
-            check_integer("images_per_iteration", images_per_iteration)
-        self.images_per_iteration = images_per_iteration
+            self.images_per_iteration = check_integer("images_per_iteration", images_per_iteration)
         self.reward_normalizer = RewardNormalizer() if normalize_rewards else None
         self.images_drawn = 0
         self.iteration = 0
         #: The environment's sampler, kept so that a saved agent can be loaded without an environment.
         self.sampler_config: SamplerConfig | None = None
-        self.run_seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-        check_integer("seed", self.run_seed, minimum=0)
+        new_seed = np.random.SeedSequence().generate_state(1)[0]  # from the operating system
+        self.run_seed = check_integer("seed", new_seed if seed is None else seed, minimum=0)
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]
             learning_rate=learning_rate,
             n_steps=1,  # set below, once T is known
+            # SB3 asks for these; the losses are the subclasses', which have discounts of their own if any.
             gamma=1.0,
             gae_lambda=1.0,
             ent_coef=0.0,
@@ -187,6 +189,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         self.n_steps = self.process.num_inference_steps
         if self.images_per_iteration is None:
             self.images_per_iteration = self.n_envs
+        # Before the policy is made, which would fail with an error that does not name the nearest argument.
         check_arguments(self.policy_class, self.policy_kwargs)
         with torch.random.fork_rng():  # new weights depend on the seed alone, and change no one else's numbers
             torch.manual_seed(int(make_generator(self.run_seed, Purpose.WEIGHTS).integers(2**62)))
@@ -215,6 +218,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
 
     def _take_process(self, env: DenoisingVectorEnv) -> None:
         """Takes the environment's denoising process, which must sample as the one that was learned with."""
+        # An agent that was loaded has learned one sampler; with another, its ratios and KLs would mean nothing.
         if self.sampler_config is not None:
             self.sampler_config.check_equal(env.process.config)
         self.process, self.sampler_config = env.process, env.process.config
@@ -275,14 +279,16 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
 
         An iteration that is not complete counts no images and no steps: they are drawn again when the agent goes on.
         """
-        steps_before = self.num_timesteps
+        assert self.ep_info_buffer is not None  # learn() has made it
+        before = self.num_timesteps, self.ep_info_buffer.copy()
+        # The images of an iteration count when all of them are drawn: an interrupted one is drawn again.
         is_complete = False
         callback.on_rollout_start()
         try:
             is_complete = draw_rollout(self, rollout_buffer, callback)
         finally:
             if not is_complete:
-                self.num_timesteps = steps_before
+                self.num_timesteps, self.ep_info_buffer = before
         if is_complete:
             callback.on_rollout_end()
         return is_complete

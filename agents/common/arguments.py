@@ -54,6 +54,7 @@ def describe_arguments(cls: type) -> dict[str, Argument]:
             doc = " ".join(docs.get(parameter.name, "").split())
             annotation = hints.get(parameter.name, Any)
             described.setdefault(parameter.name, Argument(parameter.name, annotation, parameter.default, doc))
+        # A constructor without **kwargs hands nothing on.
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
     return described
@@ -80,6 +81,7 @@ def show_inherited_arguments(cls: type) -> None:
             inherited.append(textwrap.fill(text, 112, initial_indent="    ", subsequent_indent="        "))
     if "Args:" not in doc:
         doc += "\n\nArgs:\n"
+    # From "Args:" to the next line that is not indented.
     section = re.search(r"^Args:\n(?:(?: .*)?\n?)*?(?=^\S|\Z)", doc, re.MULTILINE)
     assert section is not None
     lines = [section.group().rstrip(), *inherited]

@@ -131,10 +131,10 @@ class TrajectoryBuffer:
         """
         self.prompts[rows] = list(prompts)
         for name, values in conditioning.items():
-            known = self.conditioning.get(name)
-            if known is None or known.shape[1:] != values.shape[1:]:
-                known = self.conditioning[name] = values.new_zeros(len(self), *values.shape[1:])
-            known[rows] = values
+            # The shapes are the model's; they are known with the first prompt.
+            if name not in self.conditioning:
+                self.conditioning[name] = values.new_zeros(len(self), *values.shape[1:])
+            self.conditioning[name][rows] = values
 
     def add(self, rows: slice, step: DenoisingStep) -> None:
         """Stores one denoising step of these images."""
@@ -181,6 +181,7 @@ class TrajectoryBuffer:
         probability = inclusion_probabilities(ones if step_importance is None else step_importance, fraction)
         step_weights = ones if step_weights is None else step_weights
         images = torch.nonzero(self.valid).flatten()
+        # Transition number image * T + step.
         transitions = (images[:, None] * n_steps + torch.arange(n_steps, device=device)).flatten()
         transitions = transitions[torch.from_numpy(rng.permutation(len(transitions))).to(device)]
         chosen = systematic_sample(transitions, probability[transitions % n_steps], rng.random())
@@ -219,6 +220,7 @@ def inclusion_probabilities(importance: Tensor, fraction: float) -> Tensor:
     """
     certain = torch.full_like(importance, fraction == 1, dtype=torch.bool)
     while True:
+        # Steps that would need a probability above 1 get 1; the others share what is left.
         left = fraction * len(importance) - certain.sum()
         probability = torch.where(certain, 1.0, left * importance / importance[~certain].sum())
         if not (probability > 1 + 1e-6).any():

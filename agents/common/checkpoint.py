@@ -1,9 +1,12 @@
 """Checkpoints of a training: folders of safetensors and JSON files, without pickle.
 
-A checkpoint is a folder ``checkpoint-<images drawn>`` in the run folder. It holds
+A checkpoint is a folder ``checkpoint-<images drawn>`` in the run folder; once a forward-process algorithm fits,
+``checkpoint-<images drawn>-<optimiser steps>``. It holds
 
-- ``pytorch_lora_weights.safetensors``, which diffusers can load, or ``denoiser.safetensors`` if all weights are trained;
-- a file of tensors for every other part of the agent: ``critic``, ``optimizer``, ``images`` (forward-process algorithms);
+- ``pytorch_lora_weights.safetensors``, which diffusers can load, or ``denoiser.safetensors`` if all weights are
+  trained;
+- a file of tensors for every other part of the agent: ``critic``, ``optimizer``, ``images`` (of forward-process
+  algorithms);
 - ``trainer_state.json``: the agent's counters and statistics, and what the run itself needs to go on.
 
 It is written into a folder beside it, which is renamed when all is on the disk. So a checkpoint is whole or not there.
@@ -34,7 +37,7 @@ TRAINER_STATE = "trainer_state.json"
 
 #: Endings of a folder that is being written, and of one that is being removed.
 _PART, _OLD = ".part", ".old"
-#: The images drawn; then the optimiser steps, if they alone tell two checkpoints apart.
+#: The images drawn, and perhaps the optimiser steps of a fit.
 _NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?")
 
 
@@ -66,10 +69,10 @@ def save_checkpoint(
     _remove_leftovers(run_folder)
     saved = agent.state_dict()
     state: dict[str, Any] = saved["state"]
-    folder = run_folder / f"checkpoint-{agent.images_drawn}"
-    if folder.is_dir() and not _has_state(folder, state):
-        # A forward-process algorithm draws no more images while it fits.
-        folder = run_folder / f"{folder.name}-{agent._n_updates}"
+    images_drawn, n_fitted = _progress(agent)
+    folder = run_folder / f"checkpoint-{images_drawn}"
+    if n_fitted:
+        folder = run_folder / f"{folder.name}-{n_fitted}"
     if not _has_state(folder, state):
         _write(agent, saved["tensors"], {"agent": state, "run": dict(extra_state or {})}, folder)
     if total_limit is not None:
@@ -168,6 +171,13 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(old)
 
 
+def remove_later_checkpoints(run_folder: str | Path, agent: DenoisingAlgorithm) -> None:
+    """Removes the checkpoints that are further than an agent, which goes on from an older one."""
+    for folder in list_checkpoints(run_folder):
+        if _age(folder) > _progress(agent):
+            remove_checkpoint(folder)
+
+
 def flush_to_disk(path: Path) -> None:
     """Waits until a file, or the list of a folder's files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -221,6 +231,11 @@ def _remove_leftovers(run_folder: Path) -> None:
 
 def _is_checkpoint(folder: Path) -> bool:
     return _NAME.fullmatch(folder.name) is not None and (folder / TRAINER_STATE).is_file()
+
+
+def _progress(agent: DenoisingAlgorithm) -> tuple[int, int]:
+    """Returns the images drawn, and the optimiser steps of a fit, in which a forward-process algorithm draws none."""
+    return agent.images_drawn, getattr(agent, "n_fitted", 0)
 
 
 def _age(folder: Path) -> tuple[int, int]:

@@ -136,7 +136,9 @@ def evaluate(
     _check_prompts(prompts)
     check_integer("best_of", best_of)
     env = find_denoising_env(env)
+    # The environment only judges, but an image of another size or sampler would not be comparable.
     policy.process.config.check_equal(env.process.config)
+    # The candidates of a prompt are neighbours, as best_of() expects.
     repeated = [prompt for prompt in prompts for _ in range(best_of)]
     if reference:
         evaluation = sample_images(policy.process, env, repeated, seed, policy.reference_transition)
@@ -174,6 +176,7 @@ def sample_images(
     parts = []
     for first in range(0, len(prompts), env.num_envs):
         chunk = list(prompts[first : first + env.num_envs])
+        # A seed for each image: it looks the same, however many are drawn side by side.
         seeds = [seed + first + i for i in range(len(chunk))]
         parts.append(_sample_chunk(process, env, chunk, seeds, transition, reference))
     world = env.world
@@ -209,6 +212,7 @@ def _sample_chunk(
             kl[:, step.index] = diffusion.kl_divergence(step.mean, reference_mean, step.std).double().cpu().numpy()
     images, rewards = env.judge(latents, prompts)
     components = {name: values.double().numpy() for name, values in rewards.components.items()}
+    # A masked image has the reward 0, which would count as a bad image.
     is_finite = np.isfinite(list(components.values())).all(axis=0)
     reward = np.where(is_finite, rewards.total.double().numpy(), np.nan)
     return Evaluation(prompts, images, reward, components, kl)

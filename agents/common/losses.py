@@ -38,6 +38,7 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float, 
         (B,) losses.
     """
     check_choice("clip_type", clip_type, "ppo", "clamp")
+    # Where the clamp is active, its gradient is 0.
     clipped = advantages * log_ratio.clamp(-clip_range, clip_range).exp()
     if clip_type == "clamp":
         return -clipped
@@ -71,6 +72,7 @@ def policy_gradient_loss(
         (B,) losses, and the ratio and whether it was clipped as metrics.
     """
     log_ratio = diffusion.log_ratio(actions, mean, old_mean, std, reduction)
+    # clip_range is in nats of the latent, and log_ratio perhaps in nats per dimension.
     limit = clip_range / _unit(actions, reduction)
     loss = clipped_surrogate(log_ratio, advantages, limit, clip_type)
     is_clipped = (log_ratio.detach().abs() > limit).float()

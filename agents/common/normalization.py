@@ -62,6 +62,7 @@ class RewardNormalizer:
         for name, values in rewards.components.items():
             statistics = self.statistics.setdefault(name, RunningStatistics())
             statistics.update(values[rewards.valid])
+            # A component that has only had one value so far adds 0.
             total += rewards.weights[name] * (values.double() - statistics.mean) / statistics.std
         return total.float().where(rewards.valid, 0.0)
 

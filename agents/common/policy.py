@@ -101,6 +101,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         self.autocast = autocast
         self._batch_size = BatchSize("max_batch_size", max_batch_size)
         self._adapter_is_on = False
+        # Resolved here, so that a saved policy does not depend on the default of a later version.
         rank = self.model.default_lora_rank if lora_rank is None else lora_rank
         self._constructor = {
             "process": process.config.to_dict(),
@@ -201,6 +202,7 @@ class DenoisingPolicy(ActorCriticPolicy):
             reference: whether to ask the pre-trained model.
             guidance_scale: None for the process's own; 1 for no guidance.
         """
+        # A policy with a LoRA has no denoiser of its own: the adapter's switch decides which model answers.
         denoiser = None if reference else self.denoiser
 
         def predict(rows: slice) -> Tensor:
@@ -208,6 +210,7 @@ class DenoisingPolicy(ActorCriticPolicy):
 
         autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast)
         with autocast, self.adapter_enabled(not reference):
+            # With gradients the caller has chosen the micro-batch; without, memory alone sets the limit.
             if torch.is_grad_enabled():
                 return predict(slice(None))
             return self._batch_size.map(predict, len(state.latents))
@@ -264,6 +267,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         state = self.state_of(obs)
         mean, std = self.transition(state)
         log_prob = diffusion.log_prob(actions.reshape(mean.shape), mean, std)
+        # The entropy of a Gaussian is minus its log-density at the mean, plus half a nat for each dimension.
         entropy = -diffusion.log_prob(mean, mean, std) + 0.5 * mean[0].numel()
         return self.values(state), log_prob, entropy
 

@@ -66,6 +66,7 @@ def _draw_images(
     process, policy, env = agent.process, agent.policy, agent.denoising_env
     images = range(agent.images_drawn + rows.start, agent.images_drawn + rows.stop)
     prompts = draw_prompts(agent, images)
+    # Once for the whole episode; the update finds it in the buffer.
     conditioning = process.encode(prompts)
     noise = ImageNoise.for_training(
         agent.run_seed, images, process.model.latent_shape, process.model.device, agent.initial_noise_of(images)
@@ -73,24 +74,24 @@ def _draw_images(
     transition = policy.reference_transition if agent.draws_with_reference else policy.transition
     latents = noise.initial_latents()
     buffer.begin(rows, prompts, conditioning)
-    with policy.adapter_enabled(not agent.draws_with_reference):
-        for step in process.denoise(latents, conditioning, noise, transition):
-            latents = step.next_latents
-            buffer.add(rows, step)
-            if agent.records_reference_kl:
-                reference_mean, _ = policy.reference_transition(step.state)
-                buffer.kl[rows, step.index] = diffusion.kl_divergence(step.mean, reference_mean, step.std)
-            agent.num_timesteps += len(images)
-            is_last = step.index == process.num_inference_steps - 1
-            if is_last:
-                outcome = env.judge(latents, prompts)
-                infos = _finish(agent, buffer, rows, outcome)
-            else:
-                infos = [{} for _ in images]
-            rewards, dones = buffer.rewards[rows, -1] * is_last, np.full(len(images), is_last)
-            callback.update_locals({"infos": infos, "rewards": rewards.cpu().numpy(), "dones": dones})
-            if not callback.on_step():
-                return None
+    for step in process.denoise(latents, conditioning, noise, transition):
+        latents = step.next_latents
+        buffer.add(rows, step)
+        if agent.records_reference_kl:
+            reference_mean, _ = policy.reference_transition(step.state)
+            buffer.kl[rows, step.index] = diffusion.kl_divergence(step.mean, reference_mean, step.std)
+        agent.num_timesteps += len(images)
+        is_last = step.index == process.num_inference_steps - 1
+        if is_last:
+            outcome = env.judge(latents, prompts)
+            infos = _finish(agent, buffer, rows, outcome)
+        else:
+            infos = [{} for _ in images]
+        rewards, dones = buffer.rewards[rows, -1] * is_last, np.full(len(images), is_last)
+        # Here the LoRA is off: callbacks find the pre-trained model where they look for it.
+        callback.update_locals({"infos": infos, "rewards": rewards.cpu().numpy(), "dones": dones})
+        if not callback.on_step():
+            return None
     return outcome
 
 
@@ -105,6 +106,7 @@ def _finish(agent: DenoisingAlgorithm, buffer: TrajectoryBuffer, rows: slice, ou
             "l": agent.process.num_inference_steps,
             "t": time.time() - agent.start_time / 1e9,
         }
+    # SB3 logs the mean reward from these.
     agent._update_info_buffer([info for info in infos if info["reward_valid"]])
     return infos
 

@@ -60,6 +60,7 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
         """Around the backward passes of a batch: sets gradients to zero before, clips and takes the step after."""
         self.policy.optimizer.zero_grad()
         yield
+        # Only the denoiser's: the critic learns by itself, and its gradients must not shrink the policy's.
         norm = nn.utils.clip_grad_norm_(self.policy.denoiser_parameters(), self.max_grad_norm)
         self.log_metrics({"grad_norm": norm})
         self.policy.optimizer.step()
@@ -77,6 +78,7 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
             # The block goes on through the backward pass, which may compute parts of the network again.
             with self.policy.adapter_enabled():
                 loss, metrics = self.loss(part)
+                # Divided by the whole batch, so that the parts add up to the gradient of its mean.
                 (loss.sum() / len(batch)).backward()
             collected.append(metrics)
         return collected

@@ -67,6 +67,7 @@ class GymnasiumVecEnv(VecEnv):
         dones = terminated | truncated
         split = [_info_of(infos, i) for i in range(self.num_envs)]
         for i in np.flatnonzero(dones).tolist():
+            # Gymnasium keeps the end of an episode apart; SB3 expects it in the info of the step.
             terminal, last = split[i].pop("final_obs"), split[i].pop("final_info")
             self.reset_infos[i] = split[i]  # the rest comes from the reset
             split[i] = last | {"terminal_observation": terminal}
@@ -126,10 +127,6 @@ def _info_of(infos: dict[str, Any], index: int) -> dict[str, Any]:
     return info
 
 
-#: Layers around a denoising environment that change neither latents, actions nor rewards.
-_TRANSPARENT = (Monitor, OrderEnforcing, PassiveEnvChecker)
-
-
 def find_denoising_env(env: Any) -> DenoisingVectorEnv:
     """Returns the denoising environment that an agent draws its images with.
 
@@ -142,23 +139,38 @@ def find_denoising_env(env: Any) -> DenoisingVectorEnv:
     Raises:
         ValueError: if there is no denoising environment inside, or a wrapper is around it.
     """
-    outer = env
-    while not isinstance(env, (DenoisingVectorEnv, DenoisingEnv)):
-        is_plain_monitor = isinstance(env, VecMonitor) and env.results_writer is None
-        if is_plain_monitor or isinstance(env, GymnasiumVecEnv):
-            env = env.venv
-        elif isinstance(env, DummyVecEnv) and env.num_envs == 1:
-            env = env.envs[0]
-        elif isinstance(env, _TRANSPARENT):
-            env = env.env
-        elif isinstance(env, (gymnasium.Wrapper, VectorWrapper, VecEnvWrapper)):
+    layers = [env]
+    while not isinstance(layers[-1], (DenoisingVectorEnv, DenoisingEnv)):
+        inner = _unwrap(layers[-1])
+        if inner is None:
             raise ValueError(
-                f"an agent draws its images itself and would not notice the wrapper {type(env).__name__}; take it "
-                "off. The action is the next latent; rewards are changed with the environment's argument reward"
-            )
-        else:
-            raise ValueError(
-                f"an agent needs a denoising environment such as DPOK-SD15-v0, got {outer}; make many at a time with "
+                f"an agent needs a denoising environment such as DPOK-SD15-v0, got {env}; make many at a time with "
                 "gymnasium.make_vec, without vectorization_mode"
             )
-    return env.batch if isinstance(env, DenoisingEnv) else env
+        layers.append(inner)
+    for layer in layers[:-1]:
+        if not _is_transparent(layer):
+            raise ValueError(
+                f"an agent draws its images itself and would not notice the wrapper {type(layer).__name__}; take it "
+                "off. The action is the next latent; rewards are changed with the environment's argument reward"
+            )
+    found = layers[-1]
+    return found.batch if isinstance(found, DenoisingEnv) else found
+
+
+def _unwrap(env: Any) -> Any:
+    """Returns what is one layer further in; None if there is nothing, or are several environments."""
+    if isinstance(env, (GymnasiumVecEnv, VecEnvWrapper)):
+        return env.venv
+    if isinstance(env, DummyVecEnv) and env.num_envs == 1:
+        return env.envs[0]
+    if isinstance(env, (gymnasium.Wrapper, VectorWrapper)):
+        return env.env
+    return None
+
+
+def _is_transparent(layer: Any) -> bool:
+    """Returns whether a layer changes neither latents, actions nor rewards."""
+    if isinstance(layer, (Monitor, VecMonitor)):
+        return layer.results_writer is None  # its file would stay empty, as the environment is not stepped
+    return isinstance(layer, (GymnasiumVecEnv, DummyVecEnv, OrderEnforcing, PassiveEnvChecker))

@@ -24,6 +24,9 @@ GuidanceGradient = Literal["both", "conditional"]
 #: numbers) and 620 KiB with XL, so this is enough for about 1100 and 400 prompts.
 CONDITIONING_CACHE_BYTES = 256 * 2**20
 
+#: The name of the model of a live pipeline that has no name of its own.
+LIVE_PIPELINE = "pipeline"
+
 #: Prompts that a text encoder reads at a time.
 ENCODING_BATCH_SIZE = 32
 

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from dpok_gym.models.base import LIVE_PIPELINE
 from dpok_gym.models.registry import list_local_models, list_models
 from dpok_gym.models.stable_diffusion import StableDiffusion
 from dpok_gym.models.stable_diffusion_xl import StableDiffusionXL
@@ -86,7 +87,7 @@ def model_from_pipeline(pipe: DiffusionPipeline) -> StableDiffusion:
     for part, module in pipe.components.items():
         if part not in _UNUSED:
             _check_part(part, module)
-    name = os.fspath(pipe.name_or_path or "pipeline")
+    name = os.fspath(pipe.name_or_path or LIVE_PIPELINE)
     model = family(name, device=pipe.unet.device, **_parts_of_pipeline(pipe, family))
     if model.dtype != torch.float32:
         model.options = {"dtype": str(model.dtype).removeprefix("torch.")}

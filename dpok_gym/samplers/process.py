@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dpok_gym import diffusion
 from dpok_gym.models import TextToImageModel, load_model
-from dpok_gym.models.base import Conditioning, GuidanceGradient
+from dpok_gym.models.base import LIVE_PIPELINE, Conditioning, GuidanceGradient
 from dpok_gym.samplers.ddim import make_ddim_table
 from dpok_gym.samplers.transition_table import TransitionTable
 from dpok_gym.utils.validation import check_choice, check_names, check_non_negative
@@ -181,7 +181,16 @@ class DenoisingProcess:
 
     @classmethod
     def from_config(cls, config: SamplerConfig, device: str = "auto") -> DenoisingProcess:
-        """Loads the model and makes the process; errors as :func:`dpok_gym.models.load_model`."""
+        """Loads the model and makes the process; errors as :func:`dpok_gym.models.load_model`.
+
+        Raises:
+            ValueError: if the model was a live pipeline without a name, which is nowhere to be loaded from.
+        """
+        if config.model == LIVE_PIPELINE:
+            raise ValueError(
+                "the model was a live diffusers pipeline without a name, which cannot be loaded again: pass an "
+                "environment with model=TextToImageModel.from_pipeline(pipe)"
+            )
         model = load_model(config.model, device, **config.model_kwargs)
         return cls(model, config.sampler, config.num_inference_steps, config.eta, config.guidance_scale)
 

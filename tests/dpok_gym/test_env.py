@@ -1,5 +1,7 @@
 """The scalar environment: the checkers of Gymnasium and Stable-Baselines3, an episode, and what is refused."""
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +9,15 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import GYMNASIUM_ADVICE, SB3_ADVICE
+from diffusers import DiffusionPipeline
 from gymnasium.utils.env_checker import check_env
 from gymnasium.utils.env_checker import data_equivalence as equal
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
-from dpok_gym import DenoisingEnv, PromptSet
+from dpok_gym import DenoisingEnv, DenoisingVectorEnv, NoiseAction, PromptSet, TextFeatures, TextToImageModel
+from dpok_gym.prompts import prompt_to_bytes, prompts_from_bytes
 from dpok_gym.registration import ENVIRONMENTS
+from tests.support import GYMNASIUM_ADVICE, SB3_ADVICE, always_nan
 
 RED_CIRCLE = "a red circle"
 T = 3
@@ -27,7 +31,7 @@ def act(env: gymnasium.Env, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(env.action_space.shape, np.float32)
 
 
-def finish(env: gymnasium.Env, **reset: Any) -> tuple[dict, float, bool, bool, dict]:
+def finish(env: DenoisingEnv, **reset: Any) -> tuple[dict, float, bool, bool, dict]:
     """Plays an episode; returns what its last step did."""
     env.reset(**reset)
     for i in range(T):
@@ -35,56 +39,80 @@ def finish(env: gymnasium.Env, **reset: Any) -> tuple[dict, float, bool, bool, d
     return last
 
 
+def text_of(observation: dict[str, Any]) -> str:
+    (text,) = prompts_from_bytes(observation["prompt"][None])
+    return text
+
+
+@pytest.mark.parametrize("wrapped", ["plain", "noise", "features", "noise and features"])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
-def test_checkers(env_id: str, steps: int, request: pytest.FixtureRequest, only_warnings) -> None:
+def test_checkers(env_id: str, steps: int, wrapped: str, request: pytest.FixtureRequest, only_warnings) -> None:
     small = {"sd15": "tiny_sd_folder", "sd21": "tiny_v_folder", "sdxl": "tiny_xl_folder"}  # in place of the real ones
     name = ENVIRONMENTS[env_id]["model"]
-    ours: dict = {}
+    ours: dict[str, Any] = {}
     if name in small:
         ours = {"model": str(request.getfixturevalue(small[name])), "reward": "jpeg-compressibility"}
-    with only_warnings(*GYMNASIUM_ADVICE):
-        env = gymnasium.make(env_id, num_inference_steps=steps, render_mode="rgb_array", **ours)
-        check_env(env.unwrapped)
+    with only_warnings():
+        env = gymnasium.make(env_id, num_inference_steps=steps, render_mode="rgb_array", **ours).unwrapped
+        if "noise" in wrapped:
+            env = NoiseAction(env)
+        if "features" in wrapped:
+            env = TextFeatures(env)
+    # The advice is about the latent, the features, and that the environment was wrapped.
+    with only_warnings(*GYMNASIUM_ADVICE, "The environment ("):
+        check_env(env)
     with only_warnings(*SB3_ADVICE):
-        sb3_check_env(env.unwrapped)
+        sb3_check_env(env)
 
 
 def test_spaces() -> None:
     env = make()
-    assert env.observation_space["latent"].shape == env.action_space.shape == (4, 8, 8)
-    assert env.observation_space["step"].n == T
-    prompt = env.observation_space["prompt"]
-    assert (prompt.shape, prompt.dtype) == ((env.batch.model.max_tokens,), np.int64)
-    assert prompt.high.max() == env.batch.model.vocab_size - 1
-    assert env.action_space.is_bounded()
+    observation_space: Any = env.observation_space
+    assert list(observation_space) == ["latent", "prompt", "step"]
+    latent, prompt, step = observation_space.values()
+    assert (latent.shape, latent.dtype) == ((4, 8, 8), np.float32)
+    assert not latent.is_bounded("below")
+    assert step == gymnasium.spaces.Discrete(T)
+    assert prompt == gymnasium.spaces.Box(0, 255, (512,), np.uint8)
+    assert env.action_space == gymnasium.spaces.Box(-100, 100, (4, 8, 8), np.float32)
 
 
 def test_an_episode() -> None:
     env = make(reward={"jpeg-compressibility": 0.5, "jpeg-incompressibility": 2.0})
     observation, info = env.reset(seed=0)
-    assert info["prompt"] in env.batch.prompts.train
+    assert info["prompt"] in env.prompts.train
     for i in range(T):
         assert observation["step"] == i
         assert env.observation_space.contains(observation)
-        assert np.array_equal(observation["prompt"], env.batch.model.tokenize([info["prompt"]])[0])
+        assert text_of(observation) == info["prompt"]
         observation, reward, terminated, truncated, last_info = env.step(act(env, i))
         assert np.array_equal(observation["latent"], act(env, i))
         assert (terminated, truncated) == (i == T - 1, False)
         assert (reward == 0.0) == (last_info == {}) == (i < T - 1)
     assert env.observation_space.contains(observation)
+    assert last_info.keys() == {"prompt", "image", "rewards", "reward_valid"}
     assert last_info["prompt"] == info["prompt"]
     assert last_info["reward_valid"] is True
     size = last_info["rewards"]["jpeg-incompressibility"]
     assert last_info["rewards"] == {"jpeg-compressibility": -size, "jpeg-incompressibility": size}
     assert isinstance(reward, float)
     assert reward == pytest.approx(1.5 * size)
-    picture = env.batch.model.decode(torch.from_numpy(observation["latent"])[None])[0]
+    image = env.batch.model.decode(torch.from_numpy(observation["latent"])[None])[0]
     assert last_info["image"].dtype == np.uint8
-    assert np.array_equal(last_info["image"], (255 * picture).round().byte().permute(1, 2, 0).numpy())
+    assert np.array_equal(last_info["image"], (255 * image).round().byte().permute(1, 2, 0).numpy())
 
 
-def test_reward_sees_the_picture_and_its_prompt() -> None:
+def test_the_judge_agrees_with_the_last_step() -> None:
+    env = make(reward={"shapes-alignment": 1.0, "jpeg-compressibility": 0.1})
+    observation, reward, _, _, info = finish(env, seed=0)
+    outcome = env.batch.judge(torch.from_numpy(observation["latent"])[None], [info["prompt"]])
+    assert outcome.rewards.total.item() == reward
+    assert {name: values.item() for name, values in outcome.rewards.components.items()} == info["rewards"]
+    assert np.array_equal(outcome.images[0], info["image"])
+
+
+def test_reward_sees_the_image_and_its_prompt() -> None:
     seen: list[tuple[torch.Tensor, list[str]]] = []
 
     def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -118,13 +146,54 @@ def test_first_latent_is_standard_normal() -> None:
     assert abs(latents.std() - 1) < 0.03
 
 
-def test_prompt_of_the_callers_choice() -> None:
-    env = make(prompts=["a blue square"])
-    observation, info = env.reset(seed=0, options={"prompt": RED_CIRCLE})
-    assert info == {"prompt": RED_CIRCLE}
-    assert np.array_equal(observation["prompt"], env.batch.model.tokenize([RED_CIRCLE])[0])
-    assert env.reset()[1] == {"prompt": "a blue square"}
-    assert make(prompts=PromptSet("mine", ("a star",), ("a circle",))).reset()[1] == {"prompt": "a star"}
+class TestPrompts:
+    def test_of_the_callers_choice(self) -> None:
+        env = make(prompts=["a blue square"])
+        observation, info = env.reset(seed=0, options={"prompt": RED_CIRCLE})
+        assert info == {"prompt": RED_CIRCLE}
+        assert text_of(observation) == RED_CIRCLE
+        assert env.reset()[1] == {"prompt": "a blue square"}
+        assert make(prompts=PromptSet("mine", ("a star",), ("a circle",))).reset()[1] == {"prompt": "a star"}
+
+    def test_held_out_prompts_are_never_drawn(self) -> None:
+        env = make(prompts=PromptSet("mine", ("a star", "a square"), ("a circle",)))
+        assert {env.reset(seed=seed)[1]["prompt"] for seed in range(20)} == {"a star", "a square"}
+
+    def test_are_drawn_by_their_weights(self) -> None:
+        env = make(prompts=PromptSet("mine", ("a star", "a square"), (), (3.0, 1.0)))
+        drawn = [env.reset(seed=seed)[1]["prompt"] for seed in range(200)]
+        assert 0.6 < drawn.count("a star") / 200 < 0.9
+
+    def test_are_observed_as_bytes(self) -> None:
+        env = make(max_prompt_bytes=20, prompts=["a star"])
+        observation, _ = env.reset(options={"prompt": RED_CIRCLE})
+        assert env.observation_space.contains(observation)
+        assert observation["prompt"].dtype == np.uint8
+        assert observation["prompt"].tolist() == [*RED_CIRCLE.encode(), *[0] * 8]
+        for i in range(T):
+            observation, *_ = env.step(act(env, i))
+            assert text_of(observation) == RED_CIRCLE
+
+    def test_do_not_depend_on_a_vocabulary(self, tiny_sd_folder: Path, tiny_xl_folder: Path) -> None:
+        text = "Ein grüner Hase — 兔子"
+        expected = prompt_to_bytes([text], 512)[0]
+        for folder in (tiny_sd_folder, tiny_xl_folder):
+            env = make(model=str(folder), prompts=[text], reward="jpeg-compressibility")
+            observation, info = env.reset()
+            assert info == {"prompt": text}
+            assert np.array_equal(observation["prompt"], expected)
+            assert text_of(observation) == text
+
+    def test_that_are_longer_than_the_observation(self) -> None:
+        message = r"the prompt 'a red circle' has 12 bytes in UTF-8, but max_prompt_bytes is 11; raise max_prompt_bytes"
+        with pytest.raises(ValueError, match=message):
+            make(prompts=["a star", RED_CIRCLE], max_prompt_bytes=11)
+        assert text_of(make(prompts=[RED_CIRCLE], max_prompt_bytes=12).reset()[0]) == RED_CIRCLE
+        env = make(prompts=["a star"], max_prompt_bytes=11)
+        env.reset(seed=0)
+        with pytest.raises(ValueError, match=message):
+            env.reset(options={"prompt": RED_CIRCLE})
+        assert text_of(env.step(act(env))[0]) == "a star"
 
 
 def test_latent_of_the_callers_choice() -> None:
@@ -142,11 +211,6 @@ def test_latent_of_the_callers_choice() -> None:
     env.reset(seed=3, options={"latent": act(env), "prompt": RED_CIRCLE})
     drawn, _ = env.reset(options={"prompt": RED_CIRCLE})
     assert np.array_equal(drawn["latent"], make().reset(seed=3, options={"prompt": RED_CIRCLE})[0]["latent"])
-
-
-def test_held_out_prompts_are_never_drawn() -> None:
-    env = make(prompts=PromptSet("mine", ("a star", "a square"), ("a circle",)))
-    assert {env.reset(seed=seed)[1]["prompt"] for seed in range(20)} == {"a star", "a square"}
 
 
 def test_observations_and_actions_are_the_callers_own() -> None:
@@ -180,44 +244,90 @@ def test_render() -> None:
         assert silent.render() is None
 
 
-def test_model_as_a_path_and_as_an_object(tiny_sd_folder: Path) -> None:
-    by_path = make(model=tiny_sd_folder, reward="jpeg-compressibility")
-    assert by_path.sampler["model"] == str(tiny_sd_folder)
-    assert make(model=by_path.batch.model, reward="jpeg-compressibility").batch.model is by_path.batch.model
+class TestModels:
+    def test_as_a_path_and_as_an_object(self, tiny_sd_folder: Path) -> None:
+        by_path = make(model=tiny_sd_folder, reward="jpeg-compressibility")
+        assert by_path.batch.process.config.model == str(tiny_sd_folder)
+        by_object = make(model=by_path.batch.model, reward="jpeg-compressibility")
+        assert by_object.batch.model is by_object.batch.process.model is by_path.batch.model
 
+    def test_of_a_live_pipeline(self, tiny_sd_folder: Path) -> None:
+        """The environment uses the networks that are there, changed weights included."""
+        pipe = DiffusionPipeline.from_pretrained(tiny_sd_folder)
+        with torch.no_grad():
+            pipe.vae.decoder.conv_out.bias.add_(0.5)
+        model = TextToImageModel.from_pipeline(pipe)
+        settings: dict[str, Any] = {"prompts": "dog", "reward": "jpeg-compressibility"}
+        env = make(model=model, **settings)
+        assert env.batch.process.model is model
+        assert env.batch.world is None
+        *_, info = finish(env, seed=0)
+        *_, of_the_files = finish(make(model=str(tiny_sd_folder), **settings), seed=0)
+        assert info["image"].mean() > of_the_files["image"].mean() + 20
 
-def test_bfloat16_episode() -> None:
-    _, reward, terminated, _, info = finish(make(dtype="bfloat16"), seed=0)
-    assert terminated
-    assert np.isfinite(reward)
-    assert info["image"].shape == (64, 64, 3)
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"dtype": "bfloat16"},
+            {"image_size": 32},
+            {"negative_prompt": "dog"},
+            {"model_kwargs": {"revision": "main"}},
+        ],
+    )
+    def test_that_are_loaded_take_no_arguments(self, tiny_sd_folder: Path, arguments: dict[str, Any]) -> None:
+        model = make(model=str(tiny_sd_folder), reward="jpeg-compressibility").batch.model
+        name = next(iter(arguments.get("model_kwargs", arguments)))
+        with pytest.raises(ValueError, match=f"a loaded model has its own {name}: give these to load_model"):
+            make(model=model, reward="jpeg-compressibility", **arguments)
+
+    def test_in_bfloat16(self) -> None:
+        _, reward, terminated, _, info = finish(make(dtype="bfloat16"), seed=0)
+        assert terminated
+        assert np.isfinite(reward)
+        assert info["image"].shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"render_mode": "human"}, "render_mode must be None or 'rgb_array', got 'human'"),
-        ({"guidance_scale": -1.0}, "guidance_scale must be finite and at least 0"),
-        ({"guidance_scale": float("inf")}, "guidance_scale must be finite and at least 0"),
-        ({"guidance_scale": float("nan")}, "guidance_scale must be finite and at least 0"),
+        ({"guidance_scale": -1.0}, "guidance_scale .* must be a number of at least 0, got -1.0"),
+        ({"guidance_scale": float("inf")}, "guidance_scale .* must be a number of at least 0, got inf"),
+        ({"guidance_scale": float("nan")}, "guidance_scale .* must be a number of at least 0, got nan"),
         ({"device": "abacus"}, "device 'abacus' cannot be used here"),
-        ({"dtype": "float8"}, "dtype must be float32, bfloat16 or float16, got 'float8'"),
+        ({"dtype": "float8"}, "dtype must be one of 'float32', 'bfloat16', 'float16', got 'float8'"),
         ({"num_inference_steps": 0}, "num_inference_steps must be an integer from 1 to 1000, got 0"),
         ({"num_inference_steps": 1001}, "num_inference_steps must be an integer from 1 to 1000, got 1001"),
         ({"eta": 0.0}, r"eta must lie in \(0, 1\], got 0"),
         ({"eta": 1.5}, r"eta must lie in \(0, 1\], got 1.5"),
         ({"decode_batch_size": 0}, "decode_batch_size must be an integer of at least 1, None or 'auto', got 0"),
+        ({"max_prompt_bytes": 0}, "max_prompt_bytes must be an integer of at least 1, got 0"),
+        ({"max_prompt_bytes": 12.5}, "max_prompt_bytes must be an integer of at least 1, got 12.5"),
+        ({"reward_workers": -1}, "reward_workers must be an integer of at least 0, got -1"),
         ({"non_finite": "ignore"}, "non_finite must be one of 'error', 'mask'"),
         ({"prompts": []}, "prompt set 'list' is empty"),
         ({"prompts": ["a red circle", " "]}, "prompt 1 of 'list'"),
         ({"prompts": ["a red dragon"]}, "cannot read 'dragon' in the prompt 'a red dragon'; its words are: a above"),
         ({"prompts": ["a red circle " * 9]}, "29 tokens and the model 'shapes' reads at most 16"),
         ({"reward": "beauty"}, "unknown reward 'beauty'; .*jpeg-compressibility, .*shapes-alignment"),
+        ({"model_kwargs": {"varient": "fp16"}}, "unknown argument of load_model 'varient'; did you mean 'variant'"),
+        ({"model_kwargs": {"dtype": "bfloat16"}}, "dtype is an argument of the environment: leave it out of model_kw"),
+        ({"model_kwargs": {"image_size": 32}}, "image_size is an argument of the environment: leave it out"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "nearest"),
+    [("guidance", "guidance_scale"), ("num_inference_step", "num_inference_steps"), ("rewards", "reward")],
+)
+def test_misspelt_arguments(misspelt: str, nearest: str) -> None:
+    message = f"a denoising environment has no argument '{misspelt}'; did you mean '{nearest}'? There are: decode_batch"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        make(**{misspelt: 3})
 
 
 @pytest.mark.parametrize(
@@ -227,10 +337,12 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         ({"prompt": "a red dragon"}, "cannot read 'dragon'"),
         ({"prompt": ""}, "not blank"),
         ({"prompt": ["a red circle", "a star"]}, "one text or 1, got 2"),
+        ({"prompt": [3]}, "must be a text"),
         ({"prompt": "a " * 30}, "reads at most 16"),
         ({"latent": np.zeros((4, 8))}, r"'latent' takes finite numbers of shape \(4, 8, 8\).*got \(4, 8\)"),
         ({"latent": np.zeros((2, 4, 8, 8))}, r"'latent' takes .*got \(2, 4, 8, 8\)"),
         ({"latent": np.full((4, 8, 8), np.nan), "prompt": "a star"}, "'latent' takes finite numbers"),
+        ({"latent": "noise"}, "'latent' takes an array of numbers"),
     ],
 )
 def test_bad_reset_leaves_the_episode_alone(options: dict[str, Any], message: str) -> None:
@@ -242,23 +354,18 @@ def test_bad_reset_leaves_the_episode_alone(options: dict[str, Any], message: st
     env.step(act(env))
     observation, _, terminated, _, info = env.step(act(env))
     assert terminated
-    assert info["prompt"] == RED_CIRCLE
-    assert np.array_equal(observation["prompt"], env.batch.model.tokenize([RED_CIRCLE])[0])
-
-
-def nowhere_finite(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    return torch.full((len(prompts),), torch.nan)
+    assert info["prompt"] == text_of(observation) == RED_CIRCLE
 
 
 def test_reward_that_is_not_finite() -> None:
-    env = make(reward=nowhere_finite)
-    with pytest.raises(ValueError, match=f"'nowhere_finite' for the prompt '{RED_CIRCLE}' is not finite"):
+    env = make(reward=always_nan)
+    with pytest.raises(ValueError, match=f"'always_nan' for the prompt '{RED_CIRCLE}' is not finite"):
         finish(env, options={"prompt": RED_CIRCLE})
     with pytest.raises(gymnasium.error.ResetNeeded):
         env.step(act(env))
-    _, reward, terminated, _, info = finish(make(reward=nowhere_finite, non_finite="mask"))
+    _, reward, terminated, _, info = finish(make(reward=always_nan, non_finite="mask"))
     assert (reward, terminated, info["reward_valid"]) == (0.0, True, False)
-    assert np.isnan(info["rewards"]["nowhere_finite"])
+    assert np.isnan(info["rewards"]["always_nan"])
 
 
 def test_reward_of_a_wrong_shape() -> None:
@@ -299,3 +406,13 @@ def test_stepping_outside_an_episode() -> None:
         env.step(act(env))
     env.reset()
     assert not env.step(act(env))[2]
+
+
+def test_the_docstring_names_every_argument() -> None:
+    """The class docstring is the environment's documentation: a table with a row for each argument."""
+    documented = set()
+    for names in re.findall(r"^    \| (`[^|]+`) +\| ", DenoisingEnv.__doc__, re.MULTILINE):
+        documented |= set(re.findall(r"`(\w+)`", names))
+    arguments = set(inspect.signature(DenoisingVectorEnv).parameters) - {"num_envs", "unknown"}
+    assert arguments <= documented
+    assert documented - arguments == {"latent", "step", "prompt"}  # the keys of the observation

@@ -1,9 +1,13 @@
-"""The ids, what can be done with their specs, and what importing the package costs."""
+"""The ids, what can be done with their specs, what importing costs, and who may name the embedded worlds."""
 
+import inspect
+import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -12,7 +16,20 @@ from gymnasium.envs.registration import EnvSpec
 
 import agents
 import dpok_gym
-from dpok_gym.registration import ENVIRONMENTS, register_envs
+from dpok_gym.models import list_models
+from dpok_gym.models.registry import list_local_models
+from dpok_gym.prompts import list_prompt_sets, load_prompts
+from dpok_gym.registration import (
+    DEFAULT_ENVIRONMENT,
+    ENVIRONMENTS,
+    FIRST_TASKS,
+    SUITABLE_PRESETS,
+    register_builtins,
+)
+from dpok_gym.rewards import list_rewards
+from dpok_gym.worlds import WORLDS
+
+ROOT = Path(dpok_gym.__file__).parents[1]
 
 _FRESH_PROCESS = """
 import sys
@@ -27,10 +44,34 @@ late = {"stable_baselines3", "agents"} & set(sys.modules)
 assert not late, f"the environment imports {late}"
 """
 
+_TORCH_FREE = """
+import sys
+import dpok_gym
+from dpok_gym import list_prompt_sets, list_rewards, load_prompts, register_model, register_prompts, register_reward
+from dpok_gym import World, register_world
+from dpok_gym.models import list_models
+assert {"shapes", "sd15"} <= set(list_models())
+assert {"shapes-alignment", "image-reward"} <= set(list_rewards())
+assert {"shapes", "dpok"} <= set(list_prompt_sets())
+load_prompts("dpok")
+register_model("mine", "my_module:factory")
+register_reward("mine", "my_module:Reward")
+register_prompts("mine", "my_module:prompts")
+register_world("mine", "my_module:WORLD")
+heavy = {"torch", "diffusers", "transformers", "stable_baselines3", "agents", "my_module"} & set(sys.modules)
+assert not heavy, f"the tables import {heavy}"
+"""
 
-def test_a_fresh_process_imports_no_more_than_it_needs() -> None:
-    root = Path(dpok_gym.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", _FRESH_PROCESS], cwd=root, capture_output=True, text=True, check=False)
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(_FRESH_PROCESS, id="environment", marks=pytest.mark.slow),
+        pytest.param(_TORCH_FREE, id="tables"),
+    ],
+)
+def test_a_fresh_process_imports_no_more_than_it_needs(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -44,11 +85,42 @@ def test_spec_survives_json(env_id: str) -> None:
 
 def test_registering_again_changes_nothing() -> None:
     before = dict(gymnasium.registry)
+    tables = [list_models(), list_rewards(), list_prompt_sets(), WORLDS.names()]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        register_envs()
-        dpok_gym.register_envs()
+        register_builtins()
     assert gymnasium.registry == before
+    assert [list_models(), list_rewards(), list_prompt_sets(), WORLDS.names()] == tables
+
+
+def test_names_in_the_tables_are_registered() -> None:
+    assert DEFAULT_ENVIRONMENT in ENVIRONMENTS
+    assert FIRST_TASKS.keys() | SUITABLE_PRESETS.keys() <= ENVIRONMENTS.keys()
+    assert set(SUITABLE_PRESETS.values()) <= agents.PRESETS.keys()
+    known = set(inspect.signature(dpok_gym.DenoisingVectorEnv).parameters) - {"unknown"}
+    for kwargs in ENVIRONMENTS.values():
+        assert kwargs.keys() <= known
+        assert kwargs["model"] in list_models()
+        assert kwargs["reward"] in list_rewards()
+        assert kwargs["prompts"] in list_prompt_sets()
+    for kwargs in FIRST_TASKS.values():
+        assert kwargs.keys() <= known
+
+
+def test_built_in_prompts_can_be_loaded() -> None:
+    for name in list_prompt_sets():
+        assert load_prompts(name).train
+
+
+def test_the_embedded_models_need_no_download() -> None:
+    assert {"shapes", "mixture", "mixture-1d"} <= set(list_local_models())
+    assert not {"sd15", "sd21", "sdxl"} & set(list_local_models())
+
+
+@pytest.mark.parametrize("env_id", FIRST_TASKS)
+def test_first_tasks_can_be_made(env_id: str) -> None:
+    with gymnasium.make(env_id, device="cpu", **FIRST_TASKS[env_id]) as env:
+        env.reset(seed=0)
 
 
 def test_module_form_of_the_id() -> None:
@@ -60,18 +132,25 @@ def test_module_form_of_the_id() -> None:
 
 
 @pytest.mark.parametrize("package", [dpok_gym, agents])
-def test_public_names(package) -> None:
+def test_public_names(package: ModuleType) -> None:
+    assert len(package.__all__) > 15
     for name in package.__all__:
         assert getattr(getattr(package, name), "__name__", name) == name
         assert name in dir(package)
-    assert set(package._HOMES) <= set(package.__all__)
     with pytest.raises(AttributeError, match="no attribute 'DenoisingEnvironment'"):
         _ = package.DenoisingEnvironment
 
 
+@pytest.mark.parametrize("package", [dpok_gym, agents])
+def test_type_checkers_see_every_public_name(package: ModuleType) -> None:
+    assert package.__file__ is not None
+    source = Path(package.__file__).read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^    from [\w.]+ import (\w+) as \1$", source, re.MULTILINE)) == sorted(package.__all__)
+
+
 @pytest.mark.parametrize("make", [gymnasium.make, gymnasium.make_vec])
-def test_unknown_keyword_is_named(make) -> None:
-    with pytest.raises(TypeError, match=r"unexpected keyword argument 'guidance'"):
+def test_misspelt_arguments_are_named(make: Any) -> None:
+    with pytest.raises(TypeError, match="has no argument 'guidance'; did you mean 'guidance_scale'"):
         make("DPOK-Shapes-v0", guidance=3.0)
 
 
@@ -87,12 +166,60 @@ def test_stable_diffusion_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp
 def test_stable_diffusion_from_a_folder(tiny_sd_folder: Path) -> None:
     small = {"model": str(tiny_sd_folder), "num_inference_steps": 2, "reward": "jpeg-compressibility"}
     with gymnasium.make("DPOK-SD15-v0", **small) as env:
-        assert env.unwrapped.sampler["guidance_scale"] == 7.5
+        inner: Any = env.unwrapped
+        assert inner.batch.process.config.guidance_scale == 7.5
         _, info = env.reset(seed=0)
-        assert info["prompt"] in env.unwrapped.batch.prompts.train
-        assert "A dog on the moon." in env.unwrapped.batch.prompts.train
+        assert info["prompt"] in inner.prompts.train
+        assert "A dog on the moon." in inner.prompts.train
         for expected_end in (False, True):
             _, reward, terminated, truncated, info = env.step(np.zeros(env.action_space.shape, np.float32))
             assert (terminated, truncated) == (expected_end, False)
     assert info["image"].shape == (16, 16, 3)
     assert reward == info["rewards"]["jpeg-compressibility"] < 0
+
+
+#: A world's name, or that of its model, rewards or environment, as code and documentation write it. "The letters used
+#: for shapes" and "a mixture of Gaussians" are none.
+_NAMES_A_WORLD = re.compile(
+    r"""
+    ["'`](?:shapes|mixture)(?:-[\w-]+)?["'`]      # "shapes", 'shapes-alignment', `mixture-1d`
+    | \bdpok_gym\.(?:shapes|mixture)\b            # import dpok_gym.shapes
+    | \bfrom\s+(?:dpok_gym|\.+)\s+import\b[^\n]*\b(?:shapes|mixture)\b
+    | \bDPOK-(?:Shapes|Mixture)\b
+    """,
+    re.VERBOSE,
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'model="shapes"',
+        "{'shapes-alignment': 1.0}",
+        "the reward ``shapes-quality``",
+        "from dpok_gym.mixture.data import MIXTURES",
+        "from dpok_gym import shapes",
+        'gymnasium.make("DPOK-Shapes-v0")',
+    ],
+)
+def test_a_world_is_found_by_its_name(text: str) -> None:
+    assert _NAMES_A_WORLD.search(text)
+
+
+@pytest.mark.parametrize("text", ["Letters used for shapes: B", "tensors of other names or shapes", "a mixture of two"])
+def test_other_uses_of_the_words_are_none(text: str) -> None:
+    assert not _NAMES_A_WORLD.search(text)
+
+
+def test_only_the_registration_names_the_worlds() -> None:
+    """A world can be added or taken away without a change in the rest of the code."""
+    found = []
+    for package in ("dpok_gym", "agents"):
+        for path in (ROOT / package).rglob("*.py"):
+            name = path.relative_to(ROOT).as_posix()
+            if name.startswith(("dpok_gym/shapes/", "dpok_gym/mixture/")) or name == "dpok_gym/registration.py":
+                continue
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                if _NAMES_A_WORLD.search(line):
+                    found.append(f"{name}:{number}: {line.strip()}")
+    assert not found

@@ -1,5 +1,6 @@
 """The vector environment: bit for bit the scalar one, seed by seed."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,16 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from gymnasium.vector import AutoresetMode
 
-from dpok_gym import DenoisingVectorEnv
+import dpok_gym
+from dpok_gym import DenoisingEnv, DenoisingVectorEnv
+from dpok_gym.models import TextToImageModel
+from dpok_gym.prompts import prompt_to_bytes, prompts_from_bytes
+from dpok_gym.registration import ENVIRONMENTS
+from dpok_gym.worlds import find_world
+from tests.support import assert_same, colours, every_other_fails, redness
 
 N, T = 3, 2
 SHAPE = (N, 4, 8, 8)
@@ -19,30 +27,17 @@ def make(**kwargs: Any) -> DenoisingVectorEnv:
     return DenoisingVectorEnv(**{"num_envs": N, "num_inference_steps": T, "device": "cpu"} | kwargs)
 
 
-def noise(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(SHAPE, np.float32)
+def noise(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
-    """Equal to the last bit, in the same types, whatever it is made of."""
-    if isinstance(theirs, (dict, tuple)):
-        keys = theirs.keys() if isinstance(theirs, dict) else range(len(theirs))
-        assert type(ours) is type(theirs), where
-        assert len(ours) == len(theirs), where
-        for key in keys:
-            assert_same(ours[key], theirs[key], f"{where}/{key}")
-    elif isinstance(theirs, np.ndarray) and theirs.dtype == object:
-        assert_same(tuple(ours), tuple(theirs), where)
-    else:
-        assert np.asarray(ours).dtype == np.asarray(theirs).dtype, where
-        assert np.array_equal(ours, theirs), where
-
-
-@pytest.mark.parametrize("env_id", ["DPOK-Shapes-v0", "DPOK-SD15-v0"])
-def test_equals_the_scalar_environments(env_id: str, tiny_sd_folder: Path, only_warnings) -> None:
-    kwargs: dict[str, Any] = {"num_inference_steps": T, "render_mode": "rgb_array"}
-    if env_id == "DPOK-SD15-v0":
-        kwargs |= {"model": str(tiny_sd_folder), "reward": "jpeg-compressibility"}
+@pytest.mark.parametrize("env_id", ENVIRONMENTS)
+def test_equals_the_scalar_environments(env_id: str, request: pytest.FixtureRequest, only_warnings) -> None:
+    kwargs: dict[str, Any] = {"num_inference_steps": T, "render_mode": "rgb_array", "decode_batch_size": 1}
+    small = {"sd15": "tiny_sd_folder", "sd21": "tiny_v_folder", "sdxl": "tiny_xl_folder"}  # in place of the real ones
+    name = ENVIRONMENTS[env_id]["model"]
+    if name in small:
+        kwargs |= {"model": str(request.getfixturevalue(small[name])), "reward": "jpeg-compressibility"}
     with only_warnings():
         ours = gymnasium.make_vec(env_id, num_envs=N, **kwargs)
         scalar = gymnasium.make_vec(
@@ -53,15 +48,19 @@ def test_equals_the_scalar_environments(env_id: str, tiny_sd_folder: Path, only_
             **kwargs,
         )
     assert isinstance(ours, DenoisingVectorEnv)
+    assert ours.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
     for space in ("single_observation_space", "single_action_space", "observation_space", "action_space"):
         assert getattr(ours, space) == getattr(scalar, space)
+    shape = ours.action_space.shape
     assert_same(ours.reset(seed=5), scalar.reset(seed=5), "reset")
     for i in range(2 * T + 1):
-        assert_same(ours.step(noise(i)), scalar.step(noise(i)), f"step {i}")
+        step = ours.step(noise(i, shape))
+        assert_same(step, scalar.step(noise(i, shape)), f"step {i}")
+        assert step[2].all() == (i % T == T - 1)
         assert_same(ours.render(), scalar.render(), f"render {i}")
     assert_same(ours.reset(), scalar.reset(), "reset that goes on")
     assert_same(ours.reset(seed=[3, None, 8]), scalar.reset(seed=[3, None, 8]), "reset with a list")
-    assert_same(ours.step(noise()), scalar.step(noise()), "step after it")
+    assert_same(ours.step(noise(0, shape)), scalar.step(noise(0, shape)), "step after it")
 
 
 def test_same_step_autoreset() -> None:
@@ -82,8 +81,9 @@ def test_same_step_autoreset() -> None:
     assert np.array_equal(rewards, final["rewards"]["jpeg-compressibility"])
     assert final["reward_valid"].tolist() == [True] * N
     assert np.stack(final["image"]).shape == (N, 64, 64, 3)
-    tokens = env.model.tokenize(list(infos["prompt"]))
-    assert np.array_equal(observation["prompt"], tokens)
+    assert prompts_from_bytes(observation["prompt"]) == list(infos["prompt"])
+    assert [last["step"] for last in infos["final_obs"]] == [T - 1] * N
+    assert prompts_from_bytes(np.stack([last["prompt"] for last in infos["final_obs"]])) == started
 
 
 def test_seeds() -> None:
@@ -103,7 +103,7 @@ def test_prompts_of_the_callers_choice() -> None:
     texts = ["a star", "a red circle", "a blue square"]
     observation, infos = env.reset(seed=0, options={"prompt": texts})
     assert list(infos["prompt"]) == texts
-    assert np.array_equal(observation["prompt"], env.model.tokenize(texts))
+    assert np.array_equal(observation["prompt"], prompt_to_bytes(texts, 512))
     assert list(env.reset(options={"prompt": "a star"})[1]["prompt"]) == ["a star"] * N
 
 
@@ -170,7 +170,7 @@ def test_masked_rewards() -> None:
         strict.step(noise())
 
 
-def test_pictures_decoded_together_are_about_the_same() -> None:
+def test_images_decoded_together_are_about_the_same() -> None:
     alone, together = (make(decode_batch_size=size, render_mode="rgb_array") for size in (1, 2))
     for env in (alone, together):
         env.reset(seed=0)
@@ -192,15 +192,15 @@ def test_stepping_before_reset() -> None:
         make().step(noise())
 
 
-@pytest.mark.parametrize("num_envs", [0, -1])
-def test_bad_number_of_environments(num_envs: int) -> None:
+@pytest.mark.parametrize("num_envs", [0, -1, 1.5, True])
+def test_bad_number_of_environments(num_envs: Any) -> None:
     with pytest.raises(ValueError, match=f"num_envs must be an integer of at least 1, got {num_envs}"):
         make(num_envs=num_envs)
 
 
 def test_bad_calls() -> None:
     env = make()
-    with pytest.raises(ValueError, match="3 environments need as many seeds, got 2"):
+    with pytest.raises(ValueError, match="expected a seed for each of the 3 environments, got 2"):
         env.reset(seed=[1, 2])
     with pytest.raises(gymnasium.error.Error, match="-1"):
         env.reset(seed=-1)
@@ -224,7 +224,168 @@ def test_seeds_are_told() -> None:
     env = make(num_inference_steps=np.int64(T))
     first, _ = env.reset(seed=np.int64(5))
     assert env.np_random_seed == (5, 6, 7)
-    second, _ = env.reset(seed=[np.int64(5), None, 9])
+    second, _ = env.reset(seed=[np.int64(5), None, 9])  # type: ignore[list-item]  # NumPy's integers will do
     assert env.np_random_seed == (5, 6, 9)
     same = [np.array_equal(one, other) for one, other in zip(first["latent"], second["latent"], strict=True)]
     assert same == [True, False, False]
+
+
+class TestJudge:
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("reward", [redness, {"shapes-alignment": 1.0, "jpeg-compressibility": 0.1}, colours])
+    def test_equals_the_rewards_and_infos_of_step(self, reward: Any, workers: int) -> None:
+        """Whatever the size of the batch; so a learner may judge as many images at a time as it likes."""
+        env = make(num_envs=5, reward=reward)
+        env.reset(seed=0)
+        for i in range(T):
+            _, rewards, _, _, infos = env.step(noise(i, (5, 4, 8, 8)))
+        final = infos["final_info"]
+        latents = torch.from_numpy(np.stack([last["latent"] for last in infos["final_obs"]]))
+        prompts = list(final["prompt"])
+        for num_envs in (1, 3):  # the environment's own size makes no difference
+            judge = make(num_envs=num_envs, reward=reward, reward_workers=workers)
+            for size in (1, 2, 5):
+                for first in range(0, 5, size):
+                    rows = slice(first, first + size)
+                    outcome = judge.judge(latents[rows], prompts[rows])
+                    assert_same(outcome.rewards.total.double().numpy(), rewards[rows])
+                    assert_same(outcome.rewards.valid.numpy(), final["reward_valid"][rows])
+                    assert outcome.rewards.components.keys() == {
+                        name for name in final["rewards"] if not name.startswith("_")
+                    }
+                    for name, values in outcome.rewards.components.items():
+                        assert_same(values.double().numpy(), final["rewards"][name][rows])
+                    assert_same(outcome.images, np.stack(final["image"])[rows])
+                    assert outcome.images.shape[1:] == (64, 64, 3)
+            judge.close()
+
+    def test_needs_no_episode_and_leaves_one_alone(self) -> None:
+        env, untouched = make(reward=redness), make(reward=redness)
+        latents = torch.from_numpy(noise(9, (7, 4, 8, 8)))
+        before = env.judge(latents, ["a star"] * 7)
+        for each in (env, untouched):
+            each.reset(seed=0)
+            each.step(noise())
+        assert_same(env.judge(latents, ["a star"] * 7), before)
+        assert_same(env.step(noise(1)), untouched.step(noise(1)))
+
+    def test_masks_or_refuses_what_is_not_finite(self) -> None:
+        latents, prompts = torch.from_numpy(noise()), ["a star", "a red circle", "a blue square"]
+        rewards = make(reward=every_other_fails, non_finite="mask").judge(latents, prompts).rewards
+        assert rewards.valid.tolist() == [True, False, True]
+        assert rewards.total[1] == 0
+        with pytest.raises(ValueError, match="for the prompt 'a red circle' is not finite"):
+            make(reward=every_other_fails).judge(latents, prompts)
+
+    @pytest.mark.parametrize("n", [1, 2, 4])
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_needs_a_prompt_for_each_image(self, n: int, workers: int) -> None:
+        env = make(reward=redness, reward_workers=workers)
+        with pytest.raises(ValueError, match=f"expected a prompt for each of the 3 latents, got {n}"):
+            env.judge(torch.from_numpy(noise()), ["a star"] * n)
+        env.close()
+
+
+class TestWorld:
+    def test_is_that_of_the_model(self) -> None:
+        for env_id in ("DPOK-Shapes-v0", "DPOK-Mixture-v0"):
+            env = gymnasium.make_vec(env_id, num_envs=1)
+            assert isinstance(env, DenoisingVectorEnv)
+            assert env.world is not None
+            assert env.world is find_world(env.model.name)
+
+    def test_whatever_the_reward_is(self) -> None:
+        world = make(reward="jpeg-compressibility").world
+        assert world is not None
+        assert world is make().world
+
+    def test_there_is_none_of_other_models(self, tiny_sd_folder: Path) -> None:
+        assert make(model=str(tiny_sd_folder), prompts="a red circle", reward=redness).world is None
+        model = TextToImageModel.from_pipeline(DiffusionPipeline.from_pretrained(tiny_sd_folder))
+        assert make(model=model, prompts="a red circle", reward=redness).world is None
+
+    def test_there_is_none_for_prompts_that_its_judge_cannot_read(self) -> None:
+        """The model reads single words in any order; the judge reads sentences."""
+        assert make(prompts="circle red a", reward=redness).world is None
+        assert make(prompts=["a red circle", "circle red a"], reward=redness).world is None
+
+    def test_there_is_none_for_images_of_another_size(self) -> None:
+        assert make(image_size=32, reward=redness).world is None
+        assert make(image_size=64, reward=redness).world is not None
+
+
+def test_a_live_model(tiny_sd_folder: Path) -> None:
+    """It draws what the folder's model draws, and is not loaded again."""
+    model = TextToImageModel.from_pipeline(DiffusionPipeline.from_pretrained(tiny_sd_folder))
+    settings: dict[str, Any] = {"prompts": ["dog", "moon"], "reward": redness, "guidance_scale": 3.0}
+    live = gymnasium.make_vec("DPOK-SD15-v0", num_envs=N, model=model, num_inference_steps=T, **settings)
+    loaded = make(model=str(tiny_sd_folder), **settings)
+    assert isinstance(live, DenoisingVectorEnv)
+    assert live.model is live.process.model is model
+    policies = [dpok_gym.reference_policy(env, seed=1) for env in (live, loaded)]
+    observations = [env.reset(seed=0)[0] for env in (live, loaded)]
+    for _ in range(T):
+        steps = [
+            env.step(policy(observation))
+            for env, policy, observation in zip((live, loaded), policies, observations, strict=True)
+        ]
+        assert_same(*steps)
+        observations = [step[0] for step in steps]
+    assert steps[0][2].all()
+
+
+def test_state_of_an_observation() -> None:
+    env = make(num_inference_steps=4)
+    texts = ["a star", "a red circle", "a blue square"]
+    env.reset(seed=0, options={"prompt": texts})
+    observation, *_ = env.step(noise())
+    state = env.state_of(observation)
+    assert_same(state, env.process.state(torch.from_numpy(noise()), 1, env.process.encode(texts)))
+
+
+def test_the_defaults_are_those_of_the_default_environment() -> None:
+    registered = ENVIRONMENTS["DPOK-Shapes-v0"]
+    of_vector = inspect.signature(DenoisingVectorEnv).parameters
+    assert {name: of_vector[name].default for name in registered} == registered
+    assert DenoisingEnv().batch.process.config == make(num_inference_steps=20).process.config
+
+
+def test_misspelt_arguments() -> None:
+    with pytest.raises(TypeError, match="has no argument 'num_env'; did you mean 'num_envs'"):
+        DenoisingVectorEnv(num_env=3)
+    with pytest.raises(TypeError, match="has no argument 'guidance'; did you mean 'guidance_scale'"):
+        gymnasium.make_vec("DPOK-Shapes-v0", num_envs=2, guidance=3.0)
+
+
+def test_prompts_that_are_longer_than_the_observation() -> None:
+    with pytest.raises(ValueError, match="'a red circle' has 12 bytes in UTF-8, but max_prompt_bytes is 11; raise"):
+        make(prompts=["a star", "a red circle"], max_prompt_bytes=11)
+    env = make(prompts=["a star"], max_prompt_bytes=np.int64(11))
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="raise max_prompt_bytes"):
+        env.reset(options={"prompt": ["a star", "a star", "a red circle"]})
+    observation, *_ = env.step(noise())  # the episode goes on
+    assert prompts_from_bytes(observation["prompt"]) == ["a star"] * N
+    assert observation["prompt"].shape == (N, 11)
+    assert env.observation_space.contains(observation)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_reward_workers_change_nothing(workers: int) -> None:
+    plain, threaded = make(num_envs=5), make(num_envs=5, reward_workers=workers)
+    for env in (plain, threaded):
+        env.reset(seed=0)
+    for i in range(T):
+        assert_same(threaded.step(noise(i, (5, 4, 8, 8))), plain.step(noise(i, (5, 4, 8, 8))))
+    threaded.close()
+
+
+def test_a_bad_prompt_leaves_the_episode_alone() -> None:
+    env = make(prompts=["a star"], reward=redness)
+    env.reset(seed=0)
+    env.step(noise())
+    with pytest.raises(ValueError, match="cannot read 'dragon'"):
+        env.reset(options={"prompt": ["a star", "a star", "a red dragon"]})
+    _, _, terminated, _, infos = env.step(noise(1))
+    assert terminated.all()
+    assert list(infos["final_info"]["prompt"]) == ["a star"] * N

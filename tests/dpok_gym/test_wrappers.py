@@ -1,4 +1,4 @@
-"""The pre-trained model as a policy, against a plain diffusers pipeline, and actions in units of its noise."""
+"""The pre-trained model as a policy, actions in units of its noise, and prompts as features of its text encoder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,16 +8,23 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import GYMNASIUM_ADVICE, SB3_ADVICE
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.utils.env_checker import check_env
 from gymnasium.utils.env_checker import data_equivalence as equal
 from stable_baselines3 import A2C, PPO
-from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
-from dpok_gym import DenoisingEnv, DenoisingVectorEnv, NoiseAction, VectorNoiseAction, pretrained_policy
+from dpok_gym import (
+    DenoisingEnv,
+    DenoisingVectorEnv,
+    NoiseAction,
+    TextFeatures,
+    VectorNoiseAction,
+    VectorTextFeatures,
+    reference_policy,
+)
 from dpok_gym.shapes import WEIGHTS
+from dpok_gym.wrappers import get_batch
+from tests.support import assert_same
 
 RED_CIRCLE = "a red circle"
 SHAPE = (4, 8, 8)
@@ -45,11 +52,11 @@ def model_folder(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-def test_pretrained_policy_is_the_sampler_of_diffusers(model_folder: Path, guidance_scale: float) -> None:
+def test_reference_policy_is_the_sampler_of_diffusers(model_folder: Path, guidance_scale: float) -> None:
     env = make(model=str(model_folder), guidance_scale=guidance_scale)
     observation, _ = env.reset(seed=0, options={"prompt": RED_CIRCLE})
     latents = torch.from_numpy(observation["latent"])[None]
-    policy = pretrained_policy(env, seed=3)
+    policy = reference_policy(env, seed=3)
     noise = np.random.default_rng(3)  # what the policy draws from
 
     pipeline = StableDiffusionPipeline.from_pretrained(model_folder)
@@ -68,8 +75,8 @@ def test_pretrained_policy_is_the_sampler_of_diffusers(model_folder: Path, guida
         torch.testing.assert_close(torch.from_numpy(observation["latent"])[None], latents, rtol=1e-3, atol=1e-3)
     assert terminated
     with torch.no_grad():
-        picture = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-    expected = pipeline.image_processor.postprocess(picture, output_type="np")[0] * 255
+        image = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    expected = pipeline.image_processor.postprocess(image, output_type="np")[0] * 255
     assert np.abs(info["image"] - expected).max() < 2
 
 
@@ -98,7 +105,7 @@ def test_policy_takes_what_its_environment_gives() -> None:
     scalar, vector = make(), DenoisingVectorEnv(2, num_inference_steps=T, device="cpu")
     for env, expected in ((scalar, SHAPE), (vector, (2, *SHAPE))):
         observation, _ = env.reset(seed=0)
-        first, again, other = (pretrained_policy(env, seed)(observation) for seed in (1, 1, 2))
+        first, again, other = (reference_policy(env, seed)(observation) for seed in (1, 1, 2))
         assert (first.shape, first.dtype) == (expected, np.float32)
         assert np.array_equal(first, again)
         assert not np.allclose(first, other)
@@ -106,11 +113,14 @@ def test_policy_takes_what_its_environment_gives() -> None:
 
 
 def test_zero_noise_is_the_mean() -> None:
-    env = make_noisy()
+    env: Any = make_noisy()
     before, _ = env.reset(seed=0)
     batch = env.unwrapped.batch
-    mean, std = batch.pretrained_transition({name: np.asarray(value)[None] for name, value in before.items()})
-    assert torch.equal(std, batch.schedule.std[:1])
+    with torch.no_grad():
+        mean, std = batch.process.transition(
+            batch.state_of({name: np.asarray(value)[None] for name, value in before.items()})
+        )
+    assert torch.equal(std, batch.process.table.std[:1])
     after, *_ = env.step(np.zeros(SHAPE, np.float32))
     assert np.array_equal(after["latent"], mean[0].numpy())
     env.reset(seed=0)
@@ -118,9 +128,9 @@ def test_zero_noise_is_the_mean() -> None:
     np.testing.assert_allclose((noisy["latent"] - after["latent"]) / std.numpy(), normal(0), atol=1e-4)
 
 
-def test_standard_normal_actions_are_the_pretrained_policy() -> None:
+def test_standard_normal_actions_are_the_reference_policy() -> None:
     plain, noisy, by_policy = make(), NoiseAction(make()), NoiseAction(make())
-    rng, policy, noisy_policy = np.random.default_rng(7), pretrained_policy(plain, 7), pretrained_policy(by_policy, 7)
+    rng, policy, noisy_policy = np.random.default_rng(7), reference_policy(plain, 7), reference_policy(by_policy, 7)
     observation, noisy_observation = (env.reset(seed=1)[0] for env in (plain, by_policy))
     noisy.reset(seed=1)
     for _ in range(T):
@@ -170,13 +180,6 @@ def test_as_an_additional_wrapper() -> None:
     assert isinstance(gymnasium.make(spec, num_inference_steps=2), NoiseAction)
 
 
-def test_checkers(only_warnings) -> None:
-    with only_warnings(*GYMNASIUM_ADVICE, "The environment ("):
-        check_env(make_noisy(2, render_mode="rgb_array"))
-    with only_warnings(*SB3_ADVICE):
-        sb3_check_env(make_noisy(2))
-
-
 @pytest.mark.parametrize("algorithm", [PPO, A2C])
 def test_stable_baselines3_trains_on_it(algorithm: type, only_warnings) -> None:
     settings = {"n_steps": 4} | ({"batch_size": 4, "n_epochs": 1} if algorithm is PPO else {})
@@ -221,8 +224,157 @@ def test_bad_calls(make_env: Callable[[], Any], shape: tuple[int, ...]) -> None:
 
 def test_foreign_environments() -> None:
     cartpole = gymnasium.make("CartPole-v1")
-    for wrap in (NoiseAction, pretrained_policy):
-        with pytest.raises(TypeError, match=r"expected a denoising environment such as DPOK-Shapes-v0, got .*CartPole"):
+    for wrap in (NoiseAction, TextFeatures, reference_policy):
+        with pytest.raises(TypeError, match=r"expected a denoising environment such as DPOK-SD15-v0, got .*CartPole"):
             wrap(cartpole)
-    with pytest.raises(TypeError, match="expected a denoising environment"):
-        VectorNoiseAction(gymnasium.make_vec("CartPole-v1", num_envs=2))
+    cartpoles = gymnasium.make_vec("CartPole-v1", num_envs=2)
+    for wrap_vector in (VectorNoiseAction, VectorTextFeatures, reference_policy):
+        with pytest.raises(TypeError, match="expected a denoising environment"):
+            wrap_vector(cartpoles)
+
+
+def test_get_batch() -> None:
+    env, vector = make(), DenoisingVectorEnv(2, num_inference_steps=T, device="cpu")
+    assert get_batch(TextFeatures(NoiseAction(env))) is env.batch
+    assert get_batch(VectorTextFeatures(VectorNoiseAction(vector))) is vector
+
+
+def make_vector(**kwargs: Any) -> DenoisingVectorEnv:
+    settings: dict[str, Any] = {"num_inference_steps": 2, "device": "cpu", "reward": "jpeg-compressibility"}
+    return DenoisingVectorEnv(2, **settings | kwargs)
+
+
+class TestTextFeatures:
+    """Prompts as features, in the scalar and in the vector environment."""
+
+    @pytest.mark.parametrize("name", ["tiny_sd_folder", "tiny_xl_folder", "mixture"])
+    def test_are_those_of_the_model(self, name: str, request: pytest.FixtureRequest) -> None:
+        settings: dict[str, Any] = {"model": name, "prompts": "mixture"}
+        if name != "mixture":
+            settings = {"model": str(request.getfixturevalue(name)), "prompts": ["dog", "a green moon"]}
+        env: Any = TextFeatures(make(**settings))
+        model = get_batch(env).model
+        space = env.observation_space
+        assert isinstance(space, gymnasium.spaces.Dict)
+        assert space["prompt"] == gymnasium.spaces.Box(-np.inf, np.inf, (model.text_width,), np.float32)
+        assert all(space[key] == env.env.observation_space[key] for key in ("latent", "step"))
+        observation, info = env.reset(seed=0)
+        expected = model.text_features(model.encode([info["prompt"]])).numpy()[0]
+        for i in range(T):
+            assert space.contains(observation)
+            assert_same(observation["prompt"], expected)
+            observation, _, terminated, _, _ = env.step(normal(i, env.action_space.shape))
+        assert terminated
+        assert_same(observation["prompt"], expected)
+
+    def test_tell_prompts_apart(self) -> None:
+        env = TextFeatures(make())
+        first, second = (env.reset(options={"prompt": text})[0]["prompt"] for text in (RED_CIRCLE, "a blue star"))
+        assert np.abs(first - second).max() > 0.1
+
+    def test_of_the_vector_environment(self) -> None:
+        """The same as those of the scalar one, also in ``final_obs``."""
+        vector = VectorTextFeatures(make_vector())
+        scalars = [TextFeatures(make(num_inference_steps=2)) for _ in range(2)]
+        assert vector.single_observation_space == scalars[0].observation_space
+        space = vector.observation_space
+        assert isinstance(space, gymnasium.spaces.Dict)
+        assert space["prompt"].shape == (2, get_batch(vector).model.text_width)
+
+        observation, infos = vector.reset(seed=4)
+        expected = [env.reset(seed=4 + i)[0] for i, env in enumerate(scalars)]
+        assert len(set(infos["prompt"])) == 2
+        for step in range(4):
+            assert space.contains(observation)
+            for i in range(2):
+                assert_same({name: values[i] for name, values in observation.items()}, expected[i])
+            actions = normal(step, (2, *SHAPE))
+            observation, rewards, terminated, _, infos = vector.step(actions)
+            results = [env.step(action) for env, action in zip(scalars, actions, strict=True)]
+            assert rewards.tolist() == [result[1] for result in results]
+            expected = [result[0] for result in results]
+            assert terminated.all() == (step % 2 == 1)
+            if terminated.all():
+                for last, of_scalar in zip(infos["final_obs"], expected, strict=True):
+                    assert_same(last, of_scalar)
+                expected = [env.reset()[0] for env in scalars]
+
+    def test_leave_the_environment_as_it_is(self) -> None:
+        plain, wrapped = make_vector(), make_vector()
+        wrapper = VectorTextFeatures(wrapped)
+        for env in (plain, wrapper):
+            env.reset(seed=0)
+        for step in range(2):
+            plain_step, own_step = plain.step(normal(step, (2, *SHAPE))), wrapper.step(normal(step, (2, *SHAPE)))
+        assert_same(own_step[0]["latent"], plain_step[0]["latent"])
+        assert_same(own_step[4]["final_info"], plain_step[4]["final_info"])
+        assert wrapped.single_observation_space == plain.single_observation_space
+
+    def test_around_actions_by_noise(self) -> None:
+        """NoiseAction inside reads the prompt, TextFeatures outside replaces it."""
+        plain: Any = NoiseAction(make())
+        wrapped: Any = TextFeatures(NoiseAction(make()))
+        assert wrapped.action_space == plain.action_space
+        policies = reference_policy(plain, 7), reference_policy(wrapped, 7)
+        observation, features = plain.reset(seed=1)[0], wrapped.reset(seed=1)[0]
+        for _ in range(T):
+            result, of_wrapped = plain.step(policies[0](observation)), wrapped.step(policies[1](features))
+            observation, features = result[0], of_wrapped[0]
+            assert_same(features["latent"], observation["latent"])
+            assert_same(of_wrapped[1:], result[1:])
+        assert features["prompt"].shape == wrapped.observation_space["prompt"].shape
+
+    def test_around_actions_by_noise_of_the_vector_environment(self) -> None:
+        plain, wrapped = VectorNoiseAction(make_vector()), VectorTextFeatures(VectorNoiseAction(make_vector()))
+        assert wrapped.action_space == plain.action_space
+        policies = reference_policy(plain, 7), reference_policy(wrapped, 7)
+        observation, features = plain.reset(seed=1)[0], wrapped.reset(seed=1)[0]
+        for _ in range(2):
+            result, of_wrapped = plain.step(policies[0](observation)), wrapped.step(policies[1](features))
+            observation, features = result[0], of_wrapped[0]
+            assert_same(features["latent"], observation["latent"])
+            assert_same(of_wrapped[1:4], result[1:4])
+        assert_same(of_wrapped[4]["final_info"], result[4]["final_info"])
+        for last in of_wrapped[4]["final_obs"]:
+            assert wrapped.single_observation_space.contains(last)
+
+    def test_spec_survives_json(self) -> None:
+        env = TextFeatures(make_noisy(2))
+        again = gymnasium.make(EnvSpec.from_json(env.spec.to_json()))
+        assert isinstance(again, TextFeatures)
+        assert again.observation_space == env.observation_space
+        assert again.action_space == env.action_space
+        assert equal(again.reset(seed=0), env.reset(seed=0), exact=True)
+
+    def test_stable_baselines3_trains_on_it(self, only_warnings) -> None:
+        settings: dict[str, Any] = {"n_steps": 4, "batch_size": 4, "n_epochs": 1, "device": "cpu", "seed": 0}
+        with only_warnings():
+            model = PPO("MultiInputPolicy", TextFeatures(make_noisy(2)), **settings).learn(8)
+        assert model.num_timesteps == 8
+
+
+class TestOrder:
+    """What cannot be wrapped in what."""
+
+    def test_noise_twice(self) -> None:
+        with pytest.raises(ValueError, match=r"the action is the noise already: wrap .* only once"):
+            NoiseAction(gymnasium.wrappers.OrderEnforcing(NoiseAction(make())))
+        with pytest.raises(ValueError, match=r"the action is the noise already: wrap .* only once"):
+            VectorNoiseAction(VectorNoiseAction(make_vector()))
+
+    def test_features_twice(self) -> None:
+        with pytest.raises(ValueError, match=r"text features already: wrap .* only once"):
+            TextFeatures(gymnasium.wrappers.OrderEnforcing(TextFeatures(make())))
+        with pytest.raises(ValueError, match=r"text features already: wrap .* only once"):
+            VectorTextFeatures(VectorTextFeatures(make_vector()))
+
+    def test_noise_around_features(self) -> None:
+        with pytest.raises(ValueError, match="wrap in NoiseAction first, then in TextFeatures"):
+            NoiseAction(TextFeatures(make()))
+        with pytest.raises(ValueError, match="wrap in NoiseAction first, then in TextFeatures"):
+            VectorNoiseAction(VectorTextFeatures(make_vector()))
+
+    def test_the_reference_policy_reads_the_prompt(self) -> None:
+        for env in (TextFeatures(make()), VectorTextFeatures(make_vector())):
+            with pytest.raises(TypeError, match="reads the prompt itself: take TextFeatures off, or act by noise"):
+                reference_policy(env)

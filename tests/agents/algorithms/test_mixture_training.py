@@ -1,5 +1,10 @@
 """DPOK goes where the optimum is known: in one dimension, where a policy's distribution can be integrated exactly."""
 
+from __future__ import annotations
+
+import copy
+from typing import Any
+
 import gymnasium
 import numpy as np
 import pytest
@@ -7,22 +12,32 @@ import torch
 from torch import Tensor
 
 from agents import DPOK
+from agents.common.algorithm import DenoisingAlgorithm
 from dpok_gym.mixture.exact import GaussianSampler, GridPolicy, best_policy
+from dpok_gym.samplers import State
+from tests.agents.algorithms.support import collect
 
 T, BETA = 5, 0.5
 GRID = np.linspace(-6, 6, 601)
 
+pytestmark = pytest.mark.usefixtures("fresh_models")
 
-def make_agent(prompt: str, **changes) -> DPOK:
+
+def make_agent(prompt: str, n_envs: int = 128, num_inference_steps: int = T, **changes: Any) -> DPOK:
     env = gymnasium.make_vec(
-        "DPOK-Mixture-v0", num_envs=128, model="mixture-1d", prompts=[prompt], num_inference_steps=T
+        "DPOK-Mixture-v0",
+        num_envs=n_envs,
+        model="mixture-1d",
+        prompts=[prompt],
+        num_inference_steps=num_inference_steps,
+        device="cpu",
     )
-    settings = {
+    settings: dict[str, Any] = {
         "learning_rate": 2e-2,
         "final_lr_fraction": 0.02,
         "step_weighting": "likelihood",
         "normalize_advantage": False,
-        "kl_in": "reward",
+        "kl_placement": "reward",
         "kl_coef": BETA,
         "max_grad_norm": 100.0,
         "micro_batch_size": None,
@@ -31,18 +46,18 @@ def make_agent(prompt: str, **changes) -> DPOK:
         "seed": 0,
         "device": "cpu",
     }
-    return DPOK("DenoisingPolicy", env, **settings | changes)
+    return DPOK(env=env, **settings | changes)
 
 
-def on_grid(agent: DPOK, prompt: str, reference: bool = False) -> GridPolicy:
-    policy = agent.policy
-    tokens = policy.model.tokenize([prompt]).expand(len(GRID), -1)
+def on_grid(agent: DenoisingAlgorithm, prompt: str, reference: bool = False) -> GridPolicy:
+    policy, process = agent.policy, agent.process
+    conditioning = process.encode([prompt] * len(GRID))
 
     def mean(t: int, latents: Tensor) -> Tensor:
         steps = torch.full((len(latents),), t)
-        return policy.transition({"latent": latents, "step": steps, "prompt": tokens}, reference)[0]
+        return policy.transition(State(latents, steps, conditioning), reference)[0]
 
-    return GridPolicy.of(mean, policy.schedule.std, GRID)
+    return GridPolicy.of(mean, process.table.std, GRID)
 
 
 def moments(policy: GridPolicy) -> tuple[float, float]:
@@ -50,10 +65,52 @@ def moments(policy: GridPolicy) -> tuple[float, float]:
     return mean, policy.expectation(lambda x: (x - mean) ** 2)
 
 
+def objective(policy: GridPolicy, reference: GridPolicy) -> float:
+    """E[ r(x_0) ] - beta E[ sum_t KL_t ], with r(x) = x."""
+    return policy.expectation(lambda x: x) - BETA * policy.step_kl(reference).sum()
+
+
+@pytest.mark.parametrize("kl_placement", ["reward", "loss"])
+def test_gradient_of_the_whole_objective(kl_placement: str) -> None:
+    """With the KL in the reward it is that of Eq. 8; in the loss, a term is missing (Sec. 4.2 of the paper)."""
+    n, steps, prompt = 2048, 3, "two modes"
+    agent = make_agent(prompt, n, steps, kl_placement=kl_placement, log_prob_reduction="sum", use_critic=False)
+    bias = list(agent.policy.denoiser_parameters())[-1]
+    assert bias.shape == (1,)
+    bias.data += 1.5  # away from the reference, so that there is a KL
+
+    def exact(shift: float) -> float:
+        bias.data += shift
+        value = objective(on_grid(agent, prompt), on_grid(agent, prompt, reference=True))
+        bias.data -= shift
+        return value
+
+    expected = (exact(0.01) - exact(-0.01)) / 0.02
+    estimates = []
+    for _ in range(4):
+        collect(agent, n)
+        buffer = agent.rollout_buffer
+        buffer.advantages = agent.advantages(buffer)
+        # A baseline, for less noise: on average it changes nothing.
+        buffer.advantages = buffer.advantages - buffer.advantages.mean(dim=0)
+        (batch,) = buffer.batches(None, np.random.default_rng(0))
+        loss, _ = agent.loss(batch)
+        (slope,) = torch.autograd.grad(loss.sum() / n, [bias])
+        estimates.append(-slope.item())
+        agent.images_drawn += n
+    error = np.std(estimates, ddof=1) / 2
+    assert error < 0.05 * abs(expected)
+    if kl_placement == "reward":
+        assert np.mean(estimates) == pytest.approx(expected, abs=4 * error)
+    else:
+        assert abs(np.mean(estimates) - expected) > 10 * error
+
+
+@pytest.mark.slow
 def test_dpok_finds_the_optimum_of_gaussian_data() -> None:
     agent = make_agent("one gaussian")
-    model = agent.policy.model
-    sampler = GaussianSampler.of(model.mixtures["one gaussian"], agent.policy.schedule, model.denoiser.alphas_cumprod)
+    model: Any = agent.process.model
+    sampler = GaussianSampler.of(model.mixtures["one gaussian"], agent.process.table, model.denoiser.alphas_cumprod)
     exact_variance = sampler.covariance.item()
     shift = sampler.optimal_shift(torch.ones(1).double(), BETA).item()
     assert moments(on_grid(agent, "one gaussian")) == pytest.approx((0, exact_variance), abs=1e-4)
@@ -64,19 +121,17 @@ def test_dpok_finds_the_optimum_of_gaussian_data() -> None:
     assert variance == pytest.approx(exact_variance, rel=0.1)
 
 
+@pytest.mark.slow
 def test_dpok_finds_the_best_policy_of_two_modes() -> None:
     agent = make_agent("two modes")
-    pretrained = on_grid(agent, "two modes", reference=True)
-
-    def objective(policy: GridPolicy) -> float:
-        return policy.expectation(lambda x: x) - BETA * policy.step_kl(pretrained).sum()
-
-    best = best_policy(pretrained, lambda x: x, BETA)
+    reference = on_grid(agent, "two modes", reference=True)
+    best = best_policy(reference, lambda x: x, BETA)
     agent.learn(40 * 128 * T)
     learned = on_grid(agent, "two modes")
-    gained = (objective(learned) - objective(pretrained)) / (objective(best) - objective(pretrained))
+    to_gain = objective(best, reference) - objective(reference, reference)
+    gained = (objective(learned, reference) - objective(reference, reference)) / to_gain
     assert 0.9 < gained < 1
-    right = [policy.expectation(lambda x: 1.0 * (x > 0)) for policy in (pretrained, learned, best)]
+    right = [policy.expectation(lambda x: 1.0 * (x > 0)) for policy in (reference, learned, best)]
     assert right[0] == pytest.approx(0.5, abs=0.01)
     assert right[1] == pytest.approx(right[2], abs=0.05)
 
@@ -86,15 +141,19 @@ def test_the_whole_denoiser_is_trained_unless_a_rank_is_given() -> None:
     assert agent.policy.lora is None
     assert {tuple(value.shape) for value in agent.policy.denoiser_parameters()} >= {(64, 64), (1, 64)}
     with pytest.raises(ValueError, match="no layer of the denoiser ends in"):
-        make_agent("two modes", policy_kwargs={"lora_rank": 4})
+        make_agent("two modes", policy_kwargs={"lora_rank": 4, "target_modules": ["to_q"]})
     with pytest.raises(ValueError, match="too small for gradient checkpointing"):
         make_agent("two modes", policy_kwargs={"gradient_checkpointing": True})
 
 
-def test_saved_and_loaded(tmp_path) -> None:
-    agent = make_agent("two modes")
+def test_a_whole_denoiser_goes_on_from_a_state() -> None:
+    agent, other = make_agent("two modes"), make_agent("two modes", seed=1)
     agent.learn(128 * T)
-    agent.save(tmp_path / "agent")
-    loaded = DPOK.load(tmp_path / "agent", device="cpu")
-    np.testing.assert_array_equal(on_grid(loaded, "two modes").means, on_grid(agent, "two modes").means)
-    assert not np.array_equal(on_grid(agent, "two modes").means, on_grid(agent, "two modes", reference=True).means)
+    other.load_state_dict(copy.deepcopy(agent.state_dict()))
+    trained = on_grid(agent, "two modes").means
+    np.testing.assert_array_equal(on_grid(other, "two modes").means, trained)
+    assert not np.array_equal(trained, on_grid(agent, "two modes", reference=True).means)
+    for each in (agent, other):
+        each.learn(128 * T, reset_num_timesteps=False)
+    np.testing.assert_array_equal(on_grid(other, "two modes").means, on_grid(agent, "two modes").means)
+    assert not np.array_equal(on_grid(other, "two modes").means, trained)

@@ -14,9 +14,9 @@ from agents.cli.arguments import (
     given,
     make_options,
     option_names,
-    parse_mapping,
     parse_options,
 )
+from agents.cli.option_types import parse_mapping
 from agents.common.arguments import describe_arguments
 
 
@@ -126,7 +126,7 @@ def test_mappings():
     assert parse_mapping(['{"a": [1, 2], b: c}']) == {"a": [1, 2], "b": "c"}
     assert parse_mapping([]) == {}
     for wrong in ("a", "=1", "{a", "a=["):
-        with pytest.raises(ValueError, match="write NAME=VALUE|cannot be read"):
+        with pytest.raises(ValueError, match=r"write NAME=VALUE|cannot be read"):
             parse_mapping([wrong])
 
 

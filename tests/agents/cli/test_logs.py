@@ -83,7 +83,8 @@ def test_tensorboard_goes_on(tmp_path, kept):
     for value in (30.0, 40.0):
         _write(log, a=value)
     log.close()
-    expected = [(1, 1.0), (2, 2.0)][:kept] + [(kept + 1, 30.0), (kept + 2, 40.0)]
+    before = [(1, 1.0), (2, 2.0)][:kept]
+    expected = [*before, (kept + 1, 30.0), (kept + 2, 40.0)]
     assert _tensorboard(tmp_path / "tensorboard", "a") == expected
 
 

@@ -68,7 +68,9 @@ def test_before_after_wants_the_same_prompts(tmp_path):
 @pytest.mark.parametrize("n", [1, 9])
 def test_image_grid(tmp_path, figures, n):
     evaluation = _evaluation([LONG] * n, [True] * n)
-    path = plots.image_grid(evaluation.images, evaluation.prompts, tmp_path / "grid.png", f"“{LONG * 3}”", evaluation.aligned)
+    path = plots.image_grid(
+        evaluation.images, evaluation.prompts, tmp_path / "grid.png", f"“{LONG * 3}”", evaluation.aligned
+    )
     assert path.is_file()
     assert len(_shown(figures[0])) == n
     check_texts(figures[0])
@@ -91,8 +93,7 @@ def test_learning_curve(tmp_path, figures):
 
 def test_learning_curve_of_a_supervised_run(tmp_path, figures):
     drawing = [
-        {"rollout/images": 64.0 * k, "rollout/alignment": 0.5 + 0.01 * k, "rollout/quality": 0.4}
-        for k in range(1, 6)
+        {"rollout/images": 64.0 * k, "rollout/alignment": 0.5 + 0.01 * k, "rollout/quality": 0.4} for k in range(1, 6)
     ]
     # Stable-Baselines3 repeats the last episodes' reward in every row.
     fitting = [

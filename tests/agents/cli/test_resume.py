@@ -19,32 +19,33 @@ from tests.support import assert_same
 OPTIONS = [*TINY, "--images", "8", "--checkpointing-steps", "2", "--seed", "3", "--target-modules", "attention"]
 FIT = ["--n-gradient-steps", "5", "--log-every", "1", "--batch-size", "2"]
 
-#: Runs the command line, and kills itself without any warning in the n-th update.
+#: Runs the command line, and kills itself without any warning at the n-th call of a function.
 KILLED = """
 import os, signal, sys
 import torch
-from agents.algorithms.registry import load_algorithm
 from agents.cli.main import main
+from agents.common import checkpoint
+from agents.common.algorithm import DenoisingAlgorithm
 
 torch.set_num_threads(1)  # as the tests have it
-name, n, words = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-algorithm, calls = load_algorithm(name), []
-step = algorithm.optimizer_step
+place, n, words = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+owner = {"optimizer_step": DenoisingAlgorithm, "flush_to_disk": checkpoint}[place]
+function, calls = getattr(owner, place), []
 
-def killed(self):
+def killed(*args):
     calls.append(0)
     if len(calls) == n:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(self)
+    return function(*args)
 
-algorithm.optimizer_step = killed
+setattr(owner, place, killed)
 main(words)
 """
 
 
-def _kill(algo, n_updates, folder, *options):
-    words = ["train", "--out", str(folder), "--algo", algo, *options]
-    ended = subprocess.run([sys.executable, "-c", KILLED, algo, str(n_updates), *words], check=False)
+def _kill(place, n_calls, folder, *options):
+    words = ["train", "--out", str(folder), *options]
+    ended = subprocess.run([sys.executable, "-c", KILLED, place, str(n_calls), *words], check=False)
     assert ended.returncode == -signal.SIGKILL
 
 
@@ -79,17 +80,17 @@ def assert_same_run(one, other):
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_models")
 @pytest.mark.parametrize(
-    ("algo", "options", "killed_in"),
+    ("algo", "options"),
     [
-        ("dpok", ["--use-critic", "--target-kl", "0.5", "--normalize-rewards"], 4),
-        ("ddpo", ["--prompts", "colour"], 4),
-        ("sft", FIT, 4),
+        ("dpok", ["--use-critic", "--target-kl", "0.5", "--normalize-rewards"]),
+        ("ddpo", ["--prompts", "colour"]),
+        ("sft", FIT),
     ],
 )
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, algo, options, killed_in):
-    words = [*OPTIONS, "--batch-size", "64", *options]
-    assert train(tmp_path / "whole", "--algo", algo, *words) == 0
-    _kill(algo, killed_in, tmp_path / "killed", *words)
+def test_a_run_that_is_killed_in_its_fourth_update(tmp_path, algo, options):
+    words = ["--algo", algo, *OPTIONS, "--batch-size", "64", *options]
+    assert train(tmp_path / "whole", *words) == 0
+    _kill("optimizer_step", 4, tmp_path / "killed", *words)
     checkpoint = find_checkpoint(tmp_path / "killed")
     assert checkpoint.name == {"dpok": "checkpoint-4", "ddpo": "checkpoint-4", "sft": "checkpoint-8-2"}[algo]
     n_rows = len(read_log(tmp_path / "killed" / "progress.csv"))
@@ -101,6 +102,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, algo, options, killed_i
     assert train(tmp_path / "killed", "--resume") == 0
     assert (tmp_path / "killed" / "evaluation_before.npz").stat().st_mtime_ns == evaluated  # it was not drawn again
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_calls", [7, 9, 11])
+def test_a_run_that_is_killed_while_it_saves(finished, tmp_path, n_calls):
+    """A file of the second checkpoint, its folder, or the run folder is not on the disk yet."""
+    options = [*OPTIONS, "--checkpointing-steps", "1", "--checkpoints-total-limit", "1"]
+    assert train(tmp_path / "whole", *options) == 0
+    _kill("flush_to_disk", n_calls, tmp_path / "killed", *options)
+    assert (
+        find_checkpoint(tmp_path / "killed").name == {7: "checkpoint-2", 9: "checkpoint-2", 11: "checkpoint-4"}[n_calls]
+    )
+    assert train(tmp_path / "killed", "--resume") == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert_same(_tensors(tmp_path / "killed"), _tensors(finished))  # saving more often changes nothing
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +133,23 @@ def test_a_run_goes_on_from_an_older_checkpoint(finished, tmp_path):
     assert_same_run(folder, finished)
 
 
+def test_a_copy_of_a_checkpoint_elsewhere(finished, tmp_path):
+    """It is a path; the run keeps the checkpoints before it."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    copy = shutil.copytree(folder / "checkpoint-8", tmp_path / "backup")
+    assert train(folder, "--resume-from-checkpoint", str(copy), "--images", "10") == 0
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-8", "checkpoint-10"]
+
+
+def test_an_evaluation_with_other_settings_is_drawn_again(finished, tmp_path):
+    """The run died before its first checkpoint, and is started with other settings in the same folder."""
+    (tmp_path / "run").mkdir()
+    shutil.copy(finished / "evaluation_before.npz", tmp_path / "run")
+    assert train(tmp_path / "run", *OPTIONS, "--num-inference-steps", "3", "--images", "2") == 0
+    before = read_summary(tmp_path / "run")["quality_before"]
+    assert before != pytest.approx(read_summary(finished)["quality_before"], rel=1e-6)
+
+
 def test_more_images(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     assert train(folder, "--resume", "--images", "10") == 0
@@ -129,6 +162,7 @@ def test_more_images(finished, tmp_path):
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-8", "checkpoint-10"]
 
 
+@pytest.mark.slow
 def test_a_run_that_died_before_its_first_checkpoint(finished, tmp_path):
     """The same command goes on, and so does --resume."""
     for words in (OPTIONS, ["--resume"]):

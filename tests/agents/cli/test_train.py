@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from agents import DPOK, PRESETS, RewardWeightedSFT, load_run
+from agents import DPOK, PRESETS, RewardWeightedSFT, list_algorithms, load_run
 from agents.algorithms.registry import load_algorithm
 from agents.cli import run_folder
 from agents.cli.config import Config
@@ -171,6 +171,7 @@ def _interrupt_judge(monkeypatch, number, error=KeyboardInterrupt):
 SECOND_ITERATION = 4
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_what_it_learned(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     with monkeypatch.context() as patched:
@@ -205,6 +206,7 @@ def _send_ctrl_c(monkeypatch, algorithm, n_updates, times=1):
     monkeypatch.setattr(algorithm, "optimizer_step", pressed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", ["dpok", "sft"])
 @pytest.mark.usefixtures("fresh_models")
 def test_ctrl_c_in_an_update_ends_the_run_after_it(tmp_path, monkeypatch, algo):
@@ -242,6 +244,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, monkeypatch, capsys):
     assert read_summary(tmp_path / "run")["pictures"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_models")
 def test_an_interrupted_fit_is_resumed(tmp_path, monkeypatch):
     folder = tmp_path / "run"
@@ -262,6 +265,7 @@ def test_an_interrupted_fit_is_resumed(tmp_path, monkeypatch):
     assert train(folder, "--resume") == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_an_error_stops_keeps_what_it_learned(tmp_path, monkeypatch, capsys):
     error = ConnectionError("no server of the reward 'a:1' is left")
     with monkeypatch.context() as patched:
@@ -287,6 +291,7 @@ def _fail_evaluation(monkeypatch, numbers, error):
     monkeypatch.setattr(run_folder, "evaluate", fails)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_once_all_is_drawn_is_resumed(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patched:
@@ -302,6 +307,7 @@ def test_a_run_that_stops_once_all_is_drawn_is_resumed(tmp_path, monkeypatch):
     assert list_written(folder) == WRITTEN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True])
 def test_an_interruption_before_the_training(tmp_path, monkeypatch, again):
     """The second one comes while the first is dealt with."""
@@ -318,6 +324,7 @@ def test_an_interruption_before_the_training(tmp_path, monkeypatch, again):
     assert read_summary(folder)["pictures"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [["--image-size", "128"], ["--prompts", "circle"]])
 def test_images_that_the_judge_cannot_read(tmp_path, changes):
     few = ["--images", "2", "--reward", "jpeg-compressibility", *TINY, "--eval-images", "1"]
@@ -359,7 +366,8 @@ def test_remote_rewards(tmp_path, capsys, monkeypatch):
     assert summary["reward_after"] == pytest.approx(raw, rel=1e-5)
     assert f"rollout/{endpoint.name}" in read_log(tmp_path / "run" / "progress.csv")[0]
     # Now that it is gone:
-    monkeypatch.setattr(RemoteReward.__init__, "__kwdefaults__", RemoteReward.__init__.__kwdefaults__ | {"backoff": 0})
+    defaults = RemoteReward.__init__.__kwdefaults__ or {}
+    monkeypatch.setattr(RemoteReward.__init__, "__kwdefaults__", defaults | {"backoff": 0})
     assert main(["evaluate", str(tmp_path / "run"), "--images", "1", "--device", "cpu"]) == 2
     assert f"{endpoint.url} failed 5 times in a row" in capsys.readouterr().err
 
@@ -434,6 +442,7 @@ def test_a_run_that_trains_the_whole_denoiser(tmp_path):
         (["--timestep-fraction", "2"], "timestep_fraction"),
         (["--device", "abacus"], "abacus"),
         (["--resume"], "no run folder"),
+        (["--algo"], "Missing value for argument '--algo'"),
         (["--kl-coefficient", "1"], "unknown option --kl-coefficient; did you mean '--kl-coef"),
         (["--set", "kl_coef=1"], "unknown option --set"),
         (["--kl-placement", "advantage"], "advantage"),
@@ -459,7 +468,7 @@ def test_mistakes_in_training_options(tmp_path, capsys, options, message):
 
 
 def test_help_of_an_algorithm(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "100")  # one column of options
     texts = {}
     for words in (["--algo", "grpo"], ["--preset", "paper"], ["--env", "DPOK-SD15-v0", "--algo", "rwr"]):
         with pytest.raises(SystemExit) as ended:
@@ -467,6 +476,8 @@ def test_help_of_an_algorithm(capsys, monkeypatch):
         assert ended.value.code == 0
         texts[words[-1]] = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--group-size INT" in texts["grpo"]
+    for name in (*list_algorithms(), *PRESETS, "DPOK-SD15-v0"):
+        assert name in texts["grpo"]
     assert "--gae-lambda" not in texts["grpo"]
     assert "(default: shapes-alignment=1.0,shapes-quality=0.2)" in texts["grpo"]
     for name, value in (("reward-weight", "10.0"), ("lora-rank", "4"), ("learning-rate", "1e-05"), ("n-envs", "10")):

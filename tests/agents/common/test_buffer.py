@@ -1,131 +1,174 @@
 """What goes into the buffer of trajectories, and what comes out as transitions."""
 
+from dataclasses import fields
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from agents.common.buffer import Normalization, TrajectoryBuffer, Transitions, inclusion_probabilities
+from agents.common.buffer import (
+    TrajectoryBuffer,
+    Transitions,
+    inclusion_probabilities,
+    number_groups,
+    select,
+    systematic_sample,
+)
+from dpok_gym.samplers import DenoisingStep, State
+from tests.support import assert_same
 
-N, T, SHAPE, TOKENS = 4, 3, (1, 2, 2), 2
+N, T, SHAPE = 4, 3, (1, 2, 2)
 REWARDS = torch.tensor([1.0, 2.0, 3.0, 6.0])
+PROMPTS = ["a", "b", "c", "d"]
+EVERYTHING = [10 * n + t for n in range(N) for t in range(T)]
 
 
 def filled(numbers: Tensor) -> Tensor:
-    """Latents of one number each."""
+    """Returns latents of one number each."""
     return numbers.float().reshape(-1, 1, 1, 1).expand(-1, *SHAPE)
 
 
-def full_buffer(normalize: Normalization = False, gamma: float = 1.0, **valid: list[bool]) -> TrajectoryBuffer:
-    """Two pictures from each of two environments; every number tells the trajectory n and the step t it belongs to."""
-    buffer = TrajectoryBuffer(N, T, SHAPE, TOKENS, "cpu")
+def add_images(buffer: TrajectoryBuffer, rows: slice, shift: int = 0) -> None:
+    """Stores trajectories whose numbers tell the image n and the step t that they belong to."""
+    n = torch.arange(N)[rows]
+    conditioning = {"embedding": filled(n), "pooled": n[:, None].to(torch.bfloat16)}
+    buffer.begin(rows, PROMPTS[rows], conditioning)
+    for t in range(T):
+        number = 10 * n + t + shift
+        state = State(filled(number), torch.full((len(n),), t), conditioning)
+        buffer.add(rows, DenoisingStep(t, state, filled(-number), torch.ones(len(n)), filled(number + 1)))
+    buffer.finish(rows, REWARDS[rows], torch.ones(len(n), dtype=torch.bool))
+
+
+def full_buffer(valid: list[bool] | None = None) -> TrajectoryBuffer:
+    """Returns two images from each of two chunks."""
+    buffer = TrajectoryBuffer(N, T, SHAPE, "cpu")
     for rows in (slice(0, 2), slice(2, 4)):
-        n = torch.arange(N)[rows]
-        for t in range(T):
-            state = 10 * n + t
-            observation = {
-                "latent": filled(state),
-                "step": torch.full((2,), t),
-                "prompt": n[:, None].expand(-1, TOKENS),
-            }
-            buffer.add(rows, t, observation, filled(state + 1), filled(-state), state / 100)
-    buffer.rewards[:, -1] = REWARDS
-    if valid:
-        buffer.valid = torch.tensor(valid["valid"])
-    buffer.finish(gamma, 1.0, normalize)
+        add_images(buffer, rows)
+    number = 10 * torch.arange(N)[:, None] + torch.arange(T)
+    buffer.advantages, buffer.returns = number / 100, number / 1000
+    if valid is not None:
+        buffer.valid = torch.tensor(valid)
     return buffer
 
 
-def states(batches: list[Transitions]) -> list[int]:
-    """10 n + t of each transition."""
-    return [int(10 * n + t) for batch in batches for n, t in zip(batch.prompt[:, 0], batch.step, strict=True)]
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
 
 
-EVERYTHING = [10 * n + t for n in range(N) for t in range(T)]
+def numbers(batches: list[Transitions]) -> list[int]:
+    """Returns 10 n + t of each transition."""
+    return [number for batch in batches for number in (10 * batch.image + batch.step).tolist()]
 
 
 def test_each_latent_is_stored_once() -> None:
     buffer = full_buffer()
+    assert len(buffer) == N
+    assert buffer.num_inference_steps == T
     assert buffer.latents.shape == (N, T + 1, *SHAPE)
     assert torch.equal(buffer.latents[:, :, 0, 0, 0], 10.0 * torch.arange(N)[:, None] + torch.arange(T + 1))
-    assert buffer.means.shape == (N, T, *SHAPE)
+    assert torch.equal(buffer.means[:, :, 0, 0, 0], -10.0 * torch.arange(N)[:, None] - torch.arange(T))
+
+
+def test_rewards_come_with_the_last_step() -> None:
+    buffer = full_buffer()
+    assert torch.equal(buffer.rewards, REWARDS[:, None] * torch.tensor([0.0, 0.0, 1.0]))
+    assert torch.equal(buffer.final_rewards, REWARDS)
+    assert buffer.valid.all()
+
+
+def test_a_new_rollout_replaces_the_old_one() -> None:
+    buffer = full_buffer(valid=[False] * N)
+    buffer.rewards[:, 0] = 7  # as an algorithm that charges the KL may leave it
+    for rows in (slice(0, 1), slice(1, 4)):  # and in other chunks
+        add_images(buffer, rows, shift=5)
+    expected = TrajectoryBuffer(N, T, SHAPE, "cpu")
+    add_images(expected, slice(0, N), shift=5)
+    for name in ("latents", "means", "rewards", "valid", "prompts", "conditioning"):
+        assert_same(getattr(buffer, name), getattr(expected, name), name)
+
+
+def test_the_conditioning_is_that_of_each_image() -> None:
+    buffer = full_buffer()
+    assert buffer.prompts == PROMPTS
+    assert buffer.conditioning["pooled"].dtype == torch.bfloat16
+    assert buffer.conditioning["pooled"].flatten().tolist() == [0, 1, 2, 3]
+    assert torch.equal(buffer.conditioning["embedding"], filled(torch.arange(N)))
+    for rows in (slice(1, 3), torch.tensor([3, 0])):
+        assert_same(
+            select(buffer.conditioning, rows), {name: values[rows] for name, values in buffer.conditioning.items()}
+        )
+
+
+def test_states_at_a_step() -> None:
+    state = full_buffer().state_at(1)
+    assert torch.equal(state.latents, filled(10 * torch.arange(N) + 1))
+    assert state.step.tolist() == [1] * N
+    assert state.conditioning["pooled"].flatten().tolist() == [0, 1, 2, 3]
 
 
 def test_what_belongs_together_stays_together() -> None:
-    (batch,) = full_buffer().get(None)
-    assert sorted(states([batch])) == EVERYTHING
-    state = 10 * batch.prompt[:, 0] + batch.step
-    assert torch.equal(batch.latents, filled(state))
-    assert torch.equal(batch.actions, filled(state + 1))
-    assert torch.equal(batch.old_means, filled(-state))
-    rewards = REWARDS[batch.prompt[:, 0]]
-    torch.testing.assert_close(batch.advantages, rewards - state / 100)
-    torch.testing.assert_close(batch.returns, rewards)
-    assert batch.prompt.shape == (N * T, TOKENS)
-    assert batch.observation == {"latent": batch.latents, "step": batch.step, "prompt": batch.prompt}
+    buffer = full_buffer()
+    weights = torch.tensor([0.1, 0.2, 0.3])
+    (batch,) = buffer.batches(None, rng(), step_weights=weights)
+    assert sorted(numbers([batch])) == EVERYTHING
+    number = 10 * batch.image + batch.step
+    assert torch.equal(batch.latents, filled(number))
+    assert torch.equal(batch.actions, filled(number + 1))
+    assert torch.equal(batch.old_means, filled(-number))
+    assert torch.equal(batch.advantages, number / 100)
+    assert torch.equal(batch.returns, number / 1000)
+    assert torch.equal(batch.step_weight, weights[batch.step])
+    assert batch.weight.tolist() == [1.0] * (N * T)
+    assert_same(batch.state.latents, batch.latents)
+    assert_same(batch.state.step, batch.step)
+    assert torch.equal(batch.state.conditioning["embedding"], filled(batch.image))
+    assert batch.state.conditioning["pooled"].flatten().tolist() == batch.image.tolist()
 
 
-def test_discount() -> None:
-    buffer = full_buffer(gamma=0.5)
-    torch.testing.assert_close(buffer.returns, REWARDS[:, None] * torch.tensor([0.25, 0.5, 1.0]))
+def test_images_that_are_not_valid_are_left_out() -> None:
+    buffer = full_buffer(valid=[True, False, True, False])
+    for seed in range(5):
+        assert sorted(numbers(list(buffer.batches(2, rng(seed))))) == [0, 1, 2, 20, 21, 22]
+        assert set(numbers(list(buffer.batches(2, rng(seed), fraction=0.5)))) < {0, 1, 2, 20, 21, 22}
 
 
-def test_normalized_advantages() -> None:
-    plain, normal = full_buffer().advantages, full_buffer(normalize=True).advantages
-    torch.testing.assert_close(normal, (plain - plain.mean()) / plain.std(correction=0))
-    torch.testing.assert_close(full_buffer(normalize=True).returns, full_buffer().returns)
-
-
-def test_centred_advantages() -> None:
-    plain, centred = full_buffer().advantages, full_buffer(normalize="center").advantages
-    torch.testing.assert_close(centred.mean(dim=0), torch.zeros(T), atol=1e-6, rtol=0)
-    torch.testing.assert_close(centred - plain, (centred - plain)[:1].expand(N, T))  # a shift of each step
-    some = full_buffer(normalize="center", valid=[True, False, True, False]).advantages[[0, 2]]
-    torch.testing.assert_close(some.mean(dim=0), torch.zeros(T), atol=1e-6, rtol=0)
-
-
-def test_invalid_trajectories_count_for_nothing() -> None:
-    buffer = full_buffer(normalize=True, valid=[True, False, True, False])
-    assert buffer.advantages[[0, 2]].mean().item() == pytest.approx(0, abs=1e-6)
-    assert buffer.advantages[[0, 2]].std(correction=0).item() == pytest.approx(1, abs=1e-5)
-    for _ in range(5):
-        assert sorted(states(list(buffer.get(2)))) == [0, 1, 2, 20, 21, 22]
-        assert set(states(list(buffer.get(2, fraction=0.5)))) < {0, 1, 2, 20, 21, 22}
-
-
-def test_nothing_valid() -> None:
-    buffer = full_buffer(normalize=True, valid=[False] * N)
-    assert buffer.advantages.isfinite().all()
-    for batch_size in (None, 2):
-        assert list(buffer.get(batch_size)) == []
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_nothing_valid(batch_size: int | None) -> None:
+    assert list(full_buffer(valid=[False] * N).batches(batch_size, rng())) == []
 
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(5, [5, 5, 2]), (4, [4, 4, 4]), (100, [12]), (None, [12])])
 def test_batches_are_a_partition(batch_size: int | None, sizes: list[int]) -> None:
-    batches = list(full_buffer().get(batch_size))
+    batches = list(full_buffer().batches(batch_size, rng()))
     assert [len(batch) for batch in batches] == sizes
-    assert sorted(states(batches)) == EVERYTHING
+    assert sorted(numbers(batches)) == EVERYTHING
 
 
 @pytest.mark.parametrize(("fraction", "counts"), [(1.0, {12}), (0.5, {6}), (0.32, {3, 4}), (0.01, {0, 1})])
 @pytest.mark.parametrize("importance", [None, torch.tensor([3.0, 1.0, 0.1])])
-def test_fraction(fraction: float, counts: set[int], importance: torch.Tensor | None) -> None:
-    for _ in range(5):
-        found = states(list(full_buffer().get(5, fraction, importance)))
-        assert len(set(found)) == len(found)
-        assert len(found) in counts
-        assert set(found) <= set(EVERYTHING)
+def test_fraction(fraction: float, counts: set[int], importance: Tensor | None) -> None:
+    for seed in range(10):
+        chosen = numbers(list(full_buffer().batches(5, rng(seed), fraction, importance)))
+        assert len(set(chosen)) == len(chosen)
+        assert len(chosen) in counts
+        assert set(chosen) <= set(EVERYTHING)
 
 
-def test_weighted_means_do_not_depend_on_what_is_chosen_more_often() -> None:
+@pytest.mark.parametrize("valid", [None, [True, False, True, True]])
+def test_weighted_means_do_not_depend_on_what_is_chosen_more_often(valid: list[bool] | None) -> None:
     """Over many draws, the weighted mean of the chosen ones is the mean of all, each entry's share included."""
-    buffer, importance = full_buffer(), torch.tensor([3.0, 1.0, 0.1])
-    totals, n_draws = dict.fromkeys(EVERYTHING, 0.0), 4000
+    buffer, importance = full_buffer(valid), torch.tensor([3.0, 1.0, 0.1])
+    entries = [number for number in EVERYTHING if buffer.valid[number // 10]]
+    totals, n_draws, generator = dict.fromkeys(entries, 0.0), 4000, rng()
     for _ in range(n_draws):
-        for batch in buffer.get(None, 0.5, importance):
-            for state, weight in zip(states([batch]), batch.weight.tolist(), strict=True):
-                totals[state] += weight / 6
-    for state, total in totals.items():
-        assert total / n_draws == pytest.approx(1 / 12, abs=0.025), state  # 0.006 is a standard deviation of the rarest
+        for batch in buffer.batches(None, generator, 0.5, importance):
+            for number, weight in zip(numbers([batch]), batch.weight.tolist(), strict=True):
+                totals[number] += weight / (0.5 * len(entries))
+    for number, total in totals.items():
+        # 0.008 is a standard deviation of the rarest.
+        assert total / n_draws == pytest.approx(1 / len(entries), abs=0.03), number
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9, 1.0])
@@ -139,19 +182,44 @@ def test_inclusion_probabilities(fraction: float) -> None:
     assert torch.equal(inclusion_probabilities(torch.ones(4), fraction), torch.full((4,), fraction))
 
 
-def test_order_is_random() -> None:
+def test_systematic_sample_by_hand() -> None:
+    entries = torch.tensor([10, 11, 12, 13])
+    probability = torch.tensor([0.5, 0.25, 1.0, 0.25])  # sums 0.5, 0.75, 1.75, 2
+    assert systematic_sample(entries, probability, 0.0).tolist() == [12, 13]  # past 1 and 2
+    assert systematic_sample(entries, probability, 0.5).tolist() == [10, 12]  # 1, 1.25, 2.25, 2.5
+    assert systematic_sample(entries, probability, 0.3).tolist() == [11, 12]  # 0.8, 1.05, 2.05, 2.3
+
+
+def test_the_order_is_decided_by_the_generator_alone() -> None:
     buffer = full_buffer()
     torch.manual_seed(1)
-    first, second = states(list(buffer.get(4))), states(list(buffer.get(4)))
-    torch.manual_seed(1)
-    assert states(list(buffer.get(4))) == first != second
-    assert first != EVERYTHING
+    first, second = numbers(list(buffer.batches(4, rng(1)))), numbers(list(buffer.batches(4, rng(2))))
+    torch.manual_seed(2)
+    assert numbers(list(buffer.batches(4, rng(1)))) == first
+    assert first != second
+    assert EVERYTHING not in (first, second)
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(5, [5, 5, 2]), (12, [12]), (50, [12]), (None, [12])])
 def test_split(size: int | None, sizes: list[int]) -> None:
-    (batch,) = full_buffer().get(None)
+    (batch,) = full_buffer().batches(None, rng())
     parts = list(batch.split(size))
     assert [len(part) for part in parts] == sizes
-    for name in vars(batch):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+    for field in fields(batch):
+        whole = getattr(batch, field.name)
+        if isinstance(whole, Tensor):
+            assert torch.equal(torch.cat([getattr(part, field.name) for part in parts]), whole)
+        else:
+            assert all(getattr(part, field.name) is whole for part in parts)  # the images' conditioning is not cut
+
+
+def test_take() -> None:
+    (batch,) = full_buffer().batches(None, rng())
+    rows = torch.tensor([7, 2])
+    assert numbers([batch.take(rows)]) == [numbers([batch])[row] for row in (7, 2)]
+    assert numbers([batch.take(slice(3, 5))]) == numbers([batch])[3:5]
+
+
+def test_groups_are_numbered_as_they_appear() -> None:
+    assert number_groups(["b", "a", "b", "c", "a"]).tolist() == [0, 1, 0, 2, 1]
+    assert number_groups([]).shape == (0,)

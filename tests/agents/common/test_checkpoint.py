@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from agents.common.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    remove_later_checkpoints,
     save_checkpoint,
 )
 from tests.support import assert_same
@@ -33,7 +35,7 @@ class Agent:
             "optimizer": {"0.step": torch.tensor(3.0), "0.exp_avg": torch.randn(3, 2, generator=generator).T},
         }
         self.images_drawn, self._n_updates = images_drawn, n_updates
-        self.iteration = 0
+        self.iteration, self.n_fitted = 0, 0
         self.process = SimpleNamespace(model=SimpleNamespace(lora_prefix="unet."))
 
     def state_dict(self):
@@ -113,7 +115,11 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 
 def test_a_fit_without_new_images_gets_new_names(tmp_path):
     """A forward-process algorithm draws all of its images first, and then takes optimiser steps."""
-    names = [save_checkpoint(Agent(64, updates), tmp_path).name for updates in (0, 50, 100, 100)]
+    names = []
+    for n_fitted in (0, 50, 100, 100):
+        agent = Agent(64, n_fitted)
+        agent.n_fitted = n_fitted
+        names.append(save_checkpoint(agent, tmp_path).name)
     assert names == ["checkpoint-64", "checkpoint-64-50", "checkpoint-64-100", "checkpoint-64-100"]
     assert find_checkpoint(tmp_path).name == "checkpoint-64-100"
     assert [path.name for path in list_checkpoints(tmp_path)] == names[:3]
@@ -124,6 +130,26 @@ def test_the_same_state_is_not_written_again(tmp_path):
     written = (folder / "trainer_state.json").stat().st_mtime_ns
     assert save_checkpoint(Agent(64), tmp_path, {"seconds": 2.0}) == folder
     assert (folder / "trainer_state.json").stat().st_mtime_ns == written
+
+
+def test_another_state_of_the_same_name_is_replaced(tmp_path):
+    save_checkpoint(Agent(64, 5), tmp_path)
+    folder = save_checkpoint(Agent(64, 6, seed=1), tmp_path)
+    loaded = Agent()
+    load_checkpoint(loaded, folder)
+    assert loaded._n_updates == 6
+    assert os.listdir(tmp_path) == ["checkpoint-64"]
+
+
+def test_later_checkpoints_are_removed(tmp_path):
+    for images, n_fitted in ((32, 0), (64, 0), (64, 50), (64, 100), (128, 0)):
+        agent = Agent(images, n_fitted)
+        agent.n_fitted = n_fitted
+        save_checkpoint(agent, tmp_path)
+    agent = Agent(64)
+    agent.n_fitted = 50
+    remove_later_checkpoints(tmp_path, agent)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-32", "checkpoint-64", "checkpoint-64-50"]
 
 
 def test_find_checkpoint(tmp_path):
@@ -160,7 +186,8 @@ def test_no_file_can_run_code(tmp_path):
 
 
 def test_the_callback_saves_before_an_iteration(tmp_path):
-    agent, rows = Agent(), []
+    agent: Any = Agent()
+    rows: list[int] = []
     save = CheckpointCallback(tmp_path, every=2, total_limit=3, extra_state=lambda: {"log_rows": len(rows)})
     save.model = agent
     for iteration in range(6):

@@ -1,208 +1,279 @@
+"""Images of fixed seeds: the same before and after training, but for the model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.utils import obs_as_tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
-from agents import DPOK, DenoisingPolicy, Evaluation, evaluate
-from agents.common.evaluation import draw, spread
-from dpok_gym import DenoisingVectorEnv, pretrained_policy
+from agents import DenoisingPolicy, Evaluation, GymnasiumVecEnv, evaluate
+from agents.common.evaluation import cycle_prompts, sample_images
+from agents.common.randomness import ImageNoise
+from dpok_gym import DenoisingEnv, DenoisingVectorEnv, reference_policy
 from dpok_gym.models.lora import LoRA
+from tests.agents.common.support import PROMPTS, perturb
+from tests.support import assert_same, colours
 
-PROMPTS = ["a green star", "three green squares", "a red circle and a blue square"]
-
-
-def _env(num_envs: int, num_inference_steps: int = 2) -> DenoisingVectorEnv:
-    return DenoisingVectorEnv(num_envs, num_inference_steps=num_inference_steps, device="cpu")
+T = 3
 
 
-def _policy(env: DenoisingVectorEnv, tuned: bool = True) -> DenoisingPolicy:
-    policy = DPOK("DenoisingPolicy", env, device="cpu", policy_kwargs={"lora_rank": 2}).policy
-    if tuned:
-        with torch.no_grad():
-            for value in policy.denoiser_parameters():
-                value.add_(0.05 * torch.randn_like(value))
-    return policy
+@pytest.fixture
+def make_policy(make_agent: Callable[..., Any]) -> Callable[..., DenoisingPolicy]:
+    """Makes the policy of an environment's process, trained or not."""
+
+    def make(env: DenoisingVectorEnv, trained: bool = True, **kwargs: Any) -> DenoisingPolicy:
+        policy = make_agent(env, policy_kwargs=kwargs).policy
+        return perturb(policy) if trained else policy
+
+    return make
 
 
-def _same(one: Evaluation, other: Evaluation) -> bool:
-    return bool((one.pictures == other.pictures).all()) and bool((one.reward == other.reward).all())
+def is_same(one: Evaluation, other: Evaluation) -> bool:
+    return bool((one.images == other.images).all()) and bool((one.reward == other.reward).all())
 
 
-def test_an_untrained_policy_draws_the_pretrained_pictures_bit_for_bit():
-    env = _env(2)
-    policy = _policy(env, tuned=False)
+# --- Two policies on the same noise
+
+
+def test_an_untrained_policy_draws_the_pretrained_images_bit_for_bit(
+    make_env: Callable[..., Any], make_policy: Callable[..., Any]
+) -> None:
+    env = make_env(2)
+    policy = make_policy(env, trained=False)
     one, other = evaluate(policy, env, PROMPTS, 5), evaluate(policy, env, PROMPTS, 5, reference=True)
-    assert _same(one, other)
+    plain = sample_images(env.process, env, PROMPTS, 5)
+    assert_same(one, other)
+    assert_same(plain, other)
+    assert one.step_kl.shape == (3, T)
     assert (one.kl == 0).all()
-    assert (other.kl == 0).all()
-    assert one.pictures.shape == (3, 64, 64, 3)
-    assert one.pictures.dtype == np.uint8
-    assert one.prompts == PROMPTS
-    assert one.rewards["shapes-alignment"].shape == one.reward.shape == (3,)
+    assert one.images.shape == (3, 16, 16, 3)
+    assert one.images.dtype == np.uint8
+    assert one.prompts == list(PROMPTS)
+    assert one.rewards["redness"].shape == one.reward.shape == (3,)
+    assert len(one) == 3
 
 
-def test_the_reference_does_not_see_the_training():
-    env = _env(2)
-    untrained, trained = _policy(env, tuned=False), _policy(env)
+def test_the_reference_does_not_see_the_training(make_env: Callable[..., Any], make_policy: Callable[..., Any]) -> None:
+    env = make_env(2)
+    untrained, trained = make_policy(env, trained=False), make_policy(env)
     reference = evaluate(trained, env, PROMPTS, 5, reference=True)
-    assert _same(reference, evaluate(untrained, env, PROMPTS, 5))
-    assert not _same(reference, evaluate(trained, env, PROMPTS, 5))
+    assert (reference.kl == 0).all()
+    assert is_same(reference, evaluate(untrained, env, PROMPTS, 5))
+    assert not is_same(reference, evaluate(trained, env, PROMPTS, 5))
 
 
-def test_pictures_and_kl_are_those_of_the_seeded_environment():
-    env = _env(1)
-    policy = _policy(env)
-    found = evaluate(policy, env, PROMPTS[1:2], 7)
+def test_images_and_kl_are_those_of_an_episode(make_env: Callable[..., Any], make_policy: Callable[..., Any]) -> None:
+    """An episode of the environment with the evaluation's noise."""
+    env = make_env(1)
+    policy = make_policy(env)
+    evaluation = evaluate(policy, env, PROMPTS[1:2], 7)
 
-    observation, _ = env.reset(seed=7, options={"prompt": PROMPTS[1]})
-    kl = 0.0
+    noise = ImageNoise.for_evaluation([7], (4, 8, 8), "cpu")
+    options = {"prompt": PROMPTS[1], "latent": noise.initial_latents().numpy()}
+    observation, _ = env.reset(options=options)
+    kl = []
     with torch.no_grad():
-        for _ in range(2):
-            tensors = obs_as_tensor(observation, torch.device("cpu"))
-            mean, std = policy.transition(tensors)
-            reference, _ = policy.transition(tensors, reference=True)
+        for step in range(T):
+            state = env.state_of(observation)
+            mean, std = policy.transition(state)
+            reference, _ = policy.reference_transition(state)
             std = std.reshape(-1, 1, 1, 1)
             here, there = (Independent(Normal(m.double(), std.double()), 3) for m in (mean, reference))
-            kl += float(kl_divergence(here, there))
-            noise = env.np_random[0].standard_normal(mean.shape[1:], np.float32)
-            observation, _, _, _, infos = env.step((mean + std * torch.from_numpy(noise)).numpy())
-    assert kl > 0.01
-    np.testing.assert_allclose(found.kl, [kl], rtol=1e-4)
-    assert (found.pictures[0] == infos["final_info"]["image"][0]).all()
+            kl.append(float(kl_divergence(here, there)))
+            observation, rewards, _, _, infos = env.step((mean + std * noise(step)).numpy())
+    assert min(kl) > 1e-3
+    np.testing.assert_allclose(evaluation.step_kl, [kl], rtol=1e-4)
+    np.testing.assert_allclose(evaluation.kl, [sum(kl)], rtol=1e-4)
+    assert (evaluation.images[0] == infos["final_info"]["image"][0]).all()
+    assert evaluation.reward.tolist() == rewards.tolist()
+    assert evaluation.rewards["redness"].tolist() == rewards.tolist()
 
 
-def test_a_picture_depends_on_its_own_seed_and_prompt_only():
-    env = _env(2)
-    policy = _policy(env)
+@pytest.mark.parametrize("n_envs", [1, 2, 8])
+def test_an_image_depends_on_its_own_seed_and_prompt_only(
+    make_env: Callable[..., Any], make_policy: Callable[..., Any], n_envs: int
+) -> None:
+    # One state at a time in the network: else its last bits may depend on the others of the batch.
+    env, other = make_env(4), make_env(n_envs)
+    policy = make_policy(env, max_batch_size=1)
     all_three = evaluate(policy, env, PROMPTS, 3)
-    last = evaluate(policy, env, PROMPTS[2:], 5)
-    np.testing.assert_allclose(last.kl, all_three.kl[2:], rtol=1e-3)
-    assert np.abs(last.pictures[0].astype(int) - all_three.pictures[2]).max() <= 1
+    assert_same(evaluate(policy, other, PROMPTS, 3), all_three)
+    last = evaluate(policy, other, PROMPTS[2:], 5)
+    assert_same(last.images, all_three.images[2:])
+    assert_same(last.step_kl, all_three.step_kl[2:])
 
 
-def test_random_states_stay_as_they_were():
-    env = _env(2)
+def test_random_states_stay_as_they_were(make_env: Callable[..., Any], make_policy: Callable[..., Any]) -> None:
+    env = make_env(2)
     env.reset(seed=0)
-    policy = _policy(env)
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 (SB3's)
+    policy = make_policy(env)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002 (libraries' own)
     states = [generator.bit_generator.state for generator in env.np_random]
     evaluate(policy, env, PROMPTS, 0)
     assert torch.equal(torch.get_rng_state(), torch_state)
-    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
+    assert_same(np.random.get_state(), numpy_state)  # noqa: NPY002
     assert [generator.bit_generator.state for generator in env.np_random] == states
 
 
-def test_a_saved_lora_draws_the_same_pictures(tmp_path):
-    env = _env(2)
-    policy = _policy(env)
+def test_a_saved_lora_draws_the_same_images(
+    make_env: Callable[..., Any], make_policy: Callable[..., Any], tmp_path: Path
+) -> None:
+    env = make_env(2)
+    policy = make_policy(env)
     policy.save_lora(tmp_path)
-    with LoRA.from_folder(env.model.denoiser, tmp_path).switched_on():
-        drawn = draw(env.pretrained_transition, env, PROMPTS[:2], 5)
-    assert _same(drawn, evaluate(policy, env, PROMPTS[:2], 5))
+    with LoRA.from_folder(env.model.denoiser, tmp_path, env.model.lora_prefix).enabled():
+        drawn = sample_images(env.process, env, PROMPTS[:2], 5)
+    assert is_same(drawn, evaluate(policy, env, PROMPTS[:2], 5))
 
 
-def test_what_cannot_be_evaluated_is_refused():
-    env = _env(2)
-    policy = _policy(env)
-    with pytest.raises(ValueError, match="give at least one"):
-        evaluate(policy, env, [], 0)
-    with pytest.raises(ValueError, match="same num_inference_steps"):
-        evaluate(policy, _env(2, 3), PROMPTS, 0)
-    with pytest.raises(ValueError, match="best_of must be an integer of at least 1, got 0"):
-        evaluate(policy, env, PROMPTS, 0, best_of=0)
+# --- The best of several
 
 
 @pytest.mark.parametrize("reference", [False, True])
-def test_best_of_is_the_best_of_consecutive_seeds(tiny_sd_folder, reference):
+def test_best_of_is_the_best_of_consecutive_seeds(
+    make_env: Callable[..., Any], make_policy: Callable[..., Any], reference: bool
+) -> None:
     # Their sum tells which is the best, neither of them alone does.
     rewards = {"jpeg-compressibility": 1.0, lambda images, prompts: 10 * images.mean((1, 2, 3)): -1.0}
-    prompts = ["a dog", "a rabbit", "the moon"]
-    model = str(tiny_sd_folder)
-    env = DenoisingVectorEnv(2, model=model, prompts=prompts, reward=rewards, num_inference_steps=2, device="cpu")
-    policy = _policy(env)
-    drawn = evaluate(policy, env, [prompt for prompt in prompts for _ in range(3)], 5, reference)
+    env = make_env(2, reward=rewards)
+    policy = make_policy(env)
+    drawn = evaluate(policy, env, [prompt for prompt in PROMPTS for _ in range(3)], 5, reference)
     best = [max(range(first, first + 3), key=drawn.reward.__getitem__) for first in (0, 3, 6)]
-    found = evaluate(policy, env, prompts, 5, reference, best_of=3)
-    assert found.prompts == prompts
-    assert (found.pictures == drawn.pictures[best]).all()
-    assert (found.reward == drawn.reward[best]).all()
-    assert (found.kl == drawn.kl[best]).all()
-    assert found.rewards.keys() == drawn.rewards.keys()
-    for name, values in found.rewards.items():
-        assert (values == drawn.rewards[name][best]).all()
+    evaluation = evaluate(policy, env, PROMPTS, 5, reference, best_of=3)
+    assert evaluation.prompts == list(PROMPTS)
+    assert_same(evaluation.images, drawn.images[best])
+    assert_same(evaluation.reward, drawn.reward[best])
+    assert_same(evaluation.step_kl, drawn.step_kl[best])
+    assert_same(evaluation.rewards, {name: values[best] for name, values in drawn.rewards.items()})
 
 
-def test_best_of_by_hand():
-    pictures = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
-    rewards = {"shapes-alignment": np.array([0.0, 1.0, 1.0, 0.5, 0.0, 1.0])}
+def test_best_of_by_hand() -> None:
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    rewards = {"judged": np.array([0.0, 1.0, 1.0, 0.5, 0.0, 1.0])}
     total, kl = np.array([-3.0, -1.0, -2.0, 0.5, 0.5, 0.0]), np.arange(6.0)
-    found = Evaluation(["a"] * 3 + ["b"] * 3, pictures, total, rewards, kl[:, None]).best_of(3)
-    assert found.prompts == ["a", "b"]
-    assert found.pictures[:, 0, 0, 0].tolist() == [1, 3]  # of two that are as good the first
-    assert found.reward.tolist() == [-1.0, 0.5]
-    assert found.rewards["shapes-alignment"].tolist() == [1.0, 0.5]
-    assert found.kl.tolist() == [1.0, 3.0]
-    assert found.aligned_share == 0.5
+    prompts = ["a"] * 3 + ["b"] * 3
+    best = Evaluation(prompts, images, total, rewards, kl[:, None], alignment_reward="judged").best_of(3)
+    assert best.prompts == ["a", "b"]
+    assert best.images[:, 0, 0, 0].tolist() == [1, 3]  # of two that are as good the first
+    assert best.reward.tolist() == [-1.0, 0.5]
+    assert best.rewards["judged"].tolist() == [1.0, 0.5]
+    assert best.kl.tolist() == [1.0, 3.0]
+    assert best.aligned_share == 0.5
 
 
-def test_shares_and_means():
-    rewards = {"shapes-alignment": np.array([1.0, 0.75, 1.0, 0.0]), "shapes-quality": np.array([0.5, 0.5, 0.7, np.nan])}
-    found = Evaluation(["a green star"] * 4, np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4), rewards, np.zeros((4, 1)))
-    assert found.aligned.tolist() == [True, False, True, False]
-    assert found.aligned_share == 0.5
-    assert found.mean("shapes-quality") == pytest.approx(1.7 / 3)
-    assert found.mean("jpeg-compressibility") is None
-    found.rewards = {}
-    assert found.aligned is None
-    assert found.aligned_share is None
-
-
-def test_spread():
-    assert spread(["a", "b"], 5) == ["a", "b", "a", "b", "a"]
-    assert spread(["a", "b", "c", "d"], 2) == ["a", "c"]
-    assert spread(["a"], 1) == ["a"]
-
-
-def test_running_normalisation_is_left_out():
-    reward = {"shapes-quality": {"weight": 2.0, "normalize": "running"}}
-    env = DenoisingVectorEnv(2, reward=reward, num_inference_steps=2, device="cpu")
-    found = draw(env.pretrained_transition, env, PROMPTS, 5)
-    np.testing.assert_allclose(found.reward, 2 * found.rewards["shapes-quality"], rtol=1e-6)
-    assert env.reward.state_dict() == {}
-
-
-def test_the_best_is_never_one_without_a_reward():
-    pictures = np.zeros((4, 2, 2, 3), np.uint8)
+def test_the_best_is_never_one_without_a_reward() -> None:
+    images = np.zeros((4, 2, 2, 3), np.uint8)
     values = np.array([np.nan, -3.0, -2.0, -1.0])
-    found = Evaluation(["a"] * 4, pictures, values, {"r": values}, np.zeros((4, 1)))
-    assert found.best_of(2).reward.tolist() == [-3.0, -1.0]
+    evaluation = Evaluation(["a"] * 4, images, values, {"r": values}, np.zeros((4, 1)))
+    assert evaluation.best_of(2).reward.tolist() == [-3.0, -1.0]
     for n in (0, 3):
-        with pytest.raises(ValueError, match="4 pictures cannot be split into groups"):
-            found.best_of(n)
+        with pytest.raises(ValueError, match="4 images cannot be split into groups"):
+            evaluation.best_of(n)
 
 
-def test_pictures_without_a_reward_do_not_count():
-    def every_other(images, prompts):
+# --- Shares and means
+
+
+def test_shares_and_means() -> None:
+    rewards = {"judged": np.array([1.0, 0.75, 1.0, 0.0]), "clean": np.array([0.5, 0.5, 0.7, np.nan])}
+    images, kl = np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 1))
+    evaluation = Evaluation(["a"] * 4, images, np.zeros(4), rewards, kl, "judged", "clean")
+    assert evaluation.aligned.tolist() == [True, False, True, False]
+    assert evaluation.aligned_share == 0.5
+    assert evaluation.mean("clean") == evaluation.mean_quality == pytest.approx(1.7 / 3)
+    assert evaluation.mean("jpeg-compressibility") is None
+    unjudged = Evaluation(["a"] * 4, images, np.zeros(4), rewards, kl)
+    assert unjudged.aligned is None
+    assert unjudged.aligned_share is None
+    assert unjudged.mean_quality is None
+
+
+def test_the_world_says_which_rewards_judge(make_env: Callable[..., Any]) -> None:
+    reward = {"shapes-alignment": 1.0, "shapes-quality": 0.2}
+    env = DenoisingVectorEnv(2, reward=reward, num_inference_steps=1, device="cpu")
+    evaluation = sample_images(env.process, env, ["a red star"], 0)
+    assert (evaluation.alignment_reward, evaluation.quality_reward) == ("shapes-alignment", "shapes-quality")
+    assert evaluation.aligned_share in (0, 1)
+    assert 0 <= evaluation.mean_quality <= 1
+    env = make_env()
+    evaluation = sample_images(env.process, env, PROMPTS, 0)
+    assert (evaluation.alignment_reward, evaluation.quality_reward) == (None, None)
+    assert evaluation.aligned_share is None
+
+
+def test_the_reward_is_weighted_and_its_components_are_raw(make_env: Callable[..., Any]) -> None:
+    env = make_env(2, reward={colours: {"weight": 2.0}, "jpeg-compressibility": {"normalize": [-2.0, 0.5]}})
+    evaluation = sample_images(env.process, env, PROMPTS, 5)
+    components = evaluation.rewards
+    assert components.keys() == {"red", "blue", "jpeg-compressibility"}
+    expected = 2 * (components["red"] + components["blue"]) + (components["jpeg-compressibility"] + 2) / 0.5
+    np.testing.assert_allclose(evaluation.reward, expected, rtol=1e-5)
+
+
+def test_a_learners_normalization_is_left_out(make_env: Callable[..., Any], make_agent: Callable[..., Any]) -> None:
+    env = make_env()
+    agent = make_agent(env, normalize_rewards=True)
+    agent.learn(4 * T)
+    statistics = agent.reward_normalizer.state_dict()
+    evaluation = evaluate(agent.policy, env, PROMPTS, 5)
+    assert_same(evaluation.reward, evaluation.rewards["redness"])
+    assert agent.reward_normalizer.state_dict() == statistics
+
+
+def test_images_without_a_reward_do_not_count(make_env: Callable[..., Any]) -> None:
+    def every_other(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return torch.tensor([-1.0, torch.nan, -3.0, torch.inf])[: len(images)]
 
-    env = DenoisingVectorEnv(
-        4, reward=every_other, non_finite="mask", num_inference_steps=1, decode_batch_size=4, device="cpu"
-    )
-    found = draw(env.pretrained_transition, env, ["a green star"] * 4, 5)
-    np.testing.assert_array_equal(found.reward, [-1.0, np.nan, -3.0, np.nan])
-    assert found.mean_reward == found.mean("every_other") == -2.0
+    env = make_env(4, reward=every_other, non_finite="mask", decode_batch_size=4)
+    evaluation = sample_images(env.process, env, ["the moon"] * 4, 5)
+    np.testing.assert_array_equal(evaluation.reward, [-1.0, np.nan, -3.0, np.nan])
+    assert evaluation.mean_reward == evaluation.mean("every_other") == -2.0
+    assert np.isnan(Evaluation(["a"], np.zeros(1), np.array([np.nan]), {}, np.zeros((1, 1))).mean_reward)
 
 
-def test_what_is_handed_over_must_be_of_the_right_kind():
-    env = _env(1)
-    policy = _policy(env)
+def test_cycle_prompts() -> None:
+    assert cycle_prompts(["a", "b"], 5) == ["a", "b", "a", "b", "a"]
+    assert cycle_prompts(["a", "b", "c", "d"], 2) == ["a", "c"]
+    assert cycle_prompts(["a", "b", "c", "d", "e"], 3) == ["a", "b", "d"]
+    assert cycle_prompts(["a"], 1) == ["a"]
+
+
+# --- What can be evaluated
+
+
+def test_what_cannot_be_evaluated_is_refused(make_env: Callable[..., Any], make_policy: Callable[..., Any]) -> None:
+    env = make_env(2)
+    policy = make_policy(env)
+    with pytest.raises(ValueError, match="give at least one"):
+        evaluate(policy, env, [], 0)
+    with pytest.raises(ValueError, match="are a list of texts; give at least one, not 'the moon'"):
+        evaluate(policy, env, "the moon", 5)
+    with pytest.raises(ValueError, match="num_inference_steps 3 there, 4 here"):
+        evaluate(policy, make_env(2, num_inference_steps=4), PROMPTS, 0)
+    with pytest.raises(ValueError, match="best_of must be an integer of at least 1, got 0"):
+        evaluate(policy, env, PROMPTS, 0, best_of=0)
+    with pytest.raises(ValueError, match="seed must be an integer of at least 0, got -1"):
+        evaluate(policy, env, PROMPTS, -1)
+    with pytest.raises(ValueError, match="tokens"):
+        evaluate(policy, env, ["the moon", "a dog " * 100], 0)
     with pytest.raises(TypeError, match="must be a DenoisingPolicy, such as"):
-        evaluate(pretrained_policy(env), env, PROMPTS, 5)
-    with pytest.raises(TypeError, match=r"must be one that gymnasium\.make_vec makes"):
-        evaluate(policy, gymnasium.make("DPOK-Shapes-v0", num_inference_steps=2), PROMPTS, 5)
-    with pytest.raises(ValueError, match="are a list of texts; give at least one, not 'a green star'"):
-        evaluate(policy, env, "a green star", 5)
-    wrapped = gymnasium.wrappers.vector.RecordEpisodeStatistics(env)
-    assert _same(evaluate(policy, wrapped, PROMPTS[:1], 5), evaluate(policy, env, PROMPTS[:1], 5))
+        evaluate(reference_policy(env), env, PROMPTS, 5)
+
+
+def test_environments_that_can_score(
+    make_env: Callable[..., Any], make_policy: Callable[..., Any], settings: dict[str, Any]
+) -> None:
+    env = make_env(1)
+    policy = make_policy(env)
+    expected = evaluate(policy, env, PROMPTS, 5)
+    for other in (DenoisingEnv(**settings), GymnasiumVecEnv(make_env(1))):
+        assert_same(evaluate(policy, other, PROMPTS, 5), expected)
+    recording = gymnasium.wrappers.vector.RecordEpisodeStatistics(env)
+    with pytest.raises(ValueError, match="would not notice the wrapper RecordEpisodeStatistics; take it off"):
+        evaluate(policy, recording, PROMPTS, 5)
+    with pytest.raises(ValueError, match="needs a denoising environment"):
+        evaluate(policy, gymnasium.make("CartPole-v1"), PROMPTS, 5)

@@ -1,18 +1,16 @@
-"""Each term of the objectives against numbers computed by hand, Stable-Baselines3, and finite differences."""
+"""Each term of the objectives against numbers computed by hand, and finite differences."""
 
 import math
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
-from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from agents.common import losses
 from dpok_gym import diffusion
+from dpok_gym.samplers import TransitionTable
 
 CLIP = 0.2
 INSIDE, ABOVE, BELOW = 0.1, 0.5, -0.5  # log-ratios
@@ -28,16 +26,19 @@ def randn(*size: int, seed: int) -> Tensor:
     return torch.randn(*size, generator=generator, dtype=torch.float64).requires_grad_(True)
 
 
+# --- The clipped ratio
+
+
 @pytest.mark.parametrize(
-    ("clipping", "log_ratio", "advantage", "loss", "has_gradient"),
+    ("clip_type", "log_ratio", "advantage", "loss", "has_gradient"),
     [
-        ("pessimistic", 0.0, 2.0, -2.0, True),
-        ("pessimistic", INSIDE, 2.0, -2 * math.exp(INSIDE), True),
-        ("pessimistic", INSIDE, -2.0, 2 * math.exp(INSIDE), True),
-        ("pessimistic", ABOVE, 2.0, -2 * UPPER, False),
-        ("pessimistic", ABOVE, -2.0, 2 * math.exp(ABOVE), True),  # too likely, and bad: pushed back
-        ("pessimistic", BELOW, 2.0, -2 * math.exp(BELOW), True),  # too unlikely, and good: pulled back
-        ("pessimistic", BELOW, -2.0, 2 * LOWER, False),
+        ("ppo", 0.0, 2.0, -2.0, True),
+        ("ppo", INSIDE, 2.0, -2 * math.exp(INSIDE), True),
+        ("ppo", INSIDE, -2.0, 2 * math.exp(INSIDE), True),
+        ("ppo", ABOVE, 2.0, -2 * UPPER, False),
+        ("ppo", ABOVE, -2.0, 2 * math.exp(ABOVE), True),  # too likely, and bad: pushed back
+        ("ppo", BELOW, 2.0, -2 * math.exp(BELOW), True),  # too unlikely, and good: pulled back
+        ("ppo", BELOW, -2.0, 2 * LOWER, False),
         ("clamp", 0.0, 2.0, -2.0, True),
         ("clamp", INSIDE, 2.0, -2 * math.exp(INSIDE), True),
         ("clamp", INSIDE, -2.0, 2 * math.exp(INSIDE), True),
@@ -47,20 +48,20 @@ def randn(*size: int, seed: int) -> Tensor:
         ("clamp", BELOW, -2.0, 2 * LOWER, False),
     ],
 )
-def test_policy_gradient_loss(
-    clipping: losses.Clipping, log_ratio: float, advantage: float, loss: float, has_gradient: bool
+def test_clipped_surrogate(
+    clip_type: losses.ClipType, log_ratio: float, advantage: float, loss: float, has_gradient: bool
 ) -> None:
     log_ratios = tensor([log_ratio, 0.0], requires_grad=True)
-    found = losses.policy_gradient_loss(log_ratios, tensor([advantage, 1.0]), CLIP, clipping)
-    torch.testing.assert_close(found, tensor([loss, -1.0]))
-    found[0].backward()
+    result = losses.clipped_surrogate(log_ratios, tensor([advantage, 1.0]), CLIP, clip_type)
+    torch.testing.assert_close(result, tensor([loss, -1.0]))
+    result[0].backward()
     # d(-A rho) / d(log rho) = -A rho, the loss itself.
     torch.testing.assert_close(log_ratios.grad, tensor([loss if has_gradient else 0.0, 0.0]))
 
 
-def test_unknown_clipping() -> None:
-    with pytest.raises(ValueError, match="clipping must be one of 'pessimistic', 'clamp', got 'soft'"):
-        losses.policy_gradient_loss(torch.zeros(1), torch.ones(1), CLIP, "soft")  # type: ignore[arg-type]
+def test_unknown_clip_type() -> None:
+    with pytest.raises(ValueError, match="clip_type must be one of 'ppo', 'clamp', got 'soft'"):
+        losses.clipped_surrogate(torch.zeros(1), torch.ones(1), CLIP, "soft")
 
 
 @pytest.mark.parametrize(("reduction", "expected"), [("sum", 1.0), ("mean", math.exp(-(1 - 1 / 8) / 8))])
@@ -72,89 +73,129 @@ def test_expected_ratio(reduction: diffusion.Reduction, expected: float) -> None
     assert log_ratio.exp().mean().item() == pytest.approx(expected, abs=0.02)
 
 
+# --- The policy gradient of transitions. Actions of two dimensions, std 2, old mean 0.
+
+OLD_MEAN = tensor([[0.0, 0.0]] * 3)
+MEANS = tensor([[0.0, 0.0], [1.0, 1.0], [4.0, 4.0]])
+ACTIONS = tensor([[1.0, -1.0], [2.0, 1.0], [4.0, 4.0]])
+#: mean . (action - mean / 2) / 4: 0; (1.5 + 0.5) / 4 = 0.5; (4 * 2 + 4 * 2) / 4 = 4.
+LOG_RATIO = tensor([0.0, 0.5, 4.0])
+
+
+@pytest.mark.parametrize(("reduction", "dims"), [("sum", 1), ("mean", 2)])
+def test_policy_gradient_loss_by_hand(reduction: diffusion.Reduction, dims: int) -> None:
+    advantages = tensor([3.0, -2.0, 1.0])
+    loss, metrics = losses.policy_gradient_loss(
+        ACTIONS, MEANS, OLD_MEAN, tensor([2.0] * 3), advantages, 2.0, "ppo", reduction
+    )
+    # The limit of 2 nats is that of the whole latent, whatever the ratio is taken of.
+    expected_ratio = tensor([1.0, math.exp(0.5 / dims), math.exp(4 / dims)])
+    torch.testing.assert_close(loss, -advantages * tensor([1.0, math.exp(0.5 / dims), math.exp(2 / dims)]))
+    assert metrics.keys() == {"mean_ratio", "clip_fraction"}
+    torch.testing.assert_close(metrics["mean_ratio"], expected_ratio)
+    assert metrics["clip_fraction"].tolist() == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("clip_type", ["ppo", "clamp"])
+def test_the_gradient_at_the_old_policy_is_that_of_the_score_function(clip_type: losses.ClipType) -> None:
+    old_mean, actions = randn(4, 2, 3, seed=0).detach(), randn(4, 2, 3, seed=1).detach()
+    std, advantages = tensor([0.5, 1.0, 2.0, 3.0]), tensor([1.0, -1.0, 2.0, 0.5])
+    gradients = []
+    for function in (losses.policy_gradient_loss, losses.score_function_loss):
+        mean = old_mean.clone().requires_grad_(True)
+        if function is losses.policy_gradient_loss:
+            loss, _ = function(actions, mean, old_mean, std, advantages, CLIP, clip_type)
+        else:
+            loss = function(actions, mean, std, advantages)
+        loss.sum().backward()
+        gradients.append(mean.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_score_function_has_the_gradient_of_the_log_density(reduction: diffusion.Reduction) -> None:
+    mean, actions = randn(3, 2, 2, seed=0), randn(3, 2, 2, seed=1).detach()
+    std, advantages = tensor([0.5, 1.0, 2.0]), tensor([1.0, -1.0, 2.0])
+    loss = losses.score_function_loss(actions, mean, std, advantages, reduction)
+    (gradient,) = torch.autograd.grad(loss.sum(), mean)
+    expected = (-advantages * diffusion.log_prob(actions, mean, std, reduction)).sum()
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, mean)[0])
+
+
+# --- The other terms
+
+
 def test_value_loss() -> None:
     values = tensor([1.0, -2.0, 3.0], requires_grad=True)
-    found = losses.value_loss(values, tensor([1.0, 0.0, 0.5]))
-    torch.testing.assert_close(found, tensor([0.0, 4.0, 6.25]))
-    found.sum().backward()
+    result = losses.value_loss(values, tensor([1.0, 0.0, 0.5]))
+    torch.testing.assert_close(result, tensor([0.0, 4.0, 6.25]))
+    result.sum().backward()
     torch.testing.assert_close(values.grad, tensor([0.0, -4.0, 5.0]))
 
 
 def test_denoising_loss() -> None:
     output = tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]], requires_grad=True)
-    found = losses.denoising_loss(output, tensor([[[1.0, 0.0], [3.0, 5.0]], [[2.0, 0.0], [0.0, 0.0]]]))
-    torch.testing.assert_close(found, tensor([(0 + 4 + 0 + 1) / 4, 4 / 4]))
-    found.sum().backward()
+    result = losses.denoising_loss(output, tensor([[[1.0, 0.0], [3.0, 5.0]], [[2.0, 0.0], [0.0, 0.0]]]))
+    torch.testing.assert_close(result, tensor([(0 + 4 + 0 + 1) / 4, 4 / 4]))
+    result.sum().backward()
     torch.testing.assert_close(output.grad, tensor([[[0.0, 1.0], [0.0, -0.5]], [[-1.0, 0.0], [0.0, 0.0]]]))
 
 
-def test_advantages_of_dpok() -> None:
-    """With gamma = lambda = 1 and a reward at the end: A = r - V, and the return is r."""
-    rewards = tensor([[0.0, 0.0, 1.0], [0.0, 0.0, -2.0]])
-    values = tensor([[0.5, 0.25, 0.125], [1.0, 2.0, 3.0]])
-    advantages, returns = losses.generalized_advantages(rewards, values)
-    torch.testing.assert_close(advantages, tensor([[0.5, 0.75, 0.875], [-3.0, -4.0, -5.0]]))
-    torch.testing.assert_close(returns, tensor([[1.0, 1.0, 1.0], [-2.0, -2.0, -2.0]]))
+def test_output_difference_by_hand() -> None:
+    output_mse, latents = tensor([0.5, 2.0]), torch.zeros(2, 3, 2, 2)  # D = 12
+    assert losses.output_difference(output_mse, latents, "sum").tolist() == [6.0, 24.0]
+    assert losses.output_difference(output_mse, latents, "mean").tolist() == [0.5, 2.0]
 
 
-@pytest.mark.parametrize(
-    ("gamma", "gae_lambda", "expected"),
-    [
-        # The errors are 1 + 2/2 - 1 = 1, 2 + 3/2 - 2 = 1.5 and 4 - 3 = 1; each is worth gamma lambda of the next.
-        (0.5, 0.5, [1 + 0.25 * 1.75, 1.75, 1.0]),
-        (0.5, 0.0, [1.0, 1.5, 1.0]),
-        (0.5, 1.0, [1 + 0.5 * (2 + 0.5 * 4) - 1, 2 + 0.5 * 4 - 2, 1.0]),
-    ],
-)
-def test_advantages_by_hand(gamma: float, gae_lambda: float, expected: list[float]) -> None:
-    values = tensor([[1.0, 2.0, 3.0]])
-    advantages, returns = losses.generalized_advantages(tensor([[1.0, 2.0, 4.0]]), values, gamma, gae_lambda)
-    torch.testing.assert_close(advantages, tensor([expected]))
-    torch.testing.assert_close(returns, tensor([expected]) + values)
-
-
-def test_advantages_equal_those_of_stable_baselines3() -> None:
-    n, steps, gamma, gae_lambda = 3, 5, 0.9, 0.8
-    rewards, values = torch.randn(2, n, steps)
-    space = spaces.Box(-1, 1, (1,))
-    buffer = RolloutBuffer(steps, space, space, "cpu", gae_lambda, gamma, n)
-    for t in range(steps):
-        nothing = np.zeros((n, 1), np.float32)
-        buffer.add(nothing, nothing, rewards[:, t].numpy(), np.full(n, t == 0), values[:, t], torch.zeros(n))
-    buffer.compute_returns_and_advantage(torch.zeros(n), np.ones(n, bool))
-    advantages, returns = losses.generalized_advantages(rewards, values, gamma, gae_lambda)
-    torch.testing.assert_close(advantages, torch.from_numpy(buffer.advantages.T))
-    torch.testing.assert_close(returns, torch.from_numpy(buffer.returns.T))
-
+# --- Gradients
 
 B, SHAPE = 3, (2, 2, 2)
 MEAN, OTHER, SAMPLE = (randn(B, *SHAPE, seed=seed) for seed in range(3))
 STD = tensor([0.3, 1.0, 2.5])
-SCHEDULE = diffusion.Schedule(
-    torch.arange(B).flip(0), tensor([1.0, 0.9, 0.8]), tensor([-0.5, 0.1, 2.0]), STD, *tensor(3 * [[0.2, 0.5, 0.9]])
+TABLE = TransitionTable(
+    timesteps=torch.arange(B).flip(0),
+    sample_coef=tensor([1.0, 0.9, 0.8]),
+    output_coef=tensor([-0.5, 0.1, 2.0]),
+    std=STD,
+    signal=tensor([0.2, 0.5, 0.9]),
+    noise=tensor([0.9, 0.7, 0.3]),
+    clean_sample_coef=tensor([0.2, 0.5, 0.9]),
+    clean_output_coef=tensor([0.2, 0.5, 0.9]),
 )
 STEP = torch.tensor([2, 0, 1])
 LOG_RATIOS = tensor([0.0, INSIDE, ABOVE, BELOW] * 2, requires_grad=True)
 ADVANTAGES = tensor([1.5] * 4 + [-0.7] * 4, requires_grad=True)
+THREE_ADVANTAGES = tensor([1.5, -0.7, 0.3], requires_grad=True)
+
+
+#: So near to the mean that no ratio is clipped.
+OLD = MEAN.detach() + 0.01
+
+
+def policy_gradient(mean: Tensor, advantages: Tensor, reduction: diffusion.Reduction) -> Tensor:
+    return losses.policy_gradient_loss(SAMPLE.detach(), mean, OLD, STD, advantages, 1e3, "ppo", reduction)[0]
 
 
 @pytest.mark.parametrize(
     ("function", "inputs"),
     [
-        (lambda r, a: losses.policy_gradient_loss(r, a, CLIP, "pessimistic"), (LOG_RATIOS, ADVANTAGES)),
-        (lambda r, a: losses.policy_gradient_loss(r, a, CLIP, "clamp"), (LOG_RATIOS, ADVANTAGES)),
+        (lambda r, a: losses.clipped_surrogate(r, a, CLIP, "ppo"), (LOG_RATIOS, ADVANTAGES)),
+        (lambda r, a: losses.clipped_surrogate(r, a, CLIP, "clamp"), (LOG_RATIOS, ADVANTAGES)),
+        (lambda m, a: policy_gradient(m, a, "sum"), (MEAN, THREE_ADVANTAGES)),
+        (lambda m, a: policy_gradient(m, a, "mean"), (MEAN, THREE_ADVANTAGES)),
         (losses.value_loss, (LOG_RATIOS, ADVANTAGES)),
         (losses.denoising_loss, (MEAN, OTHER)),
         (lambda s, m: diffusion.log_prob(s, m, STD, "sum"), (SAMPLE, MEAN)),
         (lambda s, m: diffusion.log_prob(s, m, STD, "mean"), (SAMPLE, MEAN)),
         (lambda s, m, o: diffusion.log_ratio(s, m, o, STD, "sum"), (SAMPLE, MEAN, OTHER)),
         (lambda s, m, o: diffusion.log_ratio(s, m, o, STD, "mean"), (SAMPLE, MEAN, OTHER)),
-        (lambda m, o: diffusion.kl_divergence(m, o, STD), (MEAN, OTHER)),
-        (lambda m, o: SCHEDULE.output_mse(STEP, m, o), (MEAN, OTHER)),
+        (lambda m, o: diffusion.kl_divergence(m, o, STD, "sum"), (MEAN, OTHER)),
+        (lambda m, o: diffusion.kl_divergence(m, o, STD, "mean"), (MEAN, OTHER)),
+        (lambda m, o: losses.output_difference(TABLE.output_mse(STEP, m, o), m, "sum"), (MEAN, OTHER)),
     ],
     ids=[
-        "pessimistic", "clamp", "value", "denoising",
-        "log_prob-sum", "log_prob-mean", "log_ratio-sum", "log_ratio-mean", "kl", "mse",
+        "ppo", "clamp", "policy_gradient-sum", "policy_gradient-mean", "value", "denoising", "log_prob-sum",
+        "log_prob-mean", "log_ratio-sum", "log_ratio-mean", "kl-sum", "kl-mean", "output_difference",
     ],
 )  # fmt: skip
 def test_gradients_equal_finite_differences(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
@@ -164,13 +205,10 @@ def test_gradients_equal_finite_differences(function: Callable[..., Tensor], inp
 def test_kl_is_the_weighted_difference_of_the_outputs() -> None:
     """output_coef^2 ||output - other_output||^2 / (2 std^2), with means that come from two outputs."""
     outputs, others, samples = (randn(B, *SHAPE, seed=seed).detach().float() for seed in (5, 6, 7))
-    schedule = diffusion.Schedule(SCHEDULE.timesteps, *(getattr(SCHEDULE, name).float() for name in TABLES))
-    mean, other = schedule.mean(STEP, samples, outputs), schedule.mean(STEP, samples, others)
-    mse = schedule.output_mse(STEP, mean, other)
-    torch.testing.assert_close(mse, (outputs - others).square().flatten(1).mean(1))
-    weight = schedule.output_coef[STEP].square() / (2 * schedule.std[STEP].square())
-    kl = diffusion.kl_divergence(mean, other, schedule.std[STEP])
-    torch.testing.assert_close(kl, weight * mse * math.prod(SHAPE))
-
-
-TABLES = ("sample_coef", "output_coef", "std", "alpha", "clean_sample_coef", "clean_output_coef")
+    mean, other = TABLE.mean(STEP, samples, outputs), TABLE.mean(STEP, samples, others)
+    squares = (outputs - others).square().flatten(1).sum(1).double()
+    difference = losses.output_difference(TABLE.output_mse(STEP, mean, other), mean)
+    torch.testing.assert_close(difference, squares, rtol=1e-5, atol=1e-6)
+    weight = TABLE.output_coef[STEP].square() / (2 * TABLE.std[STEP].square())
+    kl = diffusion.kl_divergence(mean, other, TABLE.std[STEP])
+    torch.testing.assert_close(kl, weight * difference, rtol=1e-5, atol=1e-6)

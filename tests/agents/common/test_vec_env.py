@@ -1,38 +1,61 @@
-"""Gymnasium's vector environments as Stable-Baselines3 sees them: step for step what its own ``DummyVecEnv`` gives."""
+"""Gymnasium's vector environments as Stable-Baselines3 sees them, and the denoising environment inside wrappers."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    SubprocVecEnv,
+    VecCheckNan,
+    VecEnv,
+    VecFrameStack,
+    VecMonitor,
+    VecNormalize,
+)
 
-from agents import GymVectorVecEnv
-from dpok_gym import DenoisingEnv, DenoisingVectorEnv, VectorNoiseAction
+from agents import DPOK, GymnasiumVecEnv
+from agents.common.vec_env import find_denoising_env
+from dpok_gym import (
+    DenoisingEnv,
+    DenoisingVectorEnv,
+    NoiseAction,
+    TextFeatures,
+    VectorNoiseAction,
+    VectorTextFeatures,
+)
+from tests.support import assert_same
 
-N, T = 3, 2
-SETTINGS: dict[str, Any] = {
-    "num_inference_steps": T,
-    "device": "cpu",
-    "render_mode": "rgb_array",
-    "reward": {"jpeg-compressibility": 1.0, "jpeg-incompressibility": 0.5},
-}
+N, T = 3, 3
+REWARD = {"jpeg-compressibility": 1.0, "jpeg-incompressibility": 0.5}
 
 
-def denoising_pair() -> tuple[VecEnv, VecEnv]:
-    ours = GymVectorVecEnv(DenoisingVectorEnv(N, **SETTINGS))
-    return ours, DummyVecEnv([lambda: DenoisingEnv(**SETTINGS)] * N)
+@pytest.fixture
+def settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """With two rewards, and images to look at."""
+    return settings | {"reward": REWARD, "render_mode": "rgb_array"}
 
 
-def cart_pole_pair() -> tuple[VecEnv, VecEnv]:
+@pytest.fixture
+def denoising_pair(settings: dict[str, Any]) -> tuple[GymnasiumVecEnv, DummyVecEnv]:
+    ours = GymnasiumVecEnv(DenoisingVectorEnv(N, **settings))
+    return ours, DummyVecEnv([lambda: DenoisingEnv(**settings)] * N)
+
+
+@pytest.fixture
+def cart_pole_pair() -> tuple[GymnasiumVecEnv, DummyVecEnv]:
     """Its episodes end at different times, some at the time limit."""
     settings = {"max_episode_steps": 15}
     vector_kwargs = {"autoreset_mode": AutoresetMode.SAME_STEP}
     batch = gymnasium.make_vec("CartPole-v1", N, vectorization_mode="sync", vector_kwargs=vector_kwargs, **settings)
-    return GymVectorVecEnv(batch), DummyVecEnv([lambda: gymnasium.make("CartPole-v1", **settings)] * N)
+    return GymnasiumVecEnv(batch), DummyVecEnv([lambda: gymnasium.make("CartPole-v1", **settings)] * N)
 
 
 def random_actions(env: VecEnv, rng: np.random.Generator) -> np.ndarray:
@@ -41,51 +64,56 @@ def random_actions(env: VecEnv, rng: np.random.Generator) -> np.ndarray:
     return rng.standard_normal((N, *env.action_space.shape), np.float32)
 
 
-def assert_same(ours: Any, theirs: Any) -> None:
-    if isinstance(theirs, (dict, list, tuple)):
-        keys = theirs.keys() if isinstance(theirs, dict) else range(len(theirs))
-        assert len(ours) == len(theirs)
-        for key in keys:
-            assert_same(ours[key], theirs[key])
-    else:
-        assert np.array_equal(ours, theirs)
-        if isinstance(theirs, np.ndarray):
-            assert ours.dtype == theirs.dtype
+# --- Step for step what Stable-Baselines3's own DummyVecEnv gives
 
 
-@pytest.mark.parametrize("pair", [denoising_pair, cart_pole_pair])
-def test_equals_dummy_vec_env(pair: Callable[[], tuple[VecEnv, VecEnv]]) -> None:
-    ours, theirs = pair()
+def without_types(value: Any) -> Any:
+    """Turns NumPy's numbers into Python's: which of them an info has is a matter of who has put it there."""
+    if isinstance(value, dict):
+        return {key: without_types(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_types(part) for part in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    assert_same(without_types(ours), without_types(theirs))
+
+
+@pytest.mark.parametrize("name", ["denoising_pair", "cart_pole_pair"])
+def test_equals_dummy_vec_env(name: str, request: pytest.FixtureRequest) -> None:
+    ours, theirs = request.getfixturevalue(name)
+    is_cart_pole = name == "cart_pole_pair"
     assert ours.num_envs == theirs.num_envs == N
     assert ours.observation_space == theirs.observation_space
     assert ours.action_space == theirs.action_space
     assert ours.seed(5) == theirs.seed(5)
-    assert_same(ours.reset(), theirs.reset())
-    assert_same(ours.reset_infos, theirs.reset_infos)
+    assert_equal(ours.reset(), theirs.reset())
+    assert_equal(ours.reset_infos, theirs.reset_infos)
     rng = np.random.default_rng(0)
     n_ended = n_cut_short = 0
-    for _ in range(40 if pair is cart_pole_pair else 2 * T + 1):
+    for _ in range(40 if is_cart_pole else 2 * T + 1):
         actions = random_actions(ours, rng)
         result = ours.step(actions)
-        assert_same(result, theirs.step(actions))
-        assert_same(ours.reset_infos, theirs.reset_infos)
+        assert_equal(result, theirs.step(actions))
+        assert_equal(ours.reset_infos, theirs.reset_infos)
         _, rewards, dones, infos = result
         assert rewards.dtype == np.float32
         n_ended += dones.sum()
         n_cut_short += sum(info["TimeLimit.truncated"] for info in infos)
         assert [("terminal_observation" in info) for info in infos] == dones.tolist()
     assert n_ended >= 2 * N
-    if pair is cart_pole_pair:
+    if is_cart_pole:
         assert 0 < n_cut_short < n_ended
     # Seeds hold for one reset; then the generators go on.
-    assert_same(ours.reset(), theirs.reset())
+    assert_equal(ours.reset(), theirs.reset())
     ours.seed(9)
     theirs.seed(9)
-    assert_same(ours.reset(), theirs.reset())
+    assert_equal(ours.reset(), theirs.reset())
 
 
-def test_last_info() -> None:
-    env, _ = denoising_pair()
+def test_last_info(denoising_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
+    env, _ = denoising_pair
     env.seed(0)
     env.reset()
     started = [info["prompt"] for info in env.reset_infos]
@@ -104,9 +132,9 @@ def test_last_info() -> None:
         assert rewards[i] == pytest.approx(total)
 
 
-def test_options() -> None:
-    env, _ = denoising_pair()
-    prompt = env.venv.prompts.train[3]  # type: ignore[attr-defined]
+def test_options(denoising_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
+    env, _ = denoising_pair
+    prompt = env.venv.prompts.train[1]
     env.set_options({"prompt": prompt})
     env.reset()
     assert [info["prompt"] for info in env.reset_infos] == [prompt] * N
@@ -117,8 +145,8 @@ def test_options() -> None:
     assert len(prompts) > 1  # an option holds for one reset
 
 
-def test_options_of_each_environment() -> None:
-    ours, theirs = denoising_pair()
+def test_options_of_each_environment(denoising_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
+    ours, theirs = denoising_pair
     latents = random_actions(ours, np.random.default_rng(0))
     prompts = ["a red star", "a blue circle", "a red star"]
     options = [{"prompt": prompt, "latent": latent} for prompt, latent in zip(prompts, latents, strict=True)]
@@ -126,24 +154,39 @@ def test_options_of_each_environment() -> None:
         env.seed(5)
         env.set_options(options)
     observation = ours.reset()
-    assert_same(observation, theirs.reset())
-    assert_same(ours.reset_infos, theirs.reset_infos)
+    assert_equal(observation, theirs.reset())
+    assert_equal(ours.reset_infos, theirs.reset_infos)
     assert [info["prompt"] for info in ours.reset_infos] == prompts
     assert np.array_equal(observation["latent"], latents)
-    assert_same(ours.reset(), theirs.reset())  # the options held for one reset
+    assert_equal(ours.reset(), theirs.reset())  # the options held for one reset
     for env in (ours, theirs):
         env.set_options({"latent": latents[1]})
-    assert_same(ours.reset(), theirs.reset())
-    assert_same(ours.reset_infos, theirs.reset_infos)
+    assert_equal(ours.reset(), theirs.reset())
+    assert_equal(ours.reset_infos, theirs.reset_infos)
 
 
-def test_attributes_and_methods() -> None:
-    ours, theirs = denoising_pair()
+def test_options_of_some_environments_only(denoising_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
+    env, _ = denoising_pair
+    prompt = env.venv.prompts.train[1]
+    for options in ([{}] * (N - 1) + [{"prompt": prompt}], [{"prompt": prompt}] * (N - 1) + [{}]):
+        env.set_options([dict(each) for each in options])
+        with pytest.raises(ValueError, match="the same names for all environments"):
+            env.reset()
+
+
+def test_one_option_for_all_is_passed_on_as_it_is(cart_pole_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
+    env, _ = cart_pole_pair
+    env.set_options({"low": -0.01, "high": 0.01})
+    assert np.abs(env.reset()).max() <= 0.01
+
+
+def test_attributes_and_methods(denoising_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
+    ours, theirs = denoising_pair
     for env in (ours, theirs):
         env.seed(3)
         env.reset()
-    assert ours.get_attr("sampler") == theirs.get_attr("sampler")
-    assert ours.get_attr("sampler", indices=1) == theirs.get_attr("sampler", indices=1)
+    assert ours.get_attr("prompts") == theirs.get_attr("prompts")
+    assert ours.get_attr("prompts", indices=1) == theirs.get_attr("prompts", indices=1)
     assert ours.get_attr("render_mode", indices=[0, 2]) == ["rgb_array"] * 2
     for indices in (None, 2, [2, 0]):
         mine, others = (env.get_attr("np_random", indices) for env in (ours, theirs))
@@ -157,28 +200,29 @@ def test_attributes_and_methods() -> None:
         ours.get_attr("no_such_thing")
 
 
-def test_attributes_of_what_is_wrapped() -> None:
-    batch = DenoisingVectorEnv(N, **SETTINGS)
-    env = GymVectorVecEnv(VectorNoiseAction(batch))
-    assert env.get_attr("sampler") == [batch.sampler] * N
+def test_attributes_of_what_is_wrapped(settings: dict[str, Any]) -> None:
+    batch = DenoisingVectorEnv(N, **settings)
+    env = GymnasiumVecEnv(VectorNoiseAction(batch))
+    assert env.get_attr("process") == [batch.process] * N
     assert env.get_attr("num_envs")[0] == N
     env.reset()
     assert [generator is mine for generator, mine in zip(env.get_attr("np_random"), batch.np_random, strict=True)]
-    assert len(env.env_method("pretrained_transition", env.reset())) == N
+    (state,) = env.env_method("state_of", env.reset(), indices=0)
+    assert state.step.tolist() == [0] * N
 
 
-def test_render() -> None:
-    ours, theirs = denoising_pair()
+def test_render(denoising_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
+    ours, theirs = denoising_pair
     for env in (ours, theirs):
         env.seed(0)
         env.reset()
-    assert_same(ours.get_images(), theirs.get_images())
+    assert_equal(ours.get_images(), theirs.get_images())
     assert_same(ours.render("rgb_array"), theirs.render("rgb_array"))
     ours.close()
 
 
-def test_render_without_a_mode() -> None:
-    env = GymVectorVecEnv(DenoisingVectorEnv(N, **SETTINGS | {"render_mode": None}))
+def test_render_without_a_mode(settings: dict[str, Any]) -> None:
+    env = GymnasiumVecEnv(DenoisingVectorEnv(N, **settings | {"render_mode": None}))
     env.reset()
     with pytest.warns(UserWarning, match="needs render_mode='rgb_array'"):
         assert env.get_images() == [None] * N
@@ -188,21 +232,113 @@ def test_render_without_a_mode() -> None:
 def test_other_autoreset_modes_are_refused(mode: AutoresetMode) -> None:
     env = gymnasium.make_vec("CartPole-v1", 2, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode})
     with pytest.raises(ValueError, match="must have autoreset mode SAME_STEP, it has AutoresetMode"):
-        GymVectorVecEnv(env)
+        GymnasiumVecEnv(env)
 
 
-def test_options_of_some_environments_only() -> None:
-    env, _ = denoising_pair()
-    prompt = env.venv.prompts.train[3]  # type: ignore[attr-defined]
-    for options in ([{}] * (N - 1) + [{"prompt": prompt}], [{"prompt": prompt}] * (N - 1) + [{}]):
-        env.set_options([dict(each) for each in options])
-        with pytest.raises(ValueError, match="the same names for all environments"):
-            env.reset()
+# --- Other people's agents
 
 
-def test_one_option_for_all_is_passed_on_as_it_is() -> None:
-    env = GymVectorVecEnv(
-        gymnasium.make_vec("CartPole-v1", 2, "sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP})
-    )
-    env.set_options({"low": -0.01, "high": 0.01})
-    assert np.abs(env.reset()).max() <= 0.01
+def test_a_stock_agent_learns_by_noise(settings: dict[str, Any]) -> None:
+    """Stable-Baselines3's own PPO reads the features of the prompt and acts by noise."""
+    n_envs = 2
+    env = GymnasiumVecEnv(VectorTextFeatures(VectorNoiseAction(DenoisingVectorEnv(n_envs, **settings))))
+    agent = PPO("MultiInputPolicy", VecMonitor(env), n_steps=T, batch_size=2, n_epochs=1, seed=0, device="cpu")
+    before = [value.clone() for value in agent.policy.parameters()]
+    agent.learn(2 * n_envs * T)
+    assert len(agent.ep_info_buffer) == 2 * n_envs
+    assert all(episode["l"] == T for episode in agent.ep_info_buffer)
+    assert any((value != old).any() for value, old in zip(agent.policy.parameters(), before, strict=True))
+
+
+def test_a_stock_agent_can_read_bytes_too(settings: dict[str, Any]) -> None:
+    env = GymnasiumVecEnv(VectorNoiseAction(DenoisingVectorEnv(2, max_prompt_bytes=16, **settings)))
+    agent = PPO("MultiInputPolicy", env, n_steps=T, batch_size=2, n_epochs=1, seed=0, device="cpu")
+    agent.learn(2 * T)
+    actions, _ = agent.predict(env.reset())
+    assert actions.shape == (2, 4, 8, 8)
+
+
+# --- The denoising environment inside
+
+PLAIN: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "scalar": lambda settings: DenoisingEnv(**settings),
+    "vector": lambda settings: DenoisingVectorEnv(2, **settings),
+    "GymnasiumVecEnv": lambda settings: GymnasiumVecEnv(DenoisingVectorEnv(2, **settings)),
+    "DummyVecEnv": lambda settings: DummyVecEnv([lambda: DenoisingEnv(**settings)]),
+    "Monitor": lambda settings: Monitor(DenoisingEnv(**settings)),
+    "VecMonitor": lambda settings: VecMonitor(GymnasiumVecEnv(DenoisingVectorEnv(2, **settings))),
+    "make_vec_env": lambda settings: make_vec_env(lambda: DenoisingEnv(**settings), n_envs=1),
+    "gymnasium.make": lambda settings: gymnasium.make("DPOK-Shapes-v0", **settings),
+    "gymnasium.make_vec": lambda settings: gymnasium.make_vec("DPOK-Shapes-v0", 2, **settings),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_the_denoising_environment_is_found(kind: str, settings: dict[str, Any]) -> None:
+    env = PLAIN[kind](settings)
+    batch = find_denoising_env(env)
+    assert isinstance(batch, DenoisingVectorEnv)
+    is_single = kind in ("scalar", "DummyVecEnv", "Monitor", "make_vec_env", "gymnasium.make")
+    assert batch.num_envs == (1 if is_single else 2)
+    assert find_denoising_env(batch) is batch
+    assert find_denoising_env(env) is batch
+    inner = getattr(env, "unwrapped", env)
+    if isinstance(inner, DenoisingEnv):
+        assert batch is inner.batch
+    agent = DPOK(env=env, seed=0, device="cpu", policy_kwargs={"lora_rank": 2})
+    assert agent.denoising_env is batch
+    assert agent.process is batch.process
+    assert agent.n_envs == batch.num_envs
+
+
+WRAPPERS: dict[str, Callable[[dict[str, Any], Path], Any]] = {
+    "NoiseAction": lambda settings, path: NoiseAction(DenoisingEnv(**settings)),
+    "TextFeatures": lambda settings, path: TextFeatures(DenoisingEnv(**settings)),
+    "VectorNoiseAction": lambda settings, path: VectorNoiseAction(DenoisingVectorEnv(2, **settings)),
+    "VectorTextFeatures": lambda settings, path: GymnasiumVecEnv(VectorTextFeatures(DenoisingVectorEnv(2, **settings))),
+    "RecordEpisodeStatistics": lambda settings, path: gymnasium.wrappers.vector.RecordEpisodeStatistics(
+        DenoisingVectorEnv(2, **settings)
+    ),
+    "TimeLimit": lambda settings, path: gymnasium.make("DPOK-Shapes-v0", max_episode_steps=2, **settings),
+    "TransformReward": lambda settings, path: gymnasium.wrappers.TransformReward(
+        DenoisingEnv(**settings), lambda r: -r
+    ),
+    "VecNormalize": lambda settings, path: VecNormalize(
+        GymnasiumVecEnv(DenoisingVectorEnv(2, **settings)), norm_obs_keys=["latent"]
+    ),
+    "VecCheckNan": lambda settings, path: VecCheckNan(DummyVecEnv([lambda: DenoisingEnv(**settings)])),
+    "VecMonitor": lambda settings, path: VecMonitor(
+        GymnasiumVecEnv(DenoisingVectorEnv(2, **settings)), str(path / "monitor")
+    ),
+    "Monitor": lambda settings, path: Monitor(DenoisingEnv(**settings), str(path / "monitor")),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_that_would_have_no_effect_are_refused(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    env = WRAPPERS[name](settings, tmp_path)
+    for use in (find_denoising_env, lambda env: DPOK(env=env, device="cpu")):
+        with pytest.raises(ValueError, match=rf"would not notice the wrapper {name}; take it off"):
+            use(env)
+
+
+OTHERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "several in one process": lambda settings: DummyVecEnv([lambda: DenoisingEnv(**settings)] * 2),
+    "a process each": lambda settings: SubprocVecEnv([lambda: gymnasium.make("CartPole-v1")] * 2, "fork"),
+    "sync": lambda settings: gymnasium.vector.SyncVectorEnv([lambda: DenoisingEnv(**settings)] * 2),
+    "another game": lambda settings: gymnasium.make("CartPole-v1"),
+    "another game in a wrapper": lambda settings: VecFrameStack(
+        DummyVecEnv([lambda: gymnasium.make("CartPole-v1")]), n_stack=2
+    ),
+    "none": lambda settings: None,
+    "a text": lambda settings: "DPOK-Shapes-v0",
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_environments_are_refused(kind: str, settings: dict[str, Any]) -> None:
+    env = OTHERS[kind](settings)
+    with pytest.raises(ValueError, match=r"needs a denoising environment such as .*, got .*; make many at a time with"):
+        find_denoising_env(env)
+    if isinstance(env, SubprocVecEnv):
+        env.close()

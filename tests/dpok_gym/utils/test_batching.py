@@ -1,13 +1,16 @@
 """Sizes that are halved when memory runs out."""
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
-from agents.algorithms.dpok import DPOK
 from dpok_gym.utils.batching import BatchSize
 
 
-def small(limit: int, calls: list[int]):
+def small(limit: int, calls: list[int]) -> Callable[[slice], torch.Tensor]:
     """Squares on a device whose memory holds ``limit`` entries."""
 
     def square(part: slice) -> torch.Tensor:
@@ -61,39 +64,34 @@ def test_other_errors_pass() -> None:
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "all"])
-def test_bad_sizes(size) -> None:
+def test_bad_sizes(size: Any) -> None:
     with pytest.raises(ValueError, match=f"limit must be an integer of at least 1, None or 'auto', got {size!r}"):
         BatchSize("limit", size)
 
 
-def test_an_update_that_runs_out_of_memory_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient of the whole batch is that of one whose second micro-batch did not fit at first."""
+def test_run_calls_again_with_half() -> None:
+    calls: list[int] = []
 
-    def trained(micro_batch_size) -> list[torch.Tensor]:
-        agent = DPOK(
-            env="DPOK-Shapes-v0",
-            n_envs=2,
-            micro_batch_size=micro_batch_size,
-            learning_rate=1.0,
-            use_critic=False,
-            policy_kwargs={"optimizer_class": torch.optim.SGD},  # Adam would make steps of what is but rounding
-            seed=0,
-        )
-        loss, calls = agent._loss, []
+    def compute(size: int) -> str:
+        calls.append(size)
+        if size > 2:
+            raise RuntimeError("MPS backend out of memory")  # an error of no class of its own
+        return "done"
 
-        def limited(part, *args):
-            calls.append(len(part))
-            if micro_batch_size == "auto" and (len(part) > 16 or len(calls) == 3):
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            return loss(part, *args)
+    batch = BatchSize("size", "auto")
+    with pytest.warns(UserWarning, match="memory ran out"):
+        assert batch.run(compute, 7) == "done"
+    assert calls == [7, 4, 2]
+    assert batch.size == 2
+    assert batch.run(compute, 1) == "done"
+    assert calls[3:] == [1]
+    assert batch.size == 2  # fewer entries do not change it
 
-        monkeypatch.setattr(agent, "_loss", limited)
-        agent.learn(40)
-        assert calls == ([40, 20, 10, 5, 5, 5, 5, 5, 5, 5, 5] if micro_batch_size == "auto" else [40])
-        return [value.detach().clone() for value in agent.policy.denoiser_parameters()]
 
-    expected = trained(None)
-    with pytest.warns(UserWarning, match="memory ran out with micro_batch_size = 40; trying 20"):
-        found = trained("auto")
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+def test_map_joins_along_the_first_axis() -> None:
+    joined = BatchSize("size", 2).map(lambda rows: torch.arange(10.0).reshape(5, 2)[rows], 5)
+    assert torch.equal(joined, torch.arange(10.0).reshape(5, 2))
+
+
+def test_numpy_integers() -> None:
+    assert BatchSize("size", np.int64(3)).size == 3

@@ -1,0 +1,138 @@
+"""Types of constructors' arguments, as a command line can express them."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from tyro.constructors import PrimitiveConstructorSpec
+
+#: Types that a command line can express as they are.
+_SIMPLE = (bool, int, float, str, types.NoneType)
+
+
+def expressible_type(annotation: Any) -> Any:
+    """Returns the part of a type hint that a command line can express, or None."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if annotation in _SIMPLE or origin is Literal:
+        return annotation
+    if annotation is None:
+        return types.NoneType
+    if origin is tuple and not _is_of_any_length(annotation):
+        return annotation
+    if origin in (Union, types.UnionType):
+        return _expressible_union(parts)
+    if _is_subclass(origin or annotation, Mapping):
+        return Annotated[dict, _mapping_spec(False)]
+    if _is_subclass(origin or annotation, Collection):
+        return Annotated[tuple, _words_spec(annotation, False)]
+    return None
+
+
+def _expressible_union(parts: Sequence[Any]) -> Any:
+    """Returns the expressible part of ``A | B | ...``."""
+    kinds = [part for part in parts if part is not types.NoneType]
+    optional = len(kinds) < len(parts)
+    for kind in kinds:
+        outer = get_origin(kind) or kind
+        if _is_subclass(outer, Mapping):
+            return Annotated[dict | None, _mapping_spec(optional)]
+        if _is_subclass(outer, Collection) and outer is not str and _is_of_any_length(kind):
+            return Annotated[tuple | str | None, _words_spec(kind, optional, kinds)]
+    expressible = [kind for kind in map(expressible_type, kinds) if kind is not None]
+    if not expressible:
+        return None
+    if optional:
+        expressible.append(types.NoneType)
+    return Union[tuple(expressible)]  # noqa: UP007  (the types are known only now)
+
+
+def _is_subclass(kind: Any, base: type) -> bool:
+    return isinstance(kind, type) and issubclass(kind, base)
+
+
+def _is_of_any_length(annotation: Any) -> bool:
+    """Returns whether a sequence type is not a tuple of a fixed number of entries."""
+    return get_origin(annotation) is not tuple or Ellipsis in get_args(annotation)
+
+
+def _words_spec(sequence: Any, optional: bool, union: Sequence[Any] = ()) -> PrimitiveConstructorSpec[Any]:
+    """Reads one or several words.
+
+    Args:
+        sequence: type of the sequence, which says of the entries.
+        optional: True if "None" stands for None.
+        union: the types that are allowed in all. If it has that of an entry, a single word is an entry, such as the
+            name of a set of layers.
+    """
+    parts = get_args(sequence)
+    convert: Callable[[str], Any] = parts[0] if parts and parts[0] in (int, float) else str
+
+    def read(words: list[str]) -> Any:
+        if optional and words == ["None"]:
+            return None
+        values = tuple(convert(word) for word in words)
+        return values[0] if len(values) == 1 and convert in union else values
+
+    def write(value: Any) -> list[str]:
+        if isinstance(value, (list, tuple)):
+            return [str(entry) for entry in value]
+        return [str(value)]
+
+    metavar = "NAME [NAME ...]" if convert is str else f"{convert.__name__.upper()} ..."
+    return PrimitiveConstructorSpec(
+        nargs="*", metavar=metavar, instance_from_str=read, is_instance=lambda value: True, str_from_instance=write
+    )
+
+
+def _mapping_spec(optional: bool) -> PrimitiveConstructorSpec[Any]:
+    """Reads a mapping; see :func:`parse_mapping`."""
+
+    def read(words: list[str]) -> dict[str, Any] | None:
+        return None if optional and words == ["None"] else parse_mapping(words)
+
+    def write(value: Any) -> list[str]:
+        if not value:
+            return [str(value)]
+        return [f"{name}={entry}" for name, entry in value.items()]
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=VALUE ...",
+        instance_from_str=read,
+        is_instance=lambda value: True,
+        str_from_instance=write,
+    )
+
+
+def parse_mapping(words: Sequence[str]) -> dict[str, Any]:
+    """Reads ``NAME=VALUE`` words, or one YAML or JSON mapping; a value is read as in a YAML file.
+
+    Raises:
+        ValueError: if a word cannot be read.
+    """
+    if len(words) == 1 and words[0].lstrip().startswith("{"):
+        values = _read_yaml(words[0])
+        if isinstance(values, dict):
+            return values
+    mapping: dict[str, Any] = {}
+    for word in words:
+        name, equals, written = word.partition("=")
+        if not (name and equals):
+            raise ValueError(f"write NAME=VALUE, not {word!r}")
+        mapping[name] = _read_yaml(written)
+    return mapping
+
+
+def _read_yaml(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{text!r} cannot be read: write a number, true, false, null or a word") from None
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)  # 1e-3 is a text in YAML
+    return value

@@ -1,0 +1,137 @@
+"""Policies of DPOK-Mixture-v0: their training, their samples, and their values on a grid.
+
+Letters used for shapes: n points, T denoising steps, d dimensions.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
+
+from agents import DPOK, PRESETS
+from agents.common.policy import DenoisingPolicy
+from dpok_gym.mixture.exact import Array, GridPolicy
+from dpok_gym.mixture.image import REACH
+from dpok_gym.mixture.model import MixtureModel
+
+GRID = np.linspace(-6, 6, 601)
+
+#: The settings of ``dpok train`` for this model, but for kl_coef, which each case has its own of.
+SETTINGS = PRESETS["exact-objective"].algorithm_kwargs("dpok") | {"micro_batch_size": None, "device": "cpu"}
+N_ENVS = SETTINGS.pop("n_envs")
+ITERATIONS = PRESETS["exact-objective"].images // N_ENVS
+del SETTINGS["kl_coef"]
+
+
+def train(
+    prompt: str,
+    reward: dict[str, float],
+    beta: float,
+    n_steps: int,
+    seed: int,
+    model: str = "mixture",
+    iterations: int = ITERATIONS,
+    callback: BaseCallback | None = None,
+    **changes: Any,
+) -> tuple[DenoisingPolicy, float]:
+    """Trains with DPOK.
+
+    Args:
+        prompt: the only prompt.
+        reward: weights by name.
+        beta: kl_coef.
+        n_steps: T.
+        seed: of the training.
+        model: "mixture" or "mixture-1d".
+        iterations: number of iterations; each draws as many images as the preset says.
+        callback: for the training.
+        **changes: to the settings of DPOK.
+
+    Returns:
+        The policy, and the seconds of computing.
+    """
+    env = gymnasium.make_vec(
+        "DPOK-Mixture-v0",
+        num_envs=N_ENVS,
+        vectorization_mode="vector_entry_point",
+        model=model,
+        prompts=[prompt],
+        reward=reward,
+        num_inference_steps=n_steps,
+    )
+    agent = DPOK(env=env, seed=seed, kl_coef=beta, **SETTINGS | changes)
+    started = time.process_time()
+    agent.learn(iterations * N_ENVS * n_steps, callback)
+    return agent.policy, time.process_time() - started
+
+
+def model_of(policy: DenoisingPolicy) -> MixtureModel:
+    """Returns the mixture model that a policy belongs to."""
+    assert isinstance(policy.model, MixtureModel)
+    return policy.model
+
+
+@torch.no_grad()
+def sample_trajectories(policy: DenoisingPolicy, prompt: str, n: int, seed: int, reference: bool = False) -> Tensor:
+    """Draws trajectories.
+
+    Args:
+        policy: of the mixture model.
+        prompt: of all trajectories.
+        n: number of trajectories.
+        seed: of the noise.
+        reference: True to draw with the pre-trained model.
+
+    Returns:
+        The states x_T, ..., x_0, (T + 1, n, d) float64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (n, *policy.model.latent_shape)
+    latents = torch.randn(shape, generator=generator)
+    # All have the same prompt, which is encoded once.
+    conditioning = {name: values.expand(n) for name, values in policy.process.encode([prompt]).items()}
+    transition = policy.reference_transition if reference else policy.transition
+    states = [latents]
+    for step in policy.process.denoise(
+        latents, conditioning, lambda _: torch.randn(shape, generator=generator), transition
+    ):
+        states.append(step.next_latents)
+    return torch.stack(states).flatten(2).double()
+
+
+def on_grid(policy: DenoisingPolicy, prompt: str, reference: bool = False) -> GridPolicy:
+    """Returns a policy of one dimension at the points of the grid."""
+    conditioning = policy.process.encode([prompt] * len(GRID))
+
+    def mean(index: int, latents: Tensor) -> Tensor:
+        return policy.transition(policy.process.state(latents, index, conditioning), reference)[0]
+
+    return GridPolicy.of(mean, policy.process.table.std, GRID)
+
+
+def half_reward(x: Array) -> Array:
+    """Returns r = 0.5 x, with x cut off where positions can no longer be seen in the image."""
+    return 0.5 * np.minimum(np.maximum(x, -REACH), REACH)
+
+
+def show(title: str, rows: list[dict[str, Any]], console: Console) -> None:
+    """Prints rows as a table."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(*names, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(_text(row.get(name, "")) for name in names))
+    console.print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_text, value))
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

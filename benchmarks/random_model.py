@@ -1,0 +1,77 @@
+"""Stable Diffusion 1.5 at full size with random weights: speed and memory do not depend on the weights."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+def save_random_sd15(folder: Path) -> Path:
+    """Writes the model in bfloat16 (2 GB), unless it is there; returns the folder.
+
+    Its tokenizer reads lower-case letters, and a full stop.
+    """
+    if (folder / "model_index.json").exists():
+        return folder
+    tokenizer = _make_tokenizer()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _make_pipeline(tokenizer).save_pretrained(folder)
+    finally:
+        torch.set_default_dtype(default)
+    return folder
+
+
+def _make_tokenizer() -> CLIPTokenizer:
+    letters = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    trainer = trainers.BpeTrainer(special_tokens=special, end_of_word_suffix="</w>", show_progress=False)
+    # Each letter once as a whole word and once as the start of one.
+    texts = [*string.ascii_lowercase, *(f"{letter}a" for letter in string.ascii_lowercase), "."]
+    letters.train_from_iterator(texts, trainer)
+    model = json.loads(letters.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=77)
+
+
+def _make_pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    tokens: dict[str, Any] = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
+    text_config = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **tokens
+    )
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+            sample_size=512,
+        ),
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),  # the other defaults are those of 1.5
+        scheduler=PNDMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            skip_prk_steps=True,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

@@ -1,0 +1,231 @@
+"""What the tests of the algorithms share: one set of settings for each algorithm, and its loss written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from stable_baselines3.common.logger import KVWriter, Logger
+from torch import Tensor
+
+from agents import DDPO, DPOK, GRPO, REINFORCE, RWR, BestOfN, DRaFT, PolicyGradient, RewardWeightedSFT
+from agents.algorithms.forward_process import ForwardProcess, NoisyImages
+from agents.common.algorithm import DenoisingAlgorithm
+from agents.common.buffer import TrajectoryBuffer, Transitions
+from tests.support import assert_same
+
+N, T = 4, 3
+UPDATE = N * T  # denoising steps of one iteration
+DIMS = 4 * 8 * 8  # of a latent of the tiny model
+PROMPTS = ["a rabbit", "a green dog"]
+
+MakeAgent = Callable[..., Any]
+
+
+class Brightness:
+    """A reward that everything can learn, with a gradient."""
+
+    differentiable = True
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.score(images, prompts)
+
+
+class EveryOtherFails(Brightness):
+    """The same reward, which fails for each second image that is drawn."""
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.score(images, prompts).where(torch.arange(len(images)) % 2 == 0, torch.nan)
+
+
+class AlwaysFails(Brightness):
+    """A reward that no image gets."""
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return torch.full((len(images),), torch.nan)
+
+
+_FORWARD: dict[str, Any] = {"n_gradient_steps": 4, "log_every": 3, "batch_size": 3}
+
+#: Each algorithm, in each form that has a loss of its own.
+ALGORITHMS: dict[str, tuple[type[DenoisingAlgorithm], dict[str, Any]]] = {
+    "DPOK": (DPOK, {"target_kl": 1.0}),
+    "DPOK, KL in the reward": (DPOK, {"kl_placement": "reward", "kl_coef": 0.5, "use_critic": False}),
+    "DDPO-IS": (DDPO, {"batch_size": 5}),
+    "DDPO-SF": (DDPO, {"score_function": True}),
+    "GRPO": (GRPO, {"group_size": 2, "same_noise": True}),
+    "REINFORCE": (REINFORCE, {}),
+    "SFT, KL-D": (RewardWeightedSFT, _FORWARD),
+    "SFT, KL-O": (RewardWeightedSFT, {"regularization": "KL-O", **_FORWARD}),
+    "RWR": (RWR, _FORWARD),
+    "BestOfN": (BestOfN, {"n": 2, **_FORWARD}),
+    "DRaFT": (DRaFT, {"n_last_steps": 2, "batch_size": 3}),
+}
+
+POLICY_GRADIENTS = [name for name, (cls, _) in ALGORITHMS.items() if issubclass(cls, PolicyGradient)]
+FORWARD_PROCESSES = [name for name, (cls, _) in ALGORITHMS.items() if issubclass(cls, ForwardProcess)]
+#: Those whose loss has a meaningful gradient only, and the value 0.
+SCORE_FUNCTIONS = ["DDPO-SF", "REINFORCE"]
+
+
+class Memory(KVWriter):
+    """Keeps what is logged, one dict for each row."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        self.rows.append(dict(key_values))
+
+    def close(self) -> None: ...
+
+
+def listen(agent: DenoisingAlgorithm) -> list[dict[str, Any]]:
+    """Returns the list that the rows of the agent's log will be added to."""
+    memory = Memory()
+    agent.set_logger(Logger(None, [memory]))
+    return memory.rows
+
+
+def weights(agent: DenoisingAlgorithm) -> dict[str, Tensor]:
+    """Returns a copy of all trained weights."""
+    return {name: value.clone() for name, value in agent.policy.state_dict().items()}
+
+
+def flat_weights(agent: DenoisingAlgorithm) -> Tensor:
+    """Returns a copy of the denoiser's trained weights as one vector."""
+    return torch.cat([value.detach().flatten() for value in agent.policy.denoiser_parameters()])
+
+
+def is_same(actual: Any, expected: Any) -> bool:
+    """Returns whether two values are equal to the last bit."""
+    try:
+        assert_same(actual, expected)
+    except AssertionError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def change(agent: DenoisingAlgorithm, scale: float = 0.1) -> None:
+    """Changes the denoiser as training does, only more."""
+    generator = torch.Generator().manual_seed(5)
+    for value in agent.policy.denoiser_parameters():
+        value.add_(scale * torch.randn(value.shape, generator=generator))
+
+
+def use_sgd(agent: DenoisingAlgorithm) -> None:
+    """Makes each step proportional to the gradient."""
+    agent.policy.optimizer = torch.optim.SGD(agent.policy.optimizer.param_groups, lr=1.0)
+
+
+def collect(agent: DenoisingAlgorithm, images: int = N) -> TrajectoryBuffer:
+    """Draws one iteration without an update."""
+    _, callback = agent._setup_learn(images * T)
+    assert agent.env is not None
+    assert agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, agent.n_steps)
+    return agent.rollout_buffer
+
+
+def take_batches(agent: DenoisingAlgorithm, images: int = N) -> list[Any]:
+    """Returns the batches that an iteration would learn from; the denoiser stays as it was."""
+    batches: list[Any] = []
+    agent.backward = batches.append  # type: ignore[method-assign]
+    with torch.enable_grad():
+        agent.learn(images * T)
+    del agent.backward  # type: ignore[method-assign]
+    return batches
+
+
+def whole_batch(agent: DenoisingAlgorithm) -> Any:
+    """Returns the first batch of an iteration, with all transitions or images in it if the algorithm allows that."""
+    agent.batch_size = None
+    return take_batches(agent)[0]
+
+
+def gradient(agent: DenoisingAlgorithm, batch: Any) -> Tensor:
+    """Returns the gradient of the sum of the losses, as one vector."""
+    with agent.policy.adapter_enabled():
+        loss, _ = agent.loss(batch)
+        parts = torch.autograd.grad(loss.sum(), agent.policy.denoiser_parameters())
+    return torch.cat([part.flatten() for part in parts])
+
+
+# The losses by hand, each (B,) in float64 apart from the networks. They share no code with the package's equations.
+
+
+@torch.no_grad()
+def expected_loss(agent: Any, batch: Any) -> Tensor:
+    """Returns the loss of each element by the formula of the algorithm's paper."""
+    if isinstance(agent, ForwardProcess):
+        return _denoising_loss(agent, batch)
+    if isinstance(agent, DRaFT):
+        return _minus_reward(agent, batch)
+    return _policy_gradient_loss(agent, batch)
+
+
+def _policy_gradient_loss(agent: Any, batch: Transitions) -> Tensor:
+    """-alpha w_t A min(rho, ...) + beta KL, or -w_t A log p, times the batch's weight."""
+    table, unit = agent.process.table, DIMS if agent.log_prob_reduction == "mean" else 1
+    mean, std = agent.policy.transition(batch.state)
+    mean, old_mean, std = mean.double(), batch.old_means.double(), std.double()
+    log_p = _squared(batch.actions - mean) / (-2 * std**2)
+    log_p_old = _squared(batch.actions - old_mean) / (-2 * std**2)
+    advantages = batch.advantages.double()
+    if isinstance(agent, REINFORCE) or (isinstance(agent, DDPO) and agent.score_function):
+        policy_loss = -advantages * log_p / unit
+    else:
+        policy_loss = _surrogate(agent, (log_p - log_p_old) / unit, advantages, agent.clip_range / unit)
+    step_weight = torch.ones(T).double()
+    if agent.step_weighting == "output":
+        step_weight = table.std.double() / table.output_coef.double().abs()
+        step_weight = step_weight / step_weight.mean()
+    loss = getattr(agent, "reward_weight", 1.0) * step_weight[batch.step] * policy_loss
+    if getattr(agent, "kl_coef", 0.0):
+        reference, _ = agent.policy.transition(batch.state, reference=True)
+        distance = _squared(mean - reference.double())
+        kl = distance / (2 * std**2)
+        if getattr(agent, "kl_estimator", "exact") == "output-mse":
+            kl = distance / table.output_coef.double()[batch.step] ** 2
+        loss = loss + agent.kl_coef * kl / unit
+    return batch.weight.double() * loss
+
+
+def _surrogate(agent: Any, log_ratio: Tensor, advantages: Tensor, limit: float) -> Tensor:
+    ratio = torch.exp(log_ratio)
+    clipped = torch.exp(torch.clip(log_ratio, -limit, limit))
+    if agent.clip_type == "clamp":
+        return -clipped * advantages
+    return torch.maximum(-ratio * advantages, -clipped * advantages)
+
+
+def _denoising_loss(agent: Any, batch: NoisyImages) -> Tensor:
+    """w ||eps_theta - eps||^2 / D, with KL-O + gamma ||eps_theta - eps_pre||^2 / D: the tiny model predicts eps."""
+    table, policy = agent.process.table, agent.policy
+    signal, noise = table.signal[batch.step][:, None, None, None], table.noise[batch.step][:, None, None, None]
+    eps = (batch.noisy.double() - signal * batch.latents) / noise
+    output = policy.predict_output(batch.state, guidance_scale=1.0).double()
+    loss = batch.weight * _squared(output - eps) / DIMS
+    if getattr(agent, "regularization", "") == "KL-O":
+        reference = policy.predict_output(batch.state, reference=True, guidance_scale=1.0).double()
+        loss = loss + agent.gamma_kl * _squared(output - reference) / DIMS
+    return loss
+
+
+def _minus_reward(agent: DRaFT, batch: Any) -> Tensor:
+    """-r of the images that the same noise leads to."""
+    latents, table = batch.latents, agent.process.table
+    conditioning = {name: values[batch.image] for name, values in batch.image_conditioning.items()}
+    for k in range(agent.n_last_steps):
+        index = T - agent.n_last_steps + k
+        mean, _ = agent.policy.transition(agent.process.state(latents, index, conditioning))
+        latents = mean + table.std[index] * batch.noise[:, k]
+    return -agent.process.model.decode(latents).double().mean((1, 2, 3))
+
+
+def _squared(values: Tensor) -> Tensor:
+    return values.double().square().sum((1, 2, 3))

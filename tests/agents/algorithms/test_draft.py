@@ -1,0 +1,93 @@
+"""DRaFT: the gradient of the reward through the last denoising steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from dpok_gym import DenoisingVectorEnv
+from tests.agents.algorithms.support import (
+    UPDATE,
+    EveryOtherFails,
+    MakeAgent,
+    N,
+    T,
+    change,
+    collect,
+    gradient,
+    listen,
+    take_batches,
+    use_sgd,
+    whole_batch,
+)
+
+MakeEnv = Callable[..., DenoisingVectorEnv]
+
+
+@pytest.mark.parametrize("n_last_steps", [1, 2, 3])
+def test_draws_the_same_images_again(n_last_steps: int, make_agent: MakeAgent) -> None:
+    agent = make_agent("DRaFT", n_last_steps=n_last_steps)
+    batch = whole_batch(agent)
+    assert batch.noise.shape == (N, n_last_steps, 4, 8, 8)
+    buffer = agent.rollout_buffer
+    assert torch.equal(batch.latents, buffer.latents[batch.image, T - n_last_steps])
+    with torch.no_grad():
+        loss, metrics = agent.loss(batch)
+    torch.testing.assert_close(-loss, buffer.final_rewards[batch.image], rtol=1e-4, atol=1e-5)
+    assert torch.equal(metrics["reward"], -loss)
+
+
+def test_more_steps_have_another_gradient(make_agent: MakeAgent) -> None:
+    gradients = []
+    for n_last_steps in (1, 2, 3):
+        agent = make_agent("DRaFT", n_last_steps=n_last_steps)
+        gradients.append(gradient(agent, whole_batch(agent)))
+    for one, other in ((0, 1), (1, 2)):
+        assert (gradients[one] - gradients[other]).norm() > 1e-3 * gradients[other].norm()
+
+
+def test_follows_the_reward(make_agent: MakeAgent) -> None:
+    """A small step along its gradient raises the mean reward by as much as the gradient says."""
+    agent = make_agent("DRaFT", learning_rate=300.0, batch_size=None, max_grad_norm=1e9)
+    use_sgd(agent)
+    change(agent)
+    rows = listen(agent)
+    collect(agent)
+    # Twice in the same trajectories: the second pass starts from where the first step has led.
+    for _ in range(2):
+        with agent._logged_update(N):
+            agent.train()
+        agent.dump_logs(0)
+    gain = rows[1]["train/reward"] - rows[0]["train/reward"]
+    assert gain > 0
+    assert gain == pytest.approx(300 * rows[0]["train/grad_norm"] ** 2, rel=0.05)
+
+
+def test_each_image_is_learned_from_once(make_env: MakeEnv, make_agent: MakeAgent) -> None:
+    env = make_env(8, reward=EveryOtherFails(), non_finite="mask", decode_batch_size=8)
+    agent = make_agent("DRaFT", env)
+    batches = take_batches(agent, 8)
+    assert [len(batch) for batch in batches] == [3, 1]
+    assert sorted(int(image) for batch in batches for image in batch.image) == [0, 2, 4, 6]
+
+
+def test_a_whole_batch_may_be_missing(make_env: MakeEnv, make_agent: MakeAgent) -> None:
+    env = make_env(2, reward=EveryOtherFails(), non_finite="mask", decode_batch_size=2)
+    agent = make_agent("DRaFT", env)
+    agent.learn(UPDATE)
+    assert agent._n_updates == 2
+
+
+@pytest.mark.parametrize("n_last_steps", [0, 4, 1.5])
+def test_bad_arguments(n_last_steps: Any, make_agent: MakeAgent) -> None:
+    message = "n_last_steps must be (from 1 to the 3 denoising steps, got 4|an integer of at least 1, got)"
+    with pytest.raises(ValueError, match=message):
+        make_agent("DRaFT", n_last_steps=n_last_steps)
+
+
+def test_needs_a_gradient(make_env: MakeEnv, make_agent: MakeAgent) -> None:
+    with pytest.raises(ValueError, match="'jpeg-compressibility' has no gradient"):
+        make_agent("DRaFT", make_env(reward="jpeg-compressibility"))

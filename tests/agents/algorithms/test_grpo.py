@@ -1,0 +1,91 @@
+"""GRPO: groups of images, and the KL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dpok_gym import diffusion
+from tests.agents.algorithms.support import (
+    DIMS,
+    PROMPTS,
+    MakeAgent,
+    N,
+    change,
+    collect,
+    expected_loss,
+    whole_batch,
+)
+
+tensor = torch.tensor
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@torch.no_grad()
+def test_pays_for_the_kl(reduction: str, make_agent: MakeAgent) -> None:
+    agent = make_agent("GRPO", kl_coef=0.5, log_prob_reduction=reduction)
+    batch = whole_batch(agent)
+    change(agent)
+    mean, std = agent.policy.transition(batch.state)
+    reference, _ = agent.policy.transition(batch.state, reference=True)
+    kl = diffusion.kl_divergence(mean, reference, std)
+    assert kl.min() > 1e-3
+    torch.testing.assert_close(agent.loss(batch)[0].double(), expected_loss(agent, batch), rtol=1e-3, atol=1e-3)
+    batch.advantages = torch.zeros_like(batch.advantages)
+    torch.testing.assert_close(agent.loss(batch)[0], 0.5 * kl / (DIMS if reduction == "mean" else 1))
+    agent.kl_coef = 0.0
+    loss, metrics = agent.loss(batch)
+    assert not loss.any()
+    assert "kl_to_reference" not in metrics
+
+
+def test_compares_within_the_group(make_agent: MakeAgent) -> None:
+    agent = make_agent("GRPO")
+    rewards, images = tensor([1.0, 3.0, 5.0, 5.0, 9.0]), tensor([0, 1, 2, 3, 7])  # a group and a half were masked
+    advantages = agent.image_advantages(rewards, ["a rabbit"] * 5, images)
+    torch.testing.assert_close(advantages, tensor([-1.0, 1.0, 0.0, 0.0, 0.0]), rtol=1e-4, atol=1e-4)
+
+
+def test_groups_are_standardised_by_hand(make_agent: MakeAgent) -> None:
+    """Groups of the same prompt are compared within themselves only."""
+    agent = make_agent("GRPO", group_size=4)
+    rewards = tensor([1.0, 2.0, 3.0, 6.0, 10.0, 10.0, 20.0, 20.0])
+    advantages = agent.image_advantages(rewards, ["a rabbit"] * 8, torch.arange(8))
+    expected = torch.cat([(tensor([1.0, 2.0, 3.0, 6.0]) - 3) / 3.5**0.5, tensor([-1.0, -1.0, 1.0, 1.0])])
+    torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("same_noise", [False, True])
+def test_draws_groups(same_noise: bool, make_agent: MakeAgent) -> None:
+    """Images of a group have one prompt, and with ``same_noise`` one x_T; their later noise differs."""
+    agent = make_agent("GRPO", same_noise=same_noise, images_per_iteration=2 * N)
+    starts, prompts = [], []
+    for _ in range(2):
+        buffer = collect(agent, 2 * N)
+        agent.images_drawn += 2 * N
+        for group in range(N):
+            first, second = 2 * group, 2 * group + 1
+            assert buffer.prompts[first] == buffer.prompts[second]
+            assert torch.equal(buffer.latents[first, 0], buffer.latents[second, 0]) == same_noise
+            assert not torch.equal(buffer.latents[first, 1], buffer.latents[second, 1])
+            starts.append(buffer.latents[first, 0].clone())
+            prompts.append(buffer.prompts[first])
+    assert not any(torch.equal(starts[0], start) for start in starts[1:])
+    assert set(prompts) == set(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"group_size": 1}, "group_size .* must be an integer of at least 2, got 1"),
+        ({"group_size": 3}, "the 4 images of an iteration cannot be split into groups of 3"),
+        ({"group_size": 4, "images_per_iteration": 6}, "the 6 images of an iteration cannot be split"),
+        ({"kl_coef": -1.0}, "kl_coef must be a number of at least 0"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(kwargs: dict[str, Any], message: str, make_agent: MakeAgent) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_agent("GRPO", **kwargs)

@@ -1,0 +1,104 @@
+"""Presets: what they hold is known to the constructors, and has an effect."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import pytest
+
+from agents import DPOK, GRPO, PRESETS
+from agents.algorithms.presets import default_preset
+from agents.algorithms.registry import load_algorithm
+from agents.common.arguments import describe_arguments
+from agents.common.policy import DenoisingPolicy
+from dpok_gym import DenoisingVectorEnv
+from dpok_gym.registration import ENVIRONMENTS
+from tests.agents.algorithms.support import T, is_same, weights
+
+MakeEnv = Callable[..., DenoisingVectorEnv]
+
+BUILT_IN = ("dpok", "ddpo", "grpo", "reinforce", "sft", "rwr", "best-of-n", "draft")
+CHOICES = [(preset, name) for preset in PRESETS for name in (PRESETS[preset].only or BUILT_IN)]
+
+
+def test_names() -> None:
+    assert list(PRESETS) == ["laptop", "exact-objective", "published-model", "paper", "official-code"]
+    assert all(preset.description and "\n" not in preset.description for preset in PRESETS.values())
+    assert all(preset.images > 0 for preset in PRESETS.values())
+
+
+@pytest.mark.parametrize(("preset", "name"), CHOICES)
+def test_arguments_are_those_of_the_constructors(preset: str, name: str) -> None:
+    kwargs = PRESETS[preset].algorithm_kwargs(name)
+    assert kwargs.keys() <= describe_arguments(load_algorithm(name)).keys() - {"policy", "env"}
+    assert kwargs.get("policy_kwargs", {}).keys() <= describe_arguments(DenoisingPolicy).keys() - {"process"}
+    assert PRESETS[preset].env_kwargs.keys() <= describe_arguments(DenoisingVectorEnv).keys()
+    assert set(PRESETS[preset].algorithms) <= set(BUILT_IN)
+
+
+@pytest.mark.parametrize(("preset", "name"), [choice for choice in CHOICES if choice[1] != "draft"])
+def test_an_agent_takes_them(preset: str, name: str, make_env: MakeEnv) -> None:
+    kwargs = PRESETS[preset].algorithm_kwargs(name)
+    # A tenth of the environments, as a batch of memory is not what is tested here.
+    n_envs = 16 if name == "grpo" else kwargs.get("n_envs", 4)
+    agent: Any = load_algorithm(name)(env=make_env(n_envs), seed=0, device="cpu", **kwargs)
+    for argument, value in kwargs.items():
+        if argument not in ("n_envs", "learning_rate"):
+            assert getattr(agent, argument) == value
+    if "learning_rate" in kwargs:
+        assert agent.lr_schedule(1) == kwargs["learning_rate"]
+
+
+def test_an_algorithms_own_settings_come_last() -> None:
+    preset = dataclasses.replace(PRESETS["laptop"], common={"n_envs": 1, "seed": 2}, algorithms={"grpo": {"n_envs": 3}})
+    assert preset.algorithm_kwargs("grpo") == {"n_envs": 3, "seed": 2}
+    assert preset.algorithm_kwargs("dpok") == {"n_envs": 1, "seed": 2}
+    assert PRESETS["laptop"].algorithm_kwargs("reinforce")["n_envs"] == 32
+
+
+def test_what_is_returned_can_be_changed() -> None:
+    kwargs = PRESETS["laptop"].algorithm_kwargs("dpok")
+    kwargs["n_envs"] = 1
+    assert PRESETS["laptop"].algorithm_kwargs("dpok")["n_envs"] == 64
+
+
+@pytest.mark.parametrize("preset", ["paper", "official-code"])
+def test_dpoks_settings_are_for_dpok(preset: str) -> None:
+    with pytest.raises(ValueError, match="this preset is for dpok only; leave it out for grpo"):
+        PRESETS[preset].algorithm_kwargs("grpo")
+
+
+@pytest.mark.parametrize("preset", ["paper", "official-code"])
+def test_settings_of_the_paper(preset: str, make_env: MakeEnv) -> None:
+    kwargs = PRESETS[preset].algorithm_kwargs("dpok")
+    agent = DPOK(env=make_env(kwargs["n_envs"]), seed=0, device="cpu", **kwargs)
+    before = weights(agent)
+    agent.learn(10 * T)
+    assert agent._n_updates == 1
+    assert not is_same(weights(agent), before)
+    # Fifty denoising steps, as in the paper: five optimiser steps.
+    assert math.ceil(kwargs["timestep_fraction"] * 10 * 50 / kwargs["batch_size"]) == 5
+
+
+def test_the_preset_of_an_environment() -> None:
+    assert default_preset("DPOK-Shapes-v0") == "laptop"
+    assert default_preset("DPOK-Mixture-v0") == "exact-objective"
+    assert default_preset("DPOK-SD15-v0") == "published-model"
+    assert default_preset("my_module:Mine-v0") == "published-model"
+    assert default_preset("my_module:DPOK-Shapes-v0") == "laptop"
+    assert {default_preset(env_id) for env_id in ENVIRONMENTS} <= PRESETS.keys()
+
+
+def test_the_laptops_task_is_the_default_environments() -> None:
+    """As in the README: environment and agent come from one preset."""
+    preset = PRESETS["laptop"]
+    env = gymnasium.make_vec("DPOK-Shapes-v0", num_envs=16, **preset.env_kwargs)
+    agent = GRPO(env=env, seed=0, device="cpu", **preset.algorithm_kwargs("grpo"))
+    assert agent.denoising_env.prompts.train == (preset.env_kwargs["prompts"],)
+    assert agent.process.num_inference_steps == preset.env_kwargs["num_inference_steps"]
+    assert agent.policy.lora is not None
+    assert agent.policy.lora.rank == preset.common["policy_kwargs"]["lora_rank"]

@@ -1,0 +1,150 @@
+"""Advantages against numbers computed by hand, and Stable-Baselines3's."""
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from torch import Tensor
+
+from agents.common.advantages import (
+    Normalization,
+    generalized_advantages,
+    leave_one_out,
+    normalize,
+    standardize_in_groups,
+)
+
+
+def tensor(values: list) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# --- From rewards and values
+
+
+def test_advantages_of_dpok() -> None:
+    """With gamma = lambda = 1 and a reward at the end: A = r - V, and the return is r."""
+    rewards = tensor([[0.0, 0.0, 1.0], [0.0, 0.0, -2.0]])
+    values = tensor([[0.5, 0.25, 0.125], [1.0, 2.0, 3.0]])
+    advantages, returns = generalized_advantages(rewards, values)
+    torch.testing.assert_close(advantages, tensor([[0.5, 0.75, 0.875], [-3.0, -4.0, -5.0]]))
+    torch.testing.assert_close(returns, tensor([[1.0, 1.0, 1.0], [-2.0, -2.0, -2.0]]))
+
+
+@pytest.mark.parametrize(
+    ("gamma", "gae_lambda", "expected"),
+    [
+        # The errors are 1 + 2/2 - 1 = 1, 2 + 3/2 - 2 = 1.5 and 4 - 3 = 1; each is worth gamma lambda of the next.
+        (0.5, 0.5, [1 + 0.25 * 1.75, 1.75, 1.0]),
+        (0.5, 0.0, [1.0, 1.5, 1.0]),
+        (0.5, 1.0, [1 + 0.5 * (2 + 0.5 * 4) - 1, 2 + 0.5 * 4 - 2, 1.0]),
+    ],
+)
+def test_advantages_by_hand(gamma: float, gae_lambda: float, expected: list[float]) -> None:
+    values = tensor([[1.0, 2.0, 3.0]])
+    advantages, returns = generalized_advantages(tensor([[1.0, 2.0, 4.0]]), values, gamma, gae_lambda)
+    torch.testing.assert_close(advantages, tensor([expected]))
+    torch.testing.assert_close(returns, tensor([expected]) + values)
+
+
+def test_discounted_returns() -> None:
+    rewards = tensor([[0.0, 0.0, 8.0]])
+    _, returns = generalized_advantages(rewards, torch.zeros_like(rewards), gamma=0.5)
+    torch.testing.assert_close(returns, tensor([[2.0, 4.0, 8.0]]))
+
+
+def test_advantages_equal_those_of_stable_baselines3() -> None:
+    n, steps, gamma, gae_lambda = 3, 5, 0.9, 0.8
+    rewards, values = torch.randn(2, n, steps)
+    space = spaces.Box(-1, 1, (1,))
+    buffer = RolloutBuffer(steps, space, space, "cpu", gae_lambda, gamma, n)
+    for t in range(steps):
+        nothing = np.zeros((n, 1), np.float32)
+        buffer.add(nothing, nothing, rewards[:, t].numpy(), np.full(n, t == 0), values[:, t], torch.zeros(n))
+    buffer.compute_returns_and_advantage(torch.zeros(n), np.ones(n, bool))
+    advantages, returns = generalized_advantages(rewards, values, gamma, gae_lambda)
+    torch.testing.assert_close(advantages, torch.from_numpy(buffer.advantages.T))
+    torch.testing.assert_close(returns, torch.from_numpy(buffer.returns.T))
+
+
+# --- Normalised over a rollout
+
+ALL = torch.ones(4, dtype=torch.bool)
+SOME = torch.tensor([True, False, True, False])
+
+
+def random_advantages() -> Tensor:
+    return 3 + 2 * torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_normalized() -> None:
+    plain = random_advantages()
+    torch.testing.assert_close(normalize(plain, ALL, True), (plain - plain.mean()) / plain.std(correction=0))
+    assert normalize(plain, ALL, False) is plain
+
+
+def test_normalized_by_hand() -> None:
+    plain = tensor([[1.0, 3.0], [5.0, 7.0]])  # mean 4, variance 5
+    torch.testing.assert_close(normalize(plain, ALL[:2], True), (plain - 4) / 5**0.5)
+    assert normalize(plain, ALL[:2], "center").tolist() == [[-2.0, -2.0], [2.0, 2.0]]
+
+
+def test_centred() -> None:
+    plain = random_advantages()
+    centred = normalize(plain, ALL, "center")
+    torch.testing.assert_close(centred.mean(dim=0), tensor([0.0] * 3))
+    torch.testing.assert_close(centred - plain, (centred - plain)[:1].expand(4, 3))  # a shift of each step
+
+
+@pytest.mark.parametrize("how", [True, "center"])
+def test_images_that_are_not_valid_have_no_part_in_the_statistics(how: Normalization) -> None:
+    plain = random_advantages()
+    plain[~SOME] = 1e6
+    normal = normalize(plain, SOME, how)
+    torch.testing.assert_close(normal[SOME], normalize(plain[SOME], ALL[:2], how))
+
+
+@pytest.mark.parametrize("how", [True, False, "center"])
+def test_nothing_valid_or_nothing_different(how: Normalization) -> None:
+    assert normalize(random_advantages(), ~ALL, how).isfinite().all()
+    same = normalize(torch.full((4, 3), 5.0), ALL, how)
+    assert same.tolist() == torch.full((4, 3), 0.0 if how else 5.0).tolist()
+
+
+# --- In groups
+
+
+def test_standardized_in_groups_by_hand() -> None:
+    rewards = tensor([1.0, 10.0, 3.0, 30.0, 5.0])
+    groups = torch.tensor([0, 7, 0, 7, 0])
+    # Group 0: mean 3, variance 8/3. Group 7: mean 20, standard deviation 10.
+    expected = tensor([-2 / (8 / 3) ** 0.5, -1.0, 0.0, 1.0, 2 / (8 / 3) ** 0.5])
+    torch.testing.assert_close(standardize_in_groups(rewards, groups), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_group_without_differences_has_no_advantage() -> None:
+    rewards = tensor([2.0, 2.0, 5.0])
+    assert standardize_in_groups(rewards, torch.tensor([1, 1, 4])).tolist() == [0.0] * 3
+
+
+def test_leave_one_out_by_hand() -> None:
+    rewards = tensor([1.0, 10.0, 3.0, 30.0, 5.0, 7.0])
+    groups = torch.tensor([0, 1, 0, 1, 0, 2])
+    # The last one is alone: it is compared with the mean of all others, 49 / 5.
+    expected = tensor([1 - 4, 10 - 30, 3 - 3, 30 - 10, 5 - 2, 7 - 9.8])
+    torch.testing.assert_close(leave_one_out(rewards.float(), groups).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_single_image_keeps_its_reward() -> None:
+    assert leave_one_out(torch.tensor([4.0]), torch.tensor([3])).tolist() == [4.0]
+
+
+def test_an_images_own_reward_is_no_part_of_its_baseline() -> None:
+    """Which is why the baseline adds no bias."""
+    groups = torch.tensor([0, 0, 0, 1])
+    for image in range(4):
+        rewards = torch.tensor([1.0, 2.0, 4.0, 8.0])
+        baseline = rewards[image] - leave_one_out(rewards, groups)[image]
+        rewards[image] = 100
+        torch.testing.assert_close(rewards[image] - leave_one_out(rewards, groups)[image], baseline)

@@ -1,0 +1,44 @@
+"""An update in micro-batches that fit into memory; tests of the algorithms check the steps themselves."""
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from agents import DPOK
+
+
+@pytest.mark.slow
+def test_an_update_that_runs_out_of_memory_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the whole batch is that of one whose second micro-batch did not fit at first."""
+
+    def train(micro_batch_size: Literal["auto"] | None) -> list[Tensor]:
+        agent = DPOK(
+            env="DPOK-Shapes-v0",
+            n_envs=2,
+            micro_batch_size=micro_batch_size,
+            learning_rate=1.0,
+            use_critic=False,
+            policy_kwargs={"optimizer_class": torch.optim.SGD},  # Adam would make whole steps of rounding errors
+            seed=0,
+        )
+        loss, calls = agent.loss, list[int]()
+
+        def limited(part: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            calls.append(len(part))
+            if micro_batch_size == "auto" and (len(part) > 16 or len(calls) == 3):
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return loss(part)
+
+        monkeypatch.setattr(agent, "loss", limited)
+        agent.learn(40)
+        assert calls == ([40, 20, 10, 5, 5, 5, 5, 5, 5, 5, 5] if micro_batch_size == "auto" else [40])
+        return [value.detach().clone() for value in agent.policy.denoiser_parameters()]
+
+    expected = train(None)
+    with pytest.warns(UserWarning, match="memory ran out with micro_batch_size = 40; trying 20"):
+        learned = train("auto")
+    for ours, theirs in zip(learned, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert any(value.abs().max() > 0.1 for value in expected)  # something was learned

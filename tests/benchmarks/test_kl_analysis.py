@@ -1,0 +1,47 @@
+"""The analysis of the KL: its runs, and its tables."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import kl_analysis, runs
+from benchmarks.kl_analysis import SHOWN
+from tests.benchmarks.support import KL_SETTINGS, RESULTS, fake_records, mean_score, values
+
+
+def test_descriptions() -> None:
+    descriptions = kl_analysis.descriptions(KL_SETTINGS)
+    assert len({json.dumps(description, sort_keys=True) for description in descriptions}) == len(descriptions)
+    twice = [description["images"] for description in descriptions if "twice" in description["label"]]
+    assert set(twice) == {2560}
+
+
+@pytest.mark.slow
+def test_report(tmp_path: Path) -> None:
+    records = fake_records(kl_analysis.descriptions(KL_SETTINGS | {"seeds": 2}))
+    kl_analysis.report(records, KL_SETTINGS, tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    (row,) = (line for line in text.split("\n") if line.startswith("| SFT, KL-O, 2 |"))
+    of_label = [record for record in records if record["label"] == "SFT, KL-O, 2"]
+    assert values(row) == ["2", *(f"{mean_score(of_label, *SHOWN[name][:2]):{SHOWN[name].format}}" for name in SHOWN)]
+    for one, other in KL_SETTINGS["claims"]:
+        (row,) = (line for line in text.split("\n") if line.startswith(f"| {one} - {other} |"))
+        both = ([record for record in records if record["label"] == label] for label in (one, other))
+        ours, theirs = ([mean_score(records, *SHOWN[name][:2]) for name in SHOWN] for records in both)
+        formats = [score.format for score in SHOWN.values()]
+        differences = zip(ours, theirs, formats, strict=True)
+        assert values(row) == [f"{mine - their:+{format_spec}}" for mine, their, format_spec in differences]
+    assert (tmp_path / "kl_analysis.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_published_table_is_rebuilt() -> None:
+    """From lines with old names; one family has an old word in its name."""
+    file = RESULTS / "kl_analysis" / "runs.jsonl"
+    records = [record for record in runs.find_records(kl_analysis.descriptions(KL_SETTINGS), file) if record]
+    families = kl_analysis.collect(records)
+    differences = kl_analysis.make_differences(families, KL_SETTINGS["claims"])
+    text = kl_analysis.make_text(kl_analysis.make_rows(families), differences)
+    published = (RESULTS / "kl_analysis" / "table.md").read_text(encoding="utf-8")
+    assert text == published.replace("pictures", "images")

@@ -1,0 +1,90 @@
+"""One run of a sweep: its scores, its curve and its cost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import training_run
+from tests.benchmarks.support import TINY
+
+
+def test_diversity() -> None:
+    images = np.zeros((4, 2, 2, 3), np.uint8)
+    images[1] = 255
+    images[2] = 51
+    assert training_run.diversity(images[:3], ["a"] * 3) == pytest.approx(np.mean([1.0, 0.2, 0.8]))
+    assert training_run.diversity(images, ["a", "a", "b", "c"]) == pytest.approx(1.0)  # single ones have no distance
+    assert training_run.diversity(images[:1], ["a"]) is None
+
+
+def test_images_of_a_row() -> None:
+    assert training_run.choose_row(["a", "a", "b"]) == [0, 1, 2]
+    assert training_run.choose_row(["a"] * 20) == list(range(8))
+    prompts = [name for name in "abcdefgh" for _ in range(2)]
+    assert training_run.choose_row(prompts) == list(range(0, 16, 2))
+    many = [str(k) for k in range(33)]
+    assert training_run.choose_row(many) == list(range(0, 32, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [
+        ("dpok", {"use_critic": False}),
+        ("draft", {"batch_size": 2}),
+        ("rwr", {"n_gradient_steps": 4, "log_every": 2, "batch_size": 2}),
+    ],
+)
+def test_a_run(algorithm: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    description = TINY | {"algorithm": algorithm, "settings": settings}
+    if algorithm == "draft":
+        description["reward"] = {"shapes-preference": 1.0}
+    record = training_run.run(description, tmp_path / "images" / "row.png")
+    assert json.loads(json.dumps(record)) == record
+    assert description.items() <= record.items()
+    assert set(record["scores"]) == {"training", "held_out"}
+    names = {"aligned", "alignment", "quality", "reward", "kl"}
+    assert record["scores"]["training"].keys() == names | {"diversity", "step_kl"}
+    assert record["scores"]["held_out"].keys() == names | {"step_kl"}  # three images of three prompts
+    for scores in record["scores"].values():
+        assert sum(scores["step_kl"]) == pytest.approx(scores["kl"], abs=1e-3)
+        assert np.isfinite([scores[name] for name in names]).all()
+    points = record["curve"]
+    if algorithm != "draft":  # minus the size in kB
+        assert record["scores"]["training"]["reward"] < 0
+        assert all(point["reward"] < 0 for point in points)
+    # Two images, and their update, of DPOK with the pre-trained model's pass; then once more. Of RWR: four images, and
+    # four updates of two. The evaluations within a run do not count.
+    expected = {
+        "dpok": [(0, 0), (2, 2 + 4), (4, 12)],
+        "draft": [(0, 0), (2, 2 + 2), (4, 8)],
+        "rwr": [(0, 0), (2, 2), (4, 4 + 4), (4, 4 + 8), (4, 4 + 8)],
+    }
+    assert [(point["images"], point["num_function_evaluations"]) for point in points] == expected[algorithm]
+    assert record["num_function_evaluations"] == points[-1]["num_function_evaluations"]
+    assert 0 < record["seconds"] == points[-1]["seconds"]
+    assert points[-1]["alignment"] == pytest.approx(record["scores"]["training"]["alignment"], abs=1e-4)
+    assert (tmp_path / "images" / "row.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_with_smaller_rollouts_of_its_own() -> None:
+    """As REINFORCE has in the comparison."""
+    settings = {"n_envs": 1}
+    record = training_run.run(TINY | {"algorithm": "reinforce", "settings": settings, "images": 2, "held_out": False})
+    assert [point["images"] for point in record["curve"]] == [0, 1, 2]
+    assert record["settings"] == settings
+    assert set(record["scores"]) == {"training"}
+
+
+def test_rejection_costs_function_evaluations() -> None:
+    plain, best = (training_run.run(TINY | {"algorithm": "rejection", "settings": {"n": n}}) for n in (1, 4))
+    assert (plain["num_function_evaluations_to_draw"], best["num_function_evaluations_to_draw"]) == (1, 4)
+    assert best["scores"]["training"]["reward"] > plain["scores"]["training"]["reward"]
+    assert plain["scores"]["training"]["kl"] == 0
+    assert best["scores"]["training"]["kl"] == pytest.approx(np.log(4) - 3 / 4)
+    assert best["curve"] == []
+    assert (best["num_function_evaluations"], best["seconds"]) == (0, 0)
