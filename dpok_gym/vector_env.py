@@ -7,12 +7,10 @@ image.
 from __future__ import annotations
 
 import inspect
-import math
 import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
@@ -24,12 +22,12 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpok_gym.judging import ImageJudge, Outcome, make_info
 from dpok_gym.models import TextToImageModel, load_model
 from dpok_gym.prompts import PromptSet, load_prompts, prompt_to_bytes, prompts_from_bytes
 from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
-from dpok_gym.rewards import Reward, RewardBatch, judge_chunks, make_reward
+from dpok_gym.rewards import Reward, make_reward
 from dpok_gym.samplers import DenoisingProcess, State
-from dpok_gym.utils.batching import BatchSize
 from dpok_gym.utils.images import to_uint8
 from dpok_gym.utils.validation import check_integer, suggest
 from dpok_gym.worlds import World, find_world
@@ -40,19 +38,10 @@ Observation = dict[str, NDArray[Any]]
 #: of about 1, so no action reaches it.
 LATENT_BOUND = 100.0
 
+#: Prompts that are encoded when the environment is made; a longer list is encoded as its prompts are drawn.
+_MAX_PROMPTS_ENCODED_AHEAD = 512
+
 _DEFAULTS = ENVIRONMENTS[DEFAULT_ENVIRONMENT]
-
-
-class Outcome(NamedTuple):
-    """Finished images and their rewards.
-
-    Attributes:
-        images: (B, H, W, 3) uint8.
-        rewards: total, components and validity, each (B,).
-    """
-
-    images: NDArray[np.uint8]
-    rewards: RewardBatch
 
 
 class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]):
@@ -133,8 +122,6 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.render_mode = render_mode
-        self._decoding = BatchSize("decode_batch_size", decode_batch_size)
-        self._executor = ThreadPoolExecutor(reward_workers, "reward") if reward_workers else None
 
         options = _merge_options({"negative_prompt": negative_prompt, "image_size": image_size}, model_kwargs or {})
         self.model = _get_model(model, device, dtype, options)
@@ -144,6 +131,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self.model.check_prompts(self.prompts.train)
         prompt_to_bytes(self.prompts.train, max_prompt_bytes)
         self.reward: Reward = make_reward(reward, non_finite)
+        self._judge = ImageJudge(self.model, self.reward, decode_batch_size, self.reward_workers)
         if self.model.device.type != "cpu" and len(self.prompts.train) <= _MAX_PROMPTS_ENCODED_AHEAD:
             self.model.encode(self.prompts.train)
             self.model.offload_text_encoder()  # its memory is better used for images
@@ -242,12 +230,11 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             return None
         if not self._texts[0]:
             raise gymnasium.error.ResetNeeded("call reset() before render()")
-        return tuple(to_uint8(self._decode(torch.from_numpy(self._latents))))
+        return tuple(to_uint8(self._judge.decode(torch.from_numpy(self._latents))))
 
     def close_extras(self, **kwargs: Any) -> None:
         """Ends the threads that compute rewards."""
-        if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+        self._judge.close()
 
     def begin_episodes(
         self, generators: Sequence[np.random.Generator], options: Mapping[str, Any] | None = None
@@ -315,9 +302,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         """
         if len(prompts) != len(latents):
             raise ValueError(f"expected a prompt for each of the {len(latents)} latents, got {len(prompts)}")
-        chunks = self._decode_in_chunks(latents, list(prompts))
-        images, rewards = judge_chunks(self.reward, chunks, self._executor)
-        return Outcome(to_uint8(images), rewards)
+        return self._judge(latents, prompts)
 
     def state_of(self, observation: Observation) -> State:
         """Returns the states that observations of n environments show, on the model's device."""
@@ -360,40 +345,11 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             "prompt": self._prompt_bytes.copy(),
         }
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self._decoding.map(lambda rows: self.model.decode(latents[rows]), len(latents))
-
-    @torch.no_grad()
-    def _decode_in_chunks(self, latents: Tensor, prompts: list[str]) -> Iterator[tuple[Tensor, list[str]]]:
-        """Yields images (b, 3, H, W) and their prompts, so that workers can start before all images are decoded."""
-        size = len(latents)
-        if self.reward_workers:
-            size = math.ceil(len(latents) / (2 * self.reward_workers))
-            decoded = self._decoding.size or 1
-            size = math.ceil(size / decoded) * decoded  # the same decoding as without workers
-        for first in range(0, len(latents), size):
-            yield self._decode(latents[first : first + size]), prompts[first : first + size]
-
     def _gather(self, infos: list[dict[str, Any]], gathered: dict[str, Any] | None = None) -> dict[str, Any]:
         gathered = gathered or {}
         for i, info in enumerate(infos):
             gathered = self._add_info(gathered, info, i)
         return gathered
-
-
-#: Prompts that are encoded when the environment is made; a longer list is encoded as its prompts are drawn.
-_MAX_PROMPTS_ENCODED_AHEAD = 512
-
-
-def make_info(outcome: Outcome, index: int, prompt: str) -> dict[str, Any]:
-    """Returns what ``info`` says of a finished image; see :class:`dpok_gym.env.DenoisingEnv`."""
-    components = outcome.rewards.components
-    return {
-        "prompt": prompt,
-        "image": outcome.images[index].copy(),
-        "rewards": {name: float(values[index]) for name, values in components.items()},
-        "reward_valid": bool(outcome.rewards.valid[index]),
-    }
 
 
 def _check_no_unknown(unknown: Mapping[str, Any]) -> None:

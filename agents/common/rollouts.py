@@ -16,8 +16,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from agents.common.buffer import TrajectoryBuffer
 from agents.common.randomness import ImageNoise, Purpose, make_generator
 from dpok_gym import diffusion
+from dpok_gym.judging import Outcome, make_info
 from dpok_gym.rewards import RewardBatch
-from dpok_gym.vector_env import Outcome, make_info
 
 if TYPE_CHECKING:
     from agents.common.algorithm import DenoisingAlgorithm

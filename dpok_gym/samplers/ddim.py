@@ -41,7 +41,7 @@ def make_ddim_table(scheduler_config: Mapping[str, Any], num_inference_steps: in
             f"the model comes with a {kind}, whose diffusion is not the variance-preserving one of DDIM with betas; "
             "models of that kind are not supported"
         )
-    scheduler = DDIMScheduler.from_config(scheduler_config, clip_sample=False, thresholding=False)
+    scheduler = DDIMScheduler.from_config(scheduler_config)  # only its noise schedule and timesteps are used
     timesteps = _make_timesteps(scheduler, num_inference_steps)
     previous = timesteps - scheduler.config.num_train_timesteps // num_inference_steps  # as DDIMScheduler.step does it
     alphas = scheduler.alphas_cumprod.double()

@@ -380,6 +380,22 @@ def test_reward_workers_change_nothing(workers: int) -> None:
     threaded.close()
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_reward_workers_decode_the_same_images_together(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the last bits of an image would depend on the number of workers."""
+    env = make(num_envs=5, reward=redness, decode_batch_size=2, reward_workers=workers)
+    decode, sizes = env.model.decode, list[int]()
+
+    def record(latents: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(latents))
+        return decode(latents)
+
+    monkeypatch.setattr(env.model, "decode", record)
+    env.judge(torch.from_numpy(noise(0, (5, 4, 8, 8))), ["a star"] * 5)
+    assert sizes == [2, 2, 1]
+    env.close()
+
+
 def test_a_bad_prompt_leaves_the_episode_alone() -> None:
     env = make(prompts=["a star"], reward=redness)
     env.reset(seed=0)

@@ -1,94 +1,190 @@
-"""Saving an agent: when, and what an interruption leaves."""
+"""The progress bar, and Stable-Baselines3's own callbacks."""
 
+import io
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, StopTrainingOnMaxEpisodes
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
 
-from agents import DPOK, plots, run_folder
-from agents.common.callbacks import SaveCallback, save_agent
-from agents.cli.main import main
-from dpok_gym import DenoisingVectorEnv
+from agents import DDPO, DPOK, GymnasiumVecEnv, RewardWeightedSFT
+from agents.common.callbacks import ProgressCallback
+from dpok_gym import DenoisingEnv
+from tests.agents.common.support import Watch, snapshot
+from tests.support import assert_same
 
-pytestmark = pytest.mark.usefixtures("fresh_models")
-
-STEPS = 2
-
-
-def brightness(images: Any, prompts: list[str]) -> Any:
-    return images.mean((1, 2, 3))
-
-
-@pytest.fixture
-def agent(tiny_sd_folder: Path) -> DPOK:
-    env = DenoisingVectorEnv(
-        2, model=str(tiny_sd_folder), prompts="a dog", reward=brightness, num_inference_steps=STEPS, device="cpu"
-    )
-    return DPOK("DenoisingPolicy", env, seed=0, device="cpu", policy_kwargs={"lora_rank": 2})
+N, T = 4, 3
+UPDATE = N * T
 
 
-def test_the_agent_is_saved_between_rollouts(agent: DPOK, tmp_path: Path) -> None:
-    saved = []
+# --- The progress bar
 
-    class Watch(BaseCallback):
+
+class Drawn(ProgressCallback):
+    """A progress bar that notes what it shows at the end of each rollout."""
+
+    def __init__(self, images: int) -> None:
+        super().__init__(images, disable=False)
+        self.shown: list[tuple[int, str]] = []
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        assert self._bar is not None
+        self._bar.fp = io.StringIO()
+
+    def _on_rollout_end(self) -> None:
+        super()._on_rollout_end()
+        assert self._bar is not None
+        self.shown.append((self._bar.n, self._bar.postfix))
+
+
+def test_the_bar_counts_images_and_shows_the_latest_update(make_agent: Callable[..., Any]) -> None:
+    agent, bar = make_agent(), Drawn(3 * N)
+    agent.learn(3 * UPDATE, bar)
+    assert [n for n, _ in bar.shown] == [N, 2 * N, 3 * N]
+    rewards = [episode["r"] for episode in agent.ep_info_buffer]
+    assert bar.shown[0][1].startswith(f"reward {np.mean(rewards[:N]):.3f}")
+    assert bar.shown[2][1].startswith(f"reward {np.mean(rewards):.3f}, KL ")
+    assert bar.shown[2][1].endswith(" nats")
+    assert bar._bar.total == 3 * N
+    assert bar._bar.disable  # closed
+
+
+def test_the_bar_starts_where_the_agent_is(make_agent: Callable[..., Any]) -> None:
+    agent, bar = make_agent(), Drawn(2 * N)
+    agent.learn(UPDATE)
+    agent.learn(UPDATE, bar, reset_num_timesteps=False)
+    assert bar._bar.initial == N
+    assert [n for n, _ in bar.shown] == [2 * N]
+
+
+def test_the_bar_shows_a_fit_too(make_agent: Callable[..., Any]) -> None:
+    agent, bar = make_agent(algorithm=RewardWeightedSFT, n_gradient_steps=3, log_every=2, batch_size=2), Drawn(N)
+    agent.learn(UPDATE, bar)
+    assert [n for n, _ in bar.shown] == [N] * 3
+    assert ", update 2, loss 0." in bar.shown[1][1] or ", update 2, loss 1." in bar.shown[1][1]
+
+
+def test_seconds_of_training(make_agent: Callable[..., Any]) -> None:
+    agent, bar = make_agent(), ProgressCallback(2 * N, disable=True)
+    assert bar.seconds_so_far == 0
+    seen: list[float] = []
+    started = time.perf_counter()
+    agent.learn(UPDATE, [bar, Watch(lambda _: seen.append(bar.seconds_so_far))])
+    assert 0 < seen[0] < seen[-1] < bar.seconds <= time.perf_counter() - started
+    assert bar.seconds_so_far == bar.seconds
+    first = bar.seconds
+    agent.learn(UPDATE, bar)  # a second training adds to it
+    assert bar.seconds > first
+
+
+def test_the_bar_is_closed_after_an_interruption(make_agent: Callable[..., Any]) -> None:
+    agent, bar = make_agent(), Drawn(2 * N)
+
+    def interrupt(watch: Watch) -> None:
+        if watch.n_calls == T + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(2 * UPDATE, [bar, Watch(interrupt)])
+    bar.close()
+    assert bar._bar.disable
+    assert bar._bar.n == N
+    seconds = bar.seconds
+    assert seconds > 0
+    bar.close()  # once is enough
+    assert bar.seconds == seconds
+
+
+# --- Stable-Baselines3's
+
+
+def test_each_iteration_is_one_rollout(make_env: Callable[..., Any], make_agent: Callable[..., Any]) -> None:
+    """Callbacks that save are asked when nothing is half done."""
+    events: list[tuple[str, int, int, int]] = []
+
+    class Listen(BaseCallback):
+        def note(self, event: str) -> None:
+            events.append((event, self.model.iteration, self.model.images_drawn, self.model._n_updates))
+
+        def _on_training_start(self) -> None:
+            self.note("training start")
+
         def _on_rollout_start(self) -> None:
-            saved.append((tmp_path / "model.zip").is_file() and DPOK.load(tmp_path / "model.zip").num_timesteps)
+            self.note("start")
 
         def _on_step(self) -> bool:
+            self.note("step")
             return True
 
-    agent.learn(5 * 2 * STEPS, callback=[SaveCallback(tmp_path, every=2), Watch()])
-    # Before the third and the fifth rollout, with all that came before.
-    assert saved == [False, False, 2 * 2 * STEPS, 2 * 2 * STEPS, 4 * 2 * STEPS]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "model.zip"]
+        def _on_rollout_end(self) -> None:
+            self.note("end")
+
+        def _on_training_end(self) -> None:
+            self.note("training end")
+
+    make_agent(make_env(2), images_per_iteration=N).learn(2 * UPDATE, Listen())
+    first = [("start", 0, 0, 0), *[("step", 0, 0, 0)] * 2 * T, ("end", 0, 0, 0)]
+    second = [("start", 1, N, 1), *[("step", 1, N, 1)] * 2 * T, ("end", 1, N, 1)]
+    assert events == [("training start", 0, 0, 0), *first, *second, ("training end", 2, 2 * N, 2)]
 
 
-@pytest.mark.parametrize("method", ["save", "save_lora"])
-def test_what_interrupts_a_save_leaves_the_old_file(
-    method: str, agent: DPOK, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("algorithm", [DPOK, DDPO])
+def test_checkpoints_and_evaluations(
+    make_agent: Callable[..., Any], settings: dict[str, Any], tmp_path: Path, algorithm: type
 ) -> None:
-    save_agent(agent, tmp_path)
-    whole = getattr(DPOK, method)
-    name = {"save": "model.zip", "save_lora": "lora/pytorch_lora_weights.safetensors"}[method]
-    before = (tmp_path / name).read_bytes()
-
-    def interrupted(agent: DPOK, path: Path) -> None:
-        whole(agent, path)
-        for file in [path, *path.glob("*")]:
-            if file.is_file():
-                file.write_bytes(b"half of it")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(DPOK, method, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save_agent(agent, tmp_path)
-    assert (tmp_path / name).read_bytes() == before
-
-
-def test_rows_of_the_log_after_the_last_save_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a kill: the agent is older than its log."""
-    run = tmp_path / "run"
-    tiny = [
-        "--num-inference-steps",
-        "2",
-        "--n-envs",
-        "2",
-        "--lora-rank",
-        "2",
-        "--eval-pictures",
-        "2",
-        "--device",
-        "cpu",
+    agent = make_agent(algorithm=algorithm)
+    callbacks = [
+        CheckpointCallback(save_freq=T, save_path=str(tmp_path / "checkpoints")),
+        EvalCallback(
+            DummyVecEnv([lambda: Monitor(DenoisingEnv(**settings))]),
+            n_eval_episodes=2,
+            eval_freq=T,
+            log_path=str(tmp_path),
+            best_model_save_path=str(tmp_path / "best"),
+            deterministic=False,
+            verbose=0,
+        ),
     ]
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            run_folder, "save_agent", lambda agent, folder: agent.num_timesteps or save_agent(agent, folder)
-        )
-        patched.setattr(run_folder, "SaveCallback", lambda folder: SaveCallback(folder, every=2))
-        assert main(["train", "--out", str(run), "--pictures", "6", *tiny]) == 0
-    assert DPOK.load(run / "model.zip").num_timesteps == 4 * STEPS
-    assert [row["rollout/pictures"] for row in plots.read_log(run / "progress.csv")] == [2, 4, 6]
-    assert main(["train", "--resume", "--out", str(run)]) == 0
-    assert [row["rollout/pictures"] for row in plots.read_log(run / "progress.csv")] == [2, 4, 6]
-    assert DPOK.load(run / "model.zip").num_timesteps == 6 * STEPS
+    with pytest.warns(UserWarning, match="Training and eval env are not of the same type"):
+        agent.learn(2 * UPDATE, callback=callbacks)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"rl_model_{n}_steps.zip" for n in (UPDATE, 2 * UPDATE)]
+    evaluations = np.load(tmp_path / "evaluations.npz")
+    assert evaluations["timesteps"].tolist() == [UPDATE, 2 * UPDATE]
+    assert evaluations["ep_lengths"].tolist() == [[T, T]] * 2
+    for path in (tmp_path / "checkpoints" / names[0], tmp_path / "best" / "best_model.zip"):
+        algorithm.load(path, device="cpu")
+    # The evaluations in between have changed nothing.
+    assert_same(snapshot(agent), snapshot(make_agent(algorithm=algorithm).learn(2 * UPDATE)))
+
+
+def test_a_vector_environment_evaluates_too(
+    make_env: Callable[..., Any], make_agent: Callable[..., Any], only_warnings: Callable[..., Any]
+) -> None:
+    agent = make_agent()
+    with only_warnings("Training and eval env are not of the same type", "Evaluation environment is not wrapped"):
+        agent.learn(UPDATE, EvalCallback(GymnasiumVecEnv(make_env(2)), n_eval_episodes=4, eval_freq=T, verbose=0))
+    assert np.isfinite(agent.logger.name_to_value.get("eval/mean_reward", 0.0))
+
+
+def test_evaluate_policy(make_agent: Callable[..., Any], settings: dict[str, Any]) -> None:
+    agent = make_agent()
+    env = Monitor(DenoisingEnv(**settings))
+    rewards, lengths = evaluate_policy(agent, env, n_eval_episodes=3, return_episode_rewards=True)
+    assert lengths == [T] * 3
+    assert np.isfinite(rewards).all()
+    assert len(set(rewards)) == 3
+
+
+def test_a_callback_can_stop_between_rollouts(make_agent: Callable[..., Any]) -> None:
+    agent = make_agent()
+    agent.learn(10 * UPDATE, StopTrainingOnMaxEpisodes(2 * N))
+    # The second iteration is not complete when the callback says stop: it is asked before the update.
+    assert (agent.iteration, agent.images_drawn, agent._n_updates) == (1, N, 1)
