@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,10 @@ class TensorBoardLog(KVWriter):
     """
 
     def __init__(self, folder: Path, n_rows: int = 0) -> None:
-        goes_on = folder.is_dir() and any(folder.iterdir())
-        purge_step = n_rows + 1 if goes_on else None
+        purge_step = None
+        if folder.is_dir() and any(folder.iterdir()):
+            purge_step = n_rows + 1
+            _wait_for_another_second(folder)
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
         self._n_rows = n_rows
 
@@ -107,6 +110,17 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
         cells = zip(columns, row, strict=False)
         log.append({name: float(text) for name, text in cells if text})
     return log
+
+
+def _wait_for_another_second(folder: Path) -> None:
+    """Waits if the newest event file was made in this second.
+
+    TensorBoard reads the files by name, which begins with the second that they were made in, and the new one must be
+    the last.
+    """
+    made = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+    if str(int(time.time())) in made:
+        time.sleep(1)
 
 
 def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:

@@ -137,6 +137,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         self.reward_normalizer = RewardNormalizer() if normalize_rewards else None
         self.images_drawn = 0
         self.iteration = 0
+        self.latest_metrics = {}
         #: The environment's sampler, kept so that a saved agent can be loaded without an environment.
         self.sampler_config: SamplerConfig | None = None
         new_seed = np.random.SeedSequence().generate_state(1)[0]  # from the operating system
@@ -158,7 +159,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             verbose=verbose,
-            seed=seed,
+            seed=None if seed is None else self.run_seed,
             device=device,
             _init_setup_model=_init_setup_model,
         )

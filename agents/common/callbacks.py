@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
@@ -39,11 +40,12 @@ class ProgressCallback(BaseCallback):
         self._bar.update(self._drawn() - self._bar.n)
         recent = [episode["r"] for episode in self.model.ep_info_buffer or ()]
         parts = [f"reward {np.mean(recent):.3f}"] if recent else []
-        latest = self.logger.name_to_value  # of the latest update, if there was one
-        if "train/kl_to_reference" in latest:
-            parts.append(f"KL {latest['train/kl_to_reference']:.2f} nats")
-        if "train/denoising_loss" in latest:
-            parts.append(f"update {latest['train/n_updates']}, loss {latest['train/denoising_loss']:.4f}")
+        agent: Any = self.model
+        latest = agent.latest_metrics  # the logger has forgotten the row of the latest update
+        if "kl_to_reference" in latest:
+            parts.append(f"KL {latest['kl_to_reference']:.2f} nats")
+        if "denoising_loss" in latest:
+            parts.append(f"update {agent._n_updates}, loss {latest['denoising_loss']:.4f}")
         self._bar.set_postfix_str(", ".join(parts))
 
     def _on_training_end(self) -> None:

@@ -27,10 +27,14 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
     """An algorithm that takes optimiser steps on the mean loss of batches.
 
     ``with self.optimizer_step(): self.backward(batch)`` is one step. The loss is the subclass's.
+
+    Attributes:
+        latest_metrics: what the latest update logged, by name; empty before the first one.
     """
 
     policy: DenoisingPolicy
     max_grad_norm: float
+    latest_metrics: dict[str, float]
     _micro_batches: BatchSize
     _metrics: dict[str, list[Tensor]]
 
@@ -45,8 +49,9 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
         started = time.perf_counter()
         self._update_learning_rate(self.policy.optimizer)
         yield
-        for name, values in self._metrics.items():
-            self.logger.record(f"train/{name}", torch.cat(values).mean().item())
+        self.latest_metrics = {name: torch.cat(values).mean().item() for name, values in self._metrics.items()}
+        for name, mean in self.latest_metrics.items():
+            self.logger.record(f"train/{name}", mean)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/update_images_per_second", n_images / (time.perf_counter() - started))
 

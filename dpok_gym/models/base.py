@@ -27,9 +27,6 @@ CONDITIONING_CACHE_BYTES = 256 * 2**20
 #: The name of the model of a live pipeline that has no name of its own.
 LIVE_PIPELINE = "pipeline"
 
-#: Prompts that a text encoder reads at a time.
-ENCODING_BATCH_SIZE = 32
-
 
 class TextToImageModel(ABC):
     """A latent diffusion model, reduced to what denoising as a decision process needs.
@@ -166,14 +163,12 @@ class TextToImageModel(ABC):
                 conditioning[prompt] = known
         if missing:
             self.check_prompts(missing)
-        for first in range(0, len(missing), ENCODING_BATCH_SIZE):
-            batch = missing[first : first + ENCODING_BATCH_SIZE]
+        for prompt in missing:
+            # One at a time: in a batch, its last bits would depend on the prompts beside it.
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                encoded = self._encode(batch)
-            for row, prompt in enumerate(batch):
-                # A clone: a view would keep the whole batch in memory.
-                conditioning[prompt] = {name: values[row].clone() for name, values in encoded.items()}
-                self._conditioning.add(prompt, conditioning[prompt])
+                encoded = self._encode([prompt])
+            conditioning[prompt] = {name: values[0] for name, values in encoded.items()}
+            self._conditioning.add(prompt, conditioning[prompt])
         names = conditioning[prompts[0]]
         return {name: torch.stack([conditioning[prompt][name] for prompt in prompts]) for name in names}
 

@@ -285,5 +285,7 @@ def _is_same_model(known: str, other: str) -> bool:
     """Returns whether two names are of one model, whose folder may have moved."""
     if os.path.exists(known):
         return os.path.realpath(known) == os.path.realpath(other)
+    if not os.path.isabs(known):
+        return known == other  # a hub id looks like a relative path, and its last part does not tell the model
     # Without normpath, two folders written with a slash at the end would both have the name "".
     return os.path.basename(os.path.normpath(known)) == os.path.basename(os.path.normpath(other))

@@ -33,7 +33,8 @@ class Registry(Generic[Entry]):
             ValueError: if the name is blank, or already stands for something else.
         """
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"the name of a {self.kind} must be a text that is not blank, got {name!r}")
+            article = "an" if self.kind[0] in "aeiou" else "a"
+            raise ValueError(f"the name of {article} {self.kind} must be a text that is not blank, got {name!r}")
         known = self._entries.get(name, entry)
         if _definition(known) != _definition(entry):
             raise ValueError(f"the {self.kind} {name!r} is already registered, as {known!r}; choose another name")

@@ -22,7 +22,6 @@ def test_share_of_scenes_read_exactly() -> None:
     assert judge.share_exact(true, other) == 0.7
 
 
-@pytest.mark.slow
 def test_the_judge_reads_clean_scenes(capsys: pytest.CaptureFixture[str]) -> None:
     judge.main(["--images", "20"])
     (row,) = (line for line in capsys.readouterr().out.split("\n") if line.startswith("read exactly"))
@@ -68,7 +67,6 @@ def test_agreement_with_what_was_chosen_and_meant() -> None:
     assert cells["all"] == ("4", "50.0%", "75.0%")
 
 
-@pytest.mark.slow
 def test_the_pretrained_model_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

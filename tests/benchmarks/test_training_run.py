@@ -29,13 +29,12 @@ def test_images_of_a_row() -> None:
     assert training_run.choose_row(many) == list(range(0, 32, 4))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "settings"),
     [
         ("dpok", {"use_critic": False}),
         ("draft", {"batch_size": 2}),
-        ("rwr", {"n_gradient_steps": 4, "log_every": 2, "batch_size": 2}),
+        pytest.param("rwr", {"n_gradient_steps": 4, "log_every": 2, "batch_size": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run(algorithm: str, settings: dict[str, Any], tmp_path: Path) -> None:
@@ -70,7 +69,6 @@ def test_a_run(algorithm: str, settings: dict[str, Any], tmp_path: Path) -> None
     assert (tmp_path / "images" / "row.png").is_file()
 
 
-@pytest.mark.slow
 def test_a_run_with_smaller_rollouts_of_its_own() -> None:
     """As REINFORCE has in the comparison."""
     settings = {"n_envs": 1}

@@ -70,9 +70,10 @@ def objective(policy: GridPolicy, reference: GridPolicy) -> float:
     return policy.expectation(lambda x: x) - BETA * policy.step_kl(reference).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl_placement", ["reward", "loss"])
 def test_gradient_of_the_whole_objective(kl_placement: str) -> None:
-    """With the KL in the reward it is that of Eq. 8; in the loss, a term is missing (Sec. 4.2 of the paper)."""
+    """With the KL in the reward it is that of Eq. 8; in the loss, a term of it is missing."""
     n, steps, prompt = 2048, 3, "two modes"
     agent = make_agent(prompt, n, steps, kl_placement=kl_placement, log_prob_reduction="sum", use_critic=False)
     bias = list(agent.policy.denoiser_parameters())[-1]

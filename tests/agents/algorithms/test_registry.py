@@ -141,7 +141,7 @@ def test_a_registered_class() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(ValueError, match=r"unknown algorithm 'dpko'; .*dpok.*register_algorithm.*my_module:Mine"):
         load_algorithm("dpko")
-    with pytest.raises(ValueError, match="the name of a algorithm|the name of an algorithm"):
+    with pytest.raises(ValueError, match="the name of an algorithm must be a text that is not blank"):
         register_algorithm(" ", DPOK)
 
 

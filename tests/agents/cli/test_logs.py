@@ -88,6 +88,20 @@ def test_tensorboard_goes_on(tmp_path, kept):
     assert _tensorboard(tmp_path / "tensorboard", "a") == expected
 
 
+def test_tensorboard_goes_on_in_the_same_second(tmp_path):
+    """Then the process's number would decide on the order of the files."""
+    log = TensorBoardLog(tmp_path / "tensorboard")
+    _write(log, a=1.0)
+    log.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    second, *rest = path.name.removeprefix("events.out.tfevents.").split(".")
+    path.rename(path.with_name(".".join(["events.out.tfevents", second, "zzz", *rest])))  # sorts last
+    log = TensorBoardLog(tmp_path / "tensorboard", n_rows=0)
+    _write(log, a=2.0)
+    log.close()
+    assert _tensorboard(tmp_path / "tensorboard", "a") == [(1, 2.0)]
+
+
 def test_the_logger_writes_both(tmp_path):
     logger = make_logger(tmp_path, CSVLog(tmp_path / "progress.csv"), TensorBoardLog(tmp_path / "tensorboard"))
     logger.record("train/loss", 0.25)

@@ -185,6 +185,6 @@ def test_evaluate_policy(make_agent: Callable[..., Any], settings: dict[str, Any
 
 def test_a_callback_can_stop_between_rollouts(make_agent: Callable[..., Any]) -> None:
     agent = make_agent()
-    agent.learn(10 * UPDATE, StopTrainingOnMaxEpisodes(2 * N))
-    # The second iteration is not complete when the callback says stop: it is asked before the update.
+    agent.learn(10 * UPDATE, StopTrainingOnMaxEpisodes(2))  # for each environment
+    # The callback is asked before the second update, so the second iteration is not complete.
     assert (agent.iteration, agent.images_drawn, agent._n_updates) == (1, N, 1)

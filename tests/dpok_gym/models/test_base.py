@@ -51,21 +51,14 @@ def model() -> Counting:
 
 def test_each_distinct_prompt_is_encoded_once(model: Counting) -> None:
     conditioning = model.encode(["a", "bbb", "a", "cc"])
-    assert model.batches == [["a", "bbb", "cc"]]
+    assert model.batches == [["a"], ["bbb"], ["cc"]]
     assert conditioning["length"].tolist() == [1, 3, 1, 2]
     assert conditioning["values"].tolist() == [[n + i for i in range(5)] for n in (1, 3, 1, 2)]
     again = model.encode(["cc", "dddd", "a"])
     assert again["length"].tolist() == [2, 4, 1]
-    assert model.batches == [["a", "bbb", "cc"], ["dddd"]]
+    assert model.batches == [["a"], ["bbb"], ["cc"], ["dddd"]]
     assert model.encode(("bbb",))["values"].shape == (1, 5)
-    assert len(model.batches) == 2
-
-
-def test_prompts_are_encoded_in_batches_of_a_bounded_size(model: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpok_gym.models.base.ENCODING_BATCH_SIZE", 4)
-    prompts = ["x" * n for n in range(1, 11)]
-    assert model.encode(prompts)["length"].tolist() == list(range(1, 11))
-    assert [len(batch) for batch in model.batches] == [4, 4, 2]
+    assert len(model.batches) == 4
 
 
 def test_the_memory_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +105,7 @@ def test_encoding_is_the_callers_own(model: Counting) -> None:
         values.zero_()
     again = model.encode(["a", "bb"])
     assert all(torch.equal(again[name], kept[name]) for name in kept)
-    assert len(model.batches) == 1
+    assert len(model.batches) == 2
 
 
 def test_what_is_kept_is_no_view_of_a_batch(model: Counting) -> None:

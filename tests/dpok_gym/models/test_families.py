@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from dpok_gym.models import TextToImageModel, load_model
-from dpok_gym.models.base import ENCODING_BATCH_SIZE, GuidanceGradient
+from dpok_gym.models.base import GuidanceGradient
 from dpok_gym.models.lora import LoRA, reference_copy
 from dpok_gym.samplers.process import DenoisingProcess, State
 from dpok_gym.testing import MAX_TOKENS
@@ -261,12 +261,11 @@ def test_many_prompts_are_encoded_as_each_of_them(folder: Path) -> None:
     model: Any = load_model(folder, "cpu", negative_prompt="a dog")
     short = [" ".join(["a", *["dog"] * k]) for k in range(1, 6)] * 9
     prompts = [*short, *(f"{letter} moon {letter * n}." for letter in "xyz" for n in range(1, 14))]
-    assert len(set(prompts)) > ENCODING_BATCH_SIZE
     together = model.encode(prompts)
     model._conditioning.clear()
     for k in (0, 1, 44, 45, 83):
         for name, values in model.encode(prompts[k : k + 1]).items():
-            torch.testing.assert_close(values[0], together[name][k])
+            assert torch.equal(values[0], together[name][k])  # bit for bit, whatever was encoded beside it
 
 
 XL_PROMPTS = [*PROMPTS, "", "a z zebra", "zz top!", "moon - 3"]
