@@ -75,7 +75,8 @@ def curves(records: Sequence[Record], tasks: Sequence[str], path: Path) -> None:
 
 def _set_limits(axes: Axes, middles: Sequence[Numbers]) -> None:
     """Sets the range of y to that of the curves without the lowest one."""
-    low, high = sorted(middle.min() for middle in middles)[1], max(middle.max() for middle in middles)
+    low = sorted(middle.min() for middle in middles)[1]
+    high = max(middle.max() for middle in middles)
     margin = 0.1 * (high - low)
     axes.set_ylim(low - margin, high + margin)
 
@@ -96,7 +97,8 @@ def frontier(records: Sequence[Record], tasks: Sequence[str], path: Path) -> Non
             for label, colour in colours.items():
                 results = [record["scores"]["training"] for record in _select(records, label, task)]
                 if results:
-                    x, y = [result["kl"] for result in results], [result[score] for result in results]
+                    x = [result["kl"] for result in results]
+                    y = [result[score] for result in results]
                     axes.scatter(x, y, s=14, color=colour, alpha=0.45, linewidths=0)
                     middle = [interquartile_mean([values]).value for values in (x, y)]
                     axes.scatter(*middle, s=64, color=colour, edgecolors="white", label=label, zorder=3)
@@ -146,7 +148,8 @@ def _band(
     """Draws the interquartile mean of the seeds' curves and its interval; returns the mean at the points drawn."""
     smooth = [_smooth(points, score, cost) for points in by_seed]
     # Only where all seeds have points.
-    first, last = max(x[0] for x, _ in smooth), min(x[-1] for x, _ in smooth)
+    first = max(x[0] for x, _ in smooth)
+    last = min(x[-1] for x, _ in smooth)
     at = np.linspace(first, last, _POINTS)
     middle, low, high = interquartile_band([np.interp(at, x, y) for x, y in smooth])
     axes.plot(at, middle, color=colour, linewidth=1.8, label=label)

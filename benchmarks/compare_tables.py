@@ -150,7 +150,8 @@ def _differences(records: Sequence[Record], tasks: Sequence[str]) -> str:
     for title, included in _with_all(tasks).items():
         cells = []
         for name in shown:
-            ours, theirs = ([numbers(records, label, task, name) for task in included] for label in (OURS, THEIRS))
+            ours = [numbers(records, OURS, task, name) for task in included]
+            theirs = [numbers(records, THEIRS, task, name) for task in included]
             if all(ours) and all(theirs):
                 difference = _scaled(improvement(ours, theirs), COLUMNS[name])
                 probability = probability_of_improvement(ours, theirs).value
@@ -199,7 +200,7 @@ def rank(records: Sequence[Record], shared: dict[str, Any]) -> None:
         shared: settings of all runs, which are left out.
     """
     formats = {"reward": ".3f", "aligned": ".3f", "quality": ".3f", "kl": ".1f"}
-    tried: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    tried: dict[tuple[str, str], dict[str, list[dict[str, float]]]] = {}
     for record in records:
         own = [f"{name} {value}" for name, value in record["settings"].items() if shared.get(name) != value]
         by_settings = tried.setdefault((record["task"], record["label"]), {})
@@ -208,9 +209,16 @@ def rank(records: Sequence[Record], shared: dict[str, Any]) -> None:
     for (task, label), by_settings in tried.items():
         means: dict[str, dict[str, float]] = {}
         for own_settings, scores in by_settings.items():
-            means[own_settings] = {name: fmean(score[name] for score in scores) for name in formats}
+            means[own_settings] = _means(scores, list(formats))
         for own_settings in sorted(means, key=lambda settings: -means[settings]["reward"]):
             cells = [format(means[own_settings][name], format_spec) for name, format_spec in formats.items()]
             table.add_row(task, label, own_settings, *cells, str(len(by_settings[own_settings])))
         table.add_section()
     Console(width=180).print(table)
+
+
+def _means(scores: Sequence[dict[str, float]], names: Sequence[str]) -> dict[str, float]:
+    means = {}
+    for name in names:
+        means[name] = fmean(score[name] for score in scores)
+    return means

@@ -115,9 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         checkouts.append(options.against.resolve())
         folders.append(options.out / "against")
     pairs = [run_in_turn(checkouts, folders, seed) for seed in range(options.seeds)]
-    Console().print(scores_table([pair[0] for pair in pairs]))
+    ours = [pair[0] for pair in pairs]
+    Console().print(scores_table(ours))
     if options.against is not None:
-        print(compare_times([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
+        theirs = [pair[1] for pair in pairs]
+        print(compare_times(ours, theirs))
 
 
 if __name__ == "__main__":

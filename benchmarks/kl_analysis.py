@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
+import numpy as np
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -198,7 +199,8 @@ def _family_curve(axes: Axes, by_value: dict[float, Scores], heading: str, marke
     values = sorted(by_value)
     kl = [interquartile_mean([by_value[value]["KL, nats"]]) for value in values]
     means = [interquartile_mean([by_value[value][heading]]) for value in values]
-    axes.plot([x.value for x in kl], [y.value for y in means], "-", color=colour, alpha=0.5, linewidth=1)
+    line = np.array([(x.value, y.value) for x, y in zip(kl, means, strict=True)])
+    axes.plot(*line.T, "-", color=colour, alpha=0.5, linewidth=1)
     for value, x, y in zip(values, kl, means, strict=True):
         axes.plot(x.value, y.value, marker, color=colour, markersize=6)
         axes.vlines(x.value, y.low, y.high, color=colour, linewidth=1)

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -90,7 +91,8 @@ def draw_figure(results: dict[str, dict[str, Any]], path: Path) -> None:
     for axes, (placement, measured) in zip(panels, results.items(), strict=True):
         rows = measured["training"]
         for name, colour, label in curves:
-            axes.plot([row["images"] for row in rows], [row[name] for row in rows], color=colour, label=label)
+            points = np.array([(row["images"], row[name]) for row in rows])
+            axes.plot(*points.T, color=colour, label=label)
             axes.axhline(measured["exact"][name], color=colour, linestyle=":", linewidth=1)
         axes.set_title(f"KL in the {placement}", fontsize=10)
         axes.set(xlabel="images drawn", xlim=(0, None), ylim=(0, None))

@@ -36,7 +36,8 @@ def scatter(policies: dict[str, DenoisingPolicy], path: Path, n: int = 500, colu
             model = "pre-trained" if reference else "DPOK"
             cells[row, 0].set_ylabel(f"“{prompt}”\n{model}", fontsize=9)
     for axes, step in zip(cells[0], _shown_steps(next(iter(policies.values())), columns), strict=True):
-        axes.set_title(f"after {step} steps" if step else "noise", fontsize=9)
+        title = f"after {step} steps" if step else "noise"
+        axes.set_title(title, fontsize=9)
     figure.savefig(path, dpi=130)
 
 
@@ -55,6 +56,7 @@ def _scatter_row(cells: Any, policy: DenoisingPolicy, prompt: str, n: int, refer
         target = target.tilted(torch.tensor([0.5, 0.0]).double())
     states = sample_trajectories(policy, prompt, n, seed=0, reference=reference)
     alphas = model.denoiser.alphas_cumprod.double()
+    # The sampler ends at the least noise that the model was trained with, timestep 0.
     for axes, step in zip(cells, _shown_steps(policy, len(cells)), strict=True):
         timestep = table.timesteps[step] if step < len(table) else 0
         density = target.noised(alphas[timestep]).log_prob(plane).exp()

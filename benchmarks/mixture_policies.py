@@ -6,6 +6,7 @@ Letters used for shapes: n points, T denoising steps, d dimensions.
 from __future__ import annotations
 
 import time
+from itertools import chain
 from typing import Any
 
 import gymnasium
@@ -124,7 +125,7 @@ def half_reward(x: Array) -> Array:
 
 def show(title: str, rows: list[dict[str, Any]], console: Console) -> None:
     """Prints rows as a table."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys(chain.from_iterable(rows)))
     table = Table(*names, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(_text(row.get(name, "")) for name in names))

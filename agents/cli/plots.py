@@ -52,7 +52,8 @@ def learning_curve(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     for axes in by_images:
         axes.sharex(panels[0])
     if len(by_images):
-        by_images[-1].set_xlabel("images drawn by the pre-trained model" if fits else "images drawn")
+        label = "images drawn by the pre-trained model" if fits else "images drawn"
+        by_images[-1].set_xlabel(label)
     if fits:
         _curve(panels[-1], _points(rows, "train/n_updates", "train/denoising_loss"), KL)
         panels[-1].set(ylabel="denoising loss", xlabel="optimiser steps")
@@ -280,7 +281,8 @@ def _curve(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> No
         axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
     weights = np.ones(window)
     smooth = np.convolve(y, weights, "same") / np.convolve(np.ones_like(y), weights, "same")
-    axes.plot(x, smooth, color=colour, linewidth=1.8, marker="o" if len(x) < 3 else None)
+    marker = "o" if len(x) < 3 else None  # a line of one point cannot be seen
+    axes.plot(x, smooth, color=colour, linewidth=1.8, marker=marker)
 
 
 def _save(figure: Figure, path: str | Path) -> Path:

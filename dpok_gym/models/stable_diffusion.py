@@ -85,7 +85,11 @@ class StableDiffusion(TextToImageModel):
 
     def _prepare(self, network: Any) -> Any:
         # Convolutions with the channels last are faster on GPUs with tensor cores and on CPUs; nothing else changes.
-        return network.to(self.device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        network = network.to(self.device).to(memory_format=torch.channels_last).eval()
+        for name, value in network.named_parameters():
+            if ".lora_" not in name:  # a LoRA in a live pipeline may be an agent's, which goes on learning
+                value.requires_grad_(False)
+        return network
 
     @property
     def vae_scale_factor(self) -> int:

@@ -24,14 +24,17 @@ def test_report(tmp_path: Path) -> None:
     text = (tmp_path / "table.md").read_text()
     (row,) = (line for line in text.split("\n") if line.startswith("| SFT, KL-O, 2 |"))
     of_label = [record for record in records if record["label"] == "SFT, KL-O, 2"]
-    assert values(row) == ["2", *(f"{mean_score(of_label, *SHOWN[name][:2]):{SHOWN[name].format}}" for name in SHOWN)]
+    means = [f"{mean_score(of_label, score.prompts, score.name):{score.format}}" for score in SHOWN.values()]
+    assert values(row) == ["2", *means]
     for one, other in KL_SETTINGS["claims"]:
         (row,) = (line for line in text.split("\n") if line.startswith(f"| {one} - {other} |"))
-        both = ([record for record in records if record["label"] == label] for label in (one, other))
-        ours, theirs = ([mean_score(records, *SHOWN[name][:2]) for name in SHOWN] for records in both)
-        formats = [score.format for score in SHOWN.values()]
-        differences = zip(ours, theirs, formats, strict=True)
-        assert values(row) == [f"{mine - their:+{format_spec}}" for mine, their, format_spec in differences]
+        ours = [record for record in records if record["label"] == one]
+        theirs = [record for record in records if record["label"] == other]
+        differences = []
+        for prompts, name, format_spec in SHOWN.values():
+            difference = mean_score(ours, prompts, name) - mean_score(theirs, prompts, name)
+            differences.append(f"{difference:+{format_spec}}")
+        assert values(row) == differences
     assert (tmp_path / "kl_analysis.png").stat().st_size > 10_000
 
 

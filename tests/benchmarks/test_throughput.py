@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import throughput
+from benchmarks import random_model, throughput
+from dpok_gym.prompts import load_prompts
 
 CPU = torch.device("cpu")
 
@@ -49,3 +50,12 @@ def test_shares_of_a_rollout(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert f"{shares[throughput.OUTSIDE]:6.1%} {throughput.OUTSIDE}" in capsys.readouterr().out
     rates = ("images_per_second", "transitions_per_second", "rollout_flops", "update_flops")
     assert all(row[name] > 0 for name in rates)
+
+
+def test_the_random_model_reads_the_papers_prompts() -> None:
+    tokenizer = random_model._make_tokenizer()
+    for prompt in load_prompts("dpok").train:
+        tokens = tokenizer(prompt)["input_ids"]
+        assert len(tokens) <= tokenizer.model_max_length
+        # Lower case, letter by letter: nothing is lost.
+        assert "".join(tokenizer.decode(tokens, skip_special_tokens=True).split()) == prompt.lower().replace(" ", "")

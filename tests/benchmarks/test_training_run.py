@@ -23,7 +23,7 @@ def test_diversity() -> None:
 def test_images_of_a_row() -> None:
     assert training_run.choose_row(["a", "a", "b"]) == [0, 1, 2]
     assert training_run.choose_row(["a"] * 20) == list(range(8))
-    prompts = [name for name in "abcdefgh" for _ in range(2)]
+    prompts = list("aabbccddeeffgghh")
     assert training_run.choose_row(prompts) == list(range(0, 16, 2))
     many = [str(k) for k in range(33)]
     assert training_run.choose_row(many) == list(range(0, 32, 4))

@@ -134,7 +134,7 @@ def collect(agent: DenoisingAlgorithm, images: int = N) -> TrajectoryBuffer:
 def take_batches(agent: DenoisingAlgorithm, images: int = N) -> list[Any]:
     """Returns the batches that an iteration would learn from; the denoiser stays as it was."""
     batches: list[Any] = []
-    agent.backward = batches.append  # type: ignore[method-assign]
+    agent.backward = batches.append  # type: ignore[assignment, method-assign]
     with torch.enable_grad():
         agent.learn(images * T)
     del agent.backward  # type: ignore[method-assign]

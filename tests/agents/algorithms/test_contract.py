@@ -49,6 +49,11 @@ from tests.support import assert_same, colours
 MakeEnv = Callable[..., DenoisingVectorEnv]
 
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
+#: For tests that train for longer: those of each base class are enough for a first look.
+FIRST = ("DPOK", "GRPO", "SFT, KL-O", "DRaFT")
+every_algorithm_in_turn = pytest.mark.parametrize(
+    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
+)
 every_policy_gradient = pytest.mark.parametrize("name", POLICY_GRADIENTS)
 
 BUILT_IN = ("dpok", "ddpo", "grpo", "reinforce", "sft", "rwr", "best-of-n", "draft")
@@ -61,8 +66,9 @@ def test_every_built_in_algorithm_is_tested_here() -> None:
 # --- Before the first update
 
 
-@every_algorithm
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("name", "guidance_scale"), [(name, 1.0) for name in ALGORITHMS] + [("DPOK", 3.0), ("RWR", 3.0)]
+)
 def test_begins_as_the_reference(name: str, guidance_scale: float, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """The ratio is exactly 1 and the KL exactly 0, of each transition."""
     agent = make_agent(name, make_env(guidance_scale=guidance_scale))
@@ -172,7 +178,7 @@ def test_elements_count_by_their_weights(name: str, make_agent: MakeAgent) -> No
 # --- The update
 
 
-@every_algorithm
+@every_algorithm_in_turn
 def test_learns(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """Weights move; the reference stays where it was."""
     agent = make_agent(name)
@@ -192,7 +198,7 @@ def test_learns(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     assert not evaluate(agent.policy, env, PROMPTS, 0, reference=True).kl.any()
 
 
-@every_algorithm
+@every_algorithm_in_turn
 def test_micro_batches_change_nothing(name: str, make_agent: MakeAgent) -> None:
     learned = {}
     for size in (None, 2, "auto"):
@@ -207,11 +213,11 @@ def test_micro_batches_change_nothing(name: str, make_agent: MakeAgent) -> None:
         assert (moved - expected).abs().max() < 1e-3 * expected.abs().max(), f"micro_batch_size={size}"
 
 
-@pytest.mark.parametrize(("name", "n_envs"), [(name, 2) for name in ALGORITHMS] + [("GRPO", 3), ("GRPO", 7)])
-def test_n_envs_changes_nothing(name: str, n_envs: int, make_env: MakeEnv, make_agent: MakeAgent) -> None:
+@every_algorithm_in_turn
+def test_n_envs_changes_nothing(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """The same prompts, noise, batches and weights, however many images are drawn side by side."""
     latents, learned = [], []
-    for n in (N, n_envs):
+    for n in (N, 2, 3, 7):
         # One state at a time, as the bits of a network's output depend on the size of its batch.
         agent = make_agent(name, make_env(n), images_per_iteration=N, policy_kwargs={"max_batch_size": 1})
         agent.learn(2 * UPDATE)
@@ -219,11 +225,12 @@ def test_n_envs_changes_nothing(name: str, n_envs: int, make_env: MakeEnv, make_
         learned.append(weights(agent))
         assert agent.images_drawn == 2 * N
         assert agent.num_timesteps == 2 * UPDATE
-    assert_same(latents[1], latents[0])
-    assert_same(learned[1], learned[0])
+    for other in (1, 2, 3):
+        assert_same(latents[other], latents[0])
+        assert_same(learned[other], learned[0])
 
 
-@every_algorithm
+@every_algorithm_in_turn
 def test_gradient_is_clipped_to_its_norm(name: str, make_agent: MakeAgent) -> None:
     """The critic has steps of its own."""
     one_step = {"n_gradient_steps": 1} if name in FORWARD_PROCESSES else {}
@@ -234,14 +241,14 @@ def test_gradient_is_clipped_to_its_norm(name: str, make_agent: MakeAgent) -> No
     assert (flat_weights(agent) - before).norm().item() == pytest.approx(1e-6, rel=0.05)
 
 
-@every_algorithm
+@every_algorithm_in_turn
 def test_seeds(name: str, make_agent: MakeAgent) -> None:
     """A seed decides everything; runs of different seeds share no noise."""
     learned, starts = [], []
     for seed in (1, 1, 2):
         agent = make_agent(name, seed=seed)
-        starts.append(collect(agent).latents[:, 0].clone())
-        agent.learn(2 * UPDATE)
+        agent.learn(UPDATE)
+        starts.append(agent.rollout_buffer.latents[:, 0].clone())
         learned.append(weights(agent))
     assert_same(learned[1], learned[0])
     assert_same(starts[1], starts[0])
@@ -257,7 +264,7 @@ def go_on(agent: Any, reset: bool = False) -> dict[str, Tensor]:
     return weights(agent)
 
 
-@every_algorithm
+@every_algorithm_in_turn
 def test_goes_on_from_a_state_to_the_same_weights(name: str, make_agent: MakeAgent) -> None:
     agent = make_agent(name)
     agent.learn(2 * UPDATE)
@@ -284,9 +291,8 @@ def test_two_agents_of_one_state_do_not_share_it(name: str, make_agent: MakeAgen
     assert_same(go_on(other), expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "reset"), [(name, False) for name in ALGORITHMS] + [("DPOK", True), ("SFT, KL-D", True)]
-)
+@every_algorithm_in_turn
+@pytest.mark.parametrize("reset", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["on", "anew"])
 def test_goes_on_after_loading(
     name: str, reset: bool, make_env: MakeEnv, make_agent: MakeAgent, tmp_path: Path
 ) -> None:
@@ -311,7 +317,7 @@ def test_a_state_of_another_algorithm_is_refused(make_agent: MakeAgent) -> None:
 # --- Rewards that are not finite
 
 
-@every_algorithm
+@every_algorithm_in_turn
 def test_masked_images_are_not_learned_from(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     # All images are decoded and scored in one call, so that the reward fails for the same ones each time.
     env = make_env(8, reward=EveryOtherFails(), non_finite="mask", decode_batch_size=8)
@@ -376,7 +382,7 @@ UPDATE_COLUMNS = {
 }
 
 
-@every_algorithm
+@every_algorithm_in_turn
 def test_log(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """Each row holds what an iteration drew and what its own update did."""
     env = make_env() if name == "DRaFT" else make_env(reward={colours: 2.0})

@@ -131,8 +131,7 @@ def test_to_learn_anew_forgets_the_images(make_agent: MakeAgent) -> None:
     assert not is_same(agent.image_latents, first)
 
 
-@pytest.mark.parametrize("how", ["save", "state_dict"])
-@pytest.mark.parametrize("name", ["BestOfN", "SFT, KL-D"])
+@pytest.mark.parametrize(("name", "how"), [("BestOfN", "save"), ("SFT, KL-D", "state_dict")])
 def test_an_interrupted_fit_goes_on(
     name: str, how: str, make_env: MakeEnv, make_agent: MakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +222,7 @@ def test_rows_of_the_log(make_agent: MakeAgent) -> None:
     assert all(row["train/denoising_loss"] > 0 for row in rows[2:])
 
 
+@pytest.mark.slow
 def test_the_loss_falls(make_env: MakeEnv) -> None:
     """A fit to one image lowers the error of the output on it."""
 

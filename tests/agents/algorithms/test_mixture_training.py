@@ -67,7 +67,7 @@ def moments(policy: GridPolicy) -> tuple[float, float]:
 
 def objective(policy: GridPolicy, reference: GridPolicy) -> float:
     """E[ r(x_0) ] - beta E[ sum_t KL_t ], with r(x) = x."""
-    return policy.expectation(lambda x: x) - BETA * policy.step_kl(reference).sum()
+    return policy.expectation(lambda x: x) - BETA * float(policy.step_kl(reference).sum())
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -34,26 +35,24 @@ from tests.agents.algorithms.support import (
 MakeEnv = Callable[..., DenoisingVectorEnv]
 
 
-@pytest.mark.parametrize("step_weighting", ["likelihood", "output"])
-@pytest.mark.parametrize("log_prob_reduction", ["mean", "sum"])
-@pytest.mark.parametrize("clip_type", ["ppo", "clamp"])
 @pytest.mark.parametrize("name", ["DPOK", "DDPO-IS", "GRPO"])
 @torch.no_grad()
-def test_loss_by_hand(
-    name: str, clip_type: str, log_prob_reduction: str, step_weighting: str, make_agent: MakeAgent
-) -> None:
-    agent = make_agent(
-        name,
-        clip_type=clip_type,
-        log_prob_reduction=log_prob_reduction,
-        step_weighting=step_weighting,
-        clip_range=0.05,
-    )
+def test_loss_by_hand(name: str, make_agent: MakeAgent) -> None:
+    """With every combination of clipping, reduction and weights of the steps."""
+    agent = make_agent(name, clip_range=0.05)
     batch = whole_batch(agent)
     change(agent, 0.03)
-    loss, metrics = agent.loss(batch)
-    assert 0 < metrics["clip_fraction"].mean() < 1
-    torch.testing.assert_close(loss.double(), expected_loss(agent, batch), rtol=1e-3, atol=1e-3)
+    losses = []
+    for clip_type, reduction, weighting in itertools.product(
+        ("ppo", "clamp"), ("mean", "sum"), ("likelihood", "output")
+    ):
+        agent.clip_type, agent.log_prob_reduction, agent.step_weighting = clip_type, reduction, weighting
+        batch.step_weight = agent.step_weights()[batch.step]
+        loss, metrics = agent.loss(batch)
+        assert 0 < metrics["clip_fraction"].mean() < 1
+        torch.testing.assert_close(loss.double(), expected_loss(agent, batch), rtol=1e-3, atol=1e-3)
+        losses.append(loss)
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(losses, 2))
 
 
 @torch.no_grad()

@@ -194,10 +194,10 @@ def test_goes_on_exactly_after_loading(
     policy_kwargs = {"lora_rank": 0} if kind == "whole denoiser" else {}
     original = make_agent(policy_kwargs=policy_kwargs, batch_size=5, normalize_rewards=kind == "normalized")
     if kind != "before learning":
-        original.learn(2 * UPDATE)
+        original.learn(UPDATE)
     original.save(tmp_path / "agent")
     saved = snapshot(original)
-    original.learn(2 * UPDATE, reset_num_timesteps=False)
+    original.learn(UPDATE, reset_num_timesteps=False)
     random_state = torch.get_rng_state()
 
     loaded = DPOK.load(tmp_path / "agent", make_env(), device="cpu")
@@ -207,7 +207,7 @@ def test_goes_on_exactly_after_loading(
         loaded = DPOK.load(tmp_path / "again.zip", make_env(), device="cpu")
         loaded.save(tmp_path / "once more")  # which must not make it forget where to go on
     assert_same(snapshot(loaded), saved)
-    loaded.learn(2 * UPDATE, reset_num_timesteps=False)
+    loaded.learn(UPDATE, reset_num_timesteps=False)
     assert_same(snapshot(loaded), snapshot(original))
     assert_same(loaded.state_dict()["state"], original.state_dict()["state"])
     assert torch.equal(torch.get_rng_state(), random_state)

@@ -111,7 +111,8 @@ def test_each_iteration_is_one_rollout(make_env: Callable[..., Any], make_agent:
 
     class Listen(BaseCallback):
         def note(self, event: str) -> None:
-            events.append((event, self.model.iteration, self.model.images_drawn, self.model._n_updates))
+            agent: Any = self.model
+            events.append((event, agent.iteration, agent.images_drawn, agent._n_updates))
 
         def _on_training_start(self) -> None:
             self.note("training start")
@@ -137,7 +138,7 @@ def test_each_iteration_is_one_rollout(make_env: Callable[..., Any], make_agent:
 
 @pytest.mark.parametrize("algorithm", [DPOK, DDPO])
 def test_checkpoints_and_evaluations(
-    make_agent: Callable[..., Any], settings: dict[str, Any], tmp_path: Path, algorithm: type
+    make_agent: Callable[..., Any], settings: dict[str, Any], tmp_path: Path, algorithm: Any
 ) -> None:
     agent = make_agent(algorithm=algorithm)
     callbacks = [

@@ -198,7 +198,9 @@ def test_the_world_says_which_rewards_judge(make_env: Callable[..., Any]) -> Non
     evaluation = sample_images(env.process, env, ["a red star"], 0)
     assert (evaluation.alignment_reward, evaluation.quality_reward) == ("shapes-alignment", "shapes-quality")
     assert evaluation.aligned_share in (0, 1)
-    assert 0 <= evaluation.mean_quality <= 1
+    quality = evaluation.mean_quality
+    assert quality is not None
+    assert 0 <= quality <= 1
     env = make_env()
     evaluation = sample_images(env.process, env, PROMPTS, 0)
     assert (evaluation.alignment_reward, evaluation.quality_reward) == (None, None)

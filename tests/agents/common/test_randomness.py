@@ -105,8 +105,8 @@ def rollouts(agent: Any, n_iterations: int = 2) -> list[dict[str, Any]]:
     kept: list[dict[str, Any]] = []
 
     def keep(watch: Watch) -> None:
-        buffer = watch.model.rollout_buffer
-        if watch.locals["dones"].all() and watch.model.num_timesteps % (len(buffer) * T) == 0:
+        buffer = agent.rollout_buffer
+        if watch.locals["dones"].all() and agent.num_timesteps % (len(buffer) * T) == 0:
             kept.append(
                 {"prompts": list(buffer.prompts), "latents": buffer.latents.clone(), "means": buffer.means.clone()}
             )

@@ -15,7 +15,6 @@ from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     SubprocVecEnv,
     VecCheckNan,
-    VecEnv,
     VecFrameStack,
     VecMonitor,
     VecNormalize,
@@ -34,6 +33,8 @@ from dpok_gym import (
 from tests.support import assert_same
 
 N, T = 3, 3
+#: Ours and Stable-Baselines3's vector of the same environments.
+Pair = tuple[Any, Any]
 REWARD = {"jpeg-compressibility": 1.0, "jpeg-incompressibility": 0.5}
 
 
@@ -44,13 +45,13 @@ def settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def denoising_pair(settings: dict[str, Any]) -> tuple[GymnasiumVecEnv, DummyVecEnv]:
+def denoising_pair(settings: dict[str, Any]) -> Pair:
     ours = GymnasiumVecEnv(DenoisingVectorEnv(N, **settings))
     return ours, DummyVecEnv([lambda: DenoisingEnv(**settings)] * N)
 
 
 @pytest.fixture
-def cart_pole_pair() -> tuple[GymnasiumVecEnv, DummyVecEnv]:
+def cart_pole_pair() -> Pair:
     """Its episodes end at different times, some at the time limit."""
     settings = {"max_episode_steps": 15}
     vector_kwargs = {"autoreset_mode": AutoresetMode.SAME_STEP}
@@ -58,7 +59,7 @@ def cart_pole_pair() -> tuple[GymnasiumVecEnv, DummyVecEnv]:
     return GymnasiumVecEnv(batch), DummyVecEnv([lambda: gymnasium.make("CartPole-v1", **settings)] * N)
 
 
-def random_actions(env: VecEnv, rng: np.random.Generator) -> np.ndarray:
+def random_actions(env: Any, rng: np.random.Generator) -> np.ndarray:
     if isinstance(env.action_space, gymnasium.spaces.Discrete):
         return rng.integers(0, env.action_space.n, N)
     return rng.standard_normal((N, *env.action_space.shape), np.float32)
@@ -112,7 +113,7 @@ def test_equals_dummy_vec_env(name: str, request: pytest.FixtureRequest) -> None
     assert_equal(ours.reset(), theirs.reset())
 
 
-def test_last_info(denoising_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
+def test_last_info(denoising_pair: Pair) -> None:
     env, _ = denoising_pair
     env.seed(0)
     env.reset()
@@ -132,7 +133,7 @@ def test_last_info(denoising_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
         assert rewards[i] == pytest.approx(total)
 
 
-def test_options(denoising_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
+def test_options(denoising_pair: Pair) -> None:
     env, _ = denoising_pair
     prompt = env.venv.prompts.train[1]
     env.set_options({"prompt": prompt})
@@ -145,7 +146,7 @@ def test_options(denoising_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
     assert len(prompts) > 1  # an option holds for one reset
 
 
-def test_options_of_each_environment(denoising_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
+def test_options_of_each_environment(denoising_pair: Pair) -> None:
     ours, theirs = denoising_pair
     latents = random_actions(ours, np.random.default_rng(0))
     prompts = ["a red star", "a blue circle", "a red star"]
@@ -165,22 +166,23 @@ def test_options_of_each_environment(denoising_pair: tuple[GymnasiumVecEnv, Dumm
     assert_equal(ours.reset_infos, theirs.reset_infos)
 
 
-def test_options_of_some_environments_only(denoising_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
+def test_options_of_some_environments_only(denoising_pair: Pair) -> None:
     env, _ = denoising_pair
     prompt = env.venv.prompts.train[1]
-    for options in ([{}] * (N - 1) + [{"prompt": prompt}], [{"prompt": prompt}] * (N - 1) + [{}]):
+    some: list[dict[str, Any]] = [{}, {"prompt": prompt}]
+    for options in (some[:1] * (N - 1) + some[1:], some[1:] * (N - 1) + some[:1]):
         env.set_options([dict(each) for each in options])
         with pytest.raises(ValueError, match="the same names for all environments"):
             env.reset()
 
 
-def test_one_option_for_all_is_passed_on_as_it_is(cart_pole_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
+def test_one_option_for_all_is_passed_on_as_it_is(cart_pole_pair: Pair) -> None:
     env, _ = cart_pole_pair
     env.set_options({"low": -0.01, "high": 0.01})
     assert np.abs(env.reset()).max() <= 0.01
 
 
-def test_attributes_and_methods(denoising_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
+def test_attributes_and_methods(denoising_pair: Pair) -> None:
     ours, theirs = denoising_pair
     for env in (ours, theirs):
         env.seed(3)
@@ -211,7 +213,7 @@ def test_attributes_of_what_is_wrapped(settings: dict[str, Any]) -> None:
     assert state.step.tolist() == [0] * N
 
 
-def test_render(denoising_pair: tuple[GymnasiumVecEnv, DummyVecEnv]) -> None:
+def test_render(denoising_pair: Pair) -> None:
     ours, theirs = denoising_pair
     for env in (ours, theirs):
         env.seed(0)
