@@ -141,7 +141,7 @@ def test_readme_code_runs_and_learns(readers_folder: Path, capsys: pytest.Captur
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/") and blocks(page, "python")])
 def test_code_of_the_documentation_runs(page: str, readers_folder: Path) -> None:
     if page == "docs/runs.md":
-        few = ["--images", "4", "--n-envs", "4", "--eval-images", "2", "--num-inference-steps", "2"]
+        few = ["--images", "4", "--images-per-iteration", "4", "--eval-images", "2", "--num-inference-steps", "2"]
         assert main(["train", "--out", "runs/mine", *few]) == 0
     names = run_python(page)
     if page == "docs/algorithms.md":

@@ -46,6 +46,7 @@ _LAPTOP = Preset(
     images=2240,
     env_kwargs=FIRST_TASKS[DEFAULT_ENVIRONMENT],
     common={
+        "images_per_iteration": 64,
         "n_envs": 64,
         "learning_rate": 3e-3,
         "final_lr_fraction": 0.05,
@@ -56,7 +57,7 @@ _LAPTOP = Preset(
         "dpok": {"batch_size": 64, "use_critic": False},
         "ddpo": {"batch_size": 64},
         "grpo": {"batch_size": 64},
-        "reinforce": {"n_envs": 32},
+        "reinforce": {"images_per_iteration": 32},
         "draft": {"batch_size": 16, "n_last_steps": 2},
     },
 )
@@ -66,7 +67,7 @@ _LAPTOP = Preset(
 _EXACT_OBJECTIVE = Preset(
     description="DPOK's objective as it is written, for models whose optimum is known",
     images=15_360,
-    common={"n_envs": 256, "learning_rate": 1e-2, "final_lr_fraction": 0.02},
+    common={"images_per_iteration": 256, "n_envs": 256, "learning_rate": 1e-2, "final_lr_fraction": 0.02},
     algorithms={
         "dpok": {
             "step_weighting": "likelihood",
@@ -81,7 +82,11 @@ _EXACT_OBJECTIVE = Preset(
 )
 
 #: Any other model, with the paper's budget for one prompt.
-_PUBLISHED_MODEL = Preset(description="the constructors' defaults and the paper's budget for one prompt", images=20_000)
+_PUBLISHED_MODEL = Preset(
+    description="the constructors' defaults and the paper's budget for one prompt",
+    images=20_000,
+    common={"images_per_iteration": 64},
+)
 
 #: Fan et al. 2023, single prompt, where the settings are known. Both this and the code's settings draw 10 images and
 #: take 5 optimiser steps in an iteration. The code keeps the last two iterations in its buffer and draws each minibatch
@@ -90,6 +95,7 @@ _PAPER = Preset(
     description="the settings of DPOK's paper for Stable Diffusion, where they are known",
     images=20_000,
     common={
+        "images_per_iteration": 10,
         "n_envs": 10,
         "learning_rate": 1e-5,
         "batch_size": 32,

@@ -38,20 +38,20 @@ def draw_rollout(agent: DenoisingAlgorithm, buffer: TrajectoryBuffer, callback: 
         False if the callback ended the training; the rollout is then not complete.
     """
     started = time.perf_counter()
-    outcomes: list[Outcome] = []
+    batches: list[RewardBatch] = []
     for rows in _chunks(len(buffer), agent.n_envs):
-        outcome = _draw_images(agent, buffer, callback, rows)
-        if outcome is None:
+        batch = _draw_images(agent, buffer, callback, rows)
+        if batch is None:
             return False
-        outcomes.append(outcome)
+        batches.append(batch)
+    rewards = _join(batches)
     if agent.reward_normalizer:
         # All at once, so that the statistics do not depend on how many images are drawn side by side.
-        buffer.rewards[:, -1] = agent.reward_normalizer(_join(outcomes)).to(buffer.rewards)
+        buffer.rewards[:, -1] = agent.reward_normalizer(rewards).to(buffer.rewards)
     seconds = time.perf_counter() - started
     agent.logger.record("rollout/images", agent.images_drawn + len(buffer))
     agent.logger.record("rollout/valid_share", buffer.valid.float().mean().item())
     agent.logger.record("time/rollout_images_per_second", len(buffer) / seconds)
-    rewards = _join(outcomes)
     components = {name: values[rewards.valid] for name, values in rewards.components.items()}
     for column, values in zip(shorten_names(list(components)), components.values(), strict=True):
         if len(values):  # perhaps no image has a valid reward
@@ -61,8 +61,8 @@ def draw_rollout(agent: DenoisingAlgorithm, buffer: TrajectoryBuffer, callback: 
 
 def _draw_images(
     agent: DenoisingAlgorithm, buffer: TrajectoryBuffer, callback: BaseCallback, rows: slice
-) -> Outcome | None:
-    """Draws n images side by side; returns None if the callback ended the training."""
+) -> RewardBatch | None:
+    """Draws n images side by side; returns their rewards, or None if the callback ended the training."""
     process, policy, env = agent.process, agent.policy, agent.denoising_env
     images = range(agent.images_drawn + rows.start, agent.images_drawn + rows.stop)
     prompts = draw_prompts(agent, images)
@@ -92,7 +92,7 @@ def _draw_images(
         callback.update_locals({"infos": infos, "rewards": rewards.cpu().numpy(), "dones": dones})
         if not callback.on_step():
             return None
-    return outcome
+    return outcome.rewards
 
 
 def _finish(agent: DenoisingAlgorithm, buffer: TrajectoryBuffer, rows: slice, outcome: Outcome) -> list[dict[str, Any]]:
@@ -126,9 +126,8 @@ def _chunks(n: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, n))
 
 
-def _join(outcomes: list[Outcome]) -> RewardBatch:
+def _join(batches: list[RewardBatch]) -> RewardBatch:
     """Returns the rewards of all images as one batch."""
-    batches = [outcome.rewards for outcome in outcomes]
     components = {}
     for name in batches[0].components:
         components[name] = torch.cat([batch.components[name] for batch in batches])

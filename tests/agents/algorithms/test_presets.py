@@ -57,7 +57,7 @@ def test_an_algorithms_own_settings_come_last() -> None:
     preset = dataclasses.replace(PRESETS["laptop"], common={"n_envs": 1, "seed": 2}, algorithms={"grpo": {"n_envs": 3}})
     assert preset.algorithm_kwargs("grpo") == {"n_envs": 3, "seed": 2}
     assert preset.algorithm_kwargs("dpok") == {"n_envs": 1, "seed": 2}
-    assert PRESETS["laptop"].algorithm_kwargs("reinforce")["n_envs"] == 32
+    assert PRESETS["laptop"].algorithm_kwargs("reinforce")["images_per_iteration"] == 32
 
 
 def test_what_is_returned_can_be_changed() -> None:

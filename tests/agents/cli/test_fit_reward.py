@@ -68,7 +68,7 @@ def test_it_goes_on_from_a_reward(choices, tmp_path, capsys):
 def test_it_can_be_trained_with(choices, tmp_path):
     out = tmp_path / "reward"
     main(["fit-reward", str(choices), "--out", str(out), *QUICK])
-    settings = ["--images", "2", "--n-envs", "2", "--num-inference-steps", "2", "--eval-images", "2"]
+    settings = ["--images", "2", "--images-per-iteration", "2", "--num-inference-steps", "2", "--eval-images", "2"]
     assert train(tmp_path / "run", "--reward", str(out), "--device", "cpu", *settings) == 0
     assert str(out) in read_summary(tmp_path / "run")["rewards_after"]
 

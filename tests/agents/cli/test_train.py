@@ -392,7 +392,7 @@ def test_another_environment(tiny_sd_folder, tmp_path, capsys):
 @pytest.mark.usefixtures("fresh_models")
 def test_a_run_that_trains_the_whole_denoiser(tmp_path):
     """The environment with a known answer has such a preset; what was trained can be drawn with."""
-    few = ["--images", "8", "--n-envs", "4", "--eval-images", "4", "--device", "cpu"]
+    few = ["--images", "8", "--images-per-iteration", "4", "--eval-images", "4", "--device", "cpu"]
     folder = tmp_path / "run"
     assert train(folder, "--env", "DPOK-Mixture-v0", *few) == 0
     config = Config.read(folder)
@@ -454,7 +454,7 @@ def test_a_run_that_trains_the_whole_denoiser(tmp_path):
         (["--algo", "ddpo", "--kl-coef", "0.1"], "unknown option --kl-coef"),
         (["--algo", "sft", "--clip-range", "0.1"], "unknown option --clip-range"),
         (["--algo", "grpo", "--preset", "paper"], "this preset is for dpok only; leave it out for grpo"),
-        (["--algo", "grpo", "--n-envs", "24"], "cannot be split into groups of 16"),
+        (["--algo", "grpo", "--images-per-iteration", "24"], "cannot be split into groups of 16"),
         (["--algo", "draft", "--device", "cpu"], "the reward 'shapes-alignment' has no gradient"),
     ],
 )
@@ -490,7 +490,7 @@ def test_help_of_an_algorithm(capsys, monkeypatch):
 
 def test_images_are_those_of_any_number_of_environments(finished, tmp_path):
     """--n-envs is a matter of memory: with images_per_iteration fixed, the weights are the same."""
-    options = ["--images", "3", "--seed", "1", *TINY, "--images-per-iteration", "2", "--n-envs", "1"]
+    options = ["--images", "3", "--seed", "1", *TINY, "--n-envs", "1"]
     assert train(tmp_path / "run", *options) == 0
     rows, known = (read_log(run / "progress.csv") for run in (tmp_path / "run", finished))
     for ours, theirs in zip(rows, known, strict=True):

@@ -303,7 +303,7 @@ WRAPPERS: dict[str, Callable[[dict[str, Any], Path], Any]] = {
     ),
     "TimeLimit": lambda settings, path: gymnasium.make("DPOK-Shapes-v0", max_episode_steps=2, **settings),
     "TransformReward": lambda settings, path: gymnasium.wrappers.TransformReward(
-        DenoisingEnv(**settings), lambda r: -r
+        DenoisingEnv(**settings), lambda reward: 2.0
     ),
     "VecNormalize": lambda settings, path: VecNormalize(
         GymnasiumVecEnv(DenoisingVectorEnv(2, **settings)), norm_obs_keys=["latent"]
