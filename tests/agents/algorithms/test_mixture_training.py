@@ -132,7 +132,7 @@ def test_dpok_finds_the_best_policy_of_two_modes() -> None:
     to_gain = objective(best, reference) - objective(reference, reference)
     gained = (objective(learned, reference) - objective(reference, reference)) / to_gain
     assert 0.9 < gained < 1
-    right = [policy.expectation(lambda x: 1.0 * (x > 0)) for policy in (reference, learned, best)]
+    right = [policy.expectation(lambda x: (x > 0).astype(np.float64)) for policy in (reference, learned, best)]
     assert right[0] == pytest.approx(0.5, abs=0.01)
     assert right[1] == pytest.approx(right[2], abs=0.05)
 
