@@ -58,7 +58,7 @@ def recover_noise(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def log_prob(sample: Tensor, mean: Tensor, std: Tensor, reduction: Reduction = "sum") -> Tensor:
-    """log N(sample; mean, std^2 I) in nats.
+    """Returns log N(sample; mean, std^2 I) in nats.
 
     Args:
         sample: (B, ...) x_{t-1}.
@@ -74,7 +74,7 @@ def log_prob(sample: Tensor, mean: Tensor, std: Tensor, reduction: Reduction = "
 
 
 def log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor, reduction: Reduction = "sum") -> Tensor:
-    """log p(sample) - log p_old(sample) of two Gaussians with the same std, in nats.
+    """Returns log p(sample) - log p_old(sample) of two Gaussians with the same std, in nats.
 
     In closed form: (mean - old_mean) . (sample - (mean + old_mean) / 2) / std^2. A log-density over thousands of
     dimensions is a large number; the difference of two of them would lose the digits that matter.
@@ -93,7 +93,7 @@ def log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor, reduc
 
 
 def kl_divergence(mean: Tensor, other_mean: Tensor, std: Tensor, reduction: Reduction = "sum") -> Tensor:
-    """KL( N(mean, std^2 I) || N(other_mean, std^2 I) ) = ||mean - other_mean||^2 / (2 std^2), in nats.
+    """Returns KL( N(mean, std^2 I) || N(other_mean, std^2 I) ) = ||mean - other_mean||^2 / (2 std^2), in nats.
 
     Args:
         mean: (B, ...).

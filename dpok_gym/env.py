@@ -67,7 +67,7 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     | `prompts`             | the embedded world's  | a named set, a text, a list of texts, or a file               |
     | `reward`              | the embedded world's  | a name, `http://` address, `{name: weight}`, or a callable    |
     | `num_inference_steps` | 20                    | T: more steps, finer images, longer episodes                  |
-    | `eta`                 | 1.0                   | noise in (0, 1]; 1 is that of the posterior                   |
+    | `eta`                 | 1.0                   | amount of noise, in (0, 1]; 1 is that of the posterior        |
     | `guidance_scale`      | 1.0                   | classifier-free guidance of the acting policy; 1 is none      |
     | `negative_prompt`     | None                  | text that guidance leads away from                            |
     | `image_size`          | None                  | pixels of a side, or (height, width); None: as trained        |
@@ -75,7 +75,7 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     | `model_kwargs`        | None                  | of `load_model()`: `revision`, `variant`, `compile`, ...      |
     | `max_prompt_bytes`    | 512                   | L, bytes of the observed prompt                               |
     | `non_finite`          | `"error"`             | `"mask"` lets a run survive rewards that are NaN              |
-    | `decode_batch_size`   | 1                     | images decoded at a time; else not bit for bit the same       |
+    | `decode_batch_size`   | 1                     | images decoded at a time; above 1, last bits may differ       |
     | `reward_workers`      | 0                     | threads for the reward, in the vector environment             |
     | `render_mode`         | None                  | `"rgb_array"`: the current state x_t, decoded                 |
 
@@ -116,13 +116,26 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Draws a prompt and x_T; ``options={"prompt": text, "latent": x_T}`` chooses one of them or both."""
+        """Draws a prompt and x_T.
+
+        Args:
+            seed: of the environment's generator; None leaves it as it is.
+            options: ``{"prompt": text}`` and ``{"latent": x_T}``, (C, h, w), choose one of the two, or both together.
+
+        Raises:
+            ValueError: if an option is unknown or wrong, or the model cannot read the prompt.
+        """
         super().reset(seed=seed)
         observation, infos = self._batch.begin_episodes([self.np_random], options)
         return _first(observation), infos[0]
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Takes the next latent x_{t-1} (C, h, w)."""
+        """Takes the next latent x_{t-1} (C, h, w).
+
+        Raises:
+            gymnasium.error.ResetNeeded: if no episode has begun, or the last one is over.
+            ValueError: if the action has another shape or is not finite, or the reward is not finite.
+        """
         observation, rewards, terminated, infos = self._batch.advance(np.asarray(action)[None])
         return _first(observation), float(rewards[0]), terminated, False, infos[0]
 

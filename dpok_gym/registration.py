@@ -26,7 +26,7 @@ _STABLE_DIFFUSION: dict[str, Any] = {
     "guidance_scale": 7.5,
 }
 
-#: What each id stands for: arguments of :class:`dpok_gym.env.DenoisingEnv`.
+#: The arguments of :class:`dpok_gym.env.DenoisingEnv` that each id stands for.
 ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "DPOK-Shapes-v0": {
         "model": "shapes",
@@ -66,7 +66,7 @@ SUITABLE_PRESETS: dict[str, str] = {"DPOK-Shapes-v0": "laptop", "DPOK-Mixture-v0
 
 
 def register_builtins() -> None:
-    """Registers the built-in models, rewards, prompt sets, worlds and environments; nothing happens the second time."""
+    """Registers the built-in models, rewards, prompt sets, worlds and environments. A second call changes nothing."""
     register_model("shapes", str(WEIGHTS))
     register_model("mixture", "dpok_gym.mixture.model:MixtureModel")
     register_model("mixture-1d", "dpok_gym.mixture.model:MixtureModel")

@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpok_gym.judging import ImageJudge, Outcome, make_info
-from dpok_gym.models import TextToImageModel, load_model
+from dpok_gym.models import TextToImageModel
+from dpok_gym.models.loading import find_model
 from dpok_gym.prompts import PromptSet, load_prompts, prompt_to_bytes, prompts_from_bytes
 from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
+from dpok_gym.reset_options import read_reset_options
 from dpok_gym.rewards import Reward, make_reward
 from dpok_gym.samplers import DenoisingProcess, State
 from dpok_gym.utils.images import to_uint8
@@ -51,8 +53,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
     the step that finishes the images returns the first observation of the next episodes. The last observation is in
     ``infos["final_obs"]``, images and rewards are in ``infos["final_info"]``.
 
-    ``reset()`` and ``step()`` are the NumPy face of the environment. Learners that draw whole trajectories on the
-    model's device use what is under it: :attr:`process`, :attr:`prompts` and :meth:`judge`.
+    ``reset()`` and ``step()`` exchange NumPy arrays. A learner that draws whole trajectories on the model's device does
+    not need them: it uses :attr:`process`, :attr:`prompts` and :meth:`judge`.
 
     Args:
         num_envs: n, the number of images denoised side by side, at least 1.
@@ -80,10 +82,10 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         reward_workers: threads that compute rewards while later images are decoded, at least 0; for rewards that wait
             or compute outside of Python, and may be called by several threads. 0 uses this thread.
         render_mode: "rgb_array" or None.
-        unknown: none; a misspelt name among keyword arguments gives an error with the nearest known one.
+        unknown: always empty: an unknown keyword argument is an error that names the nearest known one.
 
     Raises:
-        TypeError: if there is no argument of a name.
+        TypeError: if a keyword argument is unknown.
         ValueError: if an argument is out of range; the message says which.
     """
 
@@ -123,11 +125,11 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.render_mode = render_mode
 
-        options = _merge_options({"negative_prompt": negative_prompt, "image_size": image_size}, model_kwargs or {})
-        self.model = _get_model(model, device, dtype, options)
+        own = {"negative_prompt": negative_prompt, "image_size": image_size}
+        self.model = find_model(model, device, dtype, own, model_kwargs or {})
         self.process = DenoisingProcess(self.model, "ddim", num_inference_steps, eta, guidance_scale)
         self.prompts = load_prompts(prompts)
-        # A prompt that cannot be read is better found now than in the middle of a long run.
+        # An error now is better than one in the middle of a long run.
         self.model.check_prompts(self.prompts.train)
         prompt_to_bytes(self.prompts.train, max_prompt_bytes)
         self.reward: Reward = make_reward(reward, non_finite)
@@ -168,7 +170,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
 
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]  # as SyncVectorEnv has it
-        """The generators of the environments, which are all the randomness there is."""
+        """The generators of the n environments. All random numbers come from them."""
         return tuple(self._generators)
 
     @property  # type: ignore[misc]
@@ -185,6 +187,13 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             seed: environment i gets ``seed + i``, or the i-th of a sequence; None leaves the generators as they are.
             options: ``{"prompt": text}`` or ``{"prompt": [n texts]}`` in place of prompts from the set;
                 ``{"latent": x_T}``, (C, h, w) for all or (n, C, h, w), in place of noise.
+
+        Returns:
+            The observation, and the prompts in the infos.
+
+        Raises:
+            ValueError: if the number of seeds is not n, an option is unknown or wrong, or the model cannot read a
+                prompt.
         """
         if seed is None or isinstance(seed, (int, np.integer)):
             seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
@@ -210,7 +219,15 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
     def step(
         self, actions: NDArray[np.float32]
     ) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        """Takes the actions (n, C, h, w), the next latents x_{t-1}, in all environments."""
+        """Takes one denoising step in all environments, and begins the next episodes after the last step.
+
+        Args:
+            actions: (n, C, h, w), the next latents x_{t-1}.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first :meth:`reset`.
+            ValueError: if the actions have another shape or are not finite, or a reward is not finite.
+        """
         observation, rewards, terminated, infos = self.advance(actions)
         gathered: dict[str, Any] = {}
         if terminated:
@@ -224,7 +241,11 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         return observation, rewards, ended, np.zeros_like(ended), self._gather(infos, gathered)
 
     def render(self) -> tuple[NDArray[np.uint8], ...] | None:  # type: ignore[override]
-        """Decodes the current states x_t: n images (H, W, 3), uint8."""
+        """Decodes the current states x_t: n images (H, W, 3), uint8; None without a render mode.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first :meth:`reset`.
+        """
         if self.render_mode is None:
             gymnasium.logger.warn("render() needs render_mode='rgb_array' when the environment is made")
             return None
@@ -247,11 +268,14 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
 
         Returns:
             The observation, and one info for each environment.
+
+        Raises:
+            ValueError: if an option is unknown or wrong, or the model cannot read a prompt.
         """
-        texts, latents = self._read_options(options)
+        texts, latents = read_reset_options(options, self._latents.shape)
         if texts is None:
             texts = [self.prompts.sample(rng, 1)[0] for rng in generators]
-        # First whatever can fail: an error must not leave half of a new episode.
+        # What can fail comes first: an error must leave the old episode as it was.
         self.model.check_prompts(texts)
         self._prompt_bytes = prompt_to_bytes(texts, self.max_prompt_bytes)
         self._texts = texts
@@ -265,10 +289,10 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
     def advance(
         self, actions: NDArray[np.float32]
     ) -> tuple[Observation, NDArray[np.float64], bool, list[dict[str, Any]]]:
-        """Takes one denoising step everywhere, without autoreset.
+        """Takes one denoising step everywhere, without autoreset; arguments and errors as :meth:`step`.
 
         Returns:
-            The observation, the rewards (n,), whether the episodes ended, and one info for each environment.
+            The observation, the rewards (n,), True if the episodes ended, and one info for each environment.
         """
         if self._step is None:
             raise gymnasium.error.ResetNeeded("the episode has not begun or is over: call reset() before step()")
@@ -312,32 +336,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         step = torch.as_tensor(observation["step"], device=device)
         return State(latents, step, self.process.encode(texts))
 
-    def _read_options(self, options: Mapping[str, Any] | None) -> tuple[list[str] | None, NDArray[np.float32] | None]:
-        """Returns the prompts and the x_T that the reset options ask for."""
-        options = dict(options or {})
-        texts, latents = options.pop("prompt", None), options.pop("latent", None)
-        if options:
-            raise ValueError(f"unknown reset options {sorted(options)}; there are 'prompt' and 'latent'")
-        if texts is not None:
-            texts = [texts] * self.num_envs if isinstance(texts, str) else list(texts)
-            if len(texts) != self.num_envs:
-                raise ValueError(f"the option 'prompt' takes one text or {self.num_envs}, got {len(texts)}")
-            texts = list(load_prompts(texts).train)  # which says so if one is blank or no text
-        if latents is not None:
-            try:
-                latents = np.array(latents, np.float32)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"the option 'latent' takes an array of numbers: {error}") from error
-            if latents.shape not in (self._latents.shape, self._latents.shape[1:]) or not np.isfinite(latents).all():
-                raise ValueError(
-                    f"the option 'latent' takes finite numbers of shape {self._latents.shape[1:]}, or "
-                    f"{self._latents.shape} for all environments, got {latents.shape}"
-                )
-            latents = np.broadcast_to(latents, self._latents.shape).copy()
-        return texts, latents
-
     def _observe(self) -> Observation:
-        # The observation after the last step says T - 1 again: the space ends there, and nobody acts on it.
+        # The space of "step" ends at T - 1, so the observation after the last step says T - 1 again. No action follows.
         step = min(self._step or 0, self.process.num_inference_steps - 1)
         return {
             "latent": self._latents.copy(),
@@ -346,6 +346,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         }
 
     def _gather(self, infos: list[dict[str, Any]], gathered: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Puts the infos of n environments into one, as Gymnasium's vector environments do; or adds them to one."""
         gathered = gathered or {}
         for i, info in enumerate(infos):
             gathered = self._add_info(gathered, info, i)
@@ -356,24 +357,3 @@ def _check_no_unknown(unknown: Mapping[str, Any]) -> None:
     known = set(inspect.signature(DenoisingVectorEnv).parameters) - {"unknown"}
     for name in unknown:
         raise TypeError(f"a denoising environment has no argument {name!r}; {suggest(name, known)}")
-
-
-def _merge_options(own: dict[str, Any], model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of ``load_model`` that the environment has and those of ``model_kwargs``."""
-    for name in model_kwargs:
-        if name in (*own, "device", "dtype"):
-            raise ValueError(f"{name} is an argument of the environment: leave it out of model_kwargs")
-    return {**own, **model_kwargs}
-
-
-def _get_model(
-    model: str | os.PathLike[str] | TextToImageModel, device: str, dtype: str, options: Mapping[str, Any]
-) -> TextToImageModel:
-    """Loads a model by its name; checks that a loaded one is given no arguments of its own."""
-    if isinstance(model, (str, os.PathLike)):
-        return load_model(model, device, dtype, **options)
-    own = {**options, "dtype": dtype}
-    given = [name for name, value in own.items() if value not in (None, False, "float32")]
-    if given:
-        raise ValueError(f"a loaded model has its own {', '.join(given)}: give these to load_model() instead")
-    return model

@@ -15,17 +15,17 @@ from dpok_gym.utils.registry import Registry
 
 @dataclass(frozen=True)
 class World:
-    """How images of an embedded world are evaluated.
+    """The evaluation of images of an embedded world: its judge's rewards, and the prompts that the judge can read.
 
     Attributes:
-        image_shape: (H, W) in pixels, of the images that its judge can read.
-        evaluation_rewards: rewards that every evaluation computes, whatever the reward trained on.
+        image_shape: (H, W) in pixels, of the images that the judge can read.
+        evaluation_rewards: rewards that every evaluation computes, beside the reward that the run trains on.
         held_out_rewards: further rewards for ``dpok evaluate``, which most runs do not train on.
-        alignment_reward: the reward that is 1 if an image shows all that was asked for and nothing else; None if there
-            is no judge.
-        quality_reward: the reward, in [0, 1], that says how clean an image is; None if there is no judge.
-        check_prompts: raises a ValueError for a prompt that the judge cannot read.
-        unseen_prompts: for a set of prompts, those that training on it never shows.
+        alignment_reward: name of the reward that is 1 if an image shows all that was asked for and nothing else; None
+            if there is no judge.
+        quality_reward: name of the reward, in [0, 1], that says how clean an image is; None if there is no judge.
+        check_prompts: takes prompts, and raises a ValueError for one that the judge cannot read.
+        unseen_prompts: takes a set of prompts, and returns prompts that training on this set never shows.
     """
 
     image_shape: tuple[int, int]
@@ -37,7 +37,7 @@ class World:
     unseen_prompts: Callable[[PromptSet], tuple[str, ...]]
 
     def can_judge(self, prompts: Sequence[str], image_shape: tuple[int, int]) -> bool:
-        """Returns whether its judge can read these prompts and images of this size."""
+        """Returns whether the judge can read these prompts, and images of the shape (H, W)."""
         try:
             self.check_prompts(prompts)
         except ValueError:

@@ -133,7 +133,12 @@ class NoiseAction(gymnasium.ActionWrapper, RecordConstructorArgs):
         return copy.deepcopy(self._observation), reward, terminated, truncated, info
 
     def action(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns the next latent for a standardised noise (C, h, w)."""
+        """Returns the next latent for a standardised noise (C, h, w).
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first :meth:`reset`.
+            ValueError: if the noise has another shape.
+        """
         if self._observation is None:
             raise gymnasium.error.ResetNeeded("call reset() before step()")
         return _act(self._batch, _add_axis(self._observation), np.asarray(action, np.float32)[None])[0]
@@ -162,7 +167,12 @@ class VectorNoiseAction(VectorActionWrapper):
         return copy.deepcopy(self._observation), *rest
 
     def actions(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns the next latents for standardised noises (n, C, h, w)."""
+        """Returns the next latents for standardised noises (n, C, h, w).
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first :meth:`reset`.
+            ValueError: if the noises have another shape.
+        """
         if self._observation is None:
             raise gymnasium.error.ResetNeeded("call reset() before step()")
         return _act(self._batch, self._observation, np.asarray(actions, np.float32))
@@ -207,8 +217,8 @@ class TextFeatures(gymnasium.ObservationWrapper, RecordConstructorArgs):
         return {**observation, "prompt": _features(self._batch, observation["prompt"][None])[0]}
 
 
-# Not a VectorObservationWrapper: that one refuses the autoreset mode SAME_STEP, because it would leave the last
-# observation of an episode, which is in the infos, as it is.
+# Gymnasium's VectorObservationWrapper refuses the autoreset mode SAME_STEP, because it changes no observations in the
+# infos. Here step() changes these too, so the base class is the plain VectorWrapper.
 class VectorTextFeatures(VectorWrapper):
     """:class:`TextFeatures` for the vector environment: the prompts (n, L) become features (n, F)."""
 

@@ -57,7 +57,8 @@ class DRaFT(DenoisingAlgorithm):
             computed; smaller takes less memory. None for the batch, "auto" for as many as fit into memory.
 
     Raises:
-        ValueError: if an argument is out of range, or the reward is not differentiable.
+        ValueError: if an argument is out of range, the reward is not differentiable, or ``normalize_rewards`` is asked
+            for.
     """
 
     def __init__(
@@ -70,6 +71,11 @@ class DRaFT(DenoisingAlgorithm):
         **kwargs: Any,
     ) -> None:
         self.n_last_steps = check_integer("n_last_steps", n_last_steps)
+        if kwargs.get("normalize_rewards"):
+            raise ValueError(
+                "DRaFT follows the gradient of the reward itself, which running statistics would not change: leave "
+                "normalize_rewards False, and give each reward a weight that suits its scale"
+            )
         super().__init__(policy, env, micro_batch_size=micro_batch_size, **kwargs)
 
     def _setup_model(self) -> None:

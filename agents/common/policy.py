@@ -100,7 +100,6 @@ class DenoisingPolicy(ActorCriticPolicy):
         self.guidance_gradient: GuidanceGradient = guidance_gradient
         self.autocast = autocast
         self._batch_size = BatchSize("max_batch_size", max_batch_size)
-        self._adapter_is_on = False
         # Resolved here, so that a saved policy does not depend on the default of a later version.
         rank = self.model.default_lora_rank if lora_rank is None else lora_rank
         self._constructor = {
@@ -184,15 +183,11 @@ class DenoisingPolicy(ActorCriticPolicy):
     @contextmanager
     def adapter_enabled(self, enabled: bool = True) -> Iterator[None]:
         """Within the block the denoiser is the trained one, in backward passes too; with False, the reference."""
-        if self.lora is None or self._adapter_is_on == enabled:
-            yield
+        if self.lora is None:
+            yield  # a denoiser of its own needs no switch
             return
-        self._adapter_is_on = enabled
-        try:
-            with self.lora.enabled() if enabled else self.lora.disabled():
-                yield
-        finally:
-            self._adapter_is_on = not enabled
+        with self.lora.enabled() if enabled else self.lora.disabled():
+            yield
 
     def predict_output(self, state: State, reference: bool = False, guidance_scale: float | None = None) -> Tensor:
         """The denoiser's output for B states, (B, C, h, w) float32.

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 from dpok_gym.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from dpok_gym.models.base import TextToImageModel
-    from dpok_gym.models.loading import clear_model_cache, load_model
-    from dpok_gym.models.registry import list_models, register_model
+    from dpok_gym.models.base import TextToImageModel as TextToImageModel
+    from dpok_gym.models.loading import clear_model_cache as clear_model_cache
+    from dpok_gym.models.loading import load_model as load_model
+    from dpok_gym.models.registry import list_models as list_models
+    from dpok_gym.models.registry import register_model as register_model
 
-__getattr__, __dir__, _ = lazy_names(
+__getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "TextToImageModel": "base",
@@ -21,4 +23,3 @@ __getattr__, __dir__, _ = lazy_names(
         "register_model": "registry",
     },
 )
-__all__ = ["TextToImageModel", "clear_model_cache", "list_models", "load_model", "register_model"]

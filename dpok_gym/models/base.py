@@ -31,8 +31,8 @@ LIVE_PIPELINE = "pipeline"
 class TextToImageModel(ABC):
     """A latent diffusion model, reduced to what denoising as a decision process needs.
 
-    The networks are frozen and in evaluation mode. A learner that changes the denoiser keeps its changes to itself:
-    between calls ``denoiser`` computes the pre-trained model.
+    The networks are frozen and in evaluation mode, and everyone who loads the model shares them. So ``denoiser`` must
+    always compute the pre-trained model: a learner switches its LoRA on for its own calls only, or trains a copy.
 
     A subclass sets the attributes, calls ``super().__init__()`` and implements the abstract methods; the others have
     defaults that suit a model of one image size without a text encoder.
@@ -40,8 +40,8 @@ class TextToImageModel(ABC):
     Attributes:
         name: what the model was loaded by: a registered name, a folder as it was given, or a hub id. A live pipeline
             has its ``name_or_path``, or "pipeline".
-        options: the arguments of :func:`dpok_gym.models.load_model` that were not left at their defaults, without name
-            and device; plain values that JSON can keep.
+        options: the arguments of :func:`dpok_gym.models.load_model` that differ from their defaults, without name and
+            device; plain values that JSON can keep.
         device: where the networks are.
         latent_shape: (C, h, w).
         image_shape: (H, W) in pixels.
@@ -121,7 +121,12 @@ class TextToImageModel(ABC):
     def with_options(
         self, *, image_size: int | Sequence[int] | None = None, negative_prompt: str | None = None
     ) -> TextToImageModel:
-        """Returns what :meth:`configured` does, with the arguments noted in ``options``; the model itself for None."""
+        """Returns the model of :meth:`configured`, and notes the arguments in its ``options``.
+
+        Args:
+            image_size: as for :meth:`configured`.
+            negative_prompt: as for :meth:`configured`. If both are None, the model itself is returned.
+        """
         if image_size is None and negative_prompt is None:
             return self
         model = self.configured(image_size, negative_prompt)
@@ -169,15 +174,18 @@ class TextToImageModel(ABC):
                 encoded = self._encode([prompt])
             conditioning[prompt] = {name: values[0] for name, values in encoded.items()}
             self._conditioning.add(prompt, conditioning[prompt])
-        names = conditioning[prompts[0]]
-        return {name: torch.stack([conditioning[prompt][name] for prompt in prompts]) for name in names}
+        rows = [conditioning[prompt] for prompt in prompts]
+        stacked: Conditioning = {}
+        for name in rows[0]:
+            stacked[name] = torch.stack([row[name] for row in rows])
+        return stacked
 
     @abstractmethod
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         """Runs the text encoder: tensors with a leading axis of N, on the model's device.
 
         Args:
-            prompts: N distinct texts that passed :meth:`check_prompts`.
+            prompts: N distinct texts, which :meth:`check_prompts` has accepted.
         """
 
     def offload_text_encoder(self) -> None:  # noqa: B027 (a model without a text encoder has nothing to move)
@@ -212,8 +220,9 @@ class TextToImageModel(ABC):
             conditioning: of B prompts, from :meth:`encode`.
             guidance_scale: scale of classifier-free guidance (Ho & Salimans 2022); 1 means none.
             denoiser: a fine-tuned network to use in place of the model's own.
-            guidance_gradient: "both" differentiates the guided output; "conditional" takes the unconditional one as a
-                constant: the same output, for about two thirds of the time and half of the memory of an update.
+            guidance_gradient: "both" differentiates the guided output. "conditional" takes the unconditional output as
+                a constant: the result is the same, but an update takes about two thirds of the time and half of the
+                memory.
 
         Returns:
             (B, C, h, w) float32.
@@ -242,7 +251,7 @@ class TextToImageModel(ABC):
         Raises:
             ValueError: if the images have another shape, or the model has no encoder for images.
         """
-        raise ValueError(f"the model {self.name!r} has no encoder for images")
+        raise ValueError(f"the model {self.name!r} has no encoder for images; use a model with an autoencoder")
 
     def to_pipeline(self, denoiser: nn.Module | None = None) -> DiffusionPipeline:
         """Returns a diffusers pipeline around the model's networks, with a DDIM scheduler.
@@ -253,4 +262,4 @@ class TextToImageModel(ABC):
         Raises:
             ValueError: if diffusers has no pipeline for the model.
         """
-        raise ValueError(f"the model {self.name!r} is no diffusers pipeline")
+        raise ValueError(f"diffusers has no pipeline for the model {self.name!r}; draw with a DenoisingProcess instead")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from dpok_gym.models.base import TextToImageModel
 from dpok_gym.models.registry import ModelFactory, find_source, is_factory
+from dpok_gym.utils.device import find_device
 from dpok_gym.utils.registry import import_attribute
 from dpok_gym.utils.validation import check_choice, check_names
 
@@ -47,14 +48,14 @@ class ModelSpec:
     def options(self) -> dict[str, Any]:
         """Returns the arguments of :func:`load_model` that are not defaults, without name and device."""
         options = {}
-        for field in fields(self)[3:]:
+        for field in fields(self)[3:]:  # the first three are the name, its source and the device
             value = getattr(self, field.name)
             if value != field.default:
                 options[field.name] = value
         return options
 
 
-#: Every model that was loaded. Environments and policies share one copy of its weights.
+#: Every model that was loaded. Environments and policies share one copy of each model's weights.
 _models: dict[ModelSpec, TextToImageModel] = {}
 
 
@@ -93,7 +94,7 @@ def load_model(
         config: for a single file, a diffusers folder or hub id of the same architecture, which the file does not tell.
         vae_tiling: decode large images in overlapping tiles: less memory, and slightly different images.
         compile: run the denoiser through ``torch.compile``: minutes at first, then faster on a GPU.
-        unknown: none; a misspelt name among keyword arguments gives an error with the nearest known one.
+        unknown: always empty: an unknown keyword argument is an error that names the nearest known one.
 
     Raises:
         ValueError: if an argument's name, the device, the dtype, the image size or the family of the model is unknown,
@@ -108,21 +109,24 @@ def load_model(
         if text is not None and not isinstance(text, str):
             raise ValueError(f"{name} must be a text or None, got {text!r}")
     name = os.fspath(name_or_path)
+    if config is not None:
+        config = os.fspath(config)
     spec = ModelSpec(
         name,
         find_source(name),
-        _find_device(device),
+        str(find_device(device)),
         dtype,
         _hashable_size(image_size),
         negative_prompt,
         revision,
         variant,
         allow_pickle,
-        None if config is None else os.fspath(config),
+        config,
         vae_tiling,
         compile,
     )
     if spec not in _models:
+        # Models for other image sizes or negative prompts are light copies around the same networks.
         plain = spec.of_networks()
         if plain not in _models:
             _models[plain] = _load_networks(plain)
@@ -130,21 +134,45 @@ def load_model(
     return _models[spec]
 
 
+def find_model(
+    model: str | os.PathLike[str] | TextToImageModel,
+    device: str,
+    dtype: str,
+    own: Mapping[str, Any],
+    model_kwargs: Mapping[str, Any],
+) -> TextToImageModel:
+    """Loads the model of an environment by its name, or returns a loaded one as it is.
+
+    Args:
+        model: a name for :func:`load_model`, or a loaded model.
+        device: see :func:`load_model`; a loaded model stays where it is.
+        dtype: see :func:`load_model`.
+        own: the arguments of :func:`load_model` that the environment has too.
+        model_kwargs: further arguments of :func:`load_model`.
+
+    Raises:
+        ValueError: if ``model_kwargs`` has an argument of the environment, or an argument is given beside a loaded
+            model; further errors as :func:`load_model`.
+    """
+    for name in model_kwargs:
+        if name in (*own, "device", "dtype"):
+            raise ValueError(f"{name} is an argument of the environment: leave it out of model_kwargs")
+    options = {**own, **model_kwargs}
+    if isinstance(model, (str, os.PathLike)):
+        return load_model(model, device, dtype, **options)
+    # None, False and float32 are the defaults, with which nothing was asked for.
+    given = [name for name, value in (options | {"dtype": dtype}).items() if value not in (None, False, "float32")]
+    if given:
+        raise ValueError(f"a loaded model has its own {', '.join(given)}: give these to load_model() instead")
+    return model
+
+
 def clear_model_cache() -> None:
     """Forgets every loaded model: the next :func:`load_model` reads the files again.
 
-    Memory is freed when nothing else refers to a model. Environments and policies that are there keep theirs.
+    The memory of a model is freed when nothing else refers to it. Existing environments and policies keep theirs.
     """
     _models.clear()
-
-
-def _find_device(device: str) -> str:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return str(torch.empty(0, device=device).device)  # "cuda" becomes "cuda:0", so that both find the same copy
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
 
 
 def _hashable_size(image_size: Any) -> Any:

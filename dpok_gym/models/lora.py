@@ -28,18 +28,19 @@ FILE_NAME = "pytorch_lora_weights.safetensors"
 
 _numbers = itertools.count()
 
-#: For each network, names of its LoRAs that nobody refers to any more. They are not removed at once: the garbage
-#: collector may come at any moment, also while the layers of the network are being gone through.
+#: For each network, the names of its LoRAs that nobody refers to any more. They are not removed at once, because the
+#: garbage collector may run at any moment, even while a loop goes over the layers of the network.
 _forgotten: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 
 
 class LoRA:
     """A trainable low-rank change of a frozen network, which is on for the length of a ``with`` block.
 
-    Several can live in one network without knowing of each other; outside their blocks it computes what it always did.
-    A LoRA that nobody refers to any more leaves the network when the next one is added.
-    The change of a layer is B A x, with A random and B zero to begin with; there is no further scale. It is float32,
-    whatever the network is.
+    Several LoRAs can be in one network. Each is on in its own blocks only; outside of all blocks the network computes
+    what it did before. A LoRA that nobody refers to any more is removed from the network when the next one is added.
+
+    The change of a layer is B A x. At first A is random and B is zero. There is no further scale. A and B are float32,
+    whatever the precision of the network.
 
     Args:
         network: changed in place: its target layers become peft layers.
@@ -66,13 +67,17 @@ class LoRA:
         self.target_modules = tuple(target_modules)
         config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(target_modules))
         before = [_state(layer) for layer in _layers(network)]
-        trainable = [value for layer in _layers(network) for value in layer.parameters() if value.requires_grad]
+        trainable: list[nn.Parameter] = []  # of other LoRAs, which peft would freeze
+        for layer in _layers(network):
+            trainable += [value for value in layer.parameters() if value.requires_grad]
         try:
-            with warnings.catch_warnings():  # that there is another LoRA already, which is meant
+            with warnings.catch_warnings():  # peft warns that there is another LoRA, which is intended here
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
                 inject_adapter_in_model(config, network, self.name)
         except ValueError as error:
             raise ValueError(f"no layer of the denoiser ends in any of {list(target_modules)}") from error
+        finally:
+            _known_layers.pop(network, None)  # some layers are new
         self._network = network
         marker = f".{self.name}."
         self.parameters = {name: value for name, value in network.named_parameters() if marker in name}
@@ -86,13 +91,13 @@ class LoRA:
 
     @contextmanager
     def enabled(self) -> Iterator[None]:
-        """Within the block, the network computes with this change, and with no other. Parameters stay trainable."""
+        """Switches this LoRA on, and all others off, within a ``with`` block. Its parameters stay trainable."""
         with _switched(self._network, [self.name], True):
             yield
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block, the network computes without any LoRA, even inside the block of one that is enabled."""
+        """Switches all LoRAs off within a ``with`` block, which may be inside an :meth:`enabled` block."""
         with _switched(self._network, [self.name], False):
             yield
 
@@ -140,7 +145,7 @@ class LoRA:
         return path
 
     def load(self, folder: str | Path, prefix: str) -> None:
-        """Reads such a file back.
+        """Reads a file that :meth:`save` wrote into the parameters.
 
         Args:
             folder: the folder, or the file itself.
@@ -166,8 +171,8 @@ class LoRA:
             ValueError: if it is damaged, or of another model.
         """
         state = _read(folder, prefix)
-        targets = sorted({key.removesuffix(f".lora_{part}.weight") for key in state for part in "AB"})
-        targets = [target for target in targets if not target.endswith(".weight")]
+        ending = ".lora_A.weight"  # each layer has one such tensor, and one that ends in .lora_B.weight
+        targets = sorted(key.removesuffix(ending) for key in state if key.endswith(ending))
         names = {name for name, _ in network.named_modules()}
         missing = [target for target in targets if target not in names]
         if missing:
@@ -189,7 +194,7 @@ def reference_view(network: nn.Module) -> nn.Module:
     """Returns the network without any LoRA that is in it: new modules around the same weights, which are not copied."""
     if not _layers(network):
         return network
-    # What deepcopy finds in its memo, it takes as it is.
+    # deepcopy does not copy what its memo already has, so the weights are shared.
     shared = {id(value): value for value in [*network.parameters(), *network.buffers()]}
     return _without_adapters(copy.deepcopy(network, shared))
 
@@ -204,6 +209,7 @@ def _without_adapters(network: nn.Module) -> nn.Module:
         if isinstance(layer, BaseTunerLayer):
             network.set_submodule(name, layer.get_base_layer())
     network.__dict__.pop("peft_config", None)
+    _known_layers.pop(network, None)
     return network
 
 
@@ -213,7 +219,8 @@ def _remove_forgotten(network: nn.Module) -> None:
         name = names.pop()
         for layer in _layers(network):
             others = [active for active in layer.active_adapters if active != name]
-            _switch([(layer, others, not layer.disable_adapters)])  # else peft chooses another one in its place
+            # Switched off first: peft would switch on another LoRA in place of one that it deletes.
+            _switch([(layer, others, not layer.disable_adapters)])
             layer.delete_adapter(name)
         del network.peft_config[name]  # type: ignore[operator, union-attr]
 
@@ -222,8 +229,16 @@ def _remove_forgotten(network: nn.Module) -> None:
 _State = tuple[Any, list[str], bool]  # Any: to mypy, peft's layers are no modules
 
 
+#: The peft layers of each network. To look for them in every call of the denoiser would take longer than to switch.
+_known_layers: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+
 def _layers(network: nn.Module) -> list[Any]:
-    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    layers = _known_layers.get(network)
+    if layers is None:
+        layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+        _known_layers[network] = layers
+    return layers
 
 
 def _state(layer: Any) -> _State:
@@ -242,16 +257,14 @@ def _switched(network: nn.Module, names: list[str], on: bool) -> Iterator[None]:
 
 
 def _switch(states: list[_State]) -> None:
-    """Puts layers in these states; parameters that are trainable stay so.
+    """Puts layers in these states.
 
-    peft freezes what it switches off, and a frozen parameter would miss a backward pass that is still to come.
+    It sets peft's two flags and nothing else. The methods that peft has for this also freeze what they switch off, and
+    a frozen parameter would miss a backward pass that is still to come; and they take much longer.
     """
     for layer, names, on in states:
-        trainable = [(value, value.requires_grad) for value in layer.parameters()]
-        layer.set_adapter(names)
-        layer.enable_adapters(on)
-        for value, flag in trainable:
-            value.requires_grad_(flag)
+        layer._active_adapter = names
+        layer._disable_adapters = not on
 
 
 def _read(folder: str | Path, prefix: str) -> dict[str, Tensor]:
@@ -267,8 +280,8 @@ def _read(folder: str | Path, prefix: str) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"the LoRA file {path} is damaged ({error}); write or copy it again") from error
     if not any(key.endswith(".lora_A.weight") for key in state):
-        raise ValueError(f"the file {path} holds no LoRA weights")
-    # What other tools write may be scaled by alpha / rank, as diffusers notes it; there is no scale here.
+        raise ValueError(f"the file {path} holds no LoRA weights; give a file that save_lora() or diffusers wrote")
+    # Other tools scale the change by alpha / rank, and diffusers notes both numbers. Here the scale goes into B.
     scale = config.get(f"{prefix}lora_alpha", 1) / config.get(f"{prefix}r", 1)
     return {key: value * scale if key.endswith(".lora_B.weight") else value for key, value in state.items()}
 

@@ -47,7 +47,7 @@ def model_from_source(
     allow_pickle: bool = False,
     config: str | None = None,
 ) -> StableDiffusion:
-    """Loads the networks of a model; arguments and errors as :func:`dpok_gym.models.load_model`.
+    """Loads the networks of a model; see :func:`dpok_gym.models.load_model`.
 
     Args:
         name: the model's name.
@@ -58,6 +58,10 @@ def model_from_source(
         variant: of the weight files.
         allow_pickle: whether weights that are no safetensors may be read.
         config: for a single file, a diffusers folder or hub id of the same architecture.
+
+    Raises:
+        ValueError: if files are damaged, or the family of the model is not supported.
+        FileNotFoundError: if the model is found nowhere; the message lists the ways to get it.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -68,7 +72,7 @@ def model_from_source(
         advice = (
             "It must be a whole diffusers pipeline (model_index.json, tokenizer, text_encoder, unet, vae, scheduler)"
         )
-    disable_progress_bar()  # of transformers, for a file that loads in no time
+    disable_progress_bar()  # transformers shows one even for a file that loads in milliseconds
     try:
         if path.is_file():
             family, parts = _parts_of_file(path, dtype, allow_pickle, config)
@@ -80,7 +84,11 @@ def model_from_source(
 
 
 def model_from_pipeline(pipe: DiffusionPipeline) -> StableDiffusion:
-    """Makes a model of a live pipeline; see :meth:`dpok_gym.models.TextToImageModel.from_pipeline`."""
+    """Makes a model of a live pipeline; see :meth:`dpok_gym.models.TextToImageModel.from_pipeline`.
+
+    Raises:
+        ValueError: if pipelines of this class are not supported, or one of its parts cannot be used as it is.
+    """
     family = _family_of(pipe)
     if family is None:
         raise ValueError(f"the pipeline cannot be used: {_describe_unsupported(type(pipe).__name__)}")
@@ -105,7 +113,7 @@ def _family_of(pipe: DiffusionPipeline) -> type[StableDiffusion] | None:
 def _check_part(part: str, module: Any) -> None:
     """Checks that a live pipeline's part is there, on its device, and without a LoRA."""
     if module is None:
-        raise ValueError(f"the pipeline has no {part}")
+        raise ValueError(f"the pipeline has no {part}; load a whole pipeline with from_pretrained()")
     if not isinstance(module, nn.Module):
         return
     if hasattr(module, "_hf_hook"):
@@ -114,7 +122,7 @@ def _check_part(part: str, module: Any) -> None:
             "without, with pipe.to(device)"
         )
     for layer in module.modules():
-        # A LoRA of ours is off outside its block. One that is on would be lost whenever ours is on.
+        # The LoRAs of this package are off here. One of the user's that is on would be off whenever ours is on.
         if isinstance(layer, BaseTunerLayer) and layer.active_adapters and not layer.disable_adapters:
             raise ValueError(
                 f"a LoRA is active in the pipeline's {part}: call pipe.fuse_lora() and then "
@@ -166,7 +174,7 @@ def _use_safetensors(allow_pickle: bool) -> bool | None:
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     if not has_vocabulary(tokenizer):
-        raise ValueError(f"its {folder.name} has no vocabulary")
+        raise ValueError(f"its {folder.name} has no vocabulary (vocab.json and merges.txt, or tokenizer.json)")
     return tokenizer
 
 

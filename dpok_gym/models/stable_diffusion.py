@@ -107,7 +107,7 @@ class StableDiffusion(TextToImageModel):
             ValueError: if the autoencoder cannot draw images of this size.
         """
         other = copy.copy(self)
-        # Of its own: the conditioning of XL contains the size.
+        # A cache of its own, because the conditioning of XL contains the size.
         other._conditioning = ConditioningCache(CONDITIONING_CACHE_BYTES)
         other._unconditional = None
         other.negative_prompt = negative_prompt
@@ -134,7 +134,7 @@ class StableDiffusion(TextToImageModel):
             for prompt in prompts:
                 self._check_words(prompt, words)
         max_tokens = tokenizer.model_max_length
-        # Not truncated, as diffusers would do it: a model that is trained on a prompt should have read all of it.
+        # diffusers would cut a long prompt off. Here it is an error: training needs the whole prompt.
         ids = tokenizer(list(prompts), padding="max_length")["input_ids"]
         for prompt, row in zip(prompts, ids, strict=True):
             if len(row) > max_tokens:
@@ -161,7 +161,7 @@ class StableDiffusion(TextToImageModel):
         self.unconditional()
         self.text_encoder.to("cpu")
 
-    @torch.inference_mode(False)  # it is kept, and gradients may be needed later
+    @torch.inference_mode(False)  # the result is kept, and a later caller may need gradients
     def unconditional(self) -> Conditioning:
         """Returns what the denoiser is told about the negative prompt: tensors with a leading axis of 1."""
         if self._unconditional is None:

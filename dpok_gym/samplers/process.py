@@ -23,8 +23,8 @@ from dpok_gym.samplers.ddim import make_ddim_table
 from dpok_gym.samplers.transition_table import TransitionTable
 from dpok_gym.utils.validation import check_choice, check_names, check_non_negative
 
-#: Arguments of :func:`dpok_gym.models.load_model` that decide what is drawn. The others decide with which precision, or
-#: from which files.
+#: Arguments of :func:`dpok_gym.models.load_model` that change the distribution of the images. The others only change
+#: the precision, the speed, or the files that are read.
 _DRAWING_KWARGS = ("image_size", "negative_prompt", "revision")
 
 
@@ -124,8 +124,8 @@ class SamplerConfig:
             other: the environment's settings.
 
         Raises:
-            ValueError: if a setting differs; the message names it. A model folder that is no longer there may have
-                moved: it counts as the same if its own name is.
+            ValueError: if a setting differs; the message names it. If the agent's model folder does not exist any
+                more, it may have moved: then only the last part of its path is compared.
         """
         known = replace(self, model=other.model) if _is_same_model(self.model, other.model) else self
         if known == other:
@@ -172,7 +172,7 @@ class DenoisingProcess:
     ) -> None:
         check_choice("sampler", sampler, "ddim")
         check_non_negative("guidance_scale (1 is no guidance)", guidance_scale)
-        model.num_forward_passes(guidance_scale)  # which refuses guidance for models that have none
+        model.num_forward_passes(guidance_scale)  # raises an error if the model has no guidance
         self.model = model
         self.table: TransitionTable = make_ddim_table(model.scheduler_config, num_inference_steps, eta).to(model.device)
         # The number of steps may have come as a NumPy integer, which JSON does not know.
@@ -181,10 +181,15 @@ class DenoisingProcess:
 
     @classmethod
     def from_config(cls, config: SamplerConfig, device: str = "auto") -> DenoisingProcess:
-        """Loads the model and makes the process; errors as :func:`dpok_gym.models.load_model`.
+        """Loads the model and makes the process.
+
+        Args:
+            config: the settings.
+            device: "auto" (a GPU if there is one), or any torch device.
 
         Raises:
-            ValueError: if the model was a live pipeline without a name, which is nowhere to be loaded from.
+            ValueError: if the model was a live pipeline without a name, which cannot be loaded again; further errors as
+                :func:`dpok_gym.models.load_model`.
         """
         if config.model == LIVE_PIPELINE:
             raise ValueError(
@@ -196,7 +201,7 @@ class DenoisingProcess:
 
     @property
     def num_inference_steps(self) -> int:
-        """T."""
+        """The number of denoising steps, T."""
         return len(self.table)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -220,7 +225,7 @@ class DenoisingProcess:
         denoiser: nn.Module | None = None,
         guidance_gradient: GuidanceGradient = "both",
     ) -> Tensor:
-        """The denoiser's guided output.
+        """Returns the denoiser's guided output.
 
         Args:
             state: B states.
@@ -239,7 +244,7 @@ class DenoisingProcess:
     def transition(
         self, state: State, denoiser: nn.Module | None = None, guidance_gradient: GuidanceGradient = "both"
     ) -> tuple[Tensor, Tensor]:
-        """Mean (B, C, h, w) and std (B,) of p(x_{t-1} | x_t, z), float32.
+        """Returns the mean (B, C, h, w) and the std (B,) of p(x_{t-1} | x_t, z), float32.
 
         Args:
             state: B states.
@@ -250,7 +255,7 @@ class DenoisingProcess:
         return self.mean_of_output(state, output), self.table.std[state.step]
 
     def mean_of_output(self, state: State, output: Tensor) -> Tensor:
-        """Mean (B, C, h, w) of p(x_{t-1} | x_t, z) for a guided output (B, C, h, w) of the denoiser."""
+        """Returns the mean (B, C, h, w) of p(x_{t-1} | x_t, z) for a guided output (B, C, h, w) of the denoiser."""
         return self.table.mean(state.step, state.latents, output)
 
     def denoise(

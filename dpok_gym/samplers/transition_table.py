@@ -52,7 +52,7 @@ class TransitionTable:
         return TransitionTable(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def mean(self, step: Tensor, sample: Tensor, output: Tensor) -> Tensor:
-        """Mean of p(x_{t-1} | x_t).
+        """Returns the mean of p(x_{t-1} | x_t).
 
         Args:
             step: (B,) int64 in [0, T).
@@ -79,7 +79,7 @@ class TransitionTable:
         return expand(self.signal[step], clean) * clean + expand(self.noise[step], clean) * noise
 
     def target(self, step: Tensor, clean: Tensor, sample: Tensor) -> Tensor:
-        """The output that a perfect network gives: the noise, the velocity or x_0, as the model predicts.
+        """Returns the output of a perfect network: the noise, the velocity or x_0, whichever the model predicts.
 
         Args:
             step: (B,) int64 in [0, T).
@@ -94,7 +94,7 @@ class TransitionTable:
         return (clean - from_sample * sample) / from_output
 
     def output_weights(self) -> Tensor:
-        """std / |output_coef| of each step, scaled to a mean of 1; (T,).
+        """Returns std / |output_coef| of each step, scaled to a mean of 1; (T,).
 
         The score of a step, as a function of the network's output, has a standard deviation of |output_coef| / std. So
         a policy gradient with these weights reaches the output with the same strength at every step. Without them, one
@@ -105,7 +105,7 @@ class TransitionTable:
         return weights / weights.mean()
 
     def output_mse(self, step: Tensor, mean: Tensor, other_mean: Tensor) -> Tensor:
-        """Mean squared difference of the two network outputs that led to these means, (B,).
+        """Returns the mean squared difference of the two network outputs that led to these means, (B,).
 
         Args:
             step: (B,) int64 in [0, T).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dpok_gym.utils.device import find_device
 from dpok_gym.utils.validation import check_integer
 
 
@@ -27,12 +28,7 @@ class NetworkReward:
     half_on_gpu = True
 
     def __init__(self, device: str = "auto", dtype: str = "auto", batch_size: int = 16) -> None:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.device = torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise ValueError(f"device {device!r} cannot be used here: {error}") from error
+        self.device = find_device(device)
         if dtype == "auto":
             dtype = "float16" if self.half_on_gpu and self.device.type == "cuda" else "float32"
         if dtype not in ("float32", "bfloat16", "float16"):
@@ -65,8 +61,8 @@ class NetworkReward:
 class Head(nn.Module):
     """Five linear layers from a feature to a score, as LAION's predictor and ImageReward have them.
 
-    Their dropout layers do nothing when they score. So they are left out here, and only the numbers in the keys of the
-    checkpoint ("0", "2", ...) show where they were.
+    The published networks have dropout layers between them. Dropout does nothing when a network scores, so it is left
+    out here. The gaps in the keys of the checkpoint ("0", "2", ...) are the places of these layers.
     """
 
     def __init__(self, width: int) -> None:

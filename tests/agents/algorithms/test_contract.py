@@ -308,12 +308,6 @@ def test_goes_on_after_loading(
     assert loaded.num_timesteps == (1 if reset else 3) * UPDATE
 
 
-def test_a_state_of_another_algorithm_is_refused(make_agent: MakeAgent) -> None:
-    agent = make_agent("GRPO")
-    with pytest.raises(ValueError, match="the state is of DPOK, and the agent is GRPO"):
-        agent.load_state_dict(make_agent("DPOK").state_dict())
-
-
 # --- Rewards that are not finite
 
 

@@ -91,3 +91,8 @@ def test_bad_arguments(n_last_steps: Any, make_agent: MakeAgent) -> None:
 def test_needs_a_gradient(make_env: MakeEnv, make_agent: MakeAgent) -> None:
     with pytest.raises(ValueError, match="'jpeg-compressibility' has no gradient"):
         make_agent("DRaFT", make_env(reward="jpeg-compressibility"))
+
+
+def test_running_normalisation_is_refused(make_agent: MakeAgent) -> None:
+    with pytest.raises(ValueError, match="leave normalize_rewards False"):
+        make_agent("DRaFT", normalize_rewards=True)

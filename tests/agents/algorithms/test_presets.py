@@ -42,10 +42,11 @@ def test_arguments_are_those_of_the_constructors(preset: str, name: str) -> None
 
 @pytest.mark.parametrize(("preset", "name"), [choice for choice in CHOICES if choice[1] != "draft"])
 def test_an_agent_takes_them(preset: str, name: str, make_env: MakeEnv) -> None:
+    """The number of environments is the environment's: it is a matter of memory."""
     kwargs = PRESETS[preset].algorithm_kwargs(name)
-    # A tenth of the environments, as a batch of memory is not what is tested here.
-    n_envs = 16 if name == "grpo" else kwargs.get("n_envs", 4)
-    agent: Any = load_algorithm(name)(env=make_env(n_envs), seed=0, device="cpu", **kwargs)
+    agent: Any = load_algorithm(name)(env=make_env(3), seed=0, device="cpu", **kwargs)
+    assert agent.n_envs == 3
+    assert len(agent.rollout_buffer) == kwargs["images_per_iteration"]
     for argument, value in kwargs.items():
         if argument not in ("n_envs", "learning_rate"):
             assert getattr(agent, argument) == value
@@ -75,9 +76,10 @@ def test_dpoks_settings_are_for_dpok(preset: str) -> None:
 @pytest.mark.parametrize("preset", ["paper", "official-code"])
 def test_settings_of_the_paper(preset: str, make_env: MakeEnv) -> None:
     kwargs = PRESETS[preset].algorithm_kwargs("dpok")
-    agent = DPOK(env=make_env(kwargs["n_envs"]), seed=0, device="cpu", **kwargs)
+    agent = DPOK(env=make_env(4), seed=0, device="cpu", **kwargs)
     before = weights(agent)
     agent.learn(10 * T)
+    assert agent.images_drawn == 10
     assert agent._n_updates == 1
     assert not is_same(weights(agent), before)
     # Fifty denoising steps, as in the paper: five optimiser steps.
@@ -100,5 +102,6 @@ def test_the_laptops_task_is_the_default_environments() -> None:
     agent = GRPO(env=env, seed=0, device="cpu", **preset.algorithm_kwargs("grpo"))
     assert agent.denoising_env.prompts.train == (preset.env_kwargs["prompts"],)
     assert agent.process.num_inference_steps == preset.env_kwargs["num_inference_steps"]
+    assert len(agent.rollout_buffer) == 64
     assert agent.policy.lora is not None
     assert agent.policy.lora.rank == preset.common["policy_kwargs"]["lora_rank"]

@@ -1,0 +1,23 @@
+"""The device that networks run on."""
+
+from __future__ import annotations
+
+import torch
+
+
+def find_device(name: str) -> torch.device:
+    """Returns a device of this machine by its name.
+
+    Args:
+        name: "auto" (a GPU if there is one), or any torch device, such as "cpu" or "cuda:1".
+
+    Raises:
+        ValueError: if the device cannot be used here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        # A tensor knows the device's number: "cuda" becomes "cuda:0", so both names find the same loaded model.
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {error}; use 'auto' or 'cpu'") from error
