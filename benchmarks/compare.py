@@ -1,8 +1,8 @@
 """Algorithms side by side: ``python -m benchmarks.compare`` (hours), with ``--quick`` a quarter of an hour.
 
-It runs every algorithm of ``compare.yaml`` on every task of it, over several seeds. Each run is one line of
-``runs.jsonl``, and an interrupted sweep goes on where it stopped. Every call makes table and figures again from these
-lines; ``--report`` makes no runs. ``--tune`` makes the runs by which the settings were chosen.
+It runs every algorithm of ``compare.yaml`` on every task in it, over several seeds. Each run is one line of
+``runs.jsonl``, and an interrupted sweep continues where it stopped. Every call makes tables and figures again from
+these lines; ``--report`` makes no runs. ``--tune`` makes the runs by which the settings were chosen.
 """
 
 from __future__ import annotations

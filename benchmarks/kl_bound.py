@@ -1,9 +1,10 @@
 """The bound of DPOK's Lemma 4.2, measured along training: ``python -m benchmarks.kl_bound``.
 
-The lemma bounds the KL of the distributions of finished images, which is unknown for real models. The bound is the sum
-over the denoising steps of the expected KL of the transitions, which DPOK charges for. In one dimension both can be
-integrated on a grid: data with modes at -1 and 1, r = 0.5 x, T = 20, with the KL in the reward and in the loss. It
-prints a table, draws ``kl_bound.png`` and writes ``kl_bound.json``. It takes about a minute on one core.
+The lemma bounds the KL between the distributions of finished images, which is unknown for real models. The bound is the
+expected KL of the transitions, summed over the denoising steps: this is the KL that DPOK penalises. In one dimension
+both can be integrated on a grid. The data have modes at -1 and 1, r = 0.5 x, T = 20; the KL is once in the reward and
+once in the loss. The command prints a table, draws ``kl_bound.png`` and writes ``kl_bound.json``. It takes about a
+minute on one core.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _both_sides(policy: GridPolicy, reference: GridPolicy) -> dict[str, float]:
 
 
 def draw_figure(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draws both sides against the images drawn, a panel for each place of the KL; dotted, those of the exact policy.
+    """Draws both sides against the images drawn, with a panel for each place of the KL. The exact policy's are dotted.
 
     Args:
         results: ``training`` (rows) and ``exact`` (both sides) of each place of the KL.

@@ -1,9 +1,13 @@
-"""Does DPOK find the known answers of DPOK-Mixture-v0? ``python -m benchmarks.mixture --seeds 3``.
+"""DPOK's results on DPOK-Mixture-v0 beside the known answers: ``python -m benchmarks.mixture --seeds 3``.
 
-It trains, and compares with the exact answers: Gaussian data with their closed form; mixtures in two dimensions with
-the sampler's own samples, weighted by exp(r / beta); a mixture in one dimension with the best policy, by dynamic
-programming, with the KL in the reward and in the loss. It prints a table of each, draws the pre-trained and the
-fine-tuned model over the denoising steps into ``mixture.png``, and writes every number to ``mixture.json``.
+It trains with DPOK, and compares the result with the exact answer in three cases:
+
+- one Gaussian: the optimum in closed form;
+- mixtures in two dimensions: the sampler's own samples, weighted by exp(r / beta);
+- a mixture in one dimension: the best policy by dynamic programming, with the KL in the reward and in the loss.
+
+It prints a table for each case. It draws the pre-trained and the fine-tuned model over the denoising steps into
+``mixture.png``, and writes every number to ``mixture.json``.
 
 Each training draws 15,360 images. Seconds are of the process's own computing, on one core.
 
@@ -54,7 +58,7 @@ MIXTURES: tuple[tuple[str, dict[str, float]], ...] = (
 
 
 def gaussian(seeds: int, iterations: int = ITERATIONS, beta: float = 0.5, n: int = N_POINTS) -> list[dict[str, Any]]:
-    """Measures the mean, in standard deviations, and the variance against the optimum's: one Gaussian, r = x_1, T = 20.
+    """Measures the mean and the variance of one Gaussian against those of the optimum, for r = x_1 and T = 20.
 
     Args:
         seeds: number of trainings.
@@ -152,7 +156,7 @@ def mixtures(
 
 
 def one_dimension(seeds: int, iterations: int = ITERATIONS) -> list[dict[str, Any]]:
-    """Measures the weight of the right mode, and the objective E[r] - beta KL: modes at -1 and 1, r = 0.5 x, beta = 1.
+    """Measures the weight of the right mode and the objective E[r] - beta KL, for r = 0.5 x, beta = 1 and modes at +-1.
 
     Args:
         seeds: number of trainings of each case.

@@ -25,7 +25,7 @@ from dpok_gym.mixture.model import MixtureModel
 
 GRID = np.linspace(-6, 6, 601)
 
-#: The settings of ``dpok train`` for this model, but for kl_coef, which each case has its own of.
+#: The settings of ``dpok train`` for this model. The cases differ in kl_coef, so it is left out.
 SETTINGS = PRESETS["exact-objective"].algorithm_kwargs("dpok") | {"micro_batch_size": None, "device": "cpu"}
 N_ENVS = SETTINGS.pop("n_envs")
 ITERATIONS = PRESETS["exact-objective"].images // N_ENVS
@@ -97,13 +97,15 @@ def sample_trajectories(policy: DenoisingPolicy, prompt: str, n: int, seed: int,
     generator = torch.Generator().manual_seed(seed)
     shape = (n, *policy.model.latent_shape)
     latents = torch.randn(shape, generator=generator)
-    # All have the same prompt, which is encoded once.
+    # All trajectories have the same prompt, so it is encoded once.
     conditioning = {name: values.expand(n) for name, values in policy.process.encode([prompt]).items()}
     transition = policy.reference_transition if reference else policy.transition
     states = [latents]
-    for step in policy.process.denoise(
-        latents, conditioning, lambda _: torch.randn(shape, generator=generator), transition
-    ):
+
+    def noise(index: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    for step in policy.process.denoise(latents, conditioning, noise, transition):
         states.append(step.next_latents)
     return torch.stack(states).flatten(2).double()
 

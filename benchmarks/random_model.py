@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import string
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Tokenizer, models, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from dpok_gym.shapes.pretrain import train_clip_tokenizer
 
 
 def save_random_sd15(folder: Path) -> Path:
@@ -33,15 +33,9 @@ def save_random_sd15(folder: Path) -> Path:
 
 
 def _make_tokenizer() -> CLIPTokenizer:
-    letters = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    trainer = trainers.BpeTrainer(special_tokens=special, end_of_word_suffix="</w>", show_progress=False)
     # Each letter once as a whole word and once as the start of one.
-    texts = [*string.ascii_lowercase, *(f"{letter}a" for letter in string.ascii_lowercase), "."]
-    letters.train_from_iterator(texts, trainer)
-    model = json.loads(letters.to_str())["model"]
-    merges = [tuple(pair) for pair in model["merges"]]
-    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=77)
+    starts = [f"{letter}a" for letter in string.ascii_lowercase]
+    return train_clip_tokenizer([*string.ascii_lowercase, *starts, "."], max_tokens=77)
 
 
 def _make_pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:

@@ -1,6 +1,6 @@
 """Sweeps: many training runs whose results are lines of a file.
 
-A line is appended when its run ends. An interrupted sweep goes on where it stopped, and a run whose description is in
+A line is appended when its run ends. An interrupted sweep continues where it stopped, and a run whose description is in
 the file is not made again.
 """
 

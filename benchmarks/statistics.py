@@ -37,8 +37,8 @@ class Interval(NamedTuple):
 def interquartile_mean(by_task: Sequence[ArrayLike]) -> Interval:
     """Computes the mean of the middle half of a task's runs, and the mean of these over tasks.
 
-    Of three runs all count, of five the middle three. Tasks differ more than the runs of one task do, so the middle
-    half of all runs together would be that of some tasks only.
+    With three runs all of them count, with five the middle three. The means are taken within tasks, because tasks
+    differ more than the runs of one task: the middle half of all runs together would leave whole tasks out.
 
     Args:
         by_task: for each task the runs' numbers, one for each seed. The bootstrap resamples within tasks (stratified).
@@ -63,7 +63,12 @@ def interquartile_band(curves: ArrayLike) -> tuple[Numbers, Numbers, Numbers]:
 
 
 def improvement(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike]) -> Interval:
-    """Computes how far the interquartile mean of ours is above that of theirs; arguments as in the next function."""
+    """Computes how far the interquartile mean of our runs is above that of theirs.
+
+    Args:
+        ours: for each task the runs' numbers, one for each seed.
+        theirs: the same of the other algorithm, for the same tasks.
+    """
 
     def statistic(*samples: Numbers, axis: int = -1) -> Numbers:
         middles = [_middle(sample, axis) for sample in samples]

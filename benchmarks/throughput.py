@@ -1,9 +1,13 @@
 """Speed and memory: ``python -m benchmarks.throughput --model random-sd15 --device cuda --dtype bfloat16``.
 
-For each number of images side by side it measures: the images drawn a second in rollouts, and the transitions learned
-from a second in updates; the shares of a rollout's time; the peak memory; and the floating-point operations per second
-of the denoiser, beside those of a large matrix product on the same device in the same run. It prints one table, and
-writes JSON with ``--out``.
+For each number of images side by side it measures
+
+- the images per second of rollouts, and the transitions per second of updates;
+- the shares of a rollout's time;
+- the peak memory;
+- the floating-point operations per second of the denoiser, beside those of a large matrix product on the same device.
+
+It prints one table, and writes JSON with ``--out``.
 
 ``random-sd15`` is Stable Diffusion 1.5 at full size with random weights. It is written to ``--work`` once (2 GB in half
 precision), and loaded from there like any checkpoint.
@@ -137,7 +141,7 @@ def measure(env: DenoisingVectorEnv, options: argparse.Namespace) -> Measurement
     callback.init_callback(agent)
     agent._setup_learn(1)
 
-    # These two are an iteration of learn(), so that each rollout has images and prompts of its own.
+    # Together these two functions are one iteration of learn(). So each rollout has new images and prompts.
     def collect() -> None:
         agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, agent.n_steps)
         agent._finish_iteration(log_interval=0)

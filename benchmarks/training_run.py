@@ -76,7 +76,8 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
         evaluation = evaluate(agent.policy, evaluation_env, chosen, seed, reference=not trains, best_of=best_of)
         scores[name] = summarize(evaluation)
         if not trains:
-            # The evaluation's KL leaves out the choice; this is the bound of it that evaluate() cites.
+            # The KL of the evaluation is that of the sampler, before the best image is chosen. This is the bound for
+            # the chosen images, see agents.common.evaluation.evaluate.
             scores[name]["kl"] = math.log(best_of) - (best_of - 1) / best_of
         if row_file is not None and name == "training":
             _save_row(evaluation, row_file)
@@ -170,9 +171,9 @@ def diversity(images: NDArray[np.uint8], prompts: Sequence[str]) -> float | None
 class Curve(BaseCallback):
     """Collects the points of a learning curve.
 
-    A point has the means of ``alignment``, ``quality`` and ``reward`` over some images, and the cost, until then, of
-    the model that drew them: ``images``, ``num_function_evaluations`` and ``seconds``. The images are those of each
-    rollout; within a supervised fit, which has no rollouts, they are drawn for the curve.
+    A point has the means of ``alignment``, ``quality`` and ``reward`` over some images. It also has the cost of the
+    training until then: ``images``, ``num_function_evaluations`` and ``seconds``. The images are those of each rollout.
+    A supervised fit has no rollouts, so images are drawn for the curve.
 
     Args:
         env: draws the images within fits; neither their time nor their function evaluations count.

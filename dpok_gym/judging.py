@@ -83,9 +83,11 @@ class ImageJudge:
         """Yields images (b, 3, H, W) and their prompts, so that workers can start before all images are decoded."""
         size = len(latents)
         if self.reward_workers:
+            # Two chunks for each thread, so that all are busy even if some chunks take longer.
             size = math.ceil(len(latents) / (2 * self.reward_workers))
             decoded = self._decoding.size or 1
-            size = math.ceil(size / decoded) * decoded  # the same decoding as without workers
+            # Whole decoding batches: the images are then the same bits as without threads.
+            size = math.ceil(size / decoded) * decoded
         for first in range(0, len(latents), size):
             yield self.decode(latents[first : first + size]), prompts[first : first + size]
 

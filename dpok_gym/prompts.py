@@ -161,7 +161,7 @@ def load_prompts(spec: PromptSet | str | os.PathLike[str] | Sequence[str]) -> Pr
     if os.path.isfile(spec):  # Path.is_file() would raise for a text that is too long to be a path
         return _load_file(Path(spec))
     if not isinstance(spec, str) or spec.lower().endswith(SUFFIXES):
-        raise FileNotFoundError(f"there is no file of prompts at {str(spec)!r}")
+        raise FileNotFoundError(f"there is no file of prompts at {str(spec)!r}; check the path and the working folder")
     close = difflib.get_close_matches(spec, PROMPT_SETS.names(), n=1, cutoff=0.8)
     has_one_word = not any(character.isspace() for character in spec)
     if close and has_one_word:

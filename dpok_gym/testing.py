@@ -6,8 +6,8 @@
     def test_mine(tmp_path):
         model = load_model(save_tiny_pipeline(tmp_path / "model"), "cpu")
 
-They have all parts of the published models, tokenizers included, so whatever works with one of them works with the real
-one, only slower. What they draw is noise.
+They have all parts of the published models, tokenizers included. So code that works with one of them works with the
+real model too, only slower. Their images are noise.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def save_tiny_pipeline(folder: Path, family: TinyFamily = "stable-diffusion") ->
         ValueError: if the family is unknown.
     """
     check_choice("family", family, "stable-diffusion", "stable-diffusion-v", "stable-diffusion-xl")
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had been drawn
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay the same
         if family == "stable-diffusion-xl":
             torch.manual_seed(2)
             _make_xl().save_pretrained(folder)

@@ -236,6 +236,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
                 final_obs = {name: values[i] for name, values in observation.items()}
                 last.append({"final_obs": final_obs, "final_info": info})
             gathered = self._gather(last)
+            # Autoreset in the same step: what is returned is the first observation of the next episodes.
             observation, infos = self.begin_episodes(self._generators)
         ended = np.full(self.num_envs, terminated)
         return observation, rewards, ended, np.zeros_like(ended), self._gather(infos, gathered)
@@ -310,6 +311,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             return self._observe(), np.zeros(self.num_envs), False, [{} for _ in self._texts]
         observation = self._observe()
         self._step = None
+        # Only now are images decoded: noisy latents have no reward.
         outcome = self.judge(torch.from_numpy(self._latents), self._texts)
         infos = [make_info(outcome, i, text) for i, text in enumerate(self._texts)]
         return observation, outcome.rewards.total.double().numpy(), True, infos

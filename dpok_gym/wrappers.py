@@ -125,6 +125,7 @@ class NoiseAction(gymnasium.ActionWrapper, RecordConstructorArgs):
     def reset(self, **kwargs: Any) -> tuple[Observation, dict[str, Any]]:
         """Resets, and remembers the state that the first action starts from."""
         self._observation, info = self.env.reset(**kwargs)
+        # A copy, because the caller may change what it gets, and the next action starts from this state.
         return copy.deepcopy(self._observation), info
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, Any, bool, bool, dict[str, Any]]:

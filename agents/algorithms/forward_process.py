@@ -111,10 +111,11 @@ class ForwardProcess(DenoisingAlgorithm):
         callback.on_training_start(locals(), globals())
         is_going_on = True
         while is_going_on and self.num_timesteps < total:
-            is_going_on = self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps)
-            if is_going_on:
-                self._keep_images(self.rollout_buffer)
-                self._finish_iteration(log_interval)
+            with self._whole_iteration():
+                is_going_on = self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps)
+                if is_going_on:
+                    self._keep_images(self.rollout_buffer)
+                    self._finish_iteration(log_interval)
         # All images are drawn before the fit begins: their weights depend on all rewards.
         while is_going_on and not self.is_done(total):
             callback.on_rollout_start()  # where callbacks save

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options")
 
-#: Arguments that are one text on the command line, whatever else they can be in Python, and what the help calls it.
+#: Arguments that are always one text on the command line, with the name of the text in the help. In Python they may
+#: also be objects.
 _TEXTS = {"model": "NAME|FOLDER|HUB-ID", "prompts": "TEXT|SET|FILE", "reward": "NAME[=WEIGHT],..."}
 
-#: What tyro draws around its messages.
+#: The box that tyro draws around its messages, and the rule above its advice.
 _BOX = re.compile(r"[╭╮╰╯│]")
 _RULE = re.compile(r"─{5,}")
 
@@ -48,34 +49,44 @@ def parse_options(options: type[Options], prog: str, argv: Sequence[str]) -> Opt
         UsageError: if an option is unknown, or a value cannot be read; the message is one line.
     """
     parsed, unknown = _call_tyro(options, argv, prog=prog)
+    # tyro's own error for an unknown option names no similar one, so it hands unknown words back instead.
     if unknown:
         raise UsageError(_describe_unknown(unknown, option_names(options)))
     return parsed
 
 
 def parse_some_options(options: type[Options], argv: Sequence[str]) -> Options:
-    """Reads these options only, and leaves all other words alone, ``--help`` too; errors as :func:`parse_options`."""
+    """Reads the options of a dataclass, and ignores all other words, even ``--help``.
+
+    Args:
+        options: dataclass of the options.
+        argv: the words after the command.
+
+    Raises:
+        UsageError: if a value cannot be read.
+    """
     return _call_tyro(options, argv, add_help=False)[0]
 
 
 def _call_tyro(options: type[Options], argv: Sequence[str], **settings: Any) -> tuple[Options, list[str]]:
-    """Returns the options, and the words that belong to none; tyro's boxes of errors become one line."""
+    """Returns the options, and the words that belong to none of them."""
+    # tyro prints its errors in a box over several lines and exits. main() prints all errors in the same way instead.
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             return tyro.cli(options, args=argv, return_unknown_args=True, **settings)
     except SystemExit as ended:
-        if not ended.code:
+        if not ended.code:  # after --help
             raise
         raise UsageError(_first_message(printed.getvalue())) from None
 
 
 def default_hint(metavar: str, text: str) -> Any:
-    """Says in the help where an option's default comes from.
+    """Returns tyro's settings for an option whose default is not known before the other options are.
 
     Args:
-        metavar: what the help calls the value.
-        text: what the default is.
+        metavar: the name of the value in the help.
+        text: the description of the default in the help.
     """
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {text})")
 
@@ -109,11 +120,13 @@ def make_options(name: str, arguments: Iterable[Argument], defaults: Mapping[str
     made: list[Any] = []
     for argument in arguments:
         kind: Any = _command_line_type(argument)
+        # Functions and loaded models cannot be written on a command line; num_envs and the like are no settings.
         if kind is None or argument.name not in defaults:
             continue
         default = to_command_line(argument.name, defaults[argument.name])
         shown = tyro.conf.arg(help=clean_docstring(argument.doc), metavar=_TEXTS.get(argument.name))
         annotation = Annotated[kind, shown]
+        # A copy for each instance: dataclasses refuse a list or a dict as a default that all instances share.
         made.append((argument.name, annotation, field(default_factory=partial(copy, default))))
     return make_dataclass(name, made)
 
@@ -158,7 +171,7 @@ def _command_line_type(argument: Argument) -> Any:
 def _first_message(box: str) -> str:
     """Returns the message in one of tyro's boxes, without the advice that follows it."""
     lines = [_BOX.sub("", line).strip() for line in box.splitlines()]
-    lines = [line for line in lines[1:] if line]
+    lines = [line for line in lines[1:] if line]  # the first line is the box's heading
     for number, line in enumerate(lines):
         if _RULE.match(line):
             lines = lines[:number]
@@ -171,6 +184,7 @@ def _describe_unknown(words: Sequence[str], known: Sequence[str]) -> str:
     options = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not options:
         return f"unexpected {words[0]!r}: a text of several words needs quotation marks"
-    written = options[0].replace("_", "-")
+    written = options[0].replace("_", "-")  # --kl_coeff is nearer to --kl-coef so
+    # There are about 60 options, too many to list them all in an error.
     hint = suggest(written, known).partition("There are:")[0].strip()
     return f"unknown option {options[0]}; {hint or 'the option --help lists all of them'}"

@@ -26,7 +26,7 @@ from dpok_gym.vector_env import DenoisingVectorEnv
 
 FILE_NAME = "config.yaml"
 
-#: Arguments of an algorithm that are in the config under their own name, or that the command sets by itself.
+#: Arguments of an algorithm that are fields of the config themselves, or that the command sets.
 _NOT_SETTINGS = (
     "policy",
     "env",
@@ -38,7 +38,7 @@ _NOT_SETTINGS = (
     "seed",
     "device",
 )
-#: Arguments of a policy that the algorithm decides, or that a text cannot express.
+#: Arguments of a policy that the algorithm sets, or that a text cannot express.
 _NOT_POLICY_SETTINGS = ("use_sde", "use_critic", "optimizer_class")
 
 
@@ -98,16 +98,17 @@ class Config:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise ValueError(f"{path} is damaged: {error}; mend it, or train anew") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{path} is damaged: it is no mapping of keys to values")
+            raise ValueError(f"{path} is damaged: it is no mapping of keys to values; mend it, or train anew")
         known = [field.name for field in fields(cls)]
+        # All keys must be there: a default that changes in a later version must not change an old run.
         check_names(f"key of {path}", values, known)
         for name in known:
             if name not in values:
-                raise ValueError(f"{path} lacks the key {name!r}")
+                raise ValueError(f"{path} lacks the key {name!r}; add it, or train anew with this version")
         config = cls(**values)
-        config.check_keys()
+        config.check_keys()  # the file may have been edited by hand, or be of another version
         return config
 
     def check_keys(self) -> None:
@@ -148,7 +149,8 @@ class Config:
             device: device of the policy; None for the config's.
         """
         algorithm: Callable[..., DenoisingAlgorithm] = load_algorithm(self.algo)
-        # Said in full, as an environment for evaluation may draw fewer images side by side.
+        # None would mean "as many as there are environments". But dpok evaluate makes the agent in an environment that
+        # may draw fewer images side by side than the one for training.
         per_iteration = self.algo_kwargs["images_per_iteration"] or self.n_envs
         settings = self.algo_kwargs | {"images_per_iteration": per_iteration, "policy_kwargs": self.policy_kwargs}
         return algorithm("DenoisingPolicy", env, seed=self.seed, device=device or self.device, **settings)
@@ -174,6 +176,7 @@ def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Co
     if preset_name not in PRESETS:
         raise ValueError(f"unknown preset {preset_name!r}; {suggest(preset_name, PRESETS)}")
     preset = PRESETS[preset_name]
+    # Users may add presets to the dict, so the settings of a preset are checked like those of a command line.
     chosen = dict(preset.algorithm_kwargs(algo))
     n_envs = chosen.pop("n_envs", describe_arguments(algorithm)["n_envs"].default)
     policy_kwargs = settings_of(DenoisingPolicy) | chosen.pop("policy_kwargs", {})
@@ -181,7 +184,7 @@ def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Co
     check_names(f"argument of {algo} in the preset {preset_name!r}", chosen, own)
     check_names(f"argument of {env_class.__name__} in the preset", preset.env_kwargs, environment_kwargs(env_id))
     env_kwargs = environment_kwargs(env_id) | dict(preset.env_kwargs)
-    env_kwargs.pop("device")
+    env_kwargs.pop("device")  # a field of the config, since the agent needs it too
     return Config(
         env=env_id,
         algo=algo,
@@ -205,25 +208,27 @@ def settings_of(owner: type) -> dict[str, Any]:
 
 
 def describe_settings(owner: type) -> list[Argument]:
-    """Returns the descriptions of these arguments."""
+    """Returns the descriptions of the arguments of an algorithm or a policy that a run can set."""
     left_out = _NOT_POLICY_SETTINGS if issubclass(owner, DenoisingPolicy) else _NOT_SETTINGS
     arguments = describe_arguments(owner).values()
+    # Arguments without a default, such as a policy's observation space, come from the algorithm.
     empty = inspect.Parameter.empty
     return [argument for argument in arguments if argument.name not in left_out and argument.default is not empty]
 
 
 def find_paths(env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments with absolute paths and the reward as a dict: a run may be read from another folder."""
+    """Returns an environment's arguments with absolute paths, and with the reward as a dict."""
+    # A run can be resumed from another working folder, where relative paths would name other files.
     resolved = dict(env_kwargs)
     weights = parse_reward(resolved["reward"])
     resolved["reward"] = {_absolute(name, list_rewards()): weight for name, weight in weights.items()}
-    if os.path.isfile(str(resolved["prompts"])):  # a folder of that name does not make a prompt a path
+    if os.path.isfile(str(resolved["prompts"])):  # a prompt may be the name of a folder by chance
         resolved["prompts"] = _absolute(resolved["prompts"], list_prompt_sets())
     resolved["model"] = _absolute(resolved["model"], list_models())
     return resolved
 
 
 def _absolute(text: Any, names: Collection[str]) -> Any:
-    """Returns a path in full; names, which go before paths, and anything else as it is."""
+    """Returns an existing path as an absolute one, and anything else as it is. Registered names are never paths."""
     is_path = isinstance(text, str) and text not in names and os.path.exists(text)
     return os.path.abspath(text) if is_path else text

@@ -11,7 +11,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 import dpok_gym  # noqa: F401  (registers the environments)
 from agents.common.arguments import describe_arguments
-from dpok_gym.registration import DEFAULT_ENVIRONMENT
+from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
 from dpok_gym.rewards.remote.client import is_address
 from dpok_gym.vector_env import DenoisingVectorEnv
 from dpok_gym.worlds import World
@@ -32,15 +32,22 @@ def environment_class(env_id: str) -> type[DenoisingVectorEnv]:
     entry = _find_spec(env_id).vector_entry_point
     creator: Any = load_env_creator(entry) if isinstance(entry, str) else entry
     if not (isinstance(creator, type) and issubclass(creator, DenoisingVectorEnv)):
-        raise ValueError(f"{env_id} is no denoising environment such as {DEFAULT_ENVIRONMENT}")
+        raise ValueError(f"{env_id} is no denoising environment; use one such as {DEFAULT_ENVIRONMENT}")
     return creator
 
 
 def environment_kwargs(env_id: str) -> dict[str, Any]:
-    """Returns all arguments of an environment's class, as the id sets them; errors as :func:`environment_class`."""
+    """Returns all settings of an environment, as its id defines them.
+
+    Args:
+        env_id: an id; errors as :func:`environment_class`.
+
+    Returns:
+        The arguments of the class by name: its defaults, changed by those that the id is registered with.
+    """
     arguments = describe_arguments(environment_class(env_id))
     defaults = {name: argument.default for name, argument in arguments.items()}
-    for name in ("num_envs", "render_mode"):
+    for name in ("num_envs", "render_mode"):  # these do not change the images
         defaults.pop(name, None)
     return defaults | _find_spec(env_id).kwargs
 
@@ -53,14 +60,15 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> DenoisingVectorEnv:
         num_envs: images drawn side by side.
         **kwargs: changes to its arguments.
     """
-    environment_class(env_id)
+    environment_class(env_id)  # for its errors, which are clearer than Gymnasium's
+    # The other vectorization modes would step single environments, one call of the network for each.
     env = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
-    assert isinstance(env, DenoisingVectorEnv)  # environment_class has looked
+    assert isinstance(env, DenoisingVectorEnv)  # environment_class has checked this
     return env
 
 
 def evaluation_rewards(world: World | None, reward: Mapping[str, Any], also: Collection[str] = ()) -> dict[str, Any]:
-    """Returns a reward that has further components with weight 0, which evaluations show beside it.
+    """Adds components of weight 0 to a reward: evaluations show them, and the total stays the same.
 
     Args:
         world: the environment's world, whose own rewards every evaluation computes.
@@ -68,6 +76,7 @@ def evaluation_rewards(world: World | None, reward: Mapping[str, Any], also: Col
         also: further rewards.
     """
     of_world = world.evaluation_rewards if world else ()
+    # The reward comes last, so that its weights replace the zeros of components that it has too.
     return dict.fromkeys((*of_world, *also), 0.0) | dict(reward)
 
 
@@ -87,6 +96,7 @@ def parse_reward(text: Any) -> dict[str, Any]:
         return dict(text)
     weights: dict[str, Any] = {}
     for entry in text.split(","):
+        # An address may have "=" in its query, so its weight follows the last one.
         split = entry.rpartition if is_address(entry) and "=" in entry else entry.partition
         name, equals, weight = (part.strip() for part in split("="))
         if not name or name in weights:
@@ -105,4 +115,6 @@ def _find_spec(env_id: str) -> EnvSpec:
             importlib.import_module(module)
         return gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(f"there is no environment {env_id!r}: {error}") from error
+        raise ValueError(
+            f"there is no environment {env_id!r}: {error} The built-in ones are {', '.join(ENVIRONMENTS)}"
+        ) from error

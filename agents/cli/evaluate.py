@@ -23,7 +23,7 @@ class Evaluate:
     Rewards that it was not trained on are scored too. Writes evaluation.json into the run folder.
     """
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """Run folder of dpok train."""
     model: Annotated[Path | None, default_hint("FOLDER", "the run's")] = None
     """Folder of the run's model, if it has moved."""
@@ -31,7 +31,7 @@ class Evaluate:
     """Images for each set of prompts, before and after, 1 or more."""
     seed: Annotated[int | None, default_hint("INT", "the run's, which repeats its own evaluation")] = None
     """Seed of the images, 0 or more."""
-    reward: Annotated[str | None, default_hint("NAME,...", "one that suits the model, for others the JPEG size")] = None
+    reward: Annotated[str | None, default_hint("NAME,...", "the world's; for other models the JPEG size")] = None
     """Further rewards to score with, which the run was not trained on."""
     device: str = "auto"
     """Device of the networks: auto, cpu, cuda, cuda:1, ..."""
@@ -61,10 +61,11 @@ def run(options: Evaluate) -> int:
     agent = load_agent(options.run, config, env, options.device)
     console, results = Console(), {}
     for name, texts in _prompt_sets(env).items():
-        if not texts:
+        if not texts:  # a text or a file of prompts holds none out
             console.print(f"there are no {name} prompts")
             continue
         prompts = cycle_prompts(texts, options.images)
+        # Both models draw from the same noise, so that the images differ by the training alone.
         before = evaluate_policy(agent.policy, env, prompts, config.evaluation_seed, reference=True)
         after = evaluate_policy(agent.policy, env, prompts, config.evaluation_seed)
         results[name] = {"n_prompts": len(set(texts))} | scores_of(before, after)
@@ -84,14 +85,14 @@ def _make_env(options: Evaluate, config: Config) -> DenoisingVectorEnv:
     if options.model is not None:
         changes["model"] = str(options.model)
     reward = config.env_kwargs["reward"]
-    # Its world is known once it is made; the networks are shared with the second one.
+    # The world is known only from an environment. A second one costs little, as the two share their networks.
     world = config.make_env(n_envs, **changes).world
     also: Sequence[str]
     if options.reward:
         also = tuple(parse_reward(options.reward))
     elif world is not None:
         also = world.held_out_rewards
-    elif any(name.startswith("jpeg-") for name in reward):
+    elif any(name.startswith("jpeg-") for name in reward):  # one would only be minus the other
         also = ()
     else:
         also = ("jpeg-compressibility",)

@@ -24,7 +24,7 @@ class FitReward:
     killed.
     """
 
-    choices: tyro.conf.Positional[Path]
+    choices: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """JSONL file with a choice on each line, its paths relative to the file.
 
     {"prompt": "a red star", "images": ["a.png", "b.png"], "preferred": 0, "who": "ada", "when": "2026-01-31T12:00"}
@@ -42,8 +42,7 @@ class FitReward:
     learning_rate: float = 1.5e-3
     """Highest learning rate, usually 5e-4 to 3e-3."""
     image_size: Annotated[int | None, default_hint("INT", "64, or that of --start")] = None
-    """Pixels of the side that images are resized to, a multiple of 8 from 16 on. More shows finer details, and is
-    slower."""
+    """Pixels of the side that images are resized to, a multiple of 8 from 16 on. More is slower, with finer details."""
     seed: int = 0
     """Seed of the split, the first weights and the order of the choices, 0 or more."""
     device: str = "auto"
@@ -85,7 +84,7 @@ def run(options: FitReward) -> int:
         log=log,
     )
     result.reward.save(options.out)
-    checkpoint.unlink()
+    checkpoint.unlink()  # last, so that an interrupted command can be repeated
     held_out = result.held_out
     summary = {"choices": str(options.choices), "trained_on": result.trained_on, "epoch": result.epoch}
     write_json(options.out / "fit.json", summary | {"held_out": asdict(held_out)})
@@ -96,11 +95,11 @@ def run(options: FitReward) -> int:
         f"{held_out.calibration_error:.3f}; use it with: dpok train --reward {options.out}",
         highlight=False,
     )
-    return 130 if result.interrupted else 0
+    return 130 if result.interrupted else 0  # 130 is the shells' code for Ctrl-C
 
 
 def _starting_point(options: FitReward) -> tuple[PreferenceNetwork | None, int]:
-    """Returns the network to start from, if there is one, and the size of the images in pixels."""
+    """Returns the network to start from, None for an untrained one, and the size of the images in pixels."""
     from dpok_gym.rewards.preference.reward import CONFIG, PreferenceReward
 
     if (options.out / CONFIG).exists():

@@ -12,20 +12,24 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 
 class InterruptCallback(BaseCallback):
-    """Raises KeyboardInterrupt for Ctrl-C, but not in the middle of an update, whose half would be lost or kept.
+    """Raises KeyboardInterrupt after Ctrl-C, once no update is under way.
 
-    As a context manager it takes the signal over. A second Ctrl-C raises at once.
+    Half an update can be neither saved nor undone, so the update is completed first. A second Ctrl-C raises at once.
+    As a context manager it handles the signal itself within the block.
+
+    Attributes:
+        updating: True while an update may be under way.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._pending = False
         self._previous: Any = None
-        #: True while an update may be under way: then the weights are between two iterations.
         self.updating = False
 
     def __enter__(self) -> Self:
-        # Only the main thread may set handlers, and a process in the background may ignore the signal.
+        # Python lets only the main thread set handlers. Shells start background jobs with the signal ignored; such a
+        # process must still ignore it.
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             self._previous = signal.signal(signal.SIGINT, self._note)
         return self
@@ -50,7 +54,9 @@ class InterruptCallback(BaseCallback):
     def _on_rollout_start(self) -> None:
         self.updating = False
         self._raise_pending()
-        self.updating = True  # a forward-process algorithm draws nothing now, but fits at once
+        # Policy gradients now draw images, and _on_step() sets this back to False. Forward-process algorithms that have
+        # drawn all their images fit at once, and take no step.
+        self.updating = True
 
     def _on_step(self) -> bool:
         self.updating = False  # images are being drawn

@@ -1,4 +1,4 @@
-"""The logs of a run: ``progress.csv`` and TensorBoard's files, which go on where a checkpoint was saved."""
+"""The logs of a run: ``progress.csv`` and TensorBoard's files. A resumed run appends to the rows of its checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from dpok_gym.utils.files import replacing
 class CSVLog(KVWriter):
     """A row of ``progress.csv`` for each iteration.
 
-    The file is never emptied: whatever has to be changed in it is written into a copy, which takes its place.
+    A new row is appended. Any other change is written into a copy of the file, which then replaces it. So a crash
+    never loses a row.
 
     Args:
         path: the file.
@@ -30,7 +31,7 @@ class CSVLog(KVWriter):
         self._columns, rows = _read_cells(path)
         #: Rows in the file.
         self.n_rows = min(n_rows, len(rows))
-        if n_rows == 0:
+        if n_rows == 0:  # a new run may log other columns
             self._columns = []
         if path.is_file():
             self._replace(rows[: self.n_rows])
@@ -39,6 +40,7 @@ class CSVLog(KVWriter):
         """Appends a row; a new column is empty in the rows before it."""
         values = _included(key_values, key_excluded, "csv")
         new = sorted(values.keys() - set(self._columns))
+        # Not all columns are there in the first row: the first update comes after it, for example.
         if new:
             rows = _read_cells(self._path)[1]
             self._columns += new
@@ -68,8 +70,8 @@ class CSVLog(KVWriter):
 class TensorBoardLog(KVWriter):
     """The same rows for TensorBoard.
 
-    Its step is the number of the row, counted from 1: the images drawn do not grow while a forward-process algorithm
-    fits.
+    The step of a row in TensorBoard is its number, counted from 1. The number of images would not do: it stays the same
+    while a forward-process algorithm fits.
 
     Args:
         folder: the folder of the event files.
@@ -78,6 +80,7 @@ class TensorBoardLog(KVWriter):
 
     def __init__(self, folder: Path, n_rows: int = 0) -> None:
         purge_step = None
+        # TensorBoard hides the older rows from this step on, so that a resumed run shows no row twice.
         if folder.is_dir() and any(folder.iterdir()):
             purge_step = n_rows + 1
             _wait_for_another_second(folder)
@@ -90,7 +93,7 @@ class TensorBoardLog(KVWriter):
         for name, value in _included(key_values, key_excluded, "tensorboard").items():
             if not isinstance(value, str):
                 self._writer.add_scalar(name, value, self._n_rows)
-        self._writer.flush()
+        self._writer.flush()  # a killed run shows its last row too
 
     def close(self) -> None:
         """Ends the file."""
@@ -107,7 +110,7 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
     columns, rows = _read_cells(Path(path))
     log = []
     for row in rows:
-        cells = zip(columns, row, strict=False)
+        cells = zip(columns, row, strict=False)  # a row that was cut off by a crash is shorter
         log.append({name: float(text) for name, text in cells if text})
     return log
 
@@ -115,8 +118,8 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
 def _wait_for_another_second(folder: Path) -> None:
     """Waits if the newest event file was made in this second.
 
-    TensorBoard reads the files by name, which begins with the second that they were made in, and the new one must be
-    the last.
+    The name of an event file has the second in which it was made. TensorBoard reads the files in the order of their
+    names, and must read the new one last.
     """
     made = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
     if str(int(time.time())) in made:
@@ -124,7 +127,7 @@ def _wait_for_another_second(folder: Path) -> None:
 
 
 def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Reads the columns' names and the rows; none of both if there is no file, or an empty one."""
+    """Returns the columns' names and the rows; two empty lists if there is no file, or it is empty."""
     if not path.is_file():
         return [], []
     with open(path, newline="", encoding="utf-8") as file:
@@ -133,5 +136,5 @@ def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def _included(values: Mapping[str, Any], excluded: Mapping[str, tuple[str, ...]], writer: str) -> dict[str, Any]:
-    """Returns the values that a writer is to write."""
+    """Returns the values that Stable-Baselines3 does not exclude for a writer."""
     return {name: value for name, value in values.items() if writer not in (excluded.get(name) or ())}

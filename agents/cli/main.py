@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 after an error in the input, 130 after Ctrl-C.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        argv = sys.argv[1:]
+    words = list(argv)
     if not words or words[0] in ("-h", "--help"):
         print(_help())
         return 0
@@ -51,10 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("DPOK_DEBUG"):
             raise
+        # These are the classes of the errors that users cause. Their messages say what to do, without a traceback.
         print(f"dpok: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        # Torch's class, which is not imported here.
+        # Compared by name, because importing torch for its class would take seconds.
         if type(error).__name__ != "OutOfMemoryError" or os.environ.get("DPOK_DEBUG"):
             raise
         advice = "training takes less with --micro-batch-size auto, --gradient-checkpointing and --dtype bfloat16"

@@ -15,11 +15,20 @@ _SIMPLE = (bool, int, float, str, types.NoneType)
 
 
 def expressible_type(annotation: Any) -> Any:
-    """Returns the part of a type hint that a command line can express, or None."""
+    """Returns the part of a type hint that a command line can express.
+
+    For example, ``float | Callable`` becomes ``float``.
+
+    Args:
+        annotation: the type hint of a constructor's argument.
+
+    Returns:
+        The type for tyro, perhaps with a reader of its own; None if nothing of the hint can be expressed.
+    """
     origin, parts = get_origin(annotation), get_args(annotation)
     if annotation in _SIMPLE or origin is Literal:
         return annotation
-    if annotation is None:
+    if annotation is None:  # how a type hint writes NoneType
         return types.NoneType
     if origin is tuple and not _is_of_any_length(annotation):
         return annotation
@@ -36,6 +45,7 @@ def _expressible_union(parts: Sequence[Any]) -> Any:
     """Returns the expressible part of ``A | B | ...``."""
     kinds = [part for part in parts if part is not types.NoneType]
     optional = len(kinds) < len(parts)
+    # tyro cannot choose between a sequence or a mapping and other types, so one reader reads the whole union.
     for kind in kinds:
         outer = get_origin(kind) or kind
         if _is_subclass(outer, Mapping):
@@ -63,10 +73,10 @@ def _words_spec(sequence: Any, optional: bool, union: Sequence[Any] = ()) -> Pri
     """Reads one or several words.
 
     Args:
-        sequence: type of the sequence, which says of the entries.
+        sequence: the type of the sequence, such as ``tuple[int, ...]``, with the type of its entries.
         optional: True if "None" stands for None.
-        union: the types that are allowed in all. If it has that of an entry, a single word is an entry, such as the
-            name of a set of layers.
+        union: all types of the argument. If the type of an entry is among them, a single word is read as an entry and
+            not as a sequence of one: ``--target-modules all`` names a set of layers.
     """
     parts = get_args(sequence)
     convert: Callable[[str], Any] = parts[0] if parts and parts[0] in (int, float) else str
@@ -89,7 +99,11 @@ def _words_spec(sequence: Any, optional: bool, union: Sequence[Any] = ()) -> Pri
 
 
 def _mapping_spec(optional: bool) -> PrimitiveConstructorSpec[Any]:
-    """Reads a mapping; see :func:`parse_mapping`."""
+    """Reads a mapping; see :func:`parse_mapping`.
+
+    Args:
+        optional: True if "None" stands for None.
+    """
 
     def read(words: list[str]) -> dict[str, Any] | None:
         return None if optional and words == ["None"] else parse_mapping(words)
@@ -134,5 +148,5 @@ def _read_yaml(text: str) -> Any:
         raise ValueError(f"{text!r} cannot be read: write a number, true, false, null or a word") from None
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
-            return float(value)  # 1e-3 is a text in YAML
+            return float(value)  # YAML takes 1e-3 as a text, because it has no decimal point
     return value

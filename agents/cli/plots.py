@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from agents.common.evaluation import Evaluation
 from dpok_gym.rewards.preference.fit import Measured
 
 INK, FAINT = "#262626", "#8c8c8c"
-#: Blue and orange of the Okabe-Ito palette, and its green for aligned images: everyone can tell them apart.
+#: Blue, orange and (for aligned images) green of the Okabe-Ito palette, which colour-blind people can tell apart.
 REWARD, KL, ALIGNED, NOT_ALIGNED = "#0072B2", "#D55E00", "#009E73", "#c4c4c4"
 
 #: Columns under ``rollout/`` that are no components of the reward.
@@ -37,17 +38,20 @@ def learning_curve(rows: Sequence[Mapping[str, float]], path: str | Path, title:
         path: file to write.
         title: text above the figure.
     """
-    names = [name.removeprefix("rollout/") for row in rows for name in row if name.startswith("rollout/")]
-    components = [name for name in dict.fromkeys(names) if name not in _NO_COMPONENTS]
+    names = dict.fromkeys(itertools.chain.from_iterable(rows))  # without repetitions, in the order of the log
+    logged = [name.removeprefix("rollout/") for name in names if name.startswith("rollout/")]
+    components = [name for name in logged if name not in _NO_COMPONENTS]
     rollouts = [row for row in rows if "rollout/images" in row]
     fits = any("train/denoising_loss" in row for row in rows)
     has_kl = not rollouts or any("train/kl_to_reference" in row for row in rows)
     n_panels = len(components) + (fits or has_kl or not components)
     figure = Figure(figsize=(7, 0.6 + 1.9 * n_panels), layout="constrained")
     panels = figure.subplots(n_panels, 1, squeeze=False)[:, 0]
+    # The last panel, for the KL or the loss, is left out by this zip.
     for axes, name in zip(panels, components, strict=False):
         _curve(axes, _points(rollouts, "rollout/images", f"rollout/{name}"), REWARD)
         axes.set_ylabel(name)
+    # The panel of the denoising loss has another x axis, so it does not share that of the others.
     by_images = panels[:-1] if fits else panels
     for axes in by_images:
         axes.sharex(panels[0])
@@ -130,6 +134,7 @@ def before_after(
     if before.prompts != after.prompts:
         raise ValueError("the two evaluations must be of the same prompts in the same order")
     shown = min(len(before), blocks * columns)
+    # Evenly spaced: the prompts of an evaluation come in turn, so the first images alone might miss some.
     chosen = [k * len(before) // shown for k in range(shown)]
     columns = min(columns, shown)
     blocks = math.ceil(shown / columns)
@@ -167,7 +172,7 @@ def calibration(measured: Measured, path: str | Path, title: str = "") -> Path:
     figure = Figure(figsize=(4.6, 4.9), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     predicted, observed, counts = map(np.array, (measured.predicted, measured.observed, measured.counts))
-    interval = 1.96 * np.sqrt(observed * (1 - observed) / counts)
+    interval = 1.96 * np.sqrt(observed * (1 - observed) / counts)  # of a proportion, by the normal approximation
     axes.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1, linestyle="--", label="as predicted")
     style: dict[str, Any] = {"fmt": "o-", "color": REWARD, "linewidth": 1.8, "markersize": 4, "elinewidth": 1}
     axes.errorbar(predicted, observed, interval, label="observed, with 95 % interval", **style)
@@ -249,7 +254,8 @@ def _show(axes: Axes, image: NDArray[np.uint8], aligned: bool | None) -> None:
     if aligned is None:
         axes.spines[:].set_visible(False)
         return
-    axes.spines[:].set(color=ALIGNED if aligned else NOT_ALIGNED, linewidth=2.2)
+    colour = ALIGNED if aligned else NOT_ALIGNED
+    axes.spines[:].set(color=colour, linewidth=2.2)
     if aligned:
         badge = {"boxstyle": "square,pad=0.12", "facecolor": ALIGNED, "edgecolor": "none"}
         corner: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": 7, "color": "white", "fontweight": "bold"}
@@ -280,6 +286,7 @@ def _curve(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> No
     if window > 1:
         axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
     weights = np.ones(window)
+    # Near the ends the window reaches over fewer points, so the sum is divided by their number.
     smooth = np.convolve(y, weights, "same") / np.convolve(np.ones_like(y), weights, "same")
     marker = "o" if len(x) < 3 else None  # a line of one point cannot be seen
     axes.plot(x, smooth, color=colour, linewidth=1.8, marker=marker)

@@ -43,7 +43,7 @@ class Run:
     Args:
         folder: the run folder; :meth:`begin` makes it.
         config: the settings.
-        checkpoint: the checkpoint to go on from; None begins anew.
+        checkpoint: the checkpoint to resume from; None for a new training.
 
     Raises:
         ValueError: if the run is complete already.
@@ -53,6 +53,7 @@ class Run:
         self.folder, self.config, self.console = folder, config, Console()
         self.env = config.make_env(config.n_envs)
         self.agent = config.make_agent(self.env)
+        # What a checkpoint keeps of the run itself: the length of its log, and the seconds of training so far.
         self._extra_state: dict[str, Any] = {"log_rows": 0, "seconds": 0.0}
         self._checkpoint = checkpoint
         if checkpoint is not None:
@@ -61,8 +62,10 @@ class Run:
         self.progress = ProgressCallback(self._total_images())
         self.interrupts = InterruptCallback()
         self.interrupted = False
-        self.how_to_go_on = f"dpok train --resume --out {shlex.quote(str(folder))}"
+        #: The command that resumes this run, for messages.
+        self.resume_command = f"dpok train --resume --out {shlex.quote(str(folder))}"
         summary = _read_summary(folder)
+        # A run that was killed between its last image and its evaluation is not complete yet.
         is_evaluated = summary.get("pictures") == self.agent.images_drawn and not summary["interrupted"]
         if is_evaluated and self.agent.is_done(self._total_timesteps()):
             raise ValueError(
@@ -70,15 +73,15 @@ class Run:
             )
 
     def begin(self) -> None:
-        """Makes the folder, and takes what lies beyond the checkpoint out of it."""
+        """Makes the folder, and removes from it what is newer than the checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config.write(self.folder)
         say(self.console, f"writing to {self.folder}")
         if self._checkpoint is None:
-            # An earlier run may have died here before its first checkpoint, with other settings.
+            # It may be of an earlier run with other settings, which was killed before its first checkpoint.
             (self.folder / EVALUATION_BEFORE).unlink(missing_ok=True)
         else:
-            say(self.console, f"going on from {self._checkpoint}, with {self.agent.images_drawn} images drawn")
+            say(self.console, f"resuming from {self._checkpoint}, with {self.agent.images_drawn} images drawn")
         remove_later_checkpoints(self.folder, self.agent)
         n_rows = self._extra_state["log_rows"]
         self._csv = CSVLog(self.folder / LOG, n_rows)
@@ -94,10 +97,11 @@ class Run:
         path = self.folder / EVALUATION_BEFORE
         if path.is_file():
             known = load_evaluation(path)
+            # --eval-images may have changed since.
             if known.prompts == self.prompts:
                 return first_images(known, n_images)
         evaluation = self._evaluate(n_images, "pre-trained")
-        if n_images == len(self.prompts):
+        if n_images == len(self.prompts):  # only a whole evaluation is worth keeping
             save_evaluation(evaluation, path)
         return evaluation
 
@@ -107,6 +111,7 @@ class Run:
 
     def _evaluate(self, n_images: int, model: str) -> Evaluation:
         say(self.console, f"drawing {n_images} images with the {model} model")
+        # An environment of its own: it also computes the judge's rewards, which training may not have.
         reward = evaluation_rewards(self.env.world, self.config.env_kwargs["reward"])
         env = self.config.make_env(min(n_images, EVALUATION_BATCH_SIZE), reward=reward)
         prompts, seed = self.prompts[:n_images], self.config.evaluation_seed
@@ -118,6 +123,8 @@ class Run:
         save = CheckpointCallback(self.folder, steps, self.config.checkpoints_total_limit, self._state)
         self.agent.set_logger(make_logger(self.folder, self._csv, self._tensorboard))
         with self.interrupts:
+            # The checkpoint callback comes before the interrupts: Ctrl-C must not cost a checkpoint that is due.
+            # learn() counts the steps of this call; num_timesteps those of the whole run.
             self.agent.learn(
                 max(total - self.agent.num_timesteps, 0),
                 [self.progress, save, self.interrupts],
@@ -129,6 +136,7 @@ class Run:
         self.progress.close()
         save_checkpoint(self.agent, self.folder, self._state(), self.config.checkpoints_total_limit)
         if self.agent.policy.lora is not None:
+            # Written beside its place and then moved, so that the folder never has half a LoRA.
             part = self.folder / f"{LORA}.part"
             written = self.agent.save_lora(part)
             (self.folder / LORA).mkdir(exist_ok=True)
@@ -148,11 +156,11 @@ class Run:
         table.add_row("seconds of training", "", f"{summary['seconds']:,}")
         self.console.print(table)
         if self.interrupted:
-            say(self.console, f"interrupted; go on with: {self.how_to_go_on}")
+            say(self.console, f"interrupted; resume with: {self.resume_command}")
 
     @property
     def is_sound(self) -> bool:
-        """True if there is something to keep: no half of an update, and no weights that are not finite."""
+        """True if the agent is worth saving: it has learned, no update is half done, and its weights are finite."""
         weights = self.agent.policy.parameters()
         return (
             self.agent.images_drawn > 0
@@ -176,11 +184,13 @@ class Run:
 
     def _state(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of the run beside the agent."""
+        # The rows must be on the disk before a checkpoint says that they are.
         self._csv.flush()
         return {"log_rows": self._csv.n_rows, "seconds": self._seconds}
 
     @property
     def _seconds(self) -> float:
+        # Those before the checkpoint, and those of this process.
         return self._extra_state["seconds"] + self.progress.seconds_so_far
 
     @property
@@ -200,6 +210,7 @@ class Run:
             "seconds": round(self._seconds, 1),
             "interrupted": self.interrupted or after is None,
         }
+        # A summary without evaluations has None for every score, so its keys are always the same.
         summary |= scores_of(before, after)
         write_json(self.folder / SUMMARY, summary)
         return summary
@@ -213,11 +224,15 @@ def load_run(folder: str | Path, device: str = "auto", model: str | Path | None 
         device: device of the networks: "auto", "cpu", "cuda", ...
         model: the folder of the run's model, if it has moved; None for the model in the run's config.
 
+    Returns:
+        The agent. Its ``env`` is the run's environment.
+
     Raises:
         FileNotFoundError: if the folder is no run folder, or has no checkpoint.
+        ValueError: if a file in the folder is damaged.
     """
     config = Config.read(Path(folder))
-    find_checkpoint(folder)  # before a model is loaded
+    find_checkpoint(folder)  # for its error, before a model is loaded
     changes = {} if model is None else {"model": str(model)}
     return load_agent(Path(folder), config, config.make_env(config.n_envs, device=device, **changes), device)
 
@@ -232,9 +247,11 @@ def load_agent(folder: Path, config: Config, env: DenoisingVectorEnv, device: st
 
 def save_evaluation(evaluation: Evaluation, path: Path) -> None:
     """Writes an evaluation as arrays, without pickle."""
-    arrays: dict[str, Any] = {name: it for name, it in vars(evaluation).items() if isinstance(it, np.ndarray)}
-    arrays |= {f"rewards/{name}": values for name, values in evaluation.rewards.items()}
-    names = [evaluation.alignment_reward or "", evaluation.quality_reward or ""]
+    arrays: dict[str, Any] = {f"rewards/{name}": values for name, values in evaluation.rewards.items()}
+    for name, value in vars(evaluation).items():
+        if isinstance(value, np.ndarray):
+            arrays[name] = value
+    names = [evaluation.alignment_reward or "", evaluation.quality_reward or ""]  # an array of texts has no None
     with replacing(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, prompts=np.array(evaluation.prompts), judge=np.array(names), **arrays)
 
@@ -257,6 +274,7 @@ def load_evaluation(path: Path) -> Evaluation:
 
 def first_images(evaluation: Evaluation, n: int) -> Evaluation:
     """Returns the first images of an evaluation."""
+    # Lists and arrays have one entry for each image; the other fields are of the whole evaluation.
     changes: dict[str, Any] = {"rewards": {name: values[:n] for name, values in evaluation.rewards.items()}}
     for field in fields(evaluation):
         value = getattr(evaluation, field.name)

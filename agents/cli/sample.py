@@ -69,6 +69,7 @@ def run(options: Sample) -> int:
     check_integer("--seed", options.seed, minimum=0)
     lora, run_folder = options.lora, None
     if lora is not None:
+        # The option may name a run folder, or the LoRA's folder in it. Both know the run's model and sampler.
         holders = [folder for folder in (lora, lora.parent) if (folder / FILE_NAME).is_file()]
         run_folder = holders[0] if holders else None
         lora = lora / "lora" if run_folder == lora else lora
@@ -98,6 +99,7 @@ def _make_env(options: Sample, config: Config | None) -> DenoisingVectorEnv:
     changes = ("model", "num_inference_steps", "guidance_scale", "negative_prompt", "image_size", "dtype")
     kwargs |= given(options, *changes) | {"device": options.device, "prompts": [options.prompt], "reward": _no_reward}
     n_envs = min(options.n, EVALUATION_BATCH_SIZE)
+    # The judge of an embedded world marks the aligned images. Only an environment tells if there is one for the prompt.
     env = make_env(env_id, n_envs, **kwargs)
     if env.world is None or env.world.alignment_reward is None:
         return env
@@ -109,9 +111,11 @@ def _draw(options: Sample, env: DenoisingVectorEnv, lora: Path | None, run_folde
     from agents.common.evaluation import sample_images
     from dpok_gym.models.lora import LoRA
 
+    # Image k has the seed of the options plus k, so it is the same for any number of images.
     sample = partial(sample_images, env.process, env, [options.prompt] * options.n, options.seed)
     if lora is None:
         return sample()
+    # A run with --lora-rank 0 has no LoRA; its denoiser is in its checkpoints.
     if run_folder is not None and lora == run_folder / "lora" and not lora.is_dir():
         if options.dtype:
             raise ValueError("a run that trained the whole denoiser draws in its own precision; leave out --dtype")
@@ -135,7 +139,10 @@ def _load_denoiser(run_folder: Path, env: DenoisingVectorEnv) -> nn.Module:
 
     path = find_checkpoint(run_folder) / "denoiser.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"{run_folder} has neither a LoRA nor a {path.name}")
+        raise FileNotFoundError(
+            f"{run_folder} has neither a LoRA nor a {path.name}; resume it with: dpok train --resume --out {run_folder}"
+        )
+    # A copy, because other environments share the model's own denoiser.
     denoiser = reference_copy(env.process.model.denoiser)
     denoiser.load_state_dict(load_file(path))
     return denoiser

@@ -52,7 +52,7 @@ def scores_table(title: str, scores: dict[str, Any]) -> Table:
 
 
 def _rows(scores: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    if scores["aligned_before"] is not None:
+    if scores["aligned_before"] is not None:  # only embedded worlds have a judge
         yield "fully aligned images", f"{scores['aligned_before']:.1%}", f"{scores['aligned_after']:.1%}"
     for name, value in scores["rewards_before"].items():
         yield name, f"{value:.3f}", f"{scores['rewards_after'][name]:.3f}"
@@ -72,7 +72,8 @@ def calibration_table(held_out: Measured) -> Table:
 
 
 def say(console: Console, text: str) -> None:
-    """Prints a line as it is: folders may have brackets in their names, and users copy the commands."""
+    """Prints a line as it is."""
+    # Folders may have brackets in their names, which rich would read as markup; and users copy commands of any length.
     console.print(text, markup=False, soft_wrap=True)
 
 

@@ -36,7 +36,7 @@ from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
 #: Images of each evaluation of a run that was interrupted.
 _FEW_IMAGES = 16
 
-#: Options that a run which goes on may change.
+#: Options that may change when a run is resumed.
 _CHANGEABLE = ("images", "device", "checkpointing_steps", "checkpoints_total_limit")
 
 _ENV_HELP = (
@@ -56,7 +56,7 @@ _PRESET_HELP = "Named settings, which the other options change: " + "; ".join(
 
 @dataclass
 class RunOptions:
-    """The run: its task in short, its length, its folder."""
+    """Seed, folder, task and length of the run."""
 
     seed: int = 0
     """Seed of prompts, noise and first weights, 0 or more. The same seed repeats a run."""
@@ -87,6 +87,7 @@ class RunOptions:
 class _FirstOptions:
     """The options that decide which further options there are, and their defaults."""
 
+    # None stands for an option that is not on the command line: the preset depends on the environment then.
     env: str | None = None
     algo: str | None = None
     preset: str | None = None
@@ -97,7 +98,7 @@ class _FirstOptions:
 
 @dataclass
 class Train:
-    """A command line of ``dpok train`` that was read.
+    """The options of ``dpok train``, as :func:`parse` reads them.
 
     Attributes:
         out: the run folder; None for a new one in runs/.
@@ -113,15 +114,16 @@ class Train:
 def parse(argv: Sequence[str]) -> Train:
     """Reads the options.
 
-    It does so twice, as the environment, the algorithm and the preset decide on the other options and their defaults.
+    It does so twice: environment, algorithm and preset first, because all other options depend on them.
 
     Raises:
         ValueError: if an option, or a value, is wrong.
     """
     first = parse_some_options(_FirstOptions, argv)
+    # A resumed run has the options of its own environment and algorithm, even if the defaults have changed since.
     resumes = first.resume or first.resume_from_checkpoint is not None
     if resumes and first.out is None:
-        raise UsageError("--resume needs the run folder to go on with: --out FOLDER")
+        raise UsageError("--resume needs the run folder: --out FOLDER")
     if resumes and first.out is not None and (first.out / FILE_NAME).is_file():
         base = Config.read(first.out)
     else:
@@ -132,7 +134,7 @@ def parse(argv: Sequence[str]) -> Train:
         return Train(parsed.run.out, config, None)
     changed = _changed_options(config, base)
     if changed and (first.out / FILE_NAME).is_file():  # type: ignore[operator]  # checked above
-        raise UsageError(f"--resume goes on with the run's own settings; leave out {', '.join(changed)}")
+        raise UsageError(f"--resume keeps the run's own settings; leave out {', '.join(changed)}")
     return Train(parsed.run.out, config, parsed.run.resume_from_checkpoint or "latest")
 
 
@@ -141,6 +143,7 @@ def run(options: Train) -> int:
     run = _prepare(options)
     run.begin()
     try:
+        # The pre-trained model comes first: if its evaluation fails, no training is lost.
         before = run.evaluate_before()
         run.learn()
         run.save()
@@ -148,18 +151,19 @@ def run(options: Train) -> int:
     except KeyboardInterrupt:
         run.interrupted = True
         if run.interrupts.updating:
-            say(run.console, f"interrupted in an update, which is lost; go on with: {run.how_to_go_on}")
+            say(run.console, f"interrupted in an update, which is lost; resume with: {run.resume_command}")
             return 130
         say(run.console, "interrupted: saving the run (Ctrl-C again leaves at once)")
-        # In this order a second interruption costs only what is not written yet.
+        # What was learned is saved first, in case of a second Ctrl-C.
         run.save()
         n_images = min(_FEW_IMAGES, run.config.eval_images)
         before, after = run.evaluate_before(n_images), run.evaluate_after(n_images)
-    except Exception:  # a reward's server has gone, for example
+    except Exception:
+        # A reward's server that cannot be reached any more, for example. What was learned until then is kept.
         run.interrupted = True
         if run.is_sound:
             run.save()
-            say(run.console, f"stopped by an error; the run is saved, go on with: {run.how_to_go_on}")
+            say(run.console, f"stopped by an error; the run is saved, resume with: {run.resume_command}")
         raise
     finally:
         run.close()
@@ -168,16 +172,16 @@ def run(options: Train) -> int:
 
 
 def _prepare(options: Train) -> Run:
-    """Makes the run: a new one, or the one to go on with."""
+    """Makes a new run, or loads the one to resume."""
     config, folder = options.config, options.out or _new_folder(options.config)
     if options.resume_from is None:
         if list_checkpoints(folder):
             raise FileExistsError(
-                f"{folder} already holds a run; choose another --out, or go on with it: "
+                f"{folder} already holds a run; choose another --out, or resume it: "
                 f"dpok train --resume --out {shlex.quote(str(folder))}"
             )
         return Run(folder, config)
-    Config.read(folder)  # for its error if this is no run folder
+    Config.read(folder)  # raises an error if this is no run folder
     if options.resume_from == "latest" and not list_checkpoints(folder):
         return Run(folder, config)  # it was killed before the first checkpoint
     return Run(folder, config, find_checkpoint(folder, options.resume_from))
@@ -194,14 +198,16 @@ def _options_class(base: Config) -> type:
     """Makes the dataclass of all options, with the settings of a config as defaults."""
     arguments = describe_arguments(environment_class(base.env)).values()
     of_algorithm = describe_settings(load_algorithm(base.algo))
+    shared = {name: getattr(base, name) for name in _shared_names()}
     sections: dict[str, Any] = {
-        "run": RunOptions(**{name: getattr(base, name) for name in _shared_names()}),
+        "run": RunOptions(**shared),
         "environment": make_options("environment", arguments, base.env_kwargs)(),
         "algorithm": make_options("algorithm", of_algorithm, base.algo_kwargs)(),
         "policy": make_options("policy", describe_settings(DenoisingPolicy), base.policy_kwargs)(),
     }
     made: list[Any] = []
     for name, default in sections.items():
+        # Without this, tyro would call the options --algorithm.kl-coef and the like.
         kind: Any = Annotated[type(default), tyro.conf.OmitArgPrefixes]
         made.append((name, kind, field(default_factory=partial(copy, default))))
     options = make_dataclass("Train", made)
@@ -215,7 +221,8 @@ def _options_class(base: Config) -> type:
 
 def _shared_names() -> set[str]:
     """Returns the options of the run that the config keeps under the same name."""
-    return {option.name for option in fields(RunOptions)} & {option.name for option in fields(Config)}
+    of_config = {setting.name for setting in fields(Config)}
+    return {option.name for option in fields(RunOptions)} & of_config
 
 
 def _config_of(parsed: Any, base: Config) -> Config:
@@ -225,7 +232,8 @@ def _config_of(parsed: Any, base: Config) -> Config:
     for name, options in sections.items():
         settings = dict(getattr(base, name))
         for option, value in vars(options).items():
-            # A default that a text or a tuple stands for stays as it is.
+            # The option holds some values in another form, such as a reward as a text. If it was not changed, the value
+            # itself is kept: the text of a reward lacks the settings of its components.
             if value != to_command_line(option, settings[option]):
                 settings[option] = list(value) if isinstance(value, tuple) else value
         values[name] = settings
@@ -234,7 +242,7 @@ def _config_of(parsed: Any, base: Config) -> Config:
 
 
 def _changed_options(config: Config, base: Config) -> list[str]:
-    """Returns the options that differ from a run's own settings and must not."""
+    """Returns the options that a resumed run must not change, but that were changed."""
     changed = []
     for option in fields(Config):
         ours, theirs = getattr(config, option.name), getattr(base, option.name)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pathlib
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -254,14 +255,30 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         total, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, name, progress_bar)
         callback.on_training_start(locals(), globals())
         while self.num_timesteps < total:
-            if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
-                break
-            self._update_current_progress_remaining(self.num_timesteps, total)
-            with self._logged_update(len(self.rollout_buffer)):
-                self.train()
-            self._finish_iteration(log_interval)
+            with self._whole_iteration():
+                if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
+                    break
+                self._update_current_progress_remaining(self.num_timesteps, total)
+                with self._logged_update(len(self.rollout_buffer)):
+                    self.train()
+                self._finish_iteration(log_interval)
         callback.on_training_end()
         return self
+
+    @contextmanager
+    def _whole_iteration(self) -> Iterator[None]:
+        """Around an iteration: if it does not come to its end, it counts no images and no steps.
+
+        They are drawn again when the agent goes on.
+        """
+        assert self.ep_info_buffer is not None  # learn() has made it
+        before = self.num_timesteps, self.ep_info_buffer.copy()
+        iteration = self.iteration
+        try:
+            yield
+        finally:
+            if self.iteration == iteration:
+                self.num_timesteps, self.ep_info_buffer = before
 
     def _finish_iteration(self, log_interval: int) -> None:
         self.iteration += 1
@@ -276,20 +293,9 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
     def collect_rollouts(  # type: ignore[override]
         self, env: Any, callback: BaseCallback, rollout_buffer: TrajectoryBuffer, n_rollout_steps: int
     ) -> bool:
-        """Fills the buffer with the trajectories of an iteration; False if a callback ended the training.
-
-        An iteration that is not complete counts no images and no steps: they are drawn again when the agent goes on.
-        """
-        assert self.ep_info_buffer is not None  # learn() has made it
-        before = self.num_timesteps, self.ep_info_buffer.copy()
-        # The images of an iteration count when all of them are drawn: an interrupted one is drawn again.
-        is_complete = False
+        """Fills the buffer with the trajectories of an iteration; False if a callback ended the training."""
         callback.on_rollout_start()
-        try:
-            is_complete = draw_rollout(self, rollout_buffer, callback)
-        finally:
-            if not is_complete:
-                self.num_timesteps, self.ep_info_buffer = before
+        is_complete = draw_rollout(self, rollout_buffer, callback)
         if is_complete:
             callback.on_rollout_end()
         return is_complete

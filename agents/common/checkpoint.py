@@ -7,7 +7,7 @@ A checkpoint is a folder ``checkpoint-<images drawn>`` in the run folder; once a
   trained;
 - a file of tensors for every other part of the agent: ``critic``, ``optimizer``, ``images`` (of forward-process
   algorithms);
-- ``trainer_state.json``: the agent's counters and statistics, and what the run itself needs to go on.
+- ``trainer_state.json``: the agent's counters and statistics, and what the run itself needs to resume.
 
 It is written into a folder beside it, which is renamed when all is on the disk. So a checkpoint is whole or not there.
 """
@@ -94,6 +94,7 @@ def _write(
             on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
             save_file(on_cpu, part / f"{group}.safetensors")
     (part / TRAINER_STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    # A rename can reach the disk before the content does. After a power cut the checkpoint would then be empty.
     for file in part.iterdir():
         flush_to_disk(file)
     flush_to_disk(part)
@@ -117,12 +118,15 @@ def find_checkpoint(run_folder: str | Path, which: str | Path = "latest") -> Pat
         which: "latest", the name of a checkpoint in the run folder, or a path.
 
     Raises:
-        FileNotFoundError: if there is no such checkpoint; the message names the nearest one.
+        FileNotFoundError: if there is no such checkpoint; the message names the nearest one, or says how to get one.
     """
     known = list_checkpoints(run_folder)
     if str(which) == "latest":
         if not known:
-            raise FileNotFoundError(f"{run_folder} has no checkpoint: the run ended before the first one")
+            raise FileNotFoundError(
+                f"{run_folder} has no checkpoint: the run ended before the first one; train again, perhaps with a "
+                "smaller --checkpointing-steps"
+            )
         return known[-1]
     for candidate in (Path(run_folder) / which, Path(which)):
         if (candidate / TRAINER_STATE).is_file():
@@ -147,13 +151,16 @@ def load_checkpoint(agent: DenoisingAlgorithm, folder: str | Path) -> dict[str, 
     """
     folder = Path(folder)
     if not (folder / TRAINER_STATE).is_file():
-        raise FileNotFoundError(f"{folder} is no checkpoint: it has no {TRAINER_STATE}")
+        raise FileNotFoundError(
+            f"{folder} is no checkpoint: it has no {TRAINER_STATE}; give a folder checkpoint-<images> of a run"
+        )
     try:
         saved = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
         state, extra_state = saved["agent"], saved["run"]
         tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"the checkpoint {folder} is damaged: {error}") from error
+        raise ValueError(f"the checkpoint {folder} is damaged: {error}; resume from an older one") from error
+    # The file has the names of diffusers, with the denoiser's prefix; the agent's state has them without it.
     lora = tensors.pop(Path(LORA_FILE).stem, None)
     if lora is not None:
         prefix = agent.process.model.lora_prefix
@@ -163,7 +170,8 @@ def load_checkpoint(agent: DenoisingAlgorithm, folder: str | Path) -> dict[str, 
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Removes a checkpoint; if this is interrupted, no half of it is taken for a checkpoint."""
+    """Removes a checkpoint."""
+    # Renamed first: if the removal is interrupted, no half of a checkpoint looks like a whole one.
     old = folder.with_name(folder.name + _OLD)
     if old.is_dir():
         shutil.rmtree(old)
@@ -172,14 +180,19 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def remove_later_checkpoints(run_folder: str | Path, agent: DenoisingAlgorithm) -> None:
-    """Removes the checkpoints that are further than an agent, which goes on from an older one."""
+    """Removes the checkpoints of a run that are newer than the agent, which was loaded from an older one.
+
+    Args:
+        run_folder: the run folder.
+        agent: the agent; its images drawn and its optimiser steps tell which checkpoints are newer.
+    """
     for folder in list_checkpoints(run_folder):
         if _age(folder) > _progress(agent):
             remove_checkpoint(folder)
 
 
 def flush_to_disk(path: Path) -> None:
-    """Waits until a file, or the list of a folder's files, is on the disk."""
+    """Waits until the content of a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -215,6 +228,7 @@ class CheckpointCallback(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         agent: Any = self.model
+        # At iteration 0 there is nothing to save yet.
         if agent.iteration and agent.iteration % self._every == 0:
             save_checkpoint(agent, self._folder, self._extra_state(), self._total_limit)
 
@@ -241,7 +255,7 @@ def _progress(agent: DenoisingAlgorithm) -> tuple[int, int]:
 def _age(folder: Path) -> tuple[int, int]:
     """Returns the images drawn and the optimiser steps in a checkpoint's name."""
     match = _NAME.fullmatch(folder.name)
-    assert match is not None  # list_checkpoints has looked
+    assert match is not None  # list_checkpoints returns no other folders
     return int(match[1]), int(match[2] or 0)
 
 

@@ -49,7 +49,10 @@ class GaussianMixture:
         """
         size = max(len(mixture.log_weights) for mixture in mixtures)
         padded = [mixture._padded(size) for mixture in mixtures]
-        return cls(*(torch.stack([getattr(mixture, field.name) for mixture in padded]) for field in fields(cls)))
+        columns = []
+        for field in fields(cls):
+            columns.append(torch.stack([getattr(mixture, field.name) for mixture in padded]))
+        return cls(*columns)
 
     def _padded(self, size: int) -> GaussianMixture:
         index = torch.arange(size).clamp(max=len(self.log_weights) - 1)

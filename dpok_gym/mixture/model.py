@@ -191,7 +191,7 @@ class MixtureModel(TextToImageModel):
         return network(latents, timesteps, **conditioning)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """See the base class. Noisy latents, too, are drawn as the point that they are."""
+        """See the base class. A noisy latent is a point too, and is drawn in the same way."""
         return draw_dots(latents.to(self.device).flatten(1))
 
     def encode_images(self, images: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from dpok_gym.worlds import World
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Accepts all prompts: this world has no judge that would have to read them."""
+    """Accepts all prompts, because this world has no judge that reads them."""
 
 
 def unseen_prompts(prompts: PromptSet) -> tuple[str, ...]:
-    """Returns the held-out prompts of the set; there are no others that stand for a mixture and are not trained on."""
+    """Returns the held-out prompts of the set. The model knows no other prompts that training never shows."""
     return prompts.held_out
 
 

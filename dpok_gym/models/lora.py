@@ -75,7 +75,10 @@ class LoRA:
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
                 inject_adapter_in_model(config, network, self.name)
         except ValueError as error:
-            raise ValueError(f"no layer of the denoiser ends in any of {list(target_modules)}") from error
+            raise ValueError(
+                f"no layer of the denoiser ends in any of {list(target_modules)}; the usual lists are in "
+                "model.lora_layers"
+            ) from error
         finally:
             _known_layers.pop(network, None)  # some layers are new
         self._network = network

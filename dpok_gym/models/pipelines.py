@@ -27,7 +27,7 @@ from dpok_gym.models.stable_diffusion_xl import StableDiffusionXL
 from dpok_gym.utils.hub import describe_wrong_weights, has_vocabulary
 
 #: The family of each of diffusers' pipelines, by the pipeline's name: importing those classes takes time, and warns of
-#: image processors that nobody needs.
+#: image processors that are not used here.
 FAMILIES: dict[str, type[StableDiffusion]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,

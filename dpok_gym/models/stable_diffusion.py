@@ -87,7 +87,7 @@ class StableDiffusion(TextToImageModel):
         # Convolutions with the channels last are faster on GPUs with tensor cores and on CPUs; nothing else changes.
         network = network.to(self.device).to(memory_format=torch.channels_last).eval()
         for name, value in network.named_parameters():
-            if ".lora_" not in name:  # a LoRA in a live pipeline may be an agent's, which goes on learning
+            if ".lora_" not in name:  # a LoRA in a live pipeline may belong to an agent that still learns
                 value.requires_grad_(False)
         return network
 

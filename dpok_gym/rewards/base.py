@@ -42,8 +42,9 @@ class Part(NamedTuple):
 
     Attributes:
         function: see :data:`~dpok_gym.rewards.RewardFunction`.
-        weight: its components are multiplied by this number.
-        normalize: the ``(mean, std)`` that its component is standardised by before; None for the raw component.
+        weight: the factor of its components in the sum.
+        normalize: the ``(mean, std)`` by which its component is standardised before weighting; None for no
+            normalisation.
     """
 
     function: RewardFunction
@@ -100,7 +101,7 @@ class Reward:
         """
         prompts = list(prompts)
         _check_images(images, len(prompts))
-        # A diverged model paints NaN. Functions never see it: many would crash, or return a finite score for it.
+        # A diverged model draws NaN. Reward functions never see it: many would crash, or return a finite score for it.
         finite = images.isfinite().flatten(1).all(1)
         marked = torch.where(finite, 0.0, math.nan).cpu()  # (B,)
         finite = self._require_finite(marked, "the image", prompts)
@@ -136,6 +137,7 @@ class Reward:
         valid = torch.ones(len(prompts), dtype=torch.bool)
         for component, values in components.items():
             valid &= self._require_finite(values, f"the reward {component!r}", prompts, valid)
+        # In float64, so that the sum depends as little as possible on the order of the components.
         total = torch.zeros(len(prompts), dtype=torch.float64)
         for values in self.weigh(scores).values():
             total += values
@@ -246,8 +248,7 @@ def _evaluate(function: RewardFunction, name: str, images: Tensor, prompts: list
     Returns:
         Its components, each (B,) float32 on the CPU, in memory of their own.
     """
-    # Copies, because a function may write into its arguments: the next one, and whoever keeps the images, must not see
-    # that.
+    # Copies, because a function may write into its arguments. Neither the next function nor the caller must see that.
     returned = function(images.clone(), list(prompts))
     if isinstance(returned, Mapping) and not returned:
         raise ValueError(f"the reward {name!r} returned an empty mapping; it must have at least one component")

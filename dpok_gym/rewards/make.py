@@ -19,7 +19,7 @@ def make_reward(
     spec: str | os.PathLike[str] | RewardFunction | Mapping[Any, Any] | Reward,
     non_finite: Literal["error", "mask"] = "error",
 ) -> Reward:
-    """Makes a reward, and loads at once whatever it needs.
+    """Makes a reward, and loads its networks at once.
 
     With ``"normalize": [mean, std]`` a reward is standardised by these fixed numbers before it is weighted, so that
     weights compare rewards of different scales. Components stay raw in :class:`RewardBatch`, in ``info`` and in the
@@ -52,7 +52,7 @@ def make_reward(
     """
     if isinstance(spec, Reward):
         return spec
-    # A list, because a callable need not be hashable.
+    # A list of pairs and no dict, because a callable need not be hashable.
     entries = list(spec.items()) if isinstance(spec, Mapping) else [(spec, 1.0)]
     if not entries:
         raise ValueError("the mapping of rewards is empty; name at least one, such as {'jpeg-compressibility': 1.0}")

@@ -82,6 +82,7 @@ def load_reward(name: str) -> RewardFunction:
 
 
 def _load_folder(path: str) -> RewardFunction:
+    # dpok fit-reward may write the folder again while this process lives, so the times of its files are compared.
     times = [file.stat().st_mtime_ns for file in Path(path).iterdir()]
     changed = max(times, default=0)
     if path not in _loaded_folders or _loaded_folders[path][0] != changed:

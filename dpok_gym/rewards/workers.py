@@ -44,6 +44,7 @@ def judge_chunks(
         for chunk_images, chunk_prompts in chunks:
             images.append(chunk_images)
             prompts += chunk_prompts
+            # The executor works on this chunk while the caller decodes the next one.
             if executor is None:
                 scores.append(reward.components(chunk_images, chunk_prompts))
             else:
@@ -66,5 +67,7 @@ def _concatenate(scores: Sequence[Components]) -> Components:
                 )
     whole: Components = {}
     for name, components in first.items():
-        whole[name] = {component: torch.cat([part[name][component] for part in scores]) for component in components}
+        whole[name] = {}
+        for component in components:
+            whole[name][component] = torch.cat([part[name][component] for part in scores])
     return whole

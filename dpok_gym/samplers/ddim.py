@@ -44,6 +44,7 @@ def make_ddim_table(scheduler_config: Mapping[str, Any], num_inference_steps: in
     scheduler = DDIMScheduler.from_config(scheduler_config)  # only its noise schedule and timesteps are used
     timesteps = _make_timesteps(scheduler, num_inference_steps)
     previous = timesteps - scheduler.config.num_train_timesteps // num_inference_steps  # as DDIMScheduler.step does it
+    # In float64: 1 - alpha / alpha_prev is the difference of two nearly equal numbers.
     alphas = scheduler.alphas_cumprod.double()
     alpha = alphas[timesteps]
     alpha_prev = torch.where(previous >= 0, alphas[previous.clamp(min=0)], scheduler.final_alpha_cumprod.double())
@@ -99,5 +100,7 @@ def _prediction_coefficients(prediction_type: str, alpha: Tensor) -> tuple[Coeff
         clean = (torch.zeros_like(alpha), torch.ones_like(alpha))
         noise = (1 / (1 - alpha).sqrt(), -(alpha / (1 - alpha)).sqrt())
     else:
-        raise ValueError(f"prediction_type {prediction_type!r} is not epsilon, v_prediction or sample")
+        raise ValueError(
+            f"prediction_type {prediction_type!r} is not epsilon, v_prediction or sample: such a model is not supported"
+        )
     return clean, noise

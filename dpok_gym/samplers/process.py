@@ -237,6 +237,7 @@ class DenoisingProcess:
             (B, C, h, w) float32.
         """
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        # Counted here, because every pass of the denoiser goes through this method.
         self.num_function_evaluations += len(state.latents) * self.model.num_forward_passes(scale)
         timesteps = self.table.timesteps[state.step]
         return self.model.predict(state.latents, timesteps, state.conditioning, scale, denoiser, guidance_gradient)
@@ -281,6 +282,7 @@ class DenoisingProcess:
         transition = transition or self.transition
         for index in range(first_step, self.num_inference_steps):
             state = self.state(latents, index, conditioning)
+            # A policy gives its own mean here; the noise and the loop are the same for all.
             mean, std = transition(state)
             latents = diffusion.sample(mean, std, noise(index))
             yield DenoisingStep(index, state, mean, std, latents)

@@ -82,24 +82,27 @@ def all_requests(category: str) -> list[Request]:
     Raises:
         ValueError: if the category is none of :data:`CATEGORIES`.
     """
-    kinds = [ObjectKind(colour, shape) for colour in range(len(COLOURS)) for shape in range(len(SHAPES))]
+    kinds = [ObjectKind(*look) for look in itertools.product(range(len(COLOURS)), range(len(SHAPES)))]
     pairs = list(itertools.permutations(kinds, 2))
     if category == "colour":
         return [Request((kind,)) for kind in kinds]
     if category == "count":
-        return [Request((kind,) * n) for n in range(2, MAX_OBJECTS + 1) for kind in kinds]
+        counts = itertools.product(range(2, MAX_OBJECTS + 1), kinds)
+        return [Request((kind,) * n) for n, kind in counts]
     if category == "composition":
         return [Request(pair) for pair in pairs]
     if category == "location":
-        return [Request(pair, relation) for pair in pairs for relation in range(len(RELATIONS))]
+        related = itertools.product(pairs, range(len(RELATIONS)))
+        return [Request(pair, relation) for pair, relation in related]
     raise ValueError(f"unknown category {category!r}; the categories are {', '.join(CATEGORIES)}")
 
 
 # There are few enough prompts to list them all, so that no grammar is needed to read one.
-_REQUESTS = {str(request): request for category in CATEGORIES for request in all_requests(category)}
+_ALL_REQUESTS = itertools.chain.from_iterable(map(all_requests, CATEGORIES))
+_REQUESTS = {str(request): request for request in _ALL_REQUESTS}
 
 #: Every word of every caption: all that the embedded model can read.
-WORDS = tuple(sorted({word for text in _REQUESTS for word in text.split()}))
+WORDS = tuple(sorted(set(" ".join(_REQUESTS).split())))
 
 
 def parse_prompt(text: str) -> Request:
@@ -174,7 +177,8 @@ def _describe(scenes: Scenes, category: Tensor, relation: Tensor) -> list[Reques
     for which, n, colours, shapes, where in zip(*(column.tolist() for column in columns), strict=True):
         kinds = tuple(ObjectKind(*pair) for pair in zip(colours[:n], shapes[:n], strict=True))
         has_relation = CATEGORIES[which] == "location"
-        requests.append(Request(kinds, relation=where) if has_relation else Request(kinds))
+        request = Request(kinds, relation=where) if has_relation else Request(kinds)
+        requests.append(request)
     return requests
 
 

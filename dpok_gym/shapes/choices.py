@@ -12,7 +12,7 @@ something else. The person prefers the image with the higher ``alignment + 0.2 q
 these differ by 0.03 or more, and errs in 5 % of the choices.
 
 On one core it takes about 20 minutes to draw and compare 20,000 images, 12 to learn captions (4,000 steps of 64
-scenes) and 4 to learn the choices (6 epochs of 18,000). An interrupted run goes on where it stopped, if started with
+scenes) and 4 to learn the choices (6 epochs of 18,000). An interrupted run continues where it stopped, if started with
 the same ``--work``: this folder keeps images, choices, checkpoints and log.
 
 Letters used for shapes: G groups in a batch, N images, H = W = 64 pixels.
@@ -24,6 +24,7 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,9 @@ def draw_groups(
         captions: the two captions of each.
         seed: the randomness is a function of these integers and of an image's place in the batch.
     """
-    prompts = [str(caption) for pair in captions for caption in pair for _ in range(2)]
+    prompts: list[str] = []
+    for true, wrong in captions:
+        prompts += [str(true)] * 2 + [str(wrong)] * 2
     drawn = sample_images(process, prompts, [np.random.default_rng([*seed, k]) for k in range(len(prompts))])
     reconstructed = reconstruct(process.model, render(scenes))
     return np.concatenate([reconstructed[:, None], drawn.reshape(len(captions), 4, *drawn.shape[1:])], axis=1)
@@ -205,9 +208,9 @@ def compare_images(folder: Path, seed: int, n_batches: int) -> Path:
         rng = np.random.default_rng([seed, batch])
         for first in range(0, GROUPS, CLUSTER):
             groups = range(first, first + CLUSTER)
-            paths = [image_path(batch, group, k) for group in groups for k in range(5)]
+            paths = [image_path(batch, group, k) for group, k in product(groups, range(5))]
             images = np.stack([np.asarray(Image.open(folder / path)) for path in paths])
-            requests = [caption for group in groups for caption in captions[group]]
+            requests = list(chain.from_iterable(captions[group] for group in groups))
             seen = utilities(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, requests)
             for caption, a, b, preferred in choose(seen, rng):
                 line = {
@@ -235,8 +238,8 @@ def learn_captions(folder: Path) -> PreferenceNetwork:
         folder: of the checkpoint and the log.
     """
     torch.manual_seed(0)
-    requests = [request for category in CATEGORIES for request in all_requests(category)]
-    network = make_network([str(request) for request in requests], IMAGE_SIZE)
+    requests = chain.from_iterable(map(all_requests, CATEGORIES))
+    network = make_network(map(str, requests), IMAGE_SIZE)
 
     def loss(step: int) -> Tensor:
         generator = seeded_generator(step)
@@ -254,7 +257,7 @@ def learn_captions(folder: Path) -> PreferenceNetwork:
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    """Draws, compares and fits, or goes on where an interrupted run stopped, and writes the reward's folder."""
+    """Draws, compares and fits, or continues where an interrupted run stopped, and writes the reward's folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("choices"), help="folder of images, choices and log")
     parser.add_argument("--out", type=Path, default=PREFERENCE, help="folder of the finished reward")

@@ -74,7 +74,11 @@ def detect_objects(images: Tensor) -> Scenes:
 
 
 def check_images(images: Tensor) -> Tensor:
-    """Returns the images as float32 on the CPU; raises a ValueError if they are not images of this world."""
+    """Checks images of this world; returns them as (B, 3, H, W) float32 on the CPU.
+
+    Raises:
+        ValueError: if they are of another shape, type or range, or there is none.
+    """
     wanted = f"(B, 3, {IMAGE_SIZE}, {IMAGE_SIZE})"
     if images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"the shapes world's images are {wanted}, not {tuple(images.shape)}; resize or permute them")

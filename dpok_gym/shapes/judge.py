@@ -33,7 +33,7 @@ class Judgement:
     Attributes:
         alignment: (B,) float32 in [0, 1], see :func:`alignment`.
         quality: (B,) float32 in [0, 1], see :func:`quality`.
-        scenes: the objects found, see :func:`detect_objects`.
+        scenes: the detected objects, see :func:`detect_objects`.
     """
 
     alignment: Tensor
@@ -88,7 +88,7 @@ def alignment(scenes: Scenes, requests: Sequence[Request]) -> Tensor:
 
 
 def quality(images: Tensor, scenes: Scenes) -> Tensor:
-    """Returns how close images are to clean drawings of the objects found in them.
+    """Returns how close images are to clean drawings of the objects detected in them.
 
     With the image p, the drawing d (:func:`~dpok_gym.shapes.scenes.render`), the drawing's background b, the absolute
     value |.| averaged over the three channels, and means over the pixels::

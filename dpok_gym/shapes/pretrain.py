@@ -2,7 +2,7 @@
 
 First the autoencoder learns random scenes (0.94 M parameters, 4,400 steps of 32 images). Then the denoiser and the text
 encoder together learn captioned scenes, in its latents (2.5 M parameters, 14,000 steps of 64). On two cores this takes
-about 35 and 60 minutes. An interrupted run goes on where it stopped, if started with the same ``--work``: this folder
+about 35 and 60 minutes. An interrupted run continues where it stopped, if started with the same ``--work``: this folder
 keeps the log and the checkpoints.
 
 The shipped weights differ in one point from what this script makes: in the first 1,000 steps of the autoencoder the
@@ -17,6 +17,7 @@ import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -91,14 +92,24 @@ def make_tokenizer() -> CLIPTokenizer:
     The words are also written into its configuration, so that a prompt with another word can be refused. Byte-pair
     encoding would read such a word as single letters, which the text encoder has never seen.
     """
+    return train_clip_tokenizer(WORDS, MAX_TOKENS, words=list(WORDS))
+
+
+def train_clip_tokenizer(texts: Iterable[str], max_tokens: int, **config: Any) -> CLIPTokenizer:
+    """Trains a byte-pair encoding, and returns it as a CLIP tokenizer.
+
+    Args:
+        texts: what the encoding is trained on.
+        max_tokens: most tokens of a prompt, start and end included.
+        **config: further entries of the tokenizer's configuration.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
-    trainer = trainers.BpeTrainer(
-        special_tokens=["<|startoftext|>", "<|endoftext|>"], end_of_word_suffix="</w>", show_progress=False
-    )
-    tokenizer.train_from_iterator(WORDS, trainer)
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    trainer = trainers.BpeTrainer(special_tokens=special, end_of_word_suffix="</w>", show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
-    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=MAX_TOKENS, words=list(WORDS))
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=max_tokens, **config)
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -163,6 +174,7 @@ def encode_scenes(vae: AutoencoderKL, folder: Path) -> tuple[Tensor, list[Reques
         The latents (N, 4, 8, 8), not yet scaled, of the N = ``UNET_SCENES`` scenes, and their true captions.
     """
     cache, latents, requests = folder / "latents.pt", [], []
+    # The scenes and captions are drawn again in any case: that is fast, and only the encoding is slow.
     stored = torch.load(cache) if cache.exists() else None
     for first in range(0, UNET_SCENES, 500):
         scenes, true = sample_requested_scenes(500, torch.Generator().manual_seed(first), CATEGORY_SHARES)

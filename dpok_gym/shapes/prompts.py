@@ -85,7 +85,7 @@ def unseen_prompts(prompts: PromptSet) -> tuple[str, ...]:
 
 
 def _objects(request: Request) -> tuple[frozenset[ObjectKind], int]:
-    """Returns the objects whatever their order and relation: two wordings of the same objects give the same value."""
+    """Returns the objects without order and relation, so that all wordings of the same objects give the same value."""
     return frozenset(request.kinds), len(request.kinds)
 
 
@@ -95,8 +95,6 @@ def _split_category(category: str) -> PromptSet:
     shuffled = np.random.default_rng(_SPLIT_SEED).permutation(len(distinct))
     n_held_out = round(HELD_OUT_FRACTION * len(distinct))
     held_out = {distinct[index] for index in shuffled[:n_held_out]}
-    return PromptSet(
-        category,
-        train=tuple(str(request) for request in requests if _objects(request) not in held_out),
-        held_out=tuple(str(request) for request in requests if _objects(request) in held_out),
-    )
+    train_texts = [str(request) for request in requests if _objects(request) not in held_out]
+    held_out_texts = [str(request) for request in requests if _objects(request) in held_out]
+    return PromptSet(category, tuple(train_texts), tuple(held_out_texts))

@@ -36,7 +36,7 @@ class ShapesAlignment:
 
 
 class ShapesQuality:
-    """The cleanness of an image, whatever its prompt, in [0, 1]; see :func:`dpok_gym.shapes.judge.quality`."""
+    """The cleanness of an image, in [0, 1]; the prompt does not matter; see :func:`dpok_gym.shapes.judge.quality`."""
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns (B,) for ``images`` (B, 3, 64, 64) and prompts that the shapes world can read."""

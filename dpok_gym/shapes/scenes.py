@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ def place_objects(
     n_scenes, candidates = count.shape[0], 64
     sizes = torch.zeros(n_scenes, MAX_OBJECTS)
     centres = torch.zeros(n_scenes, MAX_OBJECTS, 2)
-    pairs = [(i, j) for i in range(MAX_OBJECTS) for j in range(i)]
+    pairs = list(combinations(range(MAX_OBJECTS), 2))
     todo = torch.arange(n_scenes)
     while len(todo):
         low, high = _SIZE_RANGE[count[todo]].unbind(-1)

@@ -1,4 +1,4 @@
-"""The training loop of the shapes world's networks. An interrupted run goes on where it stopped."""
+"""The training loop of the shapes world's networks. An interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def minimise(
 ) -> nn.ModuleDict:
     """Minimises ``loss(step)`` with AdamW; the learning rate falls linearly to zero.
 
-    A checkpoint is written every 250 steps to ``folder/name.pt``. If it exists at the start, the run goes on from it.
+    A checkpoint is written every 250 steps to ``folder/name.pt``. If it exists at the start, the run continues from it.
 
     Args:
         name: of the checkpoint, and of this stage in the log.

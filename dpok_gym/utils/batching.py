@@ -34,7 +34,11 @@ class BatchSize:
         self.size: int | None = int(size) if isinstance(size, Integral) else None
 
     def run(self, function: Callable[[int], Result], n: int) -> Result:
-        """Calls ``function(size)``, which computes ``n`` entries, ``size`` at a time; it may be called again.
+        """Calls ``function(size)``, and again with a smaller size if memory runs out and the size is automatic.
+
+        Args:
+            function: computes ``n`` entries, ``size`` at a time.
+            n: number of entries.
 
         Raises:
             torch.OutOfMemoryError: if memory runs out and the size is fixed, or is 1 already.
@@ -46,7 +50,7 @@ class BatchSize:
             except RuntimeError as error:
                 if not self.is_automatic or size == 1 or not _is_out_of_memory(error):
                     raise
-            # Out of the except block, where the error would keep the tensors of its frames alive.
+            # This comes after the except block, inside which the error would keep the tensors of its frames alive.
             self.size = (size + 1) // 2
             warnings.warn(f"memory ran out with {self.name} = {size}; trying {self.size}", stacklevel=2)
             gc.collect()
@@ -55,7 +59,11 @@ class BatchSize:
 
     def map(self, function: Callable[[slice], Tensor], n: int) -> Tensor:
         """Calls ``function`` with consecutive slices of ``n`` entries; joins the results along the first axis."""
-        return self.run(lambda size: torch.cat([function(slice(i, i + size)) for i in range(0, n, size)]), n)
+
+        def in_parts(size: int) -> Tensor:
+            return torch.cat([function(slice(first, first + size)) for first in range(0, n, size)])
+
+        return self.run(in_parts, n)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

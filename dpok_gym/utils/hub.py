@@ -1,4 +1,4 @@
-"""Checks of models that transformers loads from files: it only warns where parts are missing."""
+"""Checks of models that transformers has loaded from files. transformers itself only warns if parts are missing."""
 
 from __future__ import annotations
 

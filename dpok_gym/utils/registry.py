@@ -58,7 +58,7 @@ class Registry(Generic[Entry]):
         return self._entries[name]
 
     def load(self, name: str) -> Entry:
-        """Returns the entry, imported if need be. ``"module:attribute"`` itself is a name too.
+        """Returns the entry, imported if need be. A place ``"module:attribute"`` needs no registration.
 
         Raises:
             ValueError: if the name is unknown.

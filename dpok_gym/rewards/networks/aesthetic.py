@@ -1,4 +1,4 @@
-"""LAION's improved aesthetic predictor: people's rating of an image, whatever the prompt.
+"""LAION's improved aesthetic predictor: people's rating of an image, without regard to its prompt.
 
 Source: Schuhmann et al. 2022, "LAION-5B", and the repository improved-aesthetic-predictor. DDPO trains with it.
 """

@@ -86,7 +86,18 @@ def from_hub(reward: str, what: str, source: PathLike, argument: str, load: Call
 
 
 def load_tokenizer(reward: str, what: str, source: PathLike, tokenizer_class: Any) -> Any:
-    """Loads a tokenizer of transformers from a folder or the hub; arguments and errors as in :func:`from_hub`."""
+    """Loads a tokenizer of transformers from a folder or the hub.
+
+    Args:
+        reward: see :func:`from_hub`, also for the next two arguments.
+        what: the kind of tokenizer, for error messages.
+        source: the folder or hub id.
+        tokenizer_class: its class in transformers.
+
+    Raises:
+        FileNotFoundError: see :func:`from_hub`.
+        ValueError: if a folder cannot be loaded, or has no vocabulary.
+    """
 
     def load(name: str) -> Any:
         tokenizer = tokenizer_class.from_pretrained(name)

@@ -100,7 +100,7 @@ class PromptEncoder:
         self._tokenizer = load_tokenizer(reward, "a CLIP tokenizer", source, CLIPTokenizerFast)
         config = model.config.text_config
         self._length = config.max_position_embeddings
-        # Checkpoints that are older than transformers' own rule say 2, and mean the token with the highest number.
+        # Old checkpoints say that texts end with token 2. transformers then takes the token with the highest number.
         ends = {2, self._tokenizer.eos_token_id}
         if len(self._tokenizer) > config.vocab_size or config.eos_token_id not in ends:
             raise ValueError(
@@ -108,7 +108,7 @@ class PromptEncoder:
                 f"{self._tokenizer.eos_token_id}, but the CLIP of the reward {reward!r} knows {config.vocab_size} and "
                 f"expects {config.eos_token_id}; pass the tokenizer that it was trained with as tokenizer="
             )
-        # Sets the tokenizer's padding and truncation, which two threads must not do at the same time.
+        # The first call sets the tokenizer's padding and truncation. Two threads must not do that at the same time.
         self([""])
 
     def __call__(self, prompts: list[str]) -> Tensor:

@@ -104,7 +104,7 @@ class ImageReward(NetworkReward):
                 f"the tokenizer {str(tokenizer)!r} has {len(self._tokenizer)} tokens and the network of the reward "
                 f"'image-reward' only {config.text_config.vocab_size}; pass that of bert-base-uncased as tokenizer="
             )
-        # Sets the tokenizer's padding and truncation, which two threads must not do at the same time.
+        # The first call sets the tokenizer's padding and truncation. Two threads must not do that at the same time.
         self._tokenize([""])
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:

@@ -127,7 +127,7 @@ def read_choices(path: str | os.PathLike[str]) -> list[Choice]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file of choices at {str(path)!r}")
+        raise FileNotFoundError(f"there is no file of choices at {str(path)!r}; give a JSONL file with one on a line")
     choices: list[Choice] = []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

@@ -27,7 +27,7 @@ from dpok_gym.utils.files import replacing
 from dpok_gym.utils.validation import check_integer, check_positive
 
 _WARMUP = 100  # optimiser steps
-_MAX_WORDS = 64  # every prompt is padded to the longest, so one very long prompt would make all of them slow
+_MAX_WORDS = 64  # each prompt is padded to the longest one, so a very long one would slow all of them down
 
 
 @dataclass
@@ -64,8 +64,8 @@ class Fit:
 
     Attributes:
         reward: the reward, with the weights of the epoch that had the lowest loss on the held-out choices.
-        held_out: its agreement with the held-out choices. These also selected the epoch, so that its agreement with new
-            choices may be a little lower.
+        held_out: its agreement with the held-out choices. The epoch was selected by these choices too, so its agreement
+            with new choices may be a little lower.
         trained_on: number of choices that it learned from.
         epoch: epoch of the weights, from 1.
         interrupted: True if Ctrl-C ended the fit early.
@@ -151,8 +151,8 @@ def fit(
         comparisons: the choices; the size S of their images becomes the network's.
         network: the network to start from, for images of that size; it is not changed. None for an untrained network
             with the words of the prompts.
-        epochs: passes over the choices, 1 or more. Some hundred thousand choices, counted in every epoch, are a good
-            start. Too many passes over few choices overfit, which the held-out loss shows.
+        epochs: passes over the choices, 1 or more. A good start is a number with which the choices of all epochs
+            together are some hundred thousand. Too many passes over few choices overfit: the held-out loss rises.
         held_out: share of the choices that is not learned from, in (0, 1); see :meth:`Comparisons.split`.
         seed: seed of the split, the first weights, the order of the choices and the shifts.
         batch_size: choices in each optimiser step, 1 or more.
@@ -175,27 +175,18 @@ def fit(
     network = reward.network.requires_grad_(True)
     optimizer, schedule = _make_optimizer(network, learning_rate, epochs * math.ceil(len(train) / batch_size))
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
-    settings = {
-        "image_size": network.config.image_size,
-        "content": _digest(network.state_dict(), train),
-        "choices": len(train),
-        "epochs": epochs,
-        "held_out": held_out,
-        "seed": seed,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-    }
+    settings: dict[str, Any] = {"epochs": epochs, "held_out": held_out, "seed": seed, "batch_size": batch_size}
+    settings |= {"learning_rate": learning_rate, "image_size": network.config.image_size, "choices": len(train)}
+    settings["content"] = _digest(network.state_dict(), train)
     state: dict[str, Any] = {"settings": settings, "epoch": 0, "best_epoch": 0, "best_loss": math.inf, "best": {}}
     if checkpoint is not None and checkpoint.exists():
         state = _restore(checkpoint, settings, parts)
     interrupted = False
     try:
         for epoch in range(state["epoch"] + 1, epochs + 1):
-            network.train()
             # Each epoch has a generator of its own, so that a resumed fit draws the same batches.
             batches = _batches(train, batch_size, torch.Generator().manual_seed(1_000_000 * seed + epoch))
-            loss = fmean(_step(network, batch, optimizer, schedule) for batch in batches)
-            network.eval()
+            loss = _fit_epoch(network, batches, optimizer, schedule)
             measured = measure(log_odds(reward, test))
             state["epoch"] = epoch
             if measured.loss < state["best_loss"]:
@@ -258,6 +249,16 @@ def _scores(network: PreferenceNetwork, batch: Comparisons) -> tuple[Tensor, Ten
     preferred, other = batch.pairs.to(device).T
     scores = network.score_features(features[torch.cat([preferred, other])], words.repeat(2, 1))
     return scores[: len(words)], scores[len(words) :]
+
+
+def _fit_epoch(
+    network: PreferenceNetwork, batches: Iterable[Comparisons], optimizer: Optimizer, schedule: LambdaLR
+) -> float:
+    """Makes an optimiser step for each batch; returns the mean loss, and leaves the network in evaluation mode."""
+    network.train()
+    losses = [_step(network, batch, optimizer, schedule) for batch in batches]
+    network.eval()
+    return fmean(losses)
 
 
 def _step(network: PreferenceNetwork, batch: Comparisons, optimizer: Optimizer, schedule: LambdaLR) -> float:

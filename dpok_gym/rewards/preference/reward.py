@@ -92,5 +92,8 @@ class PreferenceReward(NetworkReward):
             network = PreferenceNetwork(PreferenceConfig(**config | {"words": tuple(config["words"])}))
             network.load_state_dict({name: weights.float() for name, weights in load_file(folder / WEIGHTS).items()})
         except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"the reward in {str(folder)!r} is damaged, or of another version: {error}") from error
+            raise ValueError(
+                f"the reward in {str(folder)!r} is damaged, or of another version: {error}; fit it again with dpok "
+                "fit-reward"
+            ) from error
         return cls(network, **options)

@@ -56,21 +56,22 @@ Reply = dict[str, list[float]]  # by component; "" stands for the rewards of a r
 class RemoteReward:
     """Sends images and prompts to servers, and returns their rewards; for the protocol see the module.
 
-    A batch is cut into requests, and each endpoint (address of a server) gets the next request when it has answered the
-    last. A request that failed goes to the endpoint that is free next. The failed endpoint rests, longer after each
-    failure in a row. It is tried in one of ten later batches, and in any batch in which no other endpoint is left. So a
+    A batch is cut into requests. An endpoint (the address of a server) gets its next request when it has answered the
+    one before. If a request fails, the next free endpoint takes it over. The endpoint that failed rests, longer after
+    each failure in a row. Later batches ask it again in one of ten cases, and whenever no other endpoint is left. So a
     dead endpoint costs its share of the speed, and in one batch of ten the wait for its failure. Images are sent with 8
-    bits per channel. It needs the extra ``reward-client``.
+    bits per channel. The extra ``reward-client`` must be installed.
 
     Args:
         urls: the address of one endpoint, or of several that compute the same reward; with http:// or https://.
         name: name of the reward; None for the first address without http:// ("localhost:8000"). If the reply has names,
             the components are called "name/theirs".
-        timeout: longest time for one answer, seconds, above 0. Too short a time gives up servers that are only busy.
-        attempts: an endpoint that fails this many requests in a row is given up for this batch, 1 or more. Failures to
-            connect, timeouts, and status 429 and 5xx count; any other failure is an error at once.
-        backoff: rest after the first failure, about, seconds, 0 or more. It doubles with each failure, and varies at
-            random by a half, so that many clients do not come back at the same time.
+        timeout: longest time for one answer, seconds, above 0. If it is too short, servers that are only busy count as
+            failed.
+        attempts: failures in a row after which this batch asks an endpoint no more, 1 or more. Failures to connect,
+            timeouts, and status 429 and 5xx count; any other failure is an error at once.
+        backoff: seconds, 0 or more, that an endpoint rests after its first failure. The rest doubles with each further
+            failure. It varies at random by a half, so that many clients do not come back at the same time.
         batch_size: largest number of images in a request, 1 or more.
         image_format: "png", which is exact, or "jpeg" of quality 95, which is smaller, for slow networks.
         headers: further headers of each request, such as ``{"Authorization": "Bearer ..."}``.
@@ -321,4 +322,7 @@ def _read_reply(body: bytes, n_images: int) -> Reply:
         for value in values:
             if not (value is None or isinstance(value, float)):
                 raise ValueError(f"{where} must be numbers or null, got {value!r}")
-    return {name: [math.nan if value is None else value for value in values] for name, values in by_name.items()}
+    replies: Reply = {}
+    for name, values in by_name.items():
+        replies[name] = [math.nan if value is None else value for value in values]
+    return replies

@@ -1,4 +1,4 @@
-"""The logs of a run: nothing is lost or doubled when a killed run goes on."""
+"""The logs of a run: nothing is lost or doubled when a killed run is resumed."""
 
 import builtins
 

@@ -1,4 +1,4 @@
-"""A run that was killed goes on to the same bits: weights, log and summary are those of an uninterrupted run."""
+"""A killed run that is resumed ends with the same bits: weights, log and summary of an uninterrupted run."""
 
 import os
 import shutil
@@ -162,7 +162,7 @@ def test_more_images(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_died_before_its_first_checkpoint(finished, tmp_path):
-    """The same command goes on, and so does --resume."""
+    """The same command resumes the run, and so does --resume."""
     for words in (OPTIONS, ["--resume"]):
         folder = tmp_path / words[0].strip("-")
         folder.mkdir()
@@ -201,7 +201,7 @@ def test_resume_needs_a_run(tmp_path, monkeypatch, capsys):
     from agents.cli.main import main
 
     assert main(["train", "--resume"]) == 2
-    assert "--resume needs the run folder to go on with: --out FOLDER" in capsys.readouterr().err
+    assert "--resume needs the run folder: --out FOLDER" in capsys.readouterr().err
     assert not os.listdir(tmp_path)
 
 

@@ -219,6 +219,21 @@ def test_an_error_in_an_iteration(
     assert_goes_on(agent, (call - 1) // 2, make_ddpo(make_env, make_agent))
 
 
+def test_an_interrupt_in_an_update_counts_no_images(
+    make_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = make_agent()
+    agent.learn(UPDATE)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(agent, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(UPDATE, reset_num_timesteps=False)
+    assert (agent.iteration, agent.images_drawn, agent.num_timesteps) == (1, N, UPDATE)
+
+
 def assert_goes_on(agent: DDPO, n_whole: int, other: DDPO) -> None:
     """Asserts that whole iterations are counted, and that the agent ends as another one that is not interrupted."""
     assert (agent.iteration, agent.images_drawn, agent.num_timesteps) == (n_whole, n_whole * N, n_whole * UPDATE)

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,7 @@ def gradients(
     process: DenoisingProcess, trained: LoRA | nn.Module, guidance_gradient: GuidanceGradient = "both"
 ) -> Gradients:
     """Returns the mean of a transition, and the gradient of a function of it by the trained parameters."""
+    block: AbstractContextManager[None]
     if isinstance(trained, LoRA):
         parameters, denoiser, block = list(trained.parameters.values()), None, trained.enabled()
     else:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -303,7 +304,7 @@ def test_merged_copy(network: UNet2DConditionModel, layers: str, tmp_path: Path)
     with torch.no_grad():
         reference = output(network)
     expected = output_with(lora)
-    merged = lora.merged_copy()
+    merged: Any = lora.merged_copy()
     with torch.no_grad():
         torch.testing.assert_close(output(merged), expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(output(merged), reference, atol=1e-2)
