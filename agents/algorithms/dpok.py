@@ -41,7 +41,8 @@ class DPOK(PolicyGradient):
     Args:
         policy: "DenoisingPolicy", or a subclass of it.
         env: a denoising environment, see :class:`~agents.common.algorithm.DenoisingAlgorithm`.
-        reward_weight: alpha, at least 0.
+        reward_weight: alpha, weight of the policy gradient beside the KL, at least 0. With AdamW, only its ratio to
+            ``kl_coef`` matters much.
         kl_coef: beta, weight of the KL to the pre-trained model, per nat, at least 0. 0 trains without it and saves the
             pre-trained model's pass; too large a value keeps the model where it was.
         kl_estimator: "exact" is the KL of the Gaussians; "output-mse" is the squared difference of the networks'
@@ -52,8 +53,8 @@ class DPOK(PolicyGradient):
         target_kl: nats per image that ``kl_coef`` is adapted to hold. After each update ``kl_coef`` changes by up to a
             fifth: up if the KL is above the target, down if below (Ziegler et al. 2019, Sec. 2.2, with gain 1). None
             leaves ``kl_coef`` as it is.
-        use_critic: whether V is the baseline; without it there is none but the mean that ``normalize_advantage``
-            subtracts.
+        use_critic: take V, which a critic learns, as the baseline; without it there is none but the mean that
+            ``normalize_advantage`` subtracts.
         vf_learning_rate: learning rate of the critic, at least 0.
         vf_batch_size: transitions for each step of the critic, at least 1; None for the whole rollout.
         vf_epochs: passes of the critic over the rollout, at least 1.

@@ -129,7 +129,7 @@ class PolicyGradient(DenoisingAlgorithm):
         return weights if self.step_weighting == "output" else torch.ones_like(weights)
 
     def step_importance(self, weights: Tensor) -> Tensor:
-        """How often each step is chosen if not all are trained on, (T,), up to a common factor."""
+        """Relative frequency with which each step is chosen if not all are trained on, (T,)."""
         return weights
 
     def advantages(self, buffer: TrajectoryBuffer) -> Tensor:
@@ -147,7 +147,7 @@ class PolicyGradient(DenoisingAlgorithm):
         return advantages[:, None].expand_as(buffer.rewards)
 
     def image_advantages(self, rewards: Tensor, prompts: list[str], images: Tensor) -> Tensor:
-        """How much better each image is than expected; without a baseline, its reward.
+        """The advantage of each image: its reward, less a baseline in subclasses.
 
         Args:
             rewards: (n,) of the images that have a valid one.

@@ -1,4 +1,4 @@
-"""What happens beside the learning: a progress bar."""
+"""A progress bar beside the learning."""
 
 from __future__ import annotations
 

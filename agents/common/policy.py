@@ -57,8 +57,9 @@ class DenoisingPolicy(ActorCriticPolicy):
             limit, "auto" for as many as fit into memory.
         critic_hidden: width of the critic's layers, at least 1.
         optimizer_class: a torch optimiser.
-        optimizer_kwargs: its arguments but the learning rate.
-        use_critic: whether there is a critic; the algorithm decides.
+        optimizer_kwargs: arguments of the optimiser, such as ``{"weight_decay": 0.01}``; the learning rate is the
+            algorithm's.
+        use_critic: add a critic; the algorithm decides.
     """
 
     optimizer: torch.optim.Optimizer

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Purpose(IntEnum):
-    """What random numbers are for. The values are part of every run: changing one changes its images."""
+    """The purposes of random numbers. The values are part of every run: changing one changes its images."""
 
     PROMPT = 0  # by group of images
     INITIAL_NOISE = 1  # x_T, by image

@@ -251,6 +251,22 @@ def test_the_critic_does_not_learn_from_masked_images(
     assert asked == [UPDATE // 2]
 
 
+def test_no_order_of_batches_comes_twice(make_agent: MakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the epochs of the denoiser nor in those of the critic."""
+    agent = make_agent("DPOK", n_epochs=2, vf_epochs=2, batch_size=None, vf_batch_size=None)
+    orders = []
+    batches = agent.rollout_buffer.batches
+
+    def record(*args: Any) -> Any:
+        for batch in batches(*args):
+            orders.append(tuple((batch.image * T + batch.step).tolist()))
+            yield batch
+
+    monkeypatch.setattr(agent.rollout_buffer, "batches", record)
+    agent.learn(2 * UPDATE)
+    assert len(set(orders)) == len(orders) == 2 * 4
+
+
 def test_learning_rates_of_denoiser_and_critic(make_agent: MakeAgent) -> None:
     agent = make_agent("DPOK", learning_rate=lambda remaining: 1e-2 * remaining, vf_learning_rate=0.5)
     assert agent.policy.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2)

@@ -18,6 +18,7 @@ from dpok_gym import DenoisingVectorEnv
 from tests.agents.algorithms.support import (
     DIMS,
     POLICY_GRADIENTS,
+    PROMPTS,
     UPDATE,
     Brightness,
     EveryOtherFails,
@@ -214,6 +215,21 @@ def test_all_steps_of_an_image_share_its_advantage(name: str, make_agent: MakeAg
     expected = agent.image_advantages(buffer.final_rewards, buffer.prompts, torch.arange(N))
     assert expected.abs().max() > 0
     torch.testing.assert_close(advantages, expected[:, None].expand(N, T))
+
+
+@pytest.mark.parametrize("name", ["DDPO-IS", "GRPO", "REINFORCE"])
+def test_images_without_a_reward_are_no_part_of_the_baseline(
+    name: str, make_env: MakeEnv, make_agent: MakeAgent
+) -> None:
+    env = make_env(8, prompts=PROMPTS[:1], reward=EveryOtherFails(), non_finite="mask", decode_batch_size=8)
+    kwargs = {"group_size": 8} if name == "GRPO" else {}
+    agent = make_agent(name, env, **kwargs)
+    buffer = collect(agent)
+    valid = buffer.final_rewards[::2]
+    others = (valid.sum() - valid) / 3
+    expected = valid - others if name == "REINFORCE" else (valid - valid.mean()) / valid.std(correction=0)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(agent.advantages(buffer)[::2, 0], expected, rtol=1e-2, atol=1e-5)
 
 
 def test_a_subclass_writes_its_advantages(make_env: MakeEnv) -> None:

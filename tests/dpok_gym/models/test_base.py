@@ -153,5 +153,5 @@ def test_defaults_of_a_small_model(model: Counting) -> None:
             model.with_options(**options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'counting' has no encoder for images"):
         model.encode_images(torch.zeros(1, 3, 8, 8))
-    with pytest.raises(ValueError, match="'counting' is no diffusers pipeline"):
+    with pytest.raises(ValueError, match="no pipeline for the model 'counting'"):
         model.to_pipeline(nn.Linear(1, 1))
