@@ -31,9 +31,10 @@ class DPOK(PolicyGradient):
 
     To follow an update, read five files: :meth:`loss` and :meth:`advantages` here; the loop over batches,
     ``PolicyGradient.train`` (policy_gradient.py); one optimiser step, ``optimizer_step`` and ``backward``
-    (common/updates.py); the clipped ratio (common/losses.py); its log-ratio and the KL (dpok_gym/diffusion.py). Two
+    (common/updates.py); the clipped ratio (common/losses.py); its log-ratio and the KL (dpok_gym/diffusion.py). Three
     calls on the way can be taken at their word: ``TrajectoryBuffer.batches`` gives random transitions of the rollout,
-    and ``DenoisingPolicy.transition`` the mean and std of p_theta(x_{t-1} | x_t, z).
+    ``DenoisingPolicy.transition`` the mean and std of p_theta(x_{t-1} | x_t, z), and ``generalized_advantages`` the
+    reward less V if ``gamma`` and ``gae_lambda`` are 1.
 
     The defaults suit the embedded model; ``PRESETS["paper"]`` and ``PRESETS["official-code"]`` are the papers' settings
     for Stable Diffusion.

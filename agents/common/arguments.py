@@ -45,7 +45,7 @@ def describe_arguments(cls: type) -> dict[str, Argument]:
         if "__init__" not in vars(base):
             continue
         docs = {param.arg_name: param.description or "" for param in google.parse(base.__doc__ or "").params}
-        hints = get_type_hints(vars(base)["__init__"])
+        hints = _type_hints(vars(base)["__init__"])
         parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]  # without self
         for parameter in parameters:
             is_catch_all = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
@@ -58,6 +58,14 @@ def describe_arguments(cls: type) -> dict[str, Argument]:
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
     return described
+
+
+def _type_hints(function: Any) -> dict[str, Any]:
+    """Returns the types of a function's arguments; none if a name in them is known inside another function only."""
+    try:
+        return get_type_hints(function)
+    except NameError:
+        return {}
 
 
 def show_inherited_arguments(cls: type) -> None:
