@@ -22,8 +22,11 @@ def register_algorithm(name: str, algorithm: type[DenoisingAlgorithm] | str) -> 
         algorithm: the class, or ``"module:Class"``, imported when it is used.
 
     Raises:
+        TypeError: if the algorithm is neither a class nor a text.
         ValueError: if the name is blank, or already stands for another class.
     """
+    if not isinstance(algorithm, (str, type)):
+        raise TypeError(f"the algorithm {name!r} must be a class or 'module:Class', not {algorithm!r}")
     ALGORITHMS.register(name, algorithm)
 
 

@@ -186,5 +186,6 @@ def _describe_unknown(words: Sequence[str], known: Sequence[str]) -> str:
         return f"unexpected {words[0]!r}: a text of several words needs quotation marks"
     written = options[0].replace("_", "-")  # --kl_coeff is nearer to --kl-coef so
     # There are about 60 options, too many to list them all in an error.
-    hint = suggest(written, known).partition("There are:")[0].strip()
+    suggestion, _, _ = suggest(written, known).partition(" There are:")  # --help lists them with their meaning
+    hint = suggestion if suggestion.startswith("did you mean") else ""
     return f"unknown option {options[0]}; {hint or 'the option --help lists all of them'}"

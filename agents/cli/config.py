@@ -108,7 +108,10 @@ class Config:
             if name not in values:
                 raise ValueError(f"{path} lacks the key {name!r}; add it, or train anew with this version")
         config = cls(**values)
-        config.check_keys()  # the file may have been edited by hand, or be of another version
+        try:
+            config.check_keys()  # the file may have been edited by hand, or be of another version
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         return config
 
     def check_keys(self) -> None:

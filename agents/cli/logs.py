@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ class CSVLog(KVWriter):
         self._columns, rows = _read_cells(path)
         #: Rows in the file.
         self.n_rows = min(n_rows, len(rows))
+        if self.n_rows < n_rows:
+            warnings.warn(
+                f"{path} has {self.n_rows} of the {n_rows} rows that the run had logged; the others are lost",
+                stacklevel=2,
+            )
         if n_rows == 0:  # a new run may log other columns
             self._columns = []
         if path.is_file():

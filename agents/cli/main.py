@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dpok: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe has gone, as head does
+        sys.stderr.close()
+        return 0
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("DPOK_DEBUG"):
             raise

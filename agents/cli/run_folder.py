@@ -7,6 +7,8 @@ import math
 import os
 import shlex
 import shutil
+import zipfile
+import zlib
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,12 @@ class Run:
 
     def begin(self) -> None:
         """Makes the folder, and removes from it what is newer than the checkpoint."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"the run folder {self.folder} cannot be made ({error.strerror}); choose another --out"
+            ) from error
         self.config.write(self.folder)
         say(self.console, f"writing to {self.folder}")
         if self._checkpoint is None:
@@ -257,7 +264,20 @@ def save_evaluation(evaluation: Evaluation, path: Path) -> None:
 
 
 def load_evaluation(path: Path) -> Evaluation:
-    """Reads what :func:`save_evaluation` wrote."""
+    """Reads what :func:`save_evaluation` wrote.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        return _read_evaluation(path)
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path} is damaged; remove it, and the pre-trained model is evaluated again when the run is resumed"
+        ) from error
+
+
+def _read_evaluation(path: Path) -> Evaluation:
     with np.load(path, allow_pickle=False) as arrays:
         rewards = {name.removeprefix("rewards/"): arrays[name] for name in arrays.files if name.startswith("rewards/")}
         alignment, quality = (str(name) or None for name in arrays["judge"])

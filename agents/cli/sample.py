@@ -67,6 +67,8 @@ def run(options: Sample) -> int:
 
     check_integer("--n", options.n)
     check_integer("--seed", options.seed, minimum=0)
+    if options.out.suffix.lower() != ".png":
+        raise ValueError(f"--out must be a PNG file, such as sample.png, got {str(options.out)!r}")
     lora, run_folder = options.lora, None
     if lora is not None:
         # The option may name a run folder, or the LoRA's folder in it. Both know the run's model and sampler.

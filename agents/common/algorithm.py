@@ -129,6 +129,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         if isinstance(env, str):
             # Gymnasium's own vectorisation would run a model for each environment.
             env = gymnasium.make_vec(env, num_envs=n_envs, vectorization_mode="vector_entry_point")
+        if not callable(learning_rate):
+            check_positive("learning_rate (or a function of the remaining progress)", learning_rate)
         self.final_lr_fraction = check_fraction("final_lr_fraction", final_lr_fraction)
         self.batch_size = None if batch_size is None else check_integer("batch_size", batch_size)
         self.micro_batch_size = micro_batch_size

@@ -44,7 +44,9 @@ def describe_arguments(cls: type) -> dict[str, Argument]:
     for base in cls.__mro__:
         if "__init__" not in vars(base):
             continue
-        docs = {param.arg_name: param.description or "" for param in google.parse(base.__doc__ or "").params}
+        # Some people document arguments in the class, others in its constructor.
+        documented = google.parse(vars(base)["__init__"].__doc__ or "").params + google.parse(base.__doc__ or "").params
+        docs = {param.arg_name: param.description or "" for param in documented}
         hints = _type_hints(vars(base)["__init__"])
         parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]  # without self
         for parameter in parameters:
@@ -71,20 +73,23 @@ def _type_hints(function: Any) -> dict[str, Any]:
 def show_inherited_arguments(cls: type) -> None:
     """Puts the arguments of the base classes into the signature and the docstring of a class."""
     arguments = describe_arguments(cls)
-    keyword_only = inspect.Parameter.KEYWORD_ONLY
-    parameters = []
+    own = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    positional: list[inspect.Parameter] = []
+    keyword_only: list[inspect.Parameter] = []
     for argument in arguments.values():
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if argument.name in ("policy", "env") else keyword_only
-        parameters.append(
-            inspect.Parameter(argument.name, kind, default=argument.default, annotation=argument.annotation)
-        )
+        # A base's positional argument is one here too only if this constructor takes it so: the rest is **kwargs.
+        is_positional = argument.name in own and own[argument.name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if is_positional else inspect.Parameter.KEYWORD_ONLY
+        parameter = inspect.Parameter(argument.name, kind, default=argument.default, annotation=argument.annotation)
+        (positional if is_positional else keyword_only).append(parameter)
+    parameters = [*positional, *keyword_only]
     cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
     doc = inspect.cleandoc(cls.__doc__ or "")
-    own = {param.arg_name for param in google.parse(doc).params}
+    documented = {param.arg_name for param in google.parse(doc).params}
     inherited = []
     for argument in arguments.values():
-        if argument.name not in own and argument.doc:
+        if argument.name not in documented and argument.doc:
             text = f"{argument.name}: {argument.doc}"
             inherited.append(textwrap.fill(text, 112, initial_indent="    ", subsequent_indent="        "))
     if "Args:" not in doc:
@@ -105,4 +110,6 @@ def check_arguments(cls: type, names: Iterable[str]) -> None:
     known = describe_arguments(cls)
     for name in names:
         if name not in known and not name.startswith("_"):
-            raise TypeError(f"{cls.__name__} has no argument {name!r}; {suggest(name, known)}")
+            # Arguments without a default are given by whoever makes the object, not by the user.
+            choices = [name for name, argument in known.items() if argument.default is not inspect.Parameter.empty]
+            raise TypeError(f"{cls.__name__} has no argument {name!r}; {suggest(name, choices)}")

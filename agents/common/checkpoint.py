@@ -159,14 +159,27 @@ def load_checkpoint(agent: DenoisingAlgorithm, folder: str | Path) -> dict[str, 
         state, extra_state = saved["agent"], saved["run"]
         tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"the checkpoint {folder} is damaged: {error}; resume from an older one") from error
+        raise _damaged(folder, error) from error
     # The file has the names of diffusers, with the denoiser's prefix; the agent's state has them without it.
     lora = tensors.pop(Path(LORA_FILE).stem, None)
     if lora is not None:
         prefix = agent.process.model.lora_prefix
         tensors["lora"] = {name.removeprefix(prefix): values for name, values in lora.items()}
-    agent.load_state_dict({"tensors": tensors, "state": state})
+    try:
+        agent.load_state_dict({"tensors": tensors, "state": state})
+    except (KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
     return extra_state
+
+
+def _damaged(folder: Path, error: Exception) -> ValueError:
+    """Returns the error for a checkpoint that cannot be read; it names the older ones."""
+    reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    older = [path.name for path in list_checkpoints(folder.parent) if path.name != folder.name]
+    advice = "there is no other one in its run, which has to begin anew"
+    if older:
+        advice = f"resume from another one: --resume-from-checkpoint {' or '.join(older)}"
+    return ValueError(f"the checkpoint {folder} is damaged: {reason}; {advice}")
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -249,7 +249,11 @@ def _evaluate(function: RewardFunction, name: str, images: Tensor, prompts: list
         Its components, each (B,) float32 on the CPU, in memory of their own.
     """
     # Copies, because a function may write into its arguments. Neither the next function nor the caller must see that.
-    returned = function(images.clone(), list(prompts))
+    try:
+        returned = function(images.clone(), list(prompts))
+    except Exception as error:
+        error.add_note(f"It was raised by the reward {name!r}.")  # its author needs the traceback
+        raise
     if isinstance(returned, Mapping) and not returned:
         raise ValueError(f"the reward {name!r} returned an empty mapping; it must have at least one component")
     by_component = returned if isinstance(returned, Mapping) else {name: returned}

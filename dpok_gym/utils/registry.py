@@ -82,7 +82,10 @@ def import_attribute(what: str, place: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ImportError(f"the {what} cannot be imported from {place!r}: {error}") from error
+        raise ImportError(
+            f"the {what} cannot be imported from {place!r}: {error}; modules are looked for in the current folder and "
+            "among the installed ones"
+        ) from error
 
 
 def _definition(entry: Any) -> Any:

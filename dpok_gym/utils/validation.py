@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Iterable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -26,7 +26,7 @@ def check_non_negative(name: str, value: float) -> float:
     Raises:
         ValueError: if it is not.
     """
-    if not 0 <= value < math.inf:
+    if not _is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
     return value
 
@@ -37,7 +37,7 @@ def check_positive(name: str, value: float) -> float:
     Raises:
         ValueError: if it is not.
     """
-    if not value > 0:
+    if not _is_number(value) or not value > 0:
         raise ValueError(f"{name} must be a number above 0, got {value!r}")
     return value
 
@@ -48,9 +48,13 @@ def check_fraction(name: str, value: float) -> float:
     Raises:
         ValueError: if it is outside.
     """
-    if not 0 <= value <= 1:
+    if not _is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
     return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_choice(name: str, value: Any, *allowed: str | bool) -> Any:
@@ -83,5 +87,5 @@ def check_names(what: str, names: Iterable[str], known: Collection[str]) -> None
 def suggest(name: str, known: Collection[str]) -> str:
     """Returns the end of an error message: the nearest known name, then all of them."""
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}There are: {', '.join(sorted(known))}"
+    names = ", ".join(sorted(known))
+    return f"did you mean {close[0]!r}? There are: {names}" if close else f"there are: {names}"

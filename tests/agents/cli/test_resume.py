@@ -215,3 +215,33 @@ def test_load_run(finished, tmp_path):
     (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
     with pytest.raises(FileNotFoundError, match="has no checkpoint"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "pytorch_lora_weights.safetensors"])
+def test_a_checkpoint_that_lacks_a_file(finished, tmp_path, capsys, name):
+    """The message names the checkpoints that are still whole."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    newest, older = list_checkpoints(folder)[-1], list_checkpoints(folder)[0]
+    (newest / name).unlink()
+    assert train(folder, "--resume", "--images", "10") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"--resume-from-checkpoint {older.name}" in error or "no lora" in error
+    assert train(folder, "--resume-from-checkpoint", older.name, "--images", "10") == 0
+
+
+def test_a_damaged_evaluation_of_the_pre_trained_model(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "evaluation_before.npz").write_bytes(b"junk")
+    assert train(folder, "--resume", "--images", "10") == 2
+    assert "evaluation_before.npz is damaged; remove it" in capsys.readouterr().err
+    (folder / "evaluation_before.npz").unlink()
+    assert train(folder, "--resume") == 0
+    assert read_summary(folder)["pictures"] == 10
+
+
+def test_rows_that_are_lost_are_reported(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "progress.csv").write_text("")
+    with pytest.warns(UserWarning, match="has 0 of the 4 rows that the run had logged"):
+        assert train(folder, "--resume", "--images", "10") == 0

@@ -150,6 +150,47 @@ def test_a_subclass_of_ones_own_shows_all_of_them_too() -> None:
     assert list(inspect.signature(Bare).parameters) == list(inspect.signature(DDPO).parameters)
 
 
+class OnlyEnv(PolicyGradient):
+    """Takes the environment first, and no policy."""
+
+    def __init__(self, env: Any, *, sharpness: float = 2.0, **kwargs: Any) -> None:
+        """Makes it.
+
+        Args:
+            env: the environment.
+            sharpness: a number.
+        """
+        self.sharpness = sharpness
+        super().__init__(env=env, **kwargs)
+
+
+class OnlyNames(PolicyGradient):
+    """Takes names only."""
+
+    def __init__(self, *, sharpness: float = 2.0, **kwargs: Any) -> None:
+        self.sharpness = sharpness
+        super().__init__(**kwargs)
+
+
+@pytest.mark.parametrize(("algorithm", "positional"), [(OnlyEnv, ["env"]), (OnlyNames, [])])
+def test_a_constructor_may_take_policy_and_environment_in_another_way(algorithm: Any, positional: list[str]) -> None:
+    """Positional arguments come first, and are those that the constructor itself takes so."""
+    parameters = inspect.signature(algorithm).parameters.values()
+    found = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert found == positional
+    assert {"policy", "env", "sharpness", "clip_range", "seed"} <= {parameter.name for parameter in parameters}
+
+
+def test_arguments_may_be_documented_in_the_constructor() -> None:
+    assert describe_arguments(OnlyEnv)["sharpness"].doc == "a number."
+
+
+@pytest.mark.parametrize("name", ["kl_coef", "reward_weight", "clip_range", "learning_rate", "gamma", "max_grad_norm"])
+def test_a_text_is_no_number(make_agent: Callable[..., Any], name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}.* (must be a number|must lie in \[0, 1\]).*, got 'x'$"):
+        make_agent(**{name: "x"})
+
+
 def test_a_class_without_a_section_of_arguments_gets_one() -> None:
     class Base:
         """Base.
@@ -165,7 +206,7 @@ def test_a_class_without_a_section_of_arguments_gets_one() -> None:
 
     show_inherited_arguments(Derived)
     assert inspect.getdoc(Derived) == "Derived.\n\nArgs:\n    size: of it."
-    assert str(inspect.signature(Derived)) == "(*, size: int = 1)"
+    assert str(inspect.signature(Derived)) == "(size: int = 1)"
 
 
 # --- Misspelt arguments

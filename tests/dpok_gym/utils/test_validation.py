@@ -73,4 +73,4 @@ def test_names() -> None:
 
 def test_suggestions() -> None:
     assert check.suggest("kl_coeff", ["kl_coef", "eta"]) == "did you mean 'kl_coef'? There are: eta, kl_coef"
-    assert check.suggest("zzz", ["kl_coef", "eta"]) == "There are: eta, kl_coef"  # nothing is near
+    assert check.suggest("zzz", ["kl_coef", "eta"]) == "there are: eta, kl_coef"  # nothing is near
