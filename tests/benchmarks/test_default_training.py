@@ -45,7 +45,7 @@ def test_two_checkouts_run_in_turn(
     ratios = [mine["wall_seconds"] / other["wall_seconds"] for mine, other in zip(records, others, strict=True)]
     assert [f"ratio {ratio:.3f}" in printed for ratio in ratios] == [True, True]
     assert f"median ratio {sum(ratios) / 2:.3f}" in printed
-    assert all(0 < record["peak_gib"] < 1 for record in records)
+    assert all(record["peak_gib"] > 0 for record in records)
     # All is kept: nothing runs again.
     default_training.main(words)
     assert (tmp_path / "calls").read_text() == calls
