@@ -165,6 +165,7 @@ def test_install_commands() -> None:
     assert 'pip install -c constraints.txt -e ".[test]" && pytest\n' in README
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "words"), commands("dpok"))
 def test_command_lines_parse(page: str, words: list[str], readers_folder: Path) -> None:
     """Options that a page shows are options that there are; nothing is run."""
@@ -179,6 +180,7 @@ def test_command_lines_parse(page: str, words: list[str], readers_folder: Path) 
         assert command == words[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "words"),
     [

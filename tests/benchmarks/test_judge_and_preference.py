@@ -68,6 +68,7 @@ def test_agreement_with_what_was_chosen_and_meant() -> None:
     assert cells["all"] == ("4", "50.0%", "75.0%")
 
 
+@pytest.mark.slow
 def test_the_pretrained_model_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

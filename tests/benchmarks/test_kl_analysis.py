@@ -38,6 +38,7 @@ def test_report(tmp_path: Path) -> None:
     assert (tmp_path / "kl_analysis.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_published_table_is_rebuilt() -> None:
     """From lines with old names; one family has an old word in its name."""
     file = RESULTS / "kl_analysis" / "runs.jsonl"

@@ -43,6 +43,7 @@ def test_tilts_by_hand() -> None:
     assert (weights[1:] / weights[0]).tolist() == pytest.approx([np.exp(2)] * 2, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_trajectories_have_the_exact_moments() -> None:
     policy: Any = ReferencePolicy()
     states = mixture_policies.sample_trajectories(policy, "one gaussian", 20_000, seed=0)

@@ -78,6 +78,7 @@ def test_a_run_with_smaller_rollouts_of_its_own() -> None:
     assert set(record["scores"]) == {"training"}
 
 
+@pytest.mark.slow
 def test_rejection_costs_function_evaluations() -> None:
     plain, best = (training_run.run(TINY | {"algorithm": "rejection", "settings": {"n": n}}) for n in (1, 4))
     assert (plain["num_function_evaluations_to_draw"], best["num_function_evaluations_to_draw"]) == (1, 4)

@@ -44,6 +44,7 @@ def text_of(observation: dict[str, Any]) -> str:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", ["plain", "noise", "features", "noise and features"])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
@@ -265,6 +266,7 @@ class TestModels:
         *_, of_the_files = finish(make(model=str(tiny_sd_folder), **settings), seed=0)
         assert info["image"].mean() > of_the_files["image"].mean() + 20
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "arguments",
         [
@@ -330,6 +332,7 @@ def test_misspelt_arguments(misspelt: str, nearest: str) -> None:
         make(**{misspelt: 3})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

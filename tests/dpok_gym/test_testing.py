@@ -48,6 +48,7 @@ def test_the_same_tokens_always(tiny_sd_folder: Path) -> None:
     assert tokenizer("a green rabbit. 3 z")["input_ids"] == [0, 42, 85, 90, 78, 71, 67, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "prediction"), list(zip(FOLDERS, PREDICTIONS, strict=True)))
 def test_what_the_documentation_says(family: str, prediction: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(FOLDERS[family])

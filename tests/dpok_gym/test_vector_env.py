@@ -31,6 +31,7 @@ def noise(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
 def test_equals_the_scalar_environments(env_id: str, request: pytest.FixtureRequest, only_warnings) -> None:
     kwargs: dict[str, Any] = {"num_inference_steps": T, "render_mode": "rgb_array", "decode_batch_size": 1}
@@ -131,6 +132,7 @@ def test_chosen_latents_are_not_drawn() -> None:
     assert np.array_equal(env.reset(options={"prompt": "a star"})[0]["latent"], first["latent"])
 
 
+@pytest.mark.slow
 def test_memory_is_not_shared() -> None:
     env, untouched = make(render_mode="rgb_array"), make(render_mode="rgb_array")
     first, _ = env.reset(seed=0)
@@ -231,6 +233,7 @@ def test_seeds_are_told() -> None:
 
 
 class TestJudge:
+    @pytest.mark.slow
     @pytest.mark.parametrize("workers", [0, 2])
     @pytest.mark.parametrize("reward", [redness, {"shapes-alignment": 1.0, "jpeg-compressibility": 0.1}, colours])
     def test_equals_the_rewards_and_infos_of_step(self, reward: Any, workers: int) -> None:

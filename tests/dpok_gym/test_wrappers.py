@@ -51,6 +51,7 @@ def model_folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue({"epsilon": "tiny_sd_folder", "velocity": "tiny_v_folder"}[request.param])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_reference_policy_is_the_sampler_of_diffusers(model_folder: Path, guidance_scale: float) -> None:
     env = make(model=str(model_folder), guidance_scale=guidance_scale)
@@ -180,6 +181,7 @@ def test_as_an_additional_wrapper() -> None:
     assert isinstance(gymnasium.make(spec, num_inference_steps=2), NoiseAction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [PPO, A2C])
 def test_stable_baselines3_trains_on_it(algorithm: type, only_warnings) -> None:
     settings = {"n_steps": 4} | ({"batch_size": 4, "n_epochs": 1} if algorithm is PPO else {})

@@ -11,6 +11,7 @@ from tests.agents.algorithms.support import PROMPTS, MakeAgent, N, T
 tensor = torch.tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rewards", "prompts", "expected"),
     [
@@ -24,6 +25,7 @@ def test_winners_by_hand(rewards: list[float], prompts: list[str], expected: lis
     assert make_agent("BestOfN", n=2).image_weights(tensor(rewards), prompts).tolist() == expected
 
 
+@pytest.mark.slow
 def test_learns_from_the_winners_only(make_agent: MakeAgent) -> None:
     agent = make_agent("BestOfN", n=4, n_gradient_steps=1, batch_size=20)
     batches = []
@@ -41,6 +43,7 @@ def test_learns_from_the_winners_only(make_agent: MakeAgent) -> None:
         assert (best_latents == latents).flatten(1).all(1).any()
 
 
+@pytest.mark.slow
 def test_the_same_choice_without_training(make_agent: MakeAgent) -> None:
     agent = make_agent("BestOfN")
     single = evaluate(agent.policy, agent.denoising_env, [PROMPTS[0]] * 4, 0, reference=True)

@@ -66,6 +66,7 @@ def test_every_built_in_algorithm_is_tested_here() -> None:
 # --- Before the first update
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "guidance_scale"), [(name, 1.0) for name in ALGORITHMS] + [("DPOK", 3.0), ("RWR", 3.0)]
 )
@@ -82,6 +83,7 @@ def test_begins_as_the_reference(name: str, guidance_scale: float, make_env: Mak
         assert diffusion.kl_divergence(mean, reference, std).tolist() == [0.0] * N
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "policy_kwargs"),
     [(name, {}) for name in POLICY_GRADIENTS]
@@ -112,6 +114,7 @@ def test_first_update_finds_no_ratio_and_no_kl(name: str, policy_kwargs: dict[st
 # --- The loss
 
 
+@pytest.mark.slow
 @every_algorithm
 def test_loss_is_one_number_for_each_element(name: str, make_agent: MakeAgent) -> None:
     """No element's loss depends on the others, so it does not matter how a batch is split."""
@@ -130,6 +133,7 @@ def test_loss_is_one_number_for_each_element(name: str, make_agent: MakeAgent) -
         torch.testing.assert_close(torch.cat([each[key] for _, each in parts]), values, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_algorithm
 def test_loss_is_that_of_the_paper(name: str, make_agent: MakeAgent) -> None:
     agent = make_agent(name)
@@ -144,6 +148,7 @@ def test_loss_is_that_of_the_paper(name: str, make_agent: MakeAgent) -> None:
     torch.testing.assert_close(loss.double(), expected_loss(agent, batch), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @every_algorithm
 def test_gradient_equals_finite_differences(name: str, make_agent: MakeAgent) -> None:
     """Of the loss written by hand, along the gradient and along a direction that is partly random."""
@@ -164,6 +169,7 @@ def test_gradient_equals_finite_differences(name: str, make_agent: MakeAgent) ->
         assert float(slope @ direction) == pytest.approx(float(difference), rel=3e-3)
 
 
+@pytest.mark.slow
 @every_policy_gradient
 def test_elements_count_by_their_weights(name: str, make_agent: MakeAgent) -> None:
     agent = make_agent(name)
@@ -178,6 +184,7 @@ def test_elements_count_by_their_weights(name: str, make_agent: MakeAgent) -> No
 # --- The update
 
 
+@pytest.mark.slow
 @every_algorithm_in_turn
 def test_learns(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """Weights move; the reference stays where it was."""
@@ -198,6 +205,7 @@ def test_learns(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     assert not evaluate(agent.policy, env, PROMPTS, 0, reference=True).kl.any()
 
 
+@pytest.mark.slow
 @every_algorithm_in_turn
 def test_micro_batches_change_nothing(name: str, make_agent: MakeAgent) -> None:
     learned = {}
@@ -213,6 +221,7 @@ def test_micro_batches_change_nothing(name: str, make_agent: MakeAgent) -> None:
         assert (moved - expected).abs().max() < 1e-3 * expected.abs().max(), f"micro_batch_size={size}"
 
 
+@pytest.mark.slow
 @every_algorithm_in_turn
 def test_n_envs_changes_nothing(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """The same prompts, noise, batches and weights, however many images are drawn side by side."""
@@ -230,6 +239,7 @@ def test_n_envs_changes_nothing(name: str, make_env: MakeEnv, make_agent: MakeAg
         assert_same(learned[other], learned[0])
 
 
+@pytest.mark.slow
 @every_algorithm_in_turn
 def test_gradient_is_clipped_to_its_norm(name: str, make_agent: MakeAgent) -> None:
     """The critic has steps of its own."""
@@ -241,6 +251,7 @@ def test_gradient_is_clipped_to_its_norm(name: str, make_agent: MakeAgent) -> No
     assert (flat_weights(agent) - before).norm().item() == pytest.approx(1e-6, rel=0.05)
 
 
+@pytest.mark.slow
 @every_algorithm_in_turn
 def test_seeds(name: str, make_agent: MakeAgent) -> None:
     """A seed decides everything; runs of different seeds share no noise."""
@@ -264,6 +275,7 @@ def go_on(agent: Any, reset: bool = False) -> dict[str, Tensor]:
     return weights(agent)
 
 
+@pytest.mark.slow
 @every_algorithm_in_turn
 def test_goes_on_from_a_state_to_the_same_weights(name: str, make_agent: MakeAgent) -> None:
     agent = make_agent(name)
@@ -281,6 +293,7 @@ def test_goes_on_from_a_state_to_the_same_weights(name: str, make_agent: MakeAge
     assert other.num_timesteps == 3 * UPDATE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["DPOK", "DDPO-IS", "SFT, KL-D"])
 def test_two_agents_of_one_state_do_not_share_it(name: str, make_agent: MakeAgent) -> None:
     """Neither the optimiser's tensors nor lists: each goes on alone."""
@@ -311,6 +324,7 @@ def test_goes_on_after_loading(
 # --- Rewards that are not finite
 
 
+@pytest.mark.slow
 @every_algorithm_in_turn
 def test_masked_images_are_not_learned_from(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     # All images are decoded and scored in one call, so that the reward fails for the same ones each time.
@@ -334,6 +348,7 @@ def test_masked_images_are_not_learned_from(name: str, make_env: MakeEnv, make_a
     assert rows[0]["rollout/valid_share"] == 0.5
 
 
+@pytest.mark.slow
 @every_algorithm
 def test_nothing_is_learned_from_nothing(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     agent = make_agent(name, make_env(reward=AlwaysFails(), non_finite="mask"))
@@ -376,6 +391,7 @@ UPDATE_COLUMNS = {
 }
 
 
+@pytest.mark.slow
 @every_algorithm_in_turn
 def test_log(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """Each row holds what an iteration drew and what its own update did."""
@@ -414,6 +430,7 @@ def test_log(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
 # --- The learning rate
 
 
+@pytest.mark.slow
 def test_falling_learning_rate(make_agent: MakeAgent, tmp_path: Path) -> None:
     """Linear in the progress, from the whole of it to the fraction that was asked for, and after loading too."""
     agent = make_agent("DPOK", learning_rate=0.5, final_lr_fraction=0.2)
@@ -426,6 +443,7 @@ def test_falling_learning_rate(make_agent: MakeAgent, tmp_path: Path) -> None:
     assert make_agent("DPOK", learning_rate=0.5).lr_schedule(0) == 0.5
 
 
+@pytest.mark.slow
 def test_learning_rate_is_never_below_zero(make_agent: MakeAgent) -> None:
     """A last iteration that goes beyond the total does not turn the gradient around."""
     agent = make_agent("DPOK", learning_rate=0.5, final_lr_fraction=0.0)
@@ -438,6 +456,7 @@ def test_learning_rate_is_never_below_zero(make_agent: MakeAgent) -> None:
 # --- Options of the policy
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_update(
     make_env: MakeEnv, make_agent: MakeAgent, fresh_models: Callable[[], None]
 ) -> None:
@@ -450,6 +469,7 @@ def test_gradient_checkpointing_changes_no_update(
     torch.testing.assert_close(learned[1], learned[0], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy_kwargs", "guidance_scale"),
     [({"guidance_gradient": "conditional"}, 3.0), ({"autocast": True}, 1.0), ({"lora_rank": 0}, 1.0)],
@@ -492,6 +512,7 @@ COMMON_ARGUMENTS = {
 }
 
 
+@pytest.mark.slow
 @every_algorithm
 def test_every_argument_has_a_name_and_a_text(name: str, make_agent: MakeAgent) -> None:
     cls, kwargs = ALGORITHMS[name]
@@ -505,6 +526,7 @@ def test_every_argument_has_a_name_and_a_text(name: str, make_agent: MakeAgent) 
         make_agent(name, learning_rat=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -29,6 +29,7 @@ def test_standardises_by_prompt(make_agent: MakeAgent) -> None:
     assert list(agent.latest_rewards["a"]) == [2.0, 1.0, 3.0, 7.0]
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_the_images_drawn(make_agent: MakeAgent) -> None:
     agent = make_agent("DDPO-IS", statistics_size=3, min_count=1)
     expected: dict[str, list[float]] = {}
@@ -46,6 +47,7 @@ def test_statistics_are_those_of_the_images_drawn(make_agent: MakeAgent) -> None
     assert all(latest.maxlen == 3 for latest in other.latest_rewards.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["output", "likelihood"])
 @pytest.mark.parametrize("name", ["DDPO-SF", "REINFORCE"])
 def test_the_score_function_is_the_gradient_of_the_log_density(

@@ -49,6 +49,7 @@ def reference_kl(agent: DPOK, buffer: TrajectoryBuffer) -> Tensor:
 # --- The KL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("estimator", ["exact", "output-mse"])
 @torch.no_grad()
@@ -97,6 +98,7 @@ def test_without_a_kl_the_reference_is_not_asked(make_agent: MakeAgent, monkeypa
     assert "train/kl_to_reference" not in rows[0]
 
 
+@pytest.mark.slow
 def test_kl_in_the_reward_charges_later_kls_to_earlier_actions(make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """Each action pays for the KL of the states it leads to; no action is charged for the KL at x_T."""
     agent = make_agent(
@@ -188,6 +190,7 @@ def test_without_critic(make_agent: MakeAgent) -> None:
     assert not {"train/value_loss", "train/explained_variance", "train/vf_learning_rate"} & rows[0].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [True, "center", False])
 def test_normalized_advantages(how: Any, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """Over the images that have a reward; the others have no say."""
@@ -222,6 +225,7 @@ def test_gamma_and_lambda_by_hand(make_agent: MakeAgent) -> None:
     torch.testing.assert_close(buffer.returns, advantages + torch.stack([v0, v1, v2], dim=1), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_critic_learns_the_returns(make_agent: MakeAgent) -> None:
     agent = make_agent("DPOK", learning_rate=0.0, vf_epochs=100, vf_batch_size=4)
     before = weights(agent)
@@ -251,6 +255,7 @@ def test_the_critic_does_not_learn_from_masked_images(
     assert asked == [UPDATE // 2]
 
 
+@pytest.mark.slow
 def test_no_order_of_batches_comes_twice(make_agent: MakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in the epochs of the denoiser nor in those of the critic."""
     agent = make_agent("DPOK", n_epochs=2, vf_epochs=2, batch_size=None, vf_batch_size=None)
@@ -267,6 +272,7 @@ def test_no_order_of_batches_comes_twice(make_agent: MakeAgent, monkeypatch: pyt
     assert len(set(orders)) == len(orders) == 2 * 4
 
 
+@pytest.mark.slow
 def test_learning_rates_of_denoiser_and_critic(make_agent: MakeAgent) -> None:
     agent = make_agent("DPOK", learning_rate=lambda remaining: 1e-2 * remaining, vf_learning_rate=0.5)
     assert agent.policy.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2)
@@ -286,6 +292,7 @@ def learned_before() -> dict[str, Tensor]:
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kwargs", "base"),
     [
@@ -333,6 +340,7 @@ def test_every_option_matters(
     assert not torch.equal(*learned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -397,6 +405,7 @@ def test_learns_what_is_rewarded(
     assert after.mean() - before.mean() > 20 * error
 
 
+@pytest.mark.slow
 def test_two_agents_of_one_model_learn_alone(make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """Their LoRAs are in the same network; each learns as if it were the only one."""
     env = make_env(reward=Brightness())

@@ -27,6 +27,7 @@ from tests.agents.algorithms.support import (
 MakeEnv = Callable[..., DenoisingVectorEnv]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_last_steps", [1, 2, 3])
 def test_draws_the_same_images_again(n_last_steps: int, make_agent: MakeAgent) -> None:
     agent = make_agent("DRaFT", n_last_steps=n_last_steps)
@@ -40,6 +41,7 @@ def test_draws_the_same_images_again(n_last_steps: int, make_agent: MakeAgent) -
     assert torch.equal(metrics["reward"], -loss)
 
 
+@pytest.mark.slow
 def test_more_steps_have_another_gradient(make_agent: MakeAgent) -> None:
     gradients = []
     for n_last_steps in (1, 2, 3):
@@ -49,6 +51,7 @@ def test_more_steps_have_another_gradient(make_agent: MakeAgent) -> None:
         assert (gradients[one] - gradients[other]).norm() > 1e-3 * gradients[other].norm()
 
 
+@pytest.mark.slow
 def test_follows_the_reward(make_agent: MakeAgent) -> None:
     """A small step along its gradient raises the mean reward by as much as the gradient says."""
     agent = make_agent("DRaFT", learning_rate=300.0, batch_size=None, max_grad_norm=1e9)
@@ -74,6 +77,7 @@ def test_each_image_is_learned_from_once(make_env: MakeEnv, make_agent: MakeAgen
     assert sorted(int(image) for batch in batches for image in batch.image) == [0, 2, 4, 6]
 
 
+@pytest.mark.slow
 def test_a_whole_batch_may_be_missing(make_env: MakeEnv, make_agent: MakeAgent) -> None:
     env = make_env(2, reward=EveryOtherFails(), non_finite="mask", decode_batch_size=2)
     agent = make_agent("DRaFT", env)
@@ -81,6 +85,7 @@ def test_a_whole_batch_may_be_missing(make_env: MakeEnv, make_agent: MakeAgent) 
     assert agent._n_updates == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_last_steps", [0, 4, 1.5])
 def test_bad_arguments(n_last_steps: Any, make_agent: MakeAgent) -> None:
     message = "n_last_steps must be (from 1 to the 3 denoising steps, got 4|an integer of at least 1, got)"
@@ -88,6 +93,7 @@ def test_bad_arguments(n_last_steps: Any, make_agent: MakeAgent) -> None:
         make_agent("DRaFT", n_last_steps=n_last_steps)
 
 
+@pytest.mark.slow
 def test_needs_a_gradient(make_env: MakeEnv, make_agent: MakeAgent) -> None:
     with pytest.raises(ValueError, match="'jpeg-compressibility' has no gradient"):
         make_agent("DRaFT", make_env(reward="jpeg-compressibility"))

@@ -34,6 +34,7 @@ from tests.support import assert_same
 MakeEnv = Callable[..., DenoisingVectorEnv]
 
 
+@pytest.mark.slow
 def test_images_are_the_reference_models(make_agent: MakeAgent) -> None:
     """Drawn once, with guidance and noise as any images: they do not change with what is learned."""
     agent = make_agent("RWR", n_gradient_steps=1)
@@ -76,6 +77,7 @@ def test_a_batch_has_the_prompts_of_its_images(make_agent: MakeAgent) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORWARD_PROCESSES)
 def test_learns_without_guidance(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """The images are drawn with it, and the loss is the one that diffusion models are trained with."""
@@ -93,6 +95,7 @@ def test_learns_without_guidance(name: str, make_env: MakeEnv, make_agent: MakeA
     assert scales == [1.0] * agent.n_gradient_steps
 
 
+@pytest.mark.slow
 def test_the_rate_falls_with_each_step_of_a_fit(make_agent: MakeAgent) -> None:
     agent = make_agent("SFT, KL-D", learning_rate=1.0, final_lr_fraction=0.2)  # four steps, logged after three
     taken = []
@@ -107,6 +110,7 @@ def test_the_rate_falls_with_each_step_of_a_fit(make_agent: MakeAgent) -> None:
     assert taken == pytest.approx([0.8, 0.6, 0.4, 0.2])
 
 
+@pytest.mark.slow
 def test_more_images_are_fitted_too(make_agent: MakeAgent) -> None:
     """All images, old and new, for ``n_gradient_steps`` more."""
     agent = make_agent("RWR")
@@ -121,6 +125,7 @@ def test_more_images_are_fitted_too(make_agent: MakeAgent) -> None:
     assert not is_same(weights(agent), before)
 
 
+@pytest.mark.slow
 def test_to_learn_anew_forgets_the_images(make_agent: MakeAgent) -> None:
     agent = make_agent("RWR")
     agent.learn(UPDATE)
@@ -131,6 +136,7 @@ def test_to_learn_anew_forgets_the_images(make_agent: MakeAgent) -> None:
     assert not is_same(agent.image_latents, first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "how"), [("BestOfN", "save"), ("SFT, KL-D", "state_dict")])
 def test_an_interrupted_fit_goes_on(
     name: str, how: str, make_env: MakeEnv, make_agent: MakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,6 +171,7 @@ def test_an_interrupted_fit_goes_on(
     assert_same(weights(loaded), weights(uninterrupted))
 
 
+@pytest.mark.slow
 def test_a_state_is_not_changed_by_what_comes_later(make_agent: MakeAgent) -> None:
     """Weights are shared, as with torch's modules; lists and images are not."""
     agent = make_agent("RWR")
@@ -192,6 +199,7 @@ def test_nothing_to_learn_from(make_agent: MakeAgent) -> None:
         agent.learn(UPDATE)
 
 
+@pytest.mark.slow
 def test_a_callback_can_stop_the_drawing(make_agent: MakeAgent) -> None:
     """Then no step is taken; to go on draws what is missing first."""
     agent = make_agent("RWR")
@@ -212,6 +220,7 @@ def test_a_callback_can_stop_the_drawing(make_agent: MakeAgent) -> None:
     assert_same(weights(agent), weights(uninterrupted))
 
 
+@pytest.mark.slow
 def test_rows_of_the_log(make_agent: MakeAgent) -> None:
     """One for each iteration of drawing, then one for every ``log_every`` steps, and one for the rest."""
     agent = make_agent("RWR", n_gradient_steps=8, log_every=3)
@@ -248,6 +257,7 @@ def test_the_loss_falls(make_env: MakeEnv) -> None:
     assert not torch.equal(flat_weights(agent), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORWARD_PROCESSES)
 @pytest.mark.parametrize("argument", ["n_gradient_steps", "log_every", "batch_size"])
 def test_bad_arguments(name: str, argument: str, make_agent: MakeAgent) -> None:

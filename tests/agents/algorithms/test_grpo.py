@@ -22,6 +22,7 @@ from tests.agents.algorithms.support import (
 tensor = torch.tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @torch.no_grad()
 def test_pays_for_the_kl(reduction: str, make_agent: MakeAgent) -> None:
@@ -57,6 +58,7 @@ def test_groups_are_standardised_by_hand(make_agent: MakeAgent) -> None:
     torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same_noise", [False, True])
 def test_draws_groups(same_noise: bool, make_agent: MakeAgent) -> None:
     """Images of a group have one prompt, and with ``same_noise`` one x_T; their later noise differs."""
@@ -76,6 +78,7 @@ def test_draws_groups(same_noise: bool, make_agent: MakeAgent) -> None:
     assert set(prompts) == set(PROMPTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -36,6 +36,7 @@ from tests.agents.algorithms.support import (
 MakeEnv = Callable[..., DenoisingVectorEnv]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["DPOK", "DDPO-IS", "GRPO"])
 @torch.no_grad()
 def test_loss_by_hand(name: str, make_agent: MakeAgent) -> None:
@@ -56,6 +57,7 @@ def test_loss_by_hand(name: str, make_agent: MakeAgent) -> None:
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(losses, 2))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_clip_range_is_in_nats_of_the_whole_latent(make_agent: MakeAgent) -> None:
     """The same transitions are clipped, whether the ratio is of the whole latent or of one dimension."""
@@ -103,6 +105,7 @@ def test_a_clamped_ratio_has_no_gradient(make_agent: MakeAgent) -> None:
     assert gradient(agent, batch).any()  # which brings back what has moved too far
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kwargs", "sizes"),
     [
@@ -135,6 +138,7 @@ def test_batches_differ_between_iterations(make_agent: MakeAgent) -> None:
     assert not torch.equal(first.image * T + first.step, second.image * T + second.step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICY_GRADIENTS)
 def test_steps_are_chosen_by_their_weights(name: str, make_agent: MakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a KL beside the policy gradient half of the choice is for that, which has no weights."""
@@ -176,6 +180,7 @@ def test_weights_of_the_steps_are_in_the_batch(make_agent: MakeAgent) -> None:
     assert len(weights.unique()) == T
 
 
+@pytest.mark.slow
 def test_a_share_of_the_steps_estimates_the_whole(make_agent: MakeAgent) -> None:
     """The mean over many choices of the weighted batches is the gradient of all transitions."""
     agent = make_agent("DDPO-IS", timestep_fraction=0.5, batch_size=None)
@@ -207,6 +212,7 @@ def test_without_more_the_advantage_is_the_reward(make_env: MakeEnv) -> None:
     assert agent._n_updates == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["DDPO-IS", "DDPO-SF", "GRPO", "REINFORCE"])
 def test_all_steps_of_an_image_share_its_advantage(name: str, make_agent: MakeAgent) -> None:
     agent = make_agent(name)
@@ -217,6 +223,7 @@ def test_all_steps_of_an_image_share_its_advantage(name: str, make_agent: MakeAg
     torch.testing.assert_close(advantages, expected[:, None].expand(N, T))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["DDPO-IS", "GRPO", "REINFORCE"])
 def test_images_without_a_reward_are_no_part_of_the_baseline(
     name: str, make_env: MakeEnv, make_agent: MakeAgent
@@ -242,6 +249,7 @@ def test_a_subclass_writes_its_advantages(make_env: MakeEnv) -> None:
     assert torch.equal(batch.advantages, batch.step.float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

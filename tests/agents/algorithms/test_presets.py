@@ -40,6 +40,7 @@ def test_arguments_are_those_of_the_constructors(preset: str, name: str) -> None
     assert set(PRESETS[preset].algorithms) <= set(BUILT_IN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "name"), [choice for choice in CHOICES if choice[1] != "draft"])
 def test_an_agent_takes_them(preset: str, name: str, make_env: MakeEnv) -> None:
     """The number of environments is the environment's: it is a matter of memory."""
@@ -73,6 +74,7 @@ def test_dpoks_settings_are_for_dpok(preset: str) -> None:
         PRESETS[preset].algorithm_kwargs("grpo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "official-code"])
 def test_settings_of_the_paper(preset: str, make_env: MakeEnv) -> None:
     kwargs = PRESETS[preset].algorithm_kwargs("dpok")

@@ -82,6 +82,7 @@ def test_built_in_names() -> None:
     assert {name: load_algorithm(name) for name in list_algorithms()} == BUILT_IN
 
 
+@pytest.mark.slow
 def test_an_algorithm_of_ones_own(my_module: str, make_env: MakeEnv) -> None:
     """By its place it is loaded, learns, and goes on from a state."""
     cls: Any = load_algorithm(f"{my_module}:Mine")

@@ -12,6 +12,7 @@ from tests.agents.algorithms.support import UPDATE, MakeAgent, flat_weights
 tensor = torch.tensor
 
 
+@pytest.mark.slow
 def test_leaves_the_image_itself_out(make_agent: MakeAgent) -> None:
     agent = make_agent("REINFORCE")
     prompts = ["a", "a", "a", "b"]
@@ -21,6 +22,7 @@ def test_leaves_the_image_itself_out(make_agent: MakeAgent) -> None:
     assert agent.image_advantages(tensor([5.0]), ["a"], torch.arange(1)).tolist() == [5.0]
 
 
+@pytest.mark.slow
 def test_one_step_in_each_iteration_and_no_clipping(make_agent: MakeAgent) -> None:
     learned = []
     for kwargs in ({}, {"clip_range": 1e-9, "clip_type": "clamp"}):

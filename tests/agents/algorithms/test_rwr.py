@@ -34,6 +34,7 @@ def test_extreme_rewards_have_finite_weights(make_agent: MakeAgent) -> None:
     assert weights.tolist() == [0.0, 2.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fraction", "rewards", "prompts", "expected"),
     [

@@ -17,6 +17,7 @@ MakeEnv = Callable[..., DenoisingVectorEnv]
 REWARDS, TEXTS = torch.tensor([-2.0, 0.5, 1.0, 3.0]), ["a", "a", "b", "b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kwargs", "expected"),
     [
@@ -34,6 +35,7 @@ def test_weights_by_hand(kwargs: dict[str, Any], expected: list[float], make_age
     assert agent.image_weights(REWARDS, TEXTS).tolist() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("regularization", "expected"), [("KL-D", {1, 3}), ("none", {1, 3}), ("KL-O", {0, 1, 2, 3})])
 def test_which_images_are_learned_from(
     regularization: str, expected: set[int], make_agent: MakeAgent, monkeypatch: pytest.MonkeyPatch
@@ -48,6 +50,7 @@ def test_which_images_are_learned_from(
     assert learned == {(row, [0.0, 1.0, 0.0, 2.0][row]) for row in expected}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["noise", "velocity"])
 @torch.no_grad()
 def test_the_loss_is_the_weighted_error_of_the_output(
@@ -72,6 +75,7 @@ def test_the_loss_is_the_weighted_error_of_the_output(
     torch.testing.assert_close(metrics["denoising_loss"], mse, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_kl_o_keeps_the_model_nearer(make_agent: MakeAgent) -> None:
     distances = []
     for gamma in (0.0, 30.0):
@@ -86,6 +90,7 @@ def test_kl_o_keeps_the_model_nearer(make_agent: MakeAgent) -> None:
     assert distances[1] < 0.5 * distances[0]
 
 
+@pytest.mark.slow
 def test_only_kl_o_asks_the_reference(make_agent: MakeAgent) -> None:
     passes = {}
     for regularization in ("KL-D", "KL-O", "none"):

@@ -158,6 +158,7 @@ OTHER = {
 }
 
 
+@pytest.mark.slow
 def test_no_option_is_ignored():
     default = _config()
     names = {field.name for field in dataclasses.fields(RunOptions)} - {"out", "resume", "resume_from_checkpoint"}
@@ -203,6 +204,7 @@ def test_config_yaml(tmp_path):
         config.seed = 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

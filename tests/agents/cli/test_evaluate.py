@@ -9,6 +9,7 @@ from agents.cli.main import main
 from tests.agents.cli.support import read_summary
 
 
+@pytest.mark.slow
 def test_evaluate(finished, tmp_path, capsys):
     folder = shutil.copytree(finished, tmp_path / "run")
     assert main(["evaluate", str(folder), "--images", "3", "--device", "cpu"]) == 0
@@ -26,6 +27,7 @@ def test_evaluate(finished, tmp_path, capsys):
     assert "nats" in out
 
 
+@pytest.mark.slow
 def test_other_seeds_and_rewards(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     words = ["evaluate", str(folder), "--images", "2", "--device", "cpu", "--seed", "5"]

@@ -34,6 +34,7 @@ def choices(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_reward_is_fitted(choices, tmp_path, capsys):
     out = tmp_path / "reward"
     assert main(["fit-reward", str(choices), "--out", str(out), *QUICK]) == 0
@@ -53,6 +54,7 @@ def test_a_reward_is_fitted(choices, tmp_path, capsys):
     assert "already holds a reward; choose another --out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_a_reward(choices, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     main(["fit-reward", str(choices), "--out", str(first), *QUICK])
@@ -65,6 +67,7 @@ def test_it_goes_on_from_a_reward(choices, tmp_path, capsys):
     torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_it_can_be_trained_with(choices, tmp_path):
     out = tmp_path / "reward"
     main(["fit-reward", str(choices), "--out", str(out), *QUICK])

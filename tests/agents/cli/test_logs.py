@@ -73,6 +73,7 @@ def _tensorboard(folder, name):
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0, 2])
 def test_tensorboard_goes_on(tmp_path, kept):
     log = TensorBoardLog(tmp_path / "tensorboard")
@@ -88,6 +89,7 @@ def test_tensorboard_goes_on(tmp_path, kept):
     assert _tensorboard(tmp_path / "tensorboard", "a") == expected
 
 
+@pytest.mark.slow
 def test_tensorboard_goes_on_in_the_same_second(tmp_path):
     """Then the process's number would decide on the order of the files."""
     log = TensorBoardLog(tmp_path / "tensorboard")

@@ -29,6 +29,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"dpok {dpok_gym.__version__}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", ["[]", "['--help']", "['--version']", "['sample', '--help']", "['trian']"])
 def test_torch_is_not_loaded_before_it_is_needed(argv):
     check = f"""
@@ -43,6 +44,7 @@ sys.exit(bool({{'torch', 'matplotlib'}} & set(sys.modules)))
     assert subprocess.run([sys.executable, "-c", check], check=False, capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 def test_python_m_agents(tmp_path):
     words = [sys.executable, "-m", "agents", "sample", "--prompt", "a red circle", "--n", "0", "--device", "cpu"]
     ended = subprocess.run(words, check=False, capture_output=True, text=True, cwd=tmp_path)

@@ -31,6 +31,7 @@ def _shown(figure):
     return [axes for axes in figure.axes if axes.get_visible()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 3, 20])
 @pytest.mark.parametrize("varied", [False, True])
 def test_before_after(tmp_path, figures, n, varied):
@@ -65,6 +66,7 @@ def test_before_after_wants_the_same_prompts(tmp_path):
         plots.before_after(_evaluation(["a"], [1]), _evaluation(["b"], [1]), tmp_path / "pairs.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 9])
 def test_image_grid(tmp_path, figures, n):
     evaluation = _evaluation([LONG] * n, [True] * n)

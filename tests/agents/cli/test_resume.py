@@ -124,6 +124,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_an_older_checkpoint(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-4", "checkpoint-8"]
@@ -131,6 +132,7 @@ def test_a_run_goes_on_from_an_older_checkpoint(finished, tmp_path):
     assert_same_run(folder, finished)
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_checkpoint_elsewhere(finished, tmp_path):
     """It is a path; the run keeps the checkpoints before it."""
     folder = shutil.copytree(finished, tmp_path / "run")
@@ -139,6 +141,7 @@ def test_a_copy_of_a_checkpoint_elsewhere(finished, tmp_path):
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-8", "checkpoint-10"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_with_other_settings_is_drawn_again(finished, tmp_path):
     """The run died before its first checkpoint, and is started with other settings in the same folder."""
     (tmp_path / "run").mkdir()
@@ -148,6 +151,7 @@ def test_an_evaluation_with_other_settings_is_drawn_again(finished, tmp_path):
     assert before != pytest.approx(read_summary(finished)["quality_before"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_more_images(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     assert train(folder, "--resume", "--images", "10") == 0
@@ -172,6 +176,7 @@ def test_a_run_that_died_before_its_first_checkpoint(finished, tmp_path):
         assert_same_run(folder, finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

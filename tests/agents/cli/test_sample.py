@@ -14,6 +14,7 @@ def _pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
+@pytest.mark.slow
 def test_sample(finished, tmp_path, capsys):
     code, out = sample(tmp_path, finished)
     assert code == 0
@@ -30,6 +31,7 @@ def test_sample(finished, tmp_path, capsys):
     assert sample(tmp_path, finished / "typo")[0] == 2
 
 
+@pytest.mark.slow
 def test_the_pre_trained_model(finished, tmp_path, capsys):
     words = ["sample", "--num-inference-steps", "2", "--n", "2", "--device", "cpu", "--out", str(tmp_path / "one.png")]
     assert main([*words, "--prompt", "a red circle"]) == 0

@@ -86,6 +86,7 @@ def test_the_config_says_everything(finished):
     assert Config.read(finished) == Config(**config)
 
 
+@pytest.mark.slow
 def test_the_same_seed_repeats_a_run(finished, tmp_path):
     assert train(tmp_path / "again", "--images", "3", "--seed", "1", *TINY) == 0
     assert read_summary(tmp_path / "again") | {"seconds": 0} == read_summary(finished) | {"seconds": 0}
@@ -99,6 +100,7 @@ def test_a_finished_run_is_not_overwritten(finished, capsys):
     assert (finished / "summary.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_new_runs_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda form: "20260101-120000")
@@ -231,6 +233,7 @@ def test_ctrl_c_in_an_update_ends_the_run_after_it(tmp_path, monkeypatch, algo):
     assert [row.get("train/n_updates") for row in rows] == [row.get("train/n_updates") for row in whole]
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, monkeypatch, capsys):
     options = ["--images", "6", *TINY, *FEW_LAYERS, "--checkpointing-steps", "1"]
     with monkeypatch.context() as patched:
@@ -335,6 +338,7 @@ def test_images_that_the_judge_cannot_read(tmp_path, changes):
     assert sample(tmp_path, tmp_path / "run")[0] == 0
 
 
+@pytest.mark.slow
 def test_an_error_of_a_diverged_agent_does_not_overwrite_a_sound_one(tmp_path, monkeypatch):
     def diverged(self):
         with torch.no_grad():
@@ -346,6 +350,7 @@ def test_an_error_of_a_diverged_agent_does_not_overwrite_a_sound_one(tmp_path, m
     assert not (tmp_path / "run" / "lora").exists()
 
 
+@pytest.mark.slow
 def test_remote_rewards(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with Endpoint(brightness) as endpoint:
@@ -372,6 +377,7 @@ def test_remote_rewards(tmp_path, capsys, monkeypatch):
     assert f"{endpoint.url} failed 5 times in a row" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_environment(tiny_sd_folder, tmp_path, capsys):
     folder = tmp_path / "run"
     of_model = ["--env", "DPOK-SD15-v0", "--model", str(tiny_sd_folder), "--guidance-scale", "2"]
@@ -389,6 +395,7 @@ def test_another_environment(tiny_sd_folder, tmp_path, capsys):
     assert sample(tmp_path, folder)[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_models")
 def test_a_run_that_trains_the_whole_denoiser(tmp_path):
     """The environment with a known answer has such a preset; what was trained can be drawn with."""
@@ -411,6 +418,7 @@ def test_a_run_that_trains_the_whole_denoiser(tmp_path):
     assert set(written["prompts"]["held-out"]["rewards_after"]) == {"mixture-linear"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -467,6 +475,7 @@ def test_mistakes_in_training_options(tmp_path, capsys, options, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_help_of_an_algorithm(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")  # one column of options
     texts = {}
@@ -488,6 +497,7 @@ def test_help_of_an_algorithm(capsys, monkeypatch):
         assert unit in texts["paper"]
 
 
+@pytest.mark.slow
 def test_images_are_those_of_any_number_of_environments(finished, tmp_path):
     """--n-envs is a matter of memory: with images_per_iteration fixed, the weights are the same."""
     options = ["--images", "3", "--seed", "1", *TINY, "--n-envs", "1"]

@@ -37,6 +37,7 @@ def saved_state(agent: Any) -> dict[str, Any]:
     return {"tensors": state["tensors"], "state": json.loads(json.dumps(state["state"]))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", AGENTS)
 @pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "new"])
 def test_the_state_is_tensors_and_json(make_agent: Callable[..., Any], kind: str, is_trained: bool) -> None:
@@ -65,6 +66,7 @@ def test_the_state_is_tensors_and_json(make_agent: Callable[..., Any], kind: str
     assert expected.items() <= saved["state"].items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", AGENTS)
 def test_another_agent_goes_on_to_the_same_bits(make_agent: Callable[..., Any], kind: str) -> None:
     first = make_agent(**AGENTS[kind])
@@ -88,6 +90,7 @@ def optimizer_of(agent: Any) -> dict[str, Tensor]:
     return agent.state_dict()["tensors"]["optimizer"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["critic and controller", "whole denoiser", "images"])
 def test_agents_of_one_state_do_not_share_it(make_agent: Callable[..., Any], kind: str) -> None:
     first, second = make_agent(**AGENTS[kind]), make_agent(**AGENTS[kind])
@@ -98,6 +101,7 @@ def test_agents_of_one_state_do_not_share_it(make_agent: Callable[..., Any], kin
     assert_same(snapshot(second), expected)
 
 
+@pytest.mark.slow
 def test_the_logged_mean_reward_goes_on(make_agent: Callable[..., Any]) -> None:
     first, second = (make_agent(stats_window_size=6) for _ in range(2))
     first.learn(2 * UPDATE)
@@ -124,12 +128,14 @@ def test_a_state_of_another_algorithm_is_refused(make_agent: Callable[..., Any])
         agent.load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_a_state_of_another_sampler_is_refused(make_env: Callable[..., Any], make_agent: Callable[..., Any]) -> None:
     state = make_agent().state_dict()
     with pytest.raises(ValueError, match=r"guidance_scale 1\.0 there, 3\.0 here"):
         make_agent(make_env(guidance_scale=3.0)).load_state_dict(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("theirs", "ours", "message"),
     [
@@ -149,6 +155,7 @@ def test_a_state_of_another_network_is_refused(
         make_agent(policy_kwargs=ours).load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_a_state_without_a_critic_is_refused(make_agent: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="the state has no critic"):
         make_agent().load_state_dict(make_agent(use_critic=False).state_dict())
@@ -198,6 +205,7 @@ def test_an_optimizers_state_of_more_parameters_is_refused() -> None:
     assert flatten_optimizer(optimizer) == {}
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_the_new_agents(make_agent: Callable[..., Any]) -> None:
     first = make_agent(learning_rate=1e-2)
     first.learn(UPDATE)

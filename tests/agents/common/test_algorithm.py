@@ -34,6 +34,7 @@ def load_pipeline(folder: Path) -> Any:
 # --- Environments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["id", "environment", "vector environment", "VecEnv"])
 def test_environments(make_env: Callable[..., Any], make_agent: Callable[..., Any], settings: Any, kind: str) -> None:
     env: Any = {
@@ -55,6 +56,7 @@ def test_environments(make_env: Callable[..., Any], make_agent: Callable[..., An
     assert all(bool(value.isfinite().all()) for value in after.values())
 
 
+@pytest.mark.slow
 def test_the_environment_keeps_its_model(make_env: Callable[..., Any], make_agent: Callable[..., Any]) -> None:
     env = make_env()
     observation, _ = env.reset(seed=0)
@@ -85,6 +87,7 @@ def test_a_seed_is_a_number_of_at_least_0(make_agent: Callable[..., Any]) -> Non
             make_agent(seed=seed)
 
 
+@pytest.mark.slow
 def test_learning_goes_on_with_new_images(make_agent: Callable[..., Any]) -> None:
     """With and without SB3's reset of the counted steps."""
     agents = [make_agent(), make_agent()]
@@ -96,6 +99,7 @@ def test_learning_goes_on_with_new_images(make_agent: Callable[..., Any]) -> Non
     assert_same(snapshot(agents[1]), snapshot(agents[0]))
 
 
+@pytest.mark.slow
 def test_steps_are_rounded_up_to_whole_iterations(make_agent: Callable[..., Any]) -> None:
     agent = make_agent()
     agent.learn(UPDATE + 1)
@@ -107,6 +111,7 @@ def test_steps_are_rounded_up_to_whole_iterations(make_agent: Callable[..., Any]
 # --- Other environments than the agent's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -155,6 +160,7 @@ def test_environments_that_are_no_denoising_are_refused(
                 use(env)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [{"model": "linked"}, {"model": "moved"}, {"dtype": "bfloat16"}, {"model_kwargs": {"vae_tiling": True}}],
@@ -187,6 +193,7 @@ def test_the_same_sampler_computed_elsewhere_is_taken(
 # --- Saving as Stable-Baselines3 does
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["LoRA", "whole denoiser", "before learning", "saved twice", "normalized"])
 def test_goes_on_exactly_after_loading(
     make_env: Callable[..., Any], make_agent: Callable[..., Any], kind: str, tmp_path: Path
@@ -214,6 +221,7 @@ def test_goes_on_exactly_after_loading(
     assert any(not torch.equal(value, saved.get(name)) for name, value in snapshot(loaded).items() if name in saved)
 
 
+@pytest.mark.slow
 def test_loaded_without_environment(
     make_env: Callable[..., Any], make_agent: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -231,6 +239,7 @@ def test_loaded_without_environment(
     loaded.learn(UPDATE)
 
 
+@pytest.mark.slow
 def test_loaded_on_another_number_of_environments(
     make_env: Callable[..., Any], make_agent: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -285,6 +294,7 @@ def draw_with_agent(agent: Any, start: Tensor) -> Tensor:
         return process.model.decode(latents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("how", ["LoRA", "pipeline", "folder", "whole denoiser"])
 def test_diffusers_draws_the_same_images(
@@ -326,6 +336,7 @@ def test_a_pipeline_is_not_changed_by_later_training(make_agent: Callable[..., A
     assert_same(draw_with(pipeline, 1.0, start), expected)
 
 
+@pytest.mark.slow
 def test_a_saved_pipeline_is_a_model_to_start_from(
     make_env: Callable[..., Any], make_agent: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -351,6 +362,7 @@ def live_pipeline(tiny_sd_folder: Path) -> Any:
     return StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
+@pytest.mark.slow
 def test_a_live_pipeline_can_be_trained(
     live_pipeline: Any, settings: dict[str, Any], make_agent: Callable[..., Any]
 ) -> None:
@@ -367,6 +379,7 @@ def test_a_live_pipeline_can_be_trained(
     assert evaluate(agent.policy, env, PROMPTS, 0).kl.min() > 0
 
 
+@pytest.mark.slow
 def test_an_agent_of_a_live_pipeline_is_loaded_with_its_environment(
     live_pipeline: Any, make_env: Callable[..., Any], make_agent: Callable[..., Any], tmp_path: Path
 ) -> None:

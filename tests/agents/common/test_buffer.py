@@ -156,6 +156,7 @@ def test_fraction(fraction: float, counts: set[int], importance: Tensor | None) 
         assert set(chosen) <= set(EVERYTHING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("valid", [None, [True, False, True, True]])
 def test_weighted_means_do_not_depend_on_what_is_chosen_more_often(valid: list[bool] | None) -> None:
     """Over many draws, the weighted mean of the chosen ones is the mean of all, each entry's share included."""

@@ -44,6 +44,7 @@ class Drawn(ProgressCallback):
         self.shown.append((self._bar.n, self._bar.postfix))
 
 
+@pytest.mark.slow
 def test_the_bar_counts_images_and_shows_the_latest_update(make_agent: Callable[..., Any]) -> None:
     agent, bar = make_agent(), Drawn(3 * N)
     agent.learn(3 * UPDATE, bar)
@@ -105,6 +106,7 @@ def test_the_bar_is_closed_after_an_interruption(make_agent: Callable[..., Any])
 # --- Stable-Baselines3's
 
 
+@pytest.mark.slow
 def test_each_iteration_is_one_rollout(make_env: Callable[..., Any], make_agent: Callable[..., Any]) -> None:
     """Callbacks that save are asked when nothing is half done."""
     events: list[tuple[str, int, int, int]] = []
@@ -136,6 +138,7 @@ def test_each_iteration_is_one_rollout(make_env: Callable[..., Any], make_agent:
     assert events == [("training start", 0, 0, 0), *first, *second, ("training end", 2, 2 * N, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [DPOK, DDPO])
 def test_checkpoints_and_evaluations(
     make_agent: Callable[..., Any], settings: dict[str, Any], tmp_path: Path, algorithm: Any
@@ -166,6 +169,7 @@ def test_checkpoints_and_evaluations(
     assert_same(snapshot(agent), snapshot(make_agent(algorithm=algorithm).learn(2 * UPDATE)))
 
 
+@pytest.mark.slow
 def test_a_vector_environment_evaluates_too(
     make_env: Callable[..., Any], make_agent: Callable[..., Any], only_warnings: Callable[..., Any]
 ) -> None:
@@ -175,6 +179,7 @@ def test_a_vector_environment_evaluates_too(
     assert np.isfinite(agent.logger.name_to_value.get("eval/mean_reward", 0.0))
 
 
+@pytest.mark.slow
 def test_evaluate_policy(make_agent: Callable[..., Any], settings: dict[str, Any]) -> None:
     agent = make_agent()
     env = Monitor(DenoisingEnv(**settings))
@@ -184,6 +189,7 @@ def test_evaluate_policy(make_agent: Callable[..., Any], settings: dict[str, Any
     assert len(set(rewards)) == 3
 
 
+@pytest.mark.slow
 def test_a_callback_can_stop_between_rollouts(make_agent: Callable[..., Any]) -> None:
     agent = make_agent()
     agent.learn(10 * UPDATE, StopTrainingOnMaxEpisodes(2))  # for each environment

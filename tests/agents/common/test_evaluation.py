@@ -39,6 +39,7 @@ def is_same(one: Evaluation, other: Evaluation) -> bool:
 # --- Two policies on the same noise
 
 
+@pytest.mark.slow
 def test_an_untrained_policy_draws_the_pretrained_images_bit_for_bit(
     make_env: Callable[..., Any], make_policy: Callable[..., Any]
 ) -> None:
@@ -57,6 +58,7 @@ def test_an_untrained_policy_draws_the_pretrained_images_bit_for_bit(
     assert len(one) == 3
 
 
+@pytest.mark.slow
 def test_the_reference_does_not_see_the_training(make_env: Callable[..., Any], make_policy: Callable[..., Any]) -> None:
     env = make_env(2)
     untrained, trained = make_policy(env, trained=False), make_policy(env)
@@ -93,6 +95,7 @@ def test_images_and_kl_are_those_of_an_episode(make_env: Callable[..., Any], mak
     assert evaluation.rewards["redness"].tolist() == rewards.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_envs", [1, 2, 8])
 def test_an_image_depends_on_its_own_seed_and_prompt_only(
     make_env: Callable[..., Any], make_policy: Callable[..., Any], n_envs: int
@@ -133,6 +136,7 @@ def test_a_saved_lora_draws_the_same_images(
 # --- The best of several
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", [False, True])
 def test_best_of_is_the_best_of_consecutive_seeds(
     make_env: Callable[..., Any], make_policy: Callable[..., Any], reference: bool
@@ -247,6 +251,7 @@ def test_cycle_prompts() -> None:
 # --- What can be evaluated
 
 
+@pytest.mark.slow
 def test_what_cannot_be_evaluated_is_refused(make_env: Callable[..., Any], make_policy: Callable[..., Any]) -> None:
     env = make_env(2)
     policy = make_policy(env)
@@ -266,6 +271,7 @@ def test_what_cannot_be_evaluated_is_refused(make_env: Callable[..., Any], make_
         evaluate(reference_policy(env), env, PROMPTS, 5)
 
 
+@pytest.mark.slow
 def test_environments_that_can_score(
     make_env: Callable[..., Any], make_policy: Callable[..., Any], settings: dict[str, Any]
 ) -> None:

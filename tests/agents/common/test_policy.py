@@ -73,6 +73,7 @@ def copy_of(module: torch.nn.Module) -> dict[str, Tensor]:
 # --- The pre-trained model, and the trained one beside it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kwargs",
     [{}, {"guidance_scale": 3.0}, {"lora_rank": 0}, {"autocast": True}, {"autocast": True, "lora_rank": 0}],
@@ -95,6 +96,7 @@ def test_is_the_pretrained_model_before_training(
         assert torch.equal(std, expected_std)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [4, 0])
 def test_training_changes_this_policy_and_nothing_else(
     process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy], lora_rank: int
@@ -124,6 +126,7 @@ def test_training_changes_this_policy_and_nothing_else(
     assert all("lora_" in name for name in changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [4, 0])
 def test_the_reference_is_the_reference_wherever_it_is_asked_for(
     process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy], lora_rank: int
@@ -155,6 +158,7 @@ def test_the_adapter_is_switched_off_by_an_error(
     assert torch.equal(mean_of(policy, state), trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("lora_rank", [4, 0])
 def test_the_reference_has_no_gradient_and_the_policy_keeps_its_own(
@@ -174,6 +178,7 @@ def test_the_reference_has_no_gradient_and_the_policy_keeps_its_own(
     assert all(value.grad is None for value in process.model.denoiser.parameters() if not value.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [4, 0])
 def test_the_merged_denoiser_is_the_policy(
     process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy], lora_rank: int
@@ -306,6 +311,7 @@ def test_max_batch_size(
     assert sizes == [N]  # with gradients, whoever trains chooses the size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", [{}, {"lora_rank": 0}, {"guidance_gradient": "conditional"}], ids=str)
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_function_evaluations(
@@ -335,6 +341,7 @@ def test_function_evaluations(
     assert count(policy.predict_values, observe(state)) == 0
 
 
+@pytest.mark.slow
 def test_guidance(process: DenoisingProcess, tiny_sd_folder: Path, make_policy: Callable[..., DenoisingPolicy]) -> None:
     """The mean is linear in the network's output, so guidance extrapolates it from the empty prompt's."""
     policy, state = perturb(make_policy(process)), observed_states(process, N)
@@ -376,6 +383,7 @@ def test_autocast(process: DenoisingProcess, make_policy: Callable[..., Denoisin
     assert not torch.equal(mean_of(policy, state), mean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [4, 0])
 def test_gradient_checkpointing_changes_no_number(
     process: DenoisingProcess,
@@ -453,6 +461,7 @@ def test_full_fine_tuning_trains_the_denoiser_alone(
     assert not own & {value.data_ptr() for value in process.model.denoiser.parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -488,6 +497,7 @@ def test_the_default_rank_is_the_models(process: DenoisingProcess, make_policy: 
     assert make_policy(process, lora_rank=None).lora.rank == process.model.default_lora_rank == 8
 
 
+@pytest.mark.slow
 def test_saved_lora(process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy], tmp_path: Path) -> None:
     policy, state = perturb(make_policy(process)), observed_states(process, N)
     assert policy.save_lora(tmp_path) == tmp_path / "pytorch_lora_weights.safetensors"
@@ -506,6 +516,7 @@ def test_saved_lora(process: DenoisingProcess, make_policy: Callable[..., Denois
 # --- Bad input
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -531,6 +542,7 @@ def test_half_precision_cannot_be_trained(make_env: Callable[..., Any], make_age
         make_agent(make_env(dtype="float16"))
 
 
+@pytest.mark.slow
 def test_a_lora_learns_on_half_precision(make_env: Callable[..., Any], make_agent: Callable[..., Any]) -> None:
     agent = make_agent(make_env(dtype="bfloat16"))
     assert {value.dtype for value in agent.policy.parameters()} == {torch.float32}

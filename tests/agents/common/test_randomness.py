@@ -138,6 +138,7 @@ def test_the_images_of_an_iteration_do_not_depend_on_how_many_are_drawn_side_by_
         assert_same(run, runs[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"micro_batch_size": 3}, {"micro_batch_size": None}, {"batch_size": 5}], ids=str)
 def test_prompts_and_noise_do_not_depend_on_how_the_update_is_cut(
     make_agent: Callable[..., Any], changes: dict[str, Any]
@@ -150,6 +151,7 @@ def test_prompts_and_noise_do_not_depend_on_how_the_update_is_cut(
     torch.testing.assert_close(noise_of(other[1]), noise_of(one[1]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_agent_draws_what_the_first_one_would_have_drawn(
     make_env: Callable[..., Any], make_agent: Callable[..., Any]
 ) -> None:
@@ -166,6 +168,7 @@ def test_a_resumed_agent_draws_what_the_first_one_would_have_drawn(
         torch.testing.assert_close(noise_of(rollout), noise_of(iteration), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_iteration_and_each_seed_has_images_of_its_own(make_agent: Callable[..., Any]) -> None:
     latents = []
     for seed in (0, 1):
@@ -190,6 +193,7 @@ def global_states() -> list[Any]:
     return [torch.get_rng_state().clone(), np.random.get_state(), random.getstate()]  # noqa: NPY002 (libraries' own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "kwargs"),
     [

@@ -22,6 +22,7 @@ UPDATE = N * T  # denoising steps of one iteration
 # --- What is drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [N, 6])
 def test_a_rollout_equals_stepping_the_environment_with_its_actions(
     make_env: Callable[..., Any], make_agent: Callable[..., Any], images: int
@@ -44,6 +45,7 @@ def test_a_rollout_equals_stepping_the_environment_with_its_actions(
     assert not buffer.rewards[:, :-1].any()
 
 
+@pytest.mark.slow
 def test_actions_are_samples_of_the_policy(make_agent: Callable[..., Any]) -> None:
     agent = make_agent(images_per_iteration=2 * N)
     perturb(agent.policy)
@@ -60,6 +62,7 @@ def test_actions_are_samples_of_the_policy(make_agent: Callable[..., Any]) -> No
         assert noise.std().item() == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"guidance_scale": 3.0}, {"policy_kwargs": {"autocast": True}}, {"policy_kwargs": {"lora_rank": 0}}],
@@ -80,6 +83,7 @@ def test_before_the_first_update_ratios_are_1_and_the_kl_is_0(
             assert diffusion.kl_divergence(mean, reference, std, reduction).tolist() == [0.0] * N
 
 
+@pytest.mark.slow
 def test_the_kl_to_the_reference_is_recorded_if_it_is_asked_for(make_agent: Callable[..., Any]) -> None:
     agent = make_agent(kl_placement="reward")
     perturb(agent.policy)
@@ -152,6 +156,7 @@ def test_callbacks_are_asked_after_each_step(make_env: Callable[..., Any], make_
     assert [episode["r"] for episode in agent.ep_info_buffer] == rewards.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [DPOK, RewardWeightedSFT])
 def test_callbacks_find_the_pretrained_model_in_the_environment(
     make_agent: Callable[..., Any], algorithm: type
@@ -196,6 +201,7 @@ def make_ddpo(
     return make_agent(env, DDPO, images_per_iteration=N, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2 * T, 2 * T + 1, 4 * T - 1])
 def test_a_callback_that_stops_an_iteration(
     make_env: Callable[..., Any], make_agent: Callable[..., Any], step: int
@@ -208,6 +214,7 @@ def test_a_callback_that_stops_an_iteration(
     assert_goes_on(agent, n_whole, make_ddpo(make_env, make_agent))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("error", "call"), [(KeyboardInterrupt, 2), (KeyboardInterrupt, 3), (ValueError, 4)])
 def test_an_error_in_an_iteration(
     make_env: Callable[..., Any], make_agent: Callable[..., Any], error: type[BaseException], call: int
@@ -276,6 +283,7 @@ def test_without_any_valid_reward_there_is_no_mean(
     assert "rollout/always_nan" not in agent.logger.name_to_value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_envs", [2, 4])
 def test_rewards_are_normalized_for_learning_only(
     make_env: Callable[..., Any], make_agent: Callable[..., Any], n_envs: int

@@ -275,6 +275,7 @@ PLAIN: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLAIN)
 def test_the_denoising_environment_is_found(kind: str, settings: dict[str, Any]) -> None:
     env = PLAIN[kind](settings)
@@ -316,6 +317,7 @@ WRAPPERS: dict[str, Callable[[dict[str, Any], Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrappers_that_would_have_no_effect_are_refused(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     env = WRAPPERS[name](settings, tmp_path)

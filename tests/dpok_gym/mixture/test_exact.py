@@ -42,6 +42,7 @@ def variance(policy: GridPolicy) -> float:
     return policy.expectation(lambda x: x**2) - policy.expectation(lambda x: x) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_steps", [5, 20])
 def test_gaussian_data_leave_the_sampler_as_computed(n_steps: int) -> None:
     sampler = exact_sampler("mixture", "one gaussian", n_steps)
@@ -98,6 +99,7 @@ def test_no_policy_beats_dynamic_programming() -> None:
     assert right == pytest.approx([0.7165, 0.6866], abs=1e-3)  # written down: the benchmark's numbers
 
 
+@pytest.mark.slow
 def test_kl_in_the_loss_goes_half_of_the_way_at_half_of_beta() -> None:
     reference = reference_on_grid("two modes", 50)
     uncharged = best_policy(reference, lambda x: 0.5 * x, 1.0, charge_later_kl=False)

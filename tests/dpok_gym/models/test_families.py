@@ -57,6 +57,7 @@ def x_T(*size: int) -> Tensor:
     return torch.randn(2, *(size or (4, 8, 8)), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("negative_prompt", [None, "", "a dog"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_the_sampler_is_that_of_diffusers(folder: Path, guidance_scale: float, negative_prompt: str | None) -> None:
@@ -75,6 +76,7 @@ def test_negative_prompts_matter(folder: Path) -> None:
     assert not torch.allclose(plain, other, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_other_sizes_of_images(folder: Path) -> None:
     process = make_process(folder, T, image_size=(16, 32), guidance_scale=3.0)
     model = process.model
@@ -106,6 +108,7 @@ def make_lora(model: TextToImageModel, scale: float = 0.3) -> LoRA:
     return lora
 
 
+@pytest.mark.slow
 def test_exported_lora_draws_the_same_images_with_diffusers(folder: Path, tmp_path: Path) -> None:
     process = make_process(folder, T, guidance_scale=3.0)
     lora = make_lora(process.model)
@@ -142,6 +145,7 @@ def gradients(
     return mean.detach(), values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True])
 def test_gradient_checkpointing_changes_only_what_is_kept(
     folder: Path, whole: bool, monkeypatch: pytest.MonkeyPatch
@@ -172,6 +176,7 @@ def test_gradient_checkpointing_changes_only_what_is_kept(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_conditional_part_alone(folder: Path) -> None:
     process = make_process(folder, T, guidance_scale=3.0)
     lora = make_lora(process.model, 0.1)
@@ -246,6 +251,7 @@ def test_prompts_are_encoded_in_the_precision_of_the_weights(folder: Path) -> No
     assert_same(first, model.encode(["a green dog"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("negative_prompt", [None, "a green moon"])
 def test_guidance_after_the_first_use_in_inference_mode(folder: Path, negative_prompt: str | None) -> None:
     """The encoded negative prompt is kept: an inference tensor could not take part in a backward pass."""
@@ -329,6 +335,7 @@ def test_an_environment_uses_a_loaded_model(tiny_sd_folder: Path) -> None:
             DenoisingVectorEnv(1, model=model, **settings | given)
 
 
+@pytest.mark.slow
 def test_an_environment_uses_a_live_pipeline(folder: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(folder)
     settings: dict[str, Any] = {"prompts": PROMPTS, "reward": redness, "num_inference_steps": 2, "device": "cpu"}
@@ -515,6 +522,7 @@ def open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "pipeline"), [("tiny_sd_folder", StableDiffusionPipeline), ("tiny_xl_folder", StableDiffusionXLPipeline)]
 )
@@ -552,6 +560,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, tiny_sd_folder: Path) -> 
         load_model(tmp_path / "cut.safetensors", "cpu")
 
 
+@pytest.mark.slow
 def test_hub_cache_and_revision_offline(tiny_sd_folder: Path, tmp_path: Path) -> None:
     """A hub id is found in the cache without a network, at the revision that was asked for, and the error is clear."""
     repository = tmp_path / "hub" / "models--someone--tiny"

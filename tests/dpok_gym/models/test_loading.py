@@ -78,6 +78,7 @@ def test_empty_cache(tiny_sd_folder: Path, fresh_models: Callable[[], None]) -> 
     assert torch.equal(again.denoiser.conv_in.weight, first.denoiser.conv_in.weight)
 
 
+@pytest.mark.slow
 def test_cache_keeps_no_memory_of_a_model(tiny_sd_folder: Path, fresh_models: Callable[[], None]) -> None:
     """Nothing of ours holds on to the networks once the cache is empty and the caller has forgotten them."""
     network = weakref.ref(load_model(tiny_sd_folder, "cpu").denoiser)

@@ -222,6 +222,7 @@ def test_plain_diffusers_reads_the_file(network: UNet2DConditionModel, tiny_sd_f
         assert not torch.allclose(output(network), output_with(lora), atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [("to_q", "to_k", "to_v", "to_out.0"), ("attn2.to_q", "ff.net.2")])
 def test_save_and_load(network: UNet2DConditionModel, targets: tuple[str, ...], tmp_path: Path) -> None:
     lora = trained(network, rank=3, target_modules=targets)
@@ -298,6 +299,7 @@ def test_an_interrupted_save_leaves_the_old_file(
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["attention", "all"])
 def test_merged_copy(network: UNet2DConditionModel, layers: str, tmp_path: Path) -> None:
     lora, other = trained(network, target_modules=LAYERS[layers]), trained(network, seed=3)
@@ -321,6 +323,7 @@ def test_merged_copy(network: UNet2DConditionModel, layers: str, tmp_path: Path)
     assert other.parameters.keys().isdisjoint(lora.parameters)
 
 
+@pytest.mark.slow
 def test_reference_without_any_lora(network: UNet2DConditionModel) -> None:
     with torch.no_grad():
         reference = output(network)
@@ -388,6 +391,7 @@ def test_no_such_layer(network: UNet2DConditionModel) -> None:
         assert not torch.equal(output_with(lora), output(network))
 
 
+@pytest.mark.slow
 def test_layers_of_the_family(network: UNet2DConditionModel) -> None:
     attention, everything = (LoRA(network, 2, LAYERS[name]) for name in ("attention", "all"))
     assert attention.target_modules == LAYERS["attention"]

@@ -78,6 +78,7 @@ def draw_with_diffusers(pipeline: Any, model: TextToImageModel, **kwargs: Any) -
 # --- From a pipeline
 
 
+@pytest.mark.slow
 def test_a_live_pipeline_draws_as_its_folder(folder: Path, pipe: Any) -> None:
     model, loaded = TextToImageModel.from_pipeline(pipe), load_model(folder, "cpu")
     assert type(model) is type(loaded)
@@ -92,6 +93,7 @@ def test_a_live_pipeline_draws_as_its_folder(folder: Path, pipe: Any) -> None:
     assert_same(draw(model), draw(loaded))
 
 
+@pytest.mark.slow
 def test_a_live_pipeline_shares_its_networks(pipe: Any) -> None:
     before = {name: copy.deepcopy(dict(part.state_dict())) for name, part in networks(pipe).items()}
     pointers = {value.data_ptr() for part in networks(pipe).values() for value in part.parameters()}
@@ -110,6 +112,7 @@ def test_a_live_pipeline_shares_its_networks(pipe: Any) -> None:
     assert pointers & {value.data_ptr() for part in networks(pipe).values() for value in part.parameters()}
 
 
+@pytest.mark.slow
 def test_a_live_pipeline_goes_on_drawing(folder: Path, pipe: Any) -> None:
     model = load_model(folder, "cpu")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
@@ -125,6 +128,7 @@ def test_a_live_pipeline_goes_on_drawing(folder: Path, pipe: Any) -> None:
     TextToImageModel.from_pipeline(pipe)  # again: what training left in it is off
 
 
+@pytest.mark.slow
 def test_size_and_negative_prompt_of_a_live_pipeline(folder: Path, pipe: Any) -> None:
     model = TextToImageModel.from_pipeline(pipe, image_size=(16, 32), negative_prompt="a dog")
     loaded = load_model(folder, "cpu", image_size=(16, 32), negative_prompt="a dog")
@@ -135,6 +139,7 @@ def test_size_and_negative_prompt_of_a_live_pipeline(folder: Path, pipe: Any) ->
         TextToImageModel.from_pipeline(pipe, image_size=3)
 
 
+@pytest.mark.slow
 def test_precision_of_a_live_pipeline(folder: Path) -> None:
     pipe = load_pipeline(folder, torch_dtype=torch.bfloat16)
     model = TextToImageModel.from_pipeline(pipe)
@@ -143,6 +148,7 @@ def test_precision_of_a_live_pipeline(folder: Path) -> None:
     assert_same(draw(model), draw(load_model(folder, "cpu", "bfloat16")))
 
 
+@pytest.mark.slow
 def test_xl_in_float16_keeps_the_pipelines_autoencoder(tiny_xl_folder: Path) -> None:
     pipe = load_pipeline(tiny_xl_folder, torch_dtype=torch.float16)
     model: Any = TextToImageModel.from_pipeline(pipe)
@@ -181,6 +187,7 @@ def test_pipelines_that_are_not_supported(tiny_sd_folder: Path) -> None:
         TextToImageModel.from_pipeline(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "vae", "scheduler"])
 def test_pipelines_without_a_part(tiny_sd_folder: Path, part: str) -> None:
     pipe = load_pipeline(tiny_sd_folder)
@@ -237,6 +244,7 @@ def test_scheduler_of_a_live_pipeline(tiny_sd_folder: Path) -> None:
 # --- To a pipeline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_a_models_pipeline_draws_as_the_model(
     folder: Path, guidance_scale: float, fresh_models: Callable[[], None]
@@ -251,6 +259,7 @@ def test_a_models_pipeline_draws_as_the_model(
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_there_and_back(folder: Path, pipe: Any, fresh_models: Callable[[], None]) -> None:
     model = load_model(folder, "cpu")
     again = TextToImageModel.from_pipeline(model.to_pipeline())
@@ -260,12 +269,14 @@ def test_there_and_back(folder: Path, pipe: Any, fresh_models: Callable[[], None
     assert all(part is networks(pipe)[name] for name, part in networks(live).items())
 
 
+@pytest.mark.slow
 def test_a_saved_pipeline_is_a_model_folder(folder: Path, tmp_path: Path) -> None:
     model = load_model(folder, "cpu")
     model.to_pipeline().save_pretrained(tmp_path / "saved")
     assert_same(draw(load_model(tmp_path / "saved", "cpu")), draw(model))
 
 
+@pytest.mark.slow
 def test_another_denoiser_in_the_pipeline(folder: Path, tmp_path: Path) -> None:
     model = load_model(folder, "cpu")
     lora = LoRA(model.denoiser, 2, model.lora_layers["attention"])
@@ -296,6 +307,7 @@ def test_another_denoiser_in_the_pipeline(folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(draw_with_diffusers(plain, model), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_offloaded_text_encoders_are_in_the_pipeline(folder: Path) -> None:
     model = load_model(folder, "cpu")
     model.offload_text_encoder()

@@ -95,6 +95,7 @@ def test_a_factory_is_defined_anew(live: TextToImageModel) -> None:
     assert load_model("again", "cpu").negative_prompt == "dog"  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [

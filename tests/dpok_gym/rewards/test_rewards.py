@@ -437,6 +437,7 @@ def test_built_in_names():
     assert list_rewards() == sorted(list_rewards())
 
 
+@pytest.mark.slow
 def test_import_is_light():
     """The package and its registry need no torch; making a reward needs none of the libraries of the others."""
     code = """

@@ -43,6 +43,7 @@ def chunks(images: torch.Tensor, size: int = 2) -> list[tuple[torch.Tensor, list
     return [(images[first : first + size], PROMPTS[first : first + size]) for first in range(0, N, size)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 16])
 @pytest.mark.parametrize("decode_batch_size", [1, 2])
 def test_equals_the_environment_without(workers: int, decode_batch_size: int) -> None:
@@ -59,6 +60,7 @@ def test_equals_the_environment_without(workers: int, decode_batch_size: int) ->
     ours.close()
 
 
+@pytest.mark.slow
 def test_equals_the_scalar_environments() -> None:
     options: dict[str, Any] = {"num_envs": N, "num_inference_steps": T, "reward_workers": 2}
     ours = gymnasium.make_vec("DPOK-Shapes-v0", **options)
@@ -107,6 +109,7 @@ def test_images_are_decoded_while_others_are_judged(monkeypatch: pytest.MonkeyPa
     env.close()
 
 
+@pytest.mark.slow
 def test_results_keep_the_order_of_the_images(images: torch.Tensor) -> None:
     def late_first(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         time.sleep(0.2 * (prompts[0] == PROMPTS[0]))
@@ -150,6 +153,7 @@ def test_errors_surface_and_the_environment_goes_on() -> None:
     env.close()
 
 
+@pytest.mark.slow
 def test_what_has_not_begun_is_called_off(images: torch.Tensor) -> None:
     judged = []
 

@@ -46,6 +46,7 @@ def denoise(process: DenoisingProcess, noise: Callable[[int], Tensor] = randn, *
 
 
 class TestTransition:
+    @pytest.mark.slow
     @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
     @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
     @pytest.mark.parametrize("eta", [1.0, 0.3])
@@ -71,6 +72,7 @@ class TestTransition:
             assert (mean.shape, mean.dtype, std.shape, std.dtype) == (SHAPE, torch.float32, (B,), torch.float32)
             torch.testing.assert_close(diffusion.sample(mean, std, noise), expected, rtol=1e-3, atol=1e-4)
 
+    @pytest.mark.slow
     @torch.no_grad()
     def test_every_family(self, folder: Path) -> None:
         """The whole trajectory is that of the pipeline, noise for noise."""
@@ -142,6 +144,7 @@ class TestTransition:
 
 
 class TestDenoise:
+    @pytest.mark.slow
     @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
     def test_equals_stepping_the_environment(self, folder: Path, guidance_scale: float) -> None:
         env = DenoisingVectorEnv(
@@ -354,6 +357,7 @@ class TestConfig:
         assert hash(config) == hash(process.config)
         assert config.to_dict() == process.config.to_dict()
 
+    @pytest.mark.slow
     @torch.no_grad()
     def test_makes_the_same_process(self, folder: Path, fresh_models: Callable[[], None]) -> None:
         process = make_process(folder, T, eta=0.5, guidance_scale=3.0, image_size=[16, 32], negative_prompt="a cat")
@@ -450,6 +454,7 @@ class TestConfig:
         SamplerConfig("tiny").check_equal(SamplerConfig(str(tmp_path / "tiny")))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_embedded_model_denoises_to_its_prompt() -> None:
     """A whole image, as a user of the process alone draws it."""

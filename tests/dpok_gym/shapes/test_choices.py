@@ -51,6 +51,7 @@ def test_how_the_person_chooses():
     assert set(caption) == set(range(8))
 
 
+@pytest.mark.slow
 def test_images_and_choices_from_nothing(tmp_path, small):
     choices.draw_images(tmp_path, seed=3, n_batches=1)
     files = sorted((tmp_path / "images").iterdir())
@@ -81,6 +82,7 @@ def test_images_and_choices_from_nothing(tmp_path, small):
         )
 
 
+@pytest.mark.slow
 def test_all_steps_together(tmp_path, small, monkeypatch):
     monkeypatch.setattr(choices, "GROUPS", 8)  # two clusters, one of them to hold out
     command = ["--work", str(tmp_path), "--out", str(tmp_path / "reward"), "--batches", "1", "--epochs", "2"]

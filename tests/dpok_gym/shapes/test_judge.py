@@ -40,6 +40,7 @@ def exact(scenes, found):
     return sum(a == b for a, b in zip(kinds(scenes), kinds(found), strict=True)) / len(scenes)
 
 
+@pytest.mark.slow
 def test_the_objects_of_clean_scenes_are_found_exactly():
     scenes = sample_scenes(150, seeded())
     assert exact(scenes, detect_objects(render(scenes))) >= 0.99
@@ -98,6 +99,7 @@ def test_alignment_of_each_category(objects, prompt, expected):
     assert judge(render(scenes), [prompt]).alignment.tolist() == pytest.approx([expected])
 
 
+@pytest.mark.slow
 def test_quality_falls_with_damage():
     scenes = sample_scenes(40, seeded(3))
     clean = render(scenes)
@@ -162,6 +164,7 @@ def test_black_and_white_blobs_are_not_objects():
         assert judge(damaged, ["a red circle"]).quality.item() < 0.8
 
 
+@pytest.mark.slow
 def test_verdicts_are_deterministic_and_independent_of_the_batch():
     scenes, requests = sample_requested_scenes(70, seeded(6))
     images = (render(scenes) + 0.05 * torch.randn(70, 3, 64, 64, generator=seeded(7))).clamp(0, 1)

@@ -73,6 +73,7 @@ def test_each_thread_keeps_its_own_verdict(images, judged):
     assert here.shape == (3,)
 
 
+@pytest.mark.slow
 def test_the_shipped_preference_prefers_true_captions():
     assert sum(path.stat().st_size for path in PREFERENCE.iterdir()) < 3_000_000
     assert "shapes-preference" in list_rewards()

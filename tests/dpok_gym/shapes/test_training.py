@@ -29,6 +29,7 @@ def train(folder, stop_at=None, **options) -> nn.ModuleDict:
     return minimise("linear", modules, loss, STEPS, 1e-2, folder, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}])
 def test_an_interrupted_run_ends_at_the_same_weights(tmp_path, options):
     for name in ("whole", "interrupted"):
@@ -44,6 +45,7 @@ def test_an_interrupted_run_ends_at_the_same_weights(tmp_path, options):
     assert last["loss"] < 0.1 * first["loss"]
 
 
+@pytest.mark.slow
 def test_averaged_weights_lag_behind(tmp_path):
     for name in ("last", "averaged"):
         (tmp_path / name).mkdir()

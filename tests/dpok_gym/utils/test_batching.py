@@ -34,6 +34,7 @@ def test_fixed_sizes(size: int | None, expected: list[int]) -> None:
             BatchSize("size", size).map(small(3, []), 10)
 
 
+@pytest.mark.slow
 def test_auto_halves_and_remembers() -> None:
     calls: list[int] = []
     size = BatchSize("size", "auto")
@@ -50,6 +51,7 @@ def test_auto_halves_and_remembers() -> None:
     assert calls == [3, 3, 3, 1]
 
 
+@pytest.mark.slow
 def test_auto_gives_up_at_one() -> None:
     with pytest.warns(UserWarning, match="memory ran out"), pytest.raises(torch.OutOfMemoryError):
         BatchSize("size", "auto").map(small(0, []), 2)
@@ -69,6 +71,7 @@ def test_bad_sizes(size: Any) -> None:
         BatchSize("limit", size)
 
 
+@pytest.mark.slow
 def test_run_calls_again_with_half() -> None:
     calls: list[int] = []
 

@@ -47,6 +47,7 @@ def test_unknown_names(package: ModuleType) -> None:
     assert not hasattr(package, "slower")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["agents", "dpok_gym", "dpok_gym.models", "dpok_gym.rewards", "dpok_gym.utils"])
 def test_importing_these_imports_no_torch(package: str) -> None:
     code = f"import sys, {package}; assert 'torch' not in sys.modules"

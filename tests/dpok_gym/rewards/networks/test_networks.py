@@ -125,6 +125,7 @@ def scores(reward: Any, fixtures: dict[str, Any] = FIXTURES) -> torch.Tensor:
     return torch.stack([make_reward(reward)(images, prompts).total for images in batches])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_equal_the_originals(name: str, rewards: dict[str, Any]) -> None:
     expected = torch.tensor(FIXTURES[name]["scores"])
@@ -169,6 +170,7 @@ def test_bert_tokens_equal_the_originals(rewards: dict[str, Any]) -> None:
     assert len(FIXTURES["bert_vocabulary"]) + 1 in tokens[2]  # the prompt that contains [ENC]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_batches(name: str, rewards: dict[str, Any], files: Path) -> None:
     images = torch.stack([make_image(60, 50 + i)[:, :, :50] for i in range(5)])
@@ -181,6 +183,7 @@ def test_batches(name: str, rewards: dict[str, Any], files: Path) -> None:
     torch.testing.assert_close(together, in_parts, rtol=0, atol=TOLERANCE[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision_is_close(name: str, rewards: dict[str, Any], files: Path) -> None:
     images, expected = make_image(100, 80)[None].expand(4, -1, -1, -1), torch.tensor(FIXTURES[name]["scores"])
@@ -198,6 +201,7 @@ def test_images_of_any_format(rewards: dict[str, Any]) -> None:
     assert white == brighter
 
 
+@pytest.mark.slow
 def test_threads(rewards: dict[str, Any], files: Path) -> None:
     images = make_image(64, 64)[None].expand(4, -1, -1, -1)
     for name in ("image-reward", "clip-score"):
@@ -415,6 +419,7 @@ print(find_file("some", None, "THUDM/Cached", "Cached.pt").read_text())
 """
 
 
+@pytest.mark.slow
 def test_offline(tmp_path: Path) -> None:
     """Without the files and without a network, every name says what it needs; with them, the cache is enough."""
     cached = tmp_path / "hub" / "models--THUDM--Cached"

@@ -227,6 +227,7 @@ def test_folders_that_are_no_reward(tmp_path):
         small_network(image_size=20)
 
 
+@pytest.mark.slow
 def test_a_fit_learns_and_keeps_its_best():
     rows: list[dict[str, Any]] = []
     fitted = fit(colour_choices(), epochs=6, batch_size=16, device="cpu", log=rows.append)
@@ -245,6 +246,7 @@ def test_a_fit_learns_and_keeps_its_best():
     assert blue[1] > blue[0]
 
 
+@pytest.mark.slow
 def test_an_interrupted_fit(tmp_path):
     choices, path = colour_choices(60), tmp_path / "checkpoint.pt"
 

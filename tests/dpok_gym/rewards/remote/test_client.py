@@ -184,6 +184,7 @@ def test_several_endpoints_share_the_work_at_the_same_time(start, images) -> Non
     assert sorted(prompt for endpoint in endpoints for prompt in endpoint.requests[0]["prompts"]) == PROMPTS
 
 
+@pytest.mark.slow
 def test_a_fast_endpoint_takes_more(start, images) -> None:
     fast, slow = start(brightness), start(lambda request, number: after(0.5, brightness(request)))
     rewards = remote(fast.url, slow.url, batch_size=1)(images, PROMPTS)
@@ -191,6 +192,7 @@ def test_a_fast_endpoint_takes_more(start, images) -> None:
     assert len(fast.requests) > len(slow.requests)
 
 
+@pytest.mark.slow
 def test_the_others_take_over_from_a_dead_endpoint(start, images, dead, caplog) -> None:
     endpoint = start(brightness)
     reward = remote(dead, endpoint.url, batch_size=2)
@@ -200,6 +202,7 @@ def test_the_others_take_over_from_a_dead_endpoint(start, images, dead, caplog) 
     assert caplog.text.count(f"{dead} failed and will be tried again: ConnectError") == 1
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_failed_is_spared(start, images, monkeypatch) -> None:
     """It is tried again now and then, or when the others fail."""
     working = {"second"}
@@ -273,6 +276,7 @@ def test_all_down(start, images, dead) -> None:
     assert len(endpoint.requests) == 2
 
 
+@pytest.mark.slow
 def test_slow(start, images) -> None:
     endpoint = start(lambda request, number: after(1, brightness(request)))
     with pytest.raises(ConnectionError, match=r"no answer in 0.2 seconds \(ReadTimeout\).*timeout=0.2, attempts=2"):
@@ -280,6 +284,7 @@ def test_slow(start, images) -> None:
     assert len(endpoint.requests) == 2
 
 
+@pytest.mark.slow
 def test_drop_by_drop(images) -> None:
     """Each byte comes in time, and the whole would take minutes."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -304,6 +309,7 @@ def test_drop_by_drop(images) -> None:
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

@@ -113,6 +113,7 @@ def test_running_normalisation_is_refused() -> None:
         make_app({JPEG_SIZE: {"normalize": "running"}})
 
 
+@pytest.mark.slow
 def test_health_is_answered_while_it_scores_one_request_at_a_time(start, images) -> None:
     lock, release, most = threading.Lock(), threading.Event(), []
 
@@ -134,6 +135,7 @@ def test_health_is_answered_while_it_scores_one_request_at_a_time(start, images)
     assert health.json() == {"status": "ok", "rewards": ["slow"], "max_batch": 5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_", "status", "message"),
     [
@@ -196,6 +198,7 @@ def test_bad_arguments(monkeypatch) -> None:
         make_app(JPEG_SIZE)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, images) -> None:
     """From the shell, with a reward of one's own, until Ctrl-C."""
     (tmp_path / "mine.py").write_text("def redness(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
