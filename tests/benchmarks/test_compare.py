@@ -62,6 +62,7 @@ def test_reports(tmp_path: Path) -> None:
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("curves.png", "frontier.png"))
 
 
+@pytest.mark.slow
 def test_an_algorithm_without_runs_on_a_task_is_left_out() -> None:
     records = fake_records(list(compare.descriptions(SETTINGS | {"seeds": 1})))
     records = [record for record in records if (record["label"], record["task"]) != ("DDPO", "count")]

@@ -22,6 +22,7 @@ def test_share_of_scenes_read_exactly() -> None:
     assert judge.share_exact(true, other) == 0.7
 
 
+@pytest.mark.slow
 def test_the_judge_reads_clean_scenes(capsys: pytest.CaptureFixture[str]) -> None:
     judge.main(["--images", "20"])
     (row,) = (line for line in capsys.readouterr().out.split("\n") if line.startswith("read exactly"))

@@ -69,6 +69,7 @@ def test_a_run(algorithm: str, settings: dict[str, Any], tmp_path: Path) -> None
     assert (tmp_path / "images" / "row.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_with_smaller_rollouts_of_its_own() -> None:
     """As REINFORCE has in the comparison."""
     settings = {"n_envs": 1}

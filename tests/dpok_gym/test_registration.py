@@ -123,6 +123,7 @@ def test_first_tasks_can_be_made(env_id: str) -> None:
         env.reset(seed=0)
 
 
+@pytest.mark.slow
 def test_module_form_of_the_id() -> None:
     with gymnasium.make("dpok_gym:DPOK-Shapes-v0", num_inference_steps=2) as env:
         assert isinstance(env.unwrapped, dpok_gym.DenoisingEnv)

@@ -25,6 +25,7 @@ def weights(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FOLDERS)
 def test_the_same_weights_each_time(family: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     torch.manual_seed(123)

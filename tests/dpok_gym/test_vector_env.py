@@ -262,6 +262,7 @@ class TestJudge:
                     assert outcome.images.shape[1:] == (64, 64, 3)
             judge.close()
 
+    @pytest.mark.slow
     def test_needs_no_episode_and_leaves_one_alone(self) -> None:
         env, untouched = make(reward=redness), make(reward=redness)
         latents = torch.from_numpy(noise(9, (7, 4, 8, 8)))
@@ -317,6 +318,7 @@ class TestWorld:
         assert make(image_size=64, reward=redness).world is not None
 
 
+@pytest.mark.slow
 def test_a_live_model(tiny_sd_folder: Path) -> None:
     """It draws what the folder's model draws, and is not loaded again."""
     model = TextToImageModel.from_pipeline(DiffusionPipeline.from_pretrained(tiny_sd_folder))
@@ -373,6 +375,7 @@ def test_prompts_that_are_longer_than_the_observation() -> None:
     assert env.observation_space.contains(observation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_reward_workers_change_nothing(workers: int) -> None:
     plain, threaded = make(num_envs=5), make(num_envs=5, reward_workers=workers)
@@ -383,6 +386,7 @@ def test_reward_workers_change_nothing(workers: int) -> None:
     threaded.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_reward_workers_decode_the_same_images_together(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the last bits of an image would depend on the number of workers."""

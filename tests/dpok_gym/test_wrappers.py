@@ -81,6 +81,7 @@ def test_reference_policy_is_the_sampler_of_diffusers(model_folder: Path, guidan
     assert np.abs(info["image"] - expected).max() < 2
 
 
+@pytest.mark.slow
 def test_noise_action_is_a_call_of_the_pipeline(tiny_sd_folder: Path) -> None:
     env = NoiseAction(make(model=str(tiny_sd_folder), guidance_scale=5.0))
     observation, _ = env.reset(seed=0, options={"prompt": RED_CIRCLE})
@@ -129,6 +130,7 @@ def test_zero_noise_is_the_mean() -> None:
     np.testing.assert_allclose((noisy["latent"] - after["latent"]) / std.numpy(), normal(0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_standard_normal_actions_are_the_reference_policy() -> None:
     plain, noisy, by_policy = make(), NoiseAction(make()), NoiseAction(make())
     rng, policy, noisy_policy = np.random.default_rng(7), reference_policy(plain, 7), reference_policy(by_policy, 7)

@@ -51,6 +51,7 @@ def test_the_same_choice_without_training(make_agent: MakeAgent) -> None:
     assert best.reward.tolist() == single.reward.reshape(2, 2).max(axis=1).tolist()
 
 
+@pytest.mark.slow
 def test_bad_arguments(make_agent: MakeAgent) -> None:
     with pytest.raises(ValueError, match=r"n .* must be an integer of at least 2, got 1"):
         make_agent("BestOfN", n=1)

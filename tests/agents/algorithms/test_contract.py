@@ -491,6 +491,7 @@ def test_options_of_the_policy_reach_the_update(
     assert np.isfinite(norms).all()
 
 
+@pytest.mark.slow
 def test_a_whole_denoiser_is_compiled_if_the_model_is(
     make_env: MakeEnv, make_agent: MakeAgent, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def test_the_score_function_is_the_gradient_of_the_log_density(
     torch.testing.assert_close(gradient(agent, batch), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 def test_both_estimators_agree_where_the_images_were_drawn(make_agent: MakeAgent) -> None:
     """grad rho = grad log p as long as rho is 1."""
     gradients = []
@@ -75,6 +76,7 @@ def test_both_estimators_agree_where_the_images_were_drawn(make_agent: MakeAgent
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [

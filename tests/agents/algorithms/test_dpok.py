@@ -71,6 +71,7 @@ def test_the_kl_alone(estimator: str, reduction: str, make_agent: MakeAgent) -> 
     torch.testing.assert_close(metrics["kl_to_reference"], kl * T, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_both_terms_have_their_weights(make_agent: MakeAgent) -> None:
     agent = make_agent("DPOK", reward_weight=2.0, kl_coef=3.0)
@@ -86,6 +87,7 @@ def test_both_terms_have_their_weights(make_agent: MakeAgent) -> None:
     torch.testing.assert_close(both, 2 * reward + 3 * kl, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_a_kl_the_reference_is_not_asked(make_agent: MakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
     agent = make_agent("DPOK", kl_coef=0.0, target_kl=None)
 
@@ -163,6 +165,7 @@ def test_target_kl_adapts_the_coefficient(make_agent: MakeAgent) -> None:
         assert agent.kl_coef == pytest.approx(0.1 * factor)
 
 
+@pytest.mark.slow
 def test_a_state_keeps_the_adapted_coefficient(make_agent: MakeAgent) -> None:
     """An agent without a target takes its own coefficient instead."""
     agent = make_agent("DPOK", kl_coef=0.1, target_kl=2.0)
@@ -177,6 +180,7 @@ def test_a_state_keeps_the_adapted_coefficient(make_agent: MakeAgent) -> None:
 # --- Advantages and the critic
 
 
+@pytest.mark.slow
 def test_without_critic(make_agent: MakeAgent) -> None:
     agent = make_agent("DPOK", use_critic=False, normalize_advantage=False)
     assert agent.policy.critic is None
@@ -211,6 +215,7 @@ def test_normalized_advantages(how: Any, make_env: MakeEnv, make_agent: MakeAgen
     torch.testing.assert_close(advantages, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gamma_and_lambda_by_hand(make_agent: MakeAgent) -> None:
     agent = make_agent("DPOK", gamma=0.9, gae_lambda=0.8, normalize_advantage=False)
     agent.learn(UPDATE)

@@ -147,6 +147,7 @@ def test_the_whole_denoiser_is_trained_unless_a_rank_is_given() -> None:
         make_agent("two modes", policy_kwargs={"gradient_checkpointing": True})
 
 
+@pytest.mark.slow
 def test_a_whole_denoiser_goes_on_from_a_state() -> None:
     agent, other = make_agent("two modes"), make_agent("two modes", seed=1)
     agent.learn(128 * T)

@@ -79,6 +79,7 @@ def test_clip_range_is_in_nats_of_the_whole_latent(make_agent: MakeAgent) -> Non
     torch.testing.assert_close(losses["sum"], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_clip_types(make_agent: MakeAgent) -> None:
     """PPO's loss is a bound on the clamped one; the two differ where the ratio is clipped only."""
@@ -94,6 +95,7 @@ def test_clip_types(make_agent: MakeAgent) -> None:
     assert (ppo > clamped).any()
 
 
+@pytest.mark.slow
 def test_a_clamped_ratio_has_no_gradient(make_agent: MakeAgent) -> None:
     agent = make_agent("DDPO-IS", clip_range=1e-6, clip_type="clamp", log_prob_reduction="sum")
     batch = whole_batch(agent)

@@ -51,6 +51,7 @@ def test_sparse_weights_by_hand(
     assert agent.image_weights(tensor(rewards), prompts).tolist() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

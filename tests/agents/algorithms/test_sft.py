@@ -102,6 +102,7 @@ def test_only_kl_o_asks_the_reference(make_agent: MakeAgent) -> None:
     assert passes == {"KL-D": UPDATE + 12, "none": UPDATE + 12, "KL-O": UPDATE + 24}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

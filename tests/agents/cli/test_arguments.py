@@ -86,6 +86,7 @@ def test_the_defaults_come_through():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "name", "value"),
     [

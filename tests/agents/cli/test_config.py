@@ -70,6 +70,7 @@ def test_settings_of_each_algorithm():
         assert elsewhere.images == 20_000
 
 
+@pytest.mark.slow
 def test_presets_and_options():
     paper = _config("--preset", "paper")
     assert paper.n_envs == 10

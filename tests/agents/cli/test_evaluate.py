@@ -40,6 +40,7 @@ def test_other_seeds_and_rewards(finished, tmp_path):
     assert training["quality_before"] != pytest.approx(summary["quality_before"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint(finished, tmp_path, capsys):
     shutil.copy(finished / "config.yaml", tmp_path)
     assert main(["evaluate", str(tmp_path), "--device", "cpu"]) == 2

@@ -76,6 +76,7 @@ def test_it_can_be_trained_with(choices, tmp_path):
     assert str(out) in read_summary(tmp_path / "run")["rewards_after"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_best_so_far(choices, tmp_path, monkeypatch):
     def interrupted(*args, log, **settings):
         def log_and_stop(row):
@@ -124,6 +125,7 @@ def test_help(capsys, monkeypatch):
     assert '"preferred": 0' in text
 
 
+@pytest.mark.slow
 def test_calibration_figure(tmp_path, monkeypatch):
     kept = []
     save = plots._save

@@ -93,6 +93,7 @@ def test_learning_curve(tmp_path, figures):
     assert len(x) == 39
 
 
+@pytest.mark.slow
 def test_learning_curve_of_a_supervised_run(tmp_path, figures):
     drawing = [
         {"rollout/images": 64.0 * k, "rollout/alignment": 0.5 + 0.01 * k, "rollout/quality": 0.4} for k in range(1, 6)

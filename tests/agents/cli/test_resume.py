@@ -199,6 +199,7 @@ def test_mistakes(finished, tmp_path, capsys, words, message):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_resume_needs_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train(tmp_path / "nothing", "--resume") == 2
@@ -210,6 +211,7 @@ def test_resume_needs_a_run(tmp_path, monkeypatch, capsys):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_models")
 def test_load_run(finished, tmp_path):
     agent = load_run(finished, device="cpu")
@@ -222,6 +224,7 @@ def test_load_run(finished, tmp_path):
         load_run(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "pytorch_lora_weights.safetensors"])
 def test_a_checkpoint_that_lacks_a_file(finished, tmp_path, capsys, name):
     """The message names the checkpoints that are still whole."""
@@ -235,6 +238,7 @@ def test_a_checkpoint_that_lacks_a_file(finished, tmp_path, capsys, name):
     assert train(folder, "--resume-from-checkpoint", older.name, "--images", "10") == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_evaluation_of_the_pre_trained_model(finished, tmp_path, capsys):
     folder = shutil.copytree(finished, tmp_path / "run")
     (folder / "evaluation_before.npz").write_bytes(b"junk")
@@ -245,6 +249,7 @@ def test_a_damaged_evaluation_of_the_pre_trained_model(finished, tmp_path, capsy
     assert read_summary(folder)["pictures"] == 10
 
 
+@pytest.mark.slow
 def test_rows_that_are_lost_are_reported(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     (folder / "progress.csv").write_text("")

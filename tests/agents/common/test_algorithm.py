@@ -253,6 +253,7 @@ def test_loaded_on_another_number_of_environments(
     assert_same(snapshot(loaded), snapshot(agent))
 
 
+@pytest.mark.slow
 def test_arguments_can_be_changed_when_loading(
     make_env: Callable[..., Any], make_agent: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -326,6 +327,7 @@ def test_diffusers_draws_the_same_images(
     torch.testing.assert_close(draw_with(pipeline, guidance_scale, start), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_not_changed_by_later_training(make_agent: Callable[..., Any]) -> None:
     agent = make_agent()
     perturb(agent.policy)
@@ -404,6 +406,7 @@ def test_an_agent_of_a_live_pipeline_is_loaded_with_its_environment(
         assert_same(snapshot(each), snapshot(agent))
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_run_is_that_of_its_seed(make_agent: Callable[..., Any]) -> None:
     noise = ImageNoise.for_training(7, range(N), (4, 8, 8), "cpu")
     assert_same(collect(make_agent(seed=7)).latents[:, 0], noise.initial_latents())

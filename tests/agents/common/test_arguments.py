@@ -185,6 +185,7 @@ def test_arguments_may_be_documented_in_the_constructor() -> None:
     assert describe_arguments(OnlyEnv)["sharpness"].doc == "a number."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kl_coef", "reward_weight", "clip_range", "learning_rate", "gamma", "max_grad_norm"])
 def test_a_text_is_no_number(make_agent: Callable[..., Any], name: str) -> None:
     with pytest.raises(ValueError, match=rf"^{name}.* (must be a number|must lie in \[0, 1\]).*, got 'x'$"):

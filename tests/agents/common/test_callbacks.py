@@ -57,6 +57,7 @@ def test_the_bar_counts_images_and_shows_the_latest_update(make_agent: Callable[
     assert bar._bar.disable  # closed
 
 
+@pytest.mark.slow
 def test_the_bar_starts_where_the_agent_is(make_agent: Callable[..., Any]) -> None:
     agent, bar = make_agent(), Drawn(2 * N)
     agent.learn(UPDATE)
@@ -65,6 +66,7 @@ def test_the_bar_starts_where_the_agent_is(make_agent: Callable[..., Any]) -> No
     assert [n for n, _ in bar.shown] == [2 * N]
 
 
+@pytest.mark.slow
 def test_the_bar_shows_a_fit_too(make_agent: Callable[..., Any]) -> None:
     agent, bar = make_agent(algorithm=RewardWeightedSFT, n_gradient_steps=3, log_every=2, batch_size=2), Drawn(N)
     agent.learn(UPDATE, bar)
@@ -72,6 +74,7 @@ def test_the_bar_shows_a_fit_too(make_agent: Callable[..., Any]) -> None:
     assert ", update 2, loss 0." in bar.shown[1][1] or ", update 2, loss 1." in bar.shown[1][1]
 
 
+@pytest.mark.slow
 def test_seconds_of_training(make_agent: Callable[..., Any]) -> None:
     agent, bar = make_agent(), ProgressCallback(2 * N, disable=True)
     assert bar.seconds_so_far == 0
@@ -85,6 +88,7 @@ def test_seconds_of_training(make_agent: Callable[..., Any]) -> None:
     assert bar.seconds > first
 
 
+@pytest.mark.slow
 def test_the_bar_is_closed_after_an_interruption(make_agent: Callable[..., Any]) -> None:
     agent, bar = make_agent(), Drawn(2 * N)
 

@@ -68,6 +68,7 @@ def test_the_reference_does_not_see_the_training(make_env: Callable[..., Any], m
     assert not is_same(reference, evaluate(trained, env, PROMPTS, 5))
 
 
+@pytest.mark.slow
 def test_images_and_kl_are_those_of_an_episode(make_env: Callable[..., Any], make_policy: Callable[..., Any]) -> None:
     """An episode of the environment with the evaluation's noise."""
     env = make_env(1)
@@ -110,6 +111,7 @@ def test_an_image_depends_on_its_own_seed_and_prompt_only(
     assert_same(last.step_kl, all_three.step_kl[2:])
 
 
+@pytest.mark.slow
 def test_random_states_stay_as_they_were(make_env: Callable[..., Any], make_policy: Callable[..., Any]) -> None:
     env = make_env(2)
     env.reset(seed=0)
@@ -122,6 +124,7 @@ def test_random_states_stay_as_they_were(make_env: Callable[..., Any], make_poli
     assert [generator.bit_generator.state for generator in env.np_random] == states
 
 
+@pytest.mark.slow
 def test_a_saved_lora_draws_the_same_images(
     make_env: Callable[..., Any], make_policy: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -196,6 +199,7 @@ def test_shares_and_means() -> None:
     assert unjudged.mean_quality is None
 
 
+@pytest.mark.slow
 def test_the_world_says_which_rewards_judge(make_env: Callable[..., Any]) -> None:
     reward = {"shapes-alignment": 1.0, "shapes-quality": 0.2}
     env = DenoisingVectorEnv(2, reward=reward, num_inference_steps=1, device="cpu")
@@ -220,6 +224,7 @@ def test_the_reward_is_weighted_and_its_components_are_raw(make_env: Callable[..
     np.testing.assert_allclose(evaluation.reward, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_learners_normalization_is_left_out(make_env: Callable[..., Any], make_agent: Callable[..., Any]) -> None:
     env = make_env()
     agent = make_agent(env, normalize_rewards=True)

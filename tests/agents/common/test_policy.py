@@ -287,6 +287,7 @@ def test_training_mode_changes_nothing(process: DenoisingProcess, make_policy: C
 # --- How the denoiser is called
 
 
+@pytest.mark.slow
 def test_max_batch_size(
     process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +357,7 @@ def test_guidance(process: DenoisingProcess, tiny_sd_folder: Path, make_policy: 
     torch.testing.assert_close(process.mean_of_output(state, output), conditional, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_guidance_gradients(tiny_sd_folder: Path, make_policy: Callable[..., DenoisingPolicy]) -> None:
     process = make_process(tiny_sd_folder, T, guidance_scale=3.0)
     state = observed_states(process, N)
@@ -370,6 +372,7 @@ def test_guidance_gradients(tiny_sd_folder: Path, make_policy: Callable[..., Den
     assert not torch.allclose(gradients[0], gradients[1], rtol=0.1)
 
 
+@pytest.mark.slow
 def test_autocast(process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy]) -> None:
     policy, state = perturb(make_policy(process)), observed_states(process, N)
     expected = mean_of(policy, state)
@@ -418,6 +421,7 @@ def test_gradient_checkpointing_changes_no_number(
 # --- What is kept
 
 
+@pytest.mark.slow
 def test_only_what_is_trained_is_kept(
     process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy], tiny_sd_folder: Path
 ) -> None:
@@ -437,6 +441,7 @@ def test_only_what_is_trained_is_kept(
     assert sum(value.numel() for name, value in state.items() if name.startswith("adapter")) == expected
 
 
+@pytest.mark.slow
 def test_names_do_not_depend_on_other_policies(
     process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy]
 ) -> None:
@@ -447,6 +452,7 @@ def test_names_do_not_depend_on_other_policies(
         assert {name: value.shape for name, value in second.items()} == {name: v.shape for name, v in first.items()}
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_trains_the_denoiser_alone(
     process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy], tiny_sd_folder: Path
 ) -> None:
@@ -535,6 +541,7 @@ def test_bad_arguments(
         make_policy(process, **kwargs)
 
 
+@pytest.mark.slow
 def test_half_precision_cannot_be_trained(make_env: Callable[..., Any], make_agent: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"lost in the digits of bfloat16.*or train a LoRA"):
         make_agent(make_env(dtype="bfloat16"), policy_kwargs={"lora_rank": 0})

@@ -177,6 +177,7 @@ def test_each_iteration_and_each_seed_has_images_of_its_own(make_agent: Callable
     assert len(torch.stack(latents).flatten(1).unique(dim=0)) == len(latents) == 2 * 2 * 4 * T
 
 
+@pytest.mark.slow
 def test_without_a_seed_every_run_is_another_one(make_agent: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     one = collect(make_agent(seed=None)).latents.clone()
@@ -219,6 +220,7 @@ def test_no_global_generator_is_read_or_changed(
     assert_same(trained[0], trained[1])
 
 
+@pytest.mark.slow
 def test_new_weights_depend_on_the_seed_alone(make_agent: Callable[..., Any]) -> None:
     agents = []
     for global_seed, seed in ((1, 5), (2, 5), (1, 6)):

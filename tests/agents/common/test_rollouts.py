@@ -99,6 +99,7 @@ def test_the_kl_to_the_reference_is_recorded_if_it_is_asked_for(make_agent: Call
     assert not collect(make_agent()).kl.any()
 
 
+@pytest.mark.slow
 def test_the_reference_draws_for_those_who_learn_from_its_images(make_agent: Callable[..., Any]) -> None:
     agent = make_agent(algorithm=RewardWeightedSFT)
     expected = collect(agent).latents.clone()
@@ -106,6 +107,7 @@ def test_the_reference_draws_for_those_who_learn_from_its_images(make_agent: Cal
     assert_same(collect(agent).latents, expected)
 
 
+@pytest.mark.slow
 def test_images_of_a_group_have_one_prompt(make_agent: Callable[..., Any]) -> None:
     agent = make_agent(algorithm=GRPO, group_size=2, same_noise=True, images_per_iteration=16)
     agent.images_drawn = 32
@@ -117,6 +119,7 @@ def test_images_of_a_group_have_one_prompt(make_agent: Callable[..., Any]) -> No
     assert len(buffer.latents[::2, 0].flatten(1).unique(dim=0)) == 8
 
 
+@pytest.mark.slow
 def test_prompts_come_from_the_environments_set(make_env: Callable[..., Any], make_agent: Callable[..., Any]) -> None:
     prompts = draw_prompts(make_agent(), range(300))
     assert set(prompts) == set(PROMPTS)
@@ -128,6 +131,7 @@ def test_prompts_come_from_the_environments_set(make_env: Callable[..., Any], ma
 # --- What callbacks see
 
 
+@pytest.mark.slow
 def test_callbacks_are_asked_after_each_step(make_env: Callable[..., Any], make_agent: Callable[..., Any]) -> None:
     agent = make_agent(make_env(3, reward={colours: 2.0}), images_per_iteration=5)
     seen: list[tuple[int, dict[str, Any]]] = []
@@ -226,6 +230,7 @@ def test_an_error_in_an_iteration(
     assert_goes_on(agent, (call - 1) // 2, make_ddpo(make_env, make_agent))
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_an_update_counts_no_images(
     make_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +256,7 @@ def assert_goes_on(agent: DDPO, n_whole: int, other: DDPO) -> None:
     assert_same([episode["r"] for episode in agent.ep_info_buffer], [episode["r"] for episode in other.ep_info_buffer])
 
 
+@pytest.mark.slow
 def test_an_iteration_that_a_callback_ends_with_its_last_step_is_not_complete(make_agent: Callable[..., Any]) -> None:
     agent = make_agent()
     agent.learn(UPDATE, Watch(lambda watch: not watch.locals["dones"].any()))
@@ -260,6 +266,7 @@ def test_an_iteration_that_a_callback_ends_with_its_last_step_is_not_complete(ma
 # --- Rewards
 
 
+@pytest.mark.slow
 def test_rewards_that_are_not_finite_are_not_valid(
     make_env: Callable[..., Any], make_agent: Callable[..., Any]
 ) -> None:
@@ -274,6 +281,7 @@ def test_rewards_that_are_not_finite_are_not_valid(
     assert agent.logger.name_to_value["rollout/every_other_fails"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_without_any_valid_reward_there_is_no_mean(
     make_env: Callable[..., Any], make_agent: Callable[..., Any]
 ) -> None:
@@ -327,6 +335,7 @@ def test_names_in_the_log_are_short_and_different() -> None:
     assert short[1] == long[-28:]
 
 
+@pytest.mark.slow
 def test_log_of_a_rollout(make_env: Callable[..., Any], make_agent: Callable[..., Any]) -> None:
     agent = make_agent(make_env(2, reward={colours: 1.0}), images_per_iteration=N)
     agent.set_logger(Logger(None, []))

@@ -339,6 +339,7 @@ OTHERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_environments_are_refused(kind: str, settings: dict[str, Any]) -> None:
     env = OTHERS[kind](settings)

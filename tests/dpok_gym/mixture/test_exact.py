@@ -77,6 +77,7 @@ def test_dynamic_programming_finds_the_closed_form() -> None:
         assert best.final_kl(reference) == pytest.approx(shift**2 / (2 * sampler.covariance.item()), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_no_policy_beats_dynamic_programming() -> None:
     reference = reference_on_grid("two modes", 10)
 

@@ -69,6 +69,7 @@ def test_the_sampler_is_that_of_diffusers(folder: Path, guidance_scale: float, n
     torch.testing.assert_close(our_images(process, x_T()), theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_negative_prompts_matter(folder: Path) -> None:
     plain, other = (
         our_images(make_process(folder, T, guidance_scale=5.0, negative_prompt=text), x_T()) for text in (None, "a dog")
@@ -192,6 +193,7 @@ def test_gradient_of_the_conditional_part_alone(folder: Path) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_half_precision_of_xl(tiny_xl_folder: Path) -> None:
     process = make_process(tiny_xl_folder, T, dtype="bfloat16", image_size=[16, 32], negative_prompt="dog")
     assert json.loads(json.dumps(process.model.options)) == {
@@ -207,6 +209,7 @@ def test_half_precision_of_xl(tiny_xl_folder: Path) -> None:
     assert all(gradient.isfinite().all() for gradient in values)
 
 
+@pytest.mark.slow
 def test_number_of_forward_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = load_model(folder, "cpu")
     rows: list[int] = []
@@ -264,6 +267,7 @@ def test_guidance_after_the_first_use_in_inference_mode(folder: Path, negative_p
     assert all(value.isfinite().all() for value in gradients(process, make_lora(process.model))[1])
 
 
+@pytest.mark.slow
 def test_many_prompts_are_encoded_as_each_of_them(folder: Path) -> None:
     model: Any = load_model(folder, "cpu", negative_prompt="a dog")
     short = [" ".join(["a", *["dog"] * k]) for k in range(1, 6)] * 9
@@ -306,6 +310,7 @@ def other_words_folder(tiny_xl_folder: Path, tmp_path: Path) -> Path:
     return copied
 
 
+@pytest.mark.slow
 def test_xl_with_two_vocabularies(other_words_folder: Path) -> None:
     pipeline = StableDiffusionXLPipeline.from_pretrained(other_words_folder)
     first, second = pipeline.tokenizer(PROMPTS)["input_ids"], pipeline.tokenizer_2(PROMPTS)["input_ids"]
@@ -372,6 +377,7 @@ def test_families_that_are_not_supported(tiny_sd_folder: Path, tmp_path: Path, p
         load_model(copied, "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["LCMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
 def test_schedulers_of_other_diffusions(tiny_sd_folder: Path, tmp_path: Path, kind: str) -> None:
     copied = broken_copy(tiny_sd_folder, tmp_path, "scheduler/scheduler_config.json", _class_name=kind)
@@ -379,6 +385,7 @@ def test_schedulers_of_other_diffusions(tiny_sd_folder: Path, tmp_path: Path, ki
         make_process(copied)
 
 
+@pytest.mark.slow
 def test_denoisers_that_are_not_plain(tiny_sd_folder: Path, tmp_path: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
     for changes, reason in (({"in_channels": 9}, "inpainting"), ({"time_cond_proj_dim": 8}, "latent-consistency")):

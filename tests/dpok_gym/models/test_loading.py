@@ -120,7 +120,7 @@ def test_spec_tells_models_apart() -> None:
 def test_misspelt_arguments(tiny_sd_folder: Path) -> None:
     with pytest.raises(ValueError, match="unknown argument of load_model 'negativ_prompt'; did you mean 'negative_pro"):
         load_model(tiny_sd_folder, "cpu", negativ_prompt="dog")
-    with pytest.raises(ValueError, match=r"unknown argument of load_model 'size'; .*There are: allow_pickle, compile"):
+    with pytest.raises(ValueError, match=r"unknown argument of load_model 'size'; .*there are: allow_pickle, compile"):
         load_model(tiny_sd_folder, "cpu", size=16)
 
 
@@ -130,6 +130,7 @@ def test_arguments_that_are_texts(tiny_sd_folder: Path, name: str) -> None:
         load_model(tiny_sd_folder, "cpu", **{name: ["dog"]})
 
 
+@pytest.mark.slow
 def test_what_a_model_says_of_itself(tiny: TextToImageModel, shapes: TextToImageModel) -> None:
     assert (tiny.latent_shape, tiny.image_shape) == ((4, 8, 8), (16, 16))
     assert (shapes.latent_shape, shapes.image_shape) == ((4, 8, 8), (64, 64))
@@ -192,6 +193,7 @@ def test_missing_part(broken: Path, part: str) -> None:
     assert_cannot_be_loaded(broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file",
     [
@@ -208,6 +210,7 @@ def test_truncated_weights(broken: Path, file: str, kept: float) -> None:
     assert_cannot_be_loaded(broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"])
 def test_missing_weights(broken: Path, file: str) -> None:
     path = broken / f"{file}.safetensors"

@@ -87,6 +87,7 @@ def test_two_in_one_network(network: UNet2DConditionModel) -> None:
     assert torch.equal(output_with(first), expected_first)
 
 
+@pytest.mark.slow
 def test_backward_after_the_block(network: UNet2DConditionModel) -> None:
     """Also when both are used before the backward pass: what is disabled must not be frozen."""
     first, second = trained(network, seed=2), trained(network, seed=3)
@@ -116,6 +117,7 @@ def test_backward_after_the_block(network: UNet2DConditionModel) -> None:
             torch.testing.assert_close(parameter.grad, value)
 
 
+@pytest.mark.slow
 def test_nested_blocks(network: UNet2DConditionModel) -> None:
     first, second = trained(network, seed=2), trained(network, seed=3, target_modules=["to_v", "ff.net.2"])
     with torch.no_grad():
@@ -134,6 +136,7 @@ def test_nested_blocks(network: UNet2DConditionModel) -> None:
         assert torch.equal(output(network), off)
 
 
+@pytest.mark.slow
 def test_disabled_within_the_block_of_another(network: UNet2DConditionModel) -> None:
     first, second = trained(network, seed=2), trained(network, seed=3, target_modules=["to_v", "ff.net.2"])
     with torch.no_grad():
@@ -195,6 +198,7 @@ def test_made_within_the_block_of_another(network: UNet2DConditionModel) -> None
         assert torch.equal(output(network), expected)
 
 
+@pytest.mark.slow
 def test_the_forgotten_leave_the_network(network: UNet2DConditionModel) -> None:
     kept, forgotten = trained(network), trained(network, seed=3)
     before = output_with(kept)
@@ -211,6 +215,7 @@ def test_the_forgotten_leave_the_network(network: UNet2DConditionModel) -> None:
     assert torch.equal(output_with(kept), before)
 
 
+@pytest.mark.slow
 def test_plain_diffusers_reads_the_file(network: UNet2DConditionModel, tiny_sd_folder: Path, tmp_path: Path) -> None:
     trained(network, rank=2, seed=9)  # another one in the same network stays out of the file
     lora = trained(network, rank=4)
@@ -241,6 +246,7 @@ def test_save_and_load(network: UNet2DConditionModel, targets: tuple[str, ...], 
     assert from_file.save(tmp_path / "again", PREFIX).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_state_dict(network: UNet2DConditionModel, tmp_path: Path) -> None:
     lora, other = trained(network, seed=2), trained(network, seed=3)
     state = lora.state_dict()
@@ -264,6 +270,7 @@ def test_state_dict(network: UNet2DConditionModel, tmp_path: Path) -> None:
     assert not any(bool(value.any()) for value in state.values())  # as with nn.Module: the parameters' own memory
 
 
+@pytest.mark.slow
 def test_state_dict_of_another_lora(network: UNet2DConditionModel) -> None:
     lora = trained(network, rank=2)
     before = {key: value.clone() for key, value in lora.state_dict().items()}
@@ -413,6 +420,7 @@ def test_targets_are_a_list(network: UNet2DConditionModel) -> None:
         LoRA(network, 2, "attention")
 
 
+@pytest.mark.slow
 def test_the_scale_of_other_tools(network: UNet2DConditionModel, tmp_path: Path) -> None:
     """diffusers notes alpha and rank where they differ, and scales the change by alpha / rank."""
     path = trained(network, rank=2).save(tmp_path, PREFIX)

@@ -166,6 +166,7 @@ def test_name_of_a_pipeline_that_was_never_saved(tiny_sd_folder: Path) -> None:
     assert TextToImageModel.from_pipeline(pipe).name == "pipeline"
 
 
+@pytest.mark.slow
 def test_subclasses_of_pipelines_and_models(tiny_sd_folder: Path, tiny_xl_folder: Path) -> None:
     class MyPipeline(StableDiffusionPipeline):
         pass
@@ -213,6 +214,7 @@ def test_offloaded_pipelines(tiny_sd_folder: Path) -> None:
         TextToImageModel.from_pipeline(pipe)
 
 
+@pytest.mark.slow
 def test_pipelines_with_an_active_lora(tiny_sd_folder: Path, tmp_path: Path) -> None:
     model = load_model(tiny_sd_folder, "cpu")
     lora = LoRA(model.denoiser, 2, model.lora_layers["attention"])

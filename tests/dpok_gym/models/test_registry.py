@@ -32,6 +32,7 @@ def test_built_in_names() -> None:
     assert find_source("someone/model") == "someone/model"
 
 
+@pytest.mark.slow
 def test_a_name_for_a_folder(tiny_sd_folder: Path) -> None:
     register_model("mine", tiny_sd_folder)
     assert "mine" in list_models()

@@ -170,7 +170,7 @@ def test_a_reward_is_returned_as_it_is():
     ("spec", "error", "message"),
     [
         ("jpeg-compresibility", ValueError, "did you mean 'jpeg-compressibility'.*shapes-alignment.*register_reward"),
-        ("zzz", ValueError, "unknown reward 'zzz'; There are: .*'module:name', or a folder"),
+        ("zzz", ValueError, "unknown reward 'zzz'; there are: .*'module:name', or a folder"),
         ({}, ValueError, "mapping of rewards is empty"),
         ({"jpeg-compressibility": "1"}, TypeError, "weight of the reward 'jpeg-compressibility' must be a number"),
         ({"jpeg-compressibility": None}, TypeError, "must be a number, not None"),

@@ -93,6 +93,7 @@ class TestTransition:
         *_, last = denoise(process, lambda index: torch.randn(SHAPE, generator=generator))
         torch.testing.assert_close(last.next_latents, expected, rtol=1e-3, atol=1e-3)
 
+    @pytest.mark.slow
     @torch.no_grad()
     def test_each_row_is_at_its_own_step(self, folder: Path) -> None:
         process = make_process(folder, T)
@@ -178,6 +179,7 @@ class TestDenoise:
         outcome = env.judge(steps[-1].next_latents, PROMPTS)
         assert_same(outcome.images, np.stack(infos["final_info"]["image"]))
 
+    @pytest.mark.slow
     def test_steps(self, folder: Path) -> None:
         process = make_process(folder, T)
         steps = denoise(process)

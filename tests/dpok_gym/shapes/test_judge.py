@@ -62,6 +62,7 @@ def test_centres_sizes_and_backgrounds_are_found():
 RED_GREEN = (("red circle", 20, 14), ("green star", 24, 44))  # the circle is above the star
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objects", "prompt", "expected"),
     [

@@ -152,6 +152,7 @@ def test_pixels_equal_the_originals(name: str, resize: Any) -> None:
     torch.testing.assert_close(torch.tensor(sample([p.numpy() for p in squares])), expected, rtol=0, atol=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hpsv2", "clip-score", "pickscore"])
 def test_clip_tokens_equal_the_originals(name: str, files: Path) -> None:
     model = CLIPModel(SMALL_H)

@@ -340,6 +340,7 @@ def test_what_will_not_pass_is_an_error_at_once(start, images, answer, message) 
     assert len(endpoint.requests) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("value", "shown"), [(None, "nan"), (math.nan, "nan"), (-math.inf, "-inf")])
 def test_no_finite_number(start, images, value, shown) -> None:
     endpoint = start(lambda request, number: {"rewards": [1, value] + [3.0] * (N - 2)})
@@ -377,6 +378,7 @@ def test_copies_work(start, images) -> None:
         assert torch.equal(again(images, PROMPTS), expected)
 
 
+@pytest.mark.slow
 def test_seeded_generators_are_left_alone(start, images, dead) -> None:
     import random
 
