@@ -34,7 +34,7 @@ from agents.common.updates import UpdatingAlgorithm
 from agents.common.vec_env import GymnasiumVecEnv, find_denoising_env
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig
 from dpok_gym.utils.batching import BatchSize
-from dpok_gym.utils.validation import check_fraction, check_integer, check_positive
+from dpok_gym.utils.validation import check_fraction, check_integer, check_non_negative, check_positive
 from dpok_gym.vector_env import DenoisingVectorEnv
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="DenoisingAlgorithm")
@@ -50,9 +50,9 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
     Args:
         policy: "DenoisingPolicy", or a subclass of it.
         env: an id such as "DPOK-SD15-v0", a denoising environment, a vector of them, or SB3's ``VecEnv`` of one.
-        learning_rate: learning rate of the denoiser, above 0. A LoRA on the embedded model learns with 1e-3, on Stable
-            Diffusion with 1e-5 to 3e-4; too large a rate shows as images that fall apart. A function of the remaining
-            progress, 1 to 0, is allowed.
+        learning_rate: learning rate of the denoiser, at least 0; 0 leaves the denoiser as it is. A LoRA on the embedded
+            model learns with 1e-3, on Stable Diffusion with 1e-5 to 3e-4; too large a rate shows as images that fall
+            apart. A function of the remaining progress, 1 to 0, is allowed.
         final_lr_fraction: share of the learning rate that is left at the end of ``learn``, in [0, 1], falling linearly;
             1 keeps the rate. A falling rate averages out the noise of the last updates.
         images_per_iteration: images drawn between two updates, at least 1; None for as many as there are environments.
@@ -130,7 +130,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             # Gymnasium's own vectorisation would run a model for each environment.
             env = gymnasium.make_vec(env, num_envs=n_envs, vectorization_mode="vector_entry_point")
         if not callable(learning_rate):
-            check_positive("learning_rate (or a function of the remaining progress)", learning_rate)
+            check_non_negative("learning_rate (or a function of the remaining progress)", learning_rate)
         self.final_lr_fraction = check_fraction("final_lr_fraction", final_lr_fraction)
         self.batch_size = None if batch_size is None else check_integer("batch_size", batch_size)
         self.micro_batch_size = micro_batch_size

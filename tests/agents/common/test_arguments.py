@@ -73,7 +73,7 @@ def test_the_docstring_has_the_arguments_of_the_bases(algorithm: type[DenoisingA
     arguments = doc.split("\nArgs:\n")[1].split("\n\n")[0]
     for name in describe_arguments(algorithm):
         assert arguments.count(f"\n    {name}: ") + arguments.startswith(f"    {name}: ") == 1, name
-    assert "learning rate of the denoiser, above 0" in arguments
+    assert "learning rate of the denoiser, at least 0" in arguments
     assert doc.count("\nArgs:\n") == 1
     assert max(len(line) for line in doc.splitlines()) <= 120
 
