@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class DDPO(PolicyGradient):
         latest = {prompt: list(rewards) for prompt, rewards in self.latest_rewards.items()}
         return super().algorithm_state() | {"latest_rewards": latest}
 
-    def load_algorithm_state(self, state: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_algorithm_state(self, state: Mapping[str, Any]) -> None:
         """Goes on with the latest rewards of each prompt."""
         super().load_algorithm_state(state)
         self.latest_rewards = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -195,7 +196,7 @@ class DPOK(PolicyGradient):
         """Adds the adapted weight of the KL."""
         return super().algorithm_state() | {"kl_coef": self.kl_coef}
 
-    def load_algorithm_state(self, state: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_algorithm_state(self, state: Mapping[str, Any]) -> None:
         """Goes on with the adapted weight of the KL."""
         super().load_algorithm_state(state)
         if self.target_kl is not None:
