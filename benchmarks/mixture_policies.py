@@ -27,7 +27,7 @@ GRID = np.linspace(-6, 6, 601)
 
 #: The settings of ``dpok train`` for this model. The cases differ in kl_coef, so it is left out.
 SETTINGS = PRESETS["exact-objective"].algorithm_kwargs("dpok") | {"micro_batch_size": None, "device": "cpu"}
-N_ENVS = SETTINGS.pop("n_envs")
+N_ENVS = SETTINGS["images_per_iteration"]
 ITERATIONS = PRESETS["exact-objective"].images // N_ENVS
 del SETTINGS["kl_coef"]
 

@@ -72,8 +72,8 @@ class DDPO(PolicyGradient):
         if not self.score_function:
             return super().loss(batch)
         mean, std = self.policy.transition(batch.state)
-        loss = score_function_loss(batch.actions, mean, std, batch.advantages, self.log_prob_reduction)
-        return batch.weight * batch.step_weight * loss, {}
+        loss = self.step_weights[batch.step] * score_function_loss(batch.actions, mean, std, batch.advantages)
+        return batch.weight * loss / self.loss_scale, {}
 
     def image_advantages(self, rewards: Tensor, prompts: list[str], images: Tensor) -> Tensor:
         """(r - mean_z) / std_z of each image, (n,)."""

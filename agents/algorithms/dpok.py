@@ -11,12 +11,12 @@ from torch import Tensor
 
 from agents.algorithms.policy_gradient import PolicyGradient
 from agents.common import losses
-from agents.common.advantages import Normalization, generalized_advantages, normalize
+from agents.common.advantages import center, generalized_advantages
 from agents.common.buffer import TrajectoryBuffer, Transitions
-from agents.common.losses import Metrics
+from agents.common.losses import ClipType, Metrics, Ratio
+from agents.common.normalization import RunningStatistics
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
-from dpok_gym import diffusion
 from dpok_gym.utils.validation import check_choice, check_fraction, check_integer, check_non_negative
 
 
@@ -28,44 +28,53 @@ class DPOK(PolicyGradient):
 
         E[ sum_t  -alpha A_t rho_t  +  beta KL( p_theta(x_{t-1} | x_t, z) || p_pre(x_{t-1} | x_t, z) ) ],
 
-    where A_t = r(x_0, z) - V(x_t, t, z), and rho_t is the clipped ratio of the new to the old transition density.
+    where A_t = r(x_0, z) - V(x_t, t, z), and rho_t is the clipped ratio of the new to the old transition density. Both
+    terms are sums over the latent's dimensions, the KL in nats, and both get the same weights and the same scale. So
+    ``kl_coef`` / ``reward_weight`` is the price of a nat in units of the reward, whatever the other arguments are.
 
-    To follow an update, read five files: :meth:`loss` and :meth:`advantages` here; the loop over batches,
-    ``PolicyGradient.train`` (policy_gradient.py); one optimiser step, ``optimizer_step`` and ``backward``
+    To follow an update, read five files: :meth:`loss` and :meth:`advantages` here; the loop over batches and the two
+    terms, ``PolicyGradient.train`` (policy_gradient.py); one optimiser step, ``optimizer_step`` and ``backward``
     (common/updates.py); the clipped ratio (common/losses.py); its log-ratio and the KL (dpok_gym/diffusion.py). Three
     calls on the way can be taken at their word: ``TrajectoryBuffer.batches`` gives random transitions of the rollout,
     ``DenoisingPolicy.transition`` the mean and std of p_theta(x_{t-1} | x_t, z), and ``generalized_advantages`` the
     reward less V if ``gamma`` and ``gae_lambda`` are 1.
 
-    The defaults suit the embedded model; ``PRESETS["paper"]`` and ``PRESETS["official-code"]`` are the papers' settings
-    for Stable Diffusion.
+    The defaults minimise the paper's objective with less noise than the paper's own settings do: ``ratio``,
+    ``clip_type``, ``skip_last_steps``, ``center_advantage`` and ``normalize_loss`` are ours.
+    ``PRESETS["paper"]`` and ``PRESETS["official-code"]`` are the published settings for Stable Diffusion.
 
     Args:
         policy: "DenoisingPolicy", or a subclass of it.
         env: a denoising environment, see :class:`~agents.common.algorithm.DenoisingAlgorithm`.
-        reward_weight: alpha, weight of the policy gradient beside the KL, at least 0. With AdamW, only its ratio to
-            ``kl_coef`` matters much.
-        kl_coef: beta, weight of the KL to the pre-trained model, per nat, at least 0. 0 trains without it and saves the
-            pre-trained model's pass; too large a value keeps the model where it was.
+        reward_weight: alpha, weight of the policy gradient beside the KL, at least 0. Only its ratio to ``kl_coef``
+            matters.
+        kl_coef: beta, weight of the KL to the pre-trained model, in units of the reward per nat, at least 0. The
+            optimum is the pre-trained model's distribution times exp(alpha r / beta), as far as the steps' Gaussians
+            can follow it. 0 trains without KL and saves the pre-trained model's pass; too large a value keeps the model
+            where it was.
         kl_estimator: "exact" is the KL of the Gaussians; "output-mse" is the squared difference of the networks'
             outputs, which lacks a factor that differs between timesteps (the published code).
         kl_placement: "loss" adds the KL of each transition to the loss (the paper; it drops a term of the gradient);
-            "reward" also charges the exact KL of later steps to the earlier actions that led there. That is the full
-            gradient of Eq. 8 if ``normalize_advantage`` is "center" or False and ``step_weighting`` is "likelihood".
-        target_kl: nats per image that ``kl_coef`` is adapted to hold. After each update ``kl_coef`` changes by up to a
-            fifth: up if the KL is above the target, down if below (Ziegler et al. 2019, Sec. 2.2, with gain 1). None
-            leaves ``kl_coef`` as it is.
-        use_critic: take V, which a critic learns, as the baseline; without it there is none but the mean that
-            ``normalize_advantage`` subtracts.
+            "reward" also charges the exact KL of later steps to the earlier actions that led there, which is the full
+            gradient of Eq. 8.
+        target_kl: nats per image that ``kl_coef`` is adapted to hold, over the steps that explore. None leaves
+            ``kl_coef`` as it is. See :meth:`_adapt_kl_coef`.
+        use_critic: take V, which a critic learns, as the baseline.
         vf_learning_rate: learning rate of the critic, at least 0.
         vf_batch_size: transitions for each step of the critic, at least 1; None for the whole rollout.
         vf_epochs: passes of the critic over the rollout, at least 1.
-        normalize_advantage: True gives a rollout's advantages mean 0 and standard deviation 1, so that the reward's
-            scale does not matter; "center" subtracts the mean of each denoising step and leaves the scale; False
-            changes nothing. With ``log_prob_reduction="mean"``, E[rho] falls with the distance from the old policy, so
-            advantages that are negative on average push the model away from wherever it is.
+        center_advantage: subtract the mean advantage of each denoising step. Without it, an error of V that all images
+            share adds noise to the gradient.
+        normalize_loss: divide both terms by the standard deviation of all advantages so far, ``train/loss_scale`` in
+            the log. So limits on the gradient's norm suit rewards of all scales; the optimum does not move.
         gamma: discount per denoising step, in [0, 1]; the paper has none (1).
         gae_lambda: 1 for the paper's advantage, less trusts the critic more, in [0, 1].
+        batch_size: transitions of an optimiser step, at least 1; None for all there are.
+        skip_last_steps: see :class:`~agents.algorithms.policy_gradient.PolicyGradient`; the KL still holds steps that
+            the policy gradient leaves out.
+        ratio: see :class:`~agents.algorithms.policy_gradient.PolicyGradient`.
+        clip_type: see :class:`~agents.algorithms.policy_gradient.PolicyGradient`.
+        clip_range: largest change of a transition in an iteration, in nats of the whole latent, above 0.
     """
 
     def __init__(
@@ -74,7 +83,7 @@ class DPOK(PolicyGradient):
         env: Any = None,
         *,
         reward_weight: float = 1.0,
-        kl_coef: float = 0.01,
+        kl_coef: float = 1e-3,
         kl_estimator: Literal["exact", "output-mse"] = "exact",
         kl_placement: Literal["loss", "reward"] = "loss",
         target_kl: float | None = None,
@@ -82,13 +91,19 @@ class DPOK(PolicyGradient):
         vf_learning_rate: float = 3e-4,
         vf_batch_size: int | None = 256,
         vf_epochs: int = 1,
-        normalize_advantage: Normalization = True,
+        center_advantage: bool = True,
+        normalize_loss: bool = True,
         gamma: float = 1.0,
         gae_lambda: float = 1.0,
+        batch_size: int | None = 64,
+        skip_last_steps: int | Literal["auto"] = "auto",
+        ratio: Ratio = "centred",
+        clip_type: ClipType = "kl",
+        clip_range: float = 1.0,
         **kwargs: Any,
     ) -> None:
         self.reward_weight = check_non_negative("reward_weight", reward_weight)
-        self.kl_coef = check_non_negative("kl_coef", kl_coef)
+        self.kl_coef = self.initial_kl_coef = check_non_negative("kl_coef", kl_coef)
         self.kl_estimator = check_choice("kl_estimator", kl_estimator, "exact", "output-mse")
         self.kl_placement = check_choice("kl_placement", kl_placement, "loss", "reward")
         if target_kl is not None and not (target_kl > 0 and kl_coef > 0):
@@ -105,10 +120,19 @@ class DPOK(PolicyGradient):
         self.vf_learning_rate = check_non_negative("vf_learning_rate", vf_learning_rate)
         self.vf_batch_size = None if vf_batch_size is None else check_integer("vf_batch_size", vf_batch_size)
         self.vf_epochs = check_integer("vf_epochs", vf_epochs)
-        self.normalize_advantage: Normalization = check_choice(
-            "normalize_advantage", normalize_advantage, True, False, "center"
+        self.center_advantage = center_advantage
+        self.normalize_loss = normalize_loss
+        self.advantage_statistics = RunningStatistics()
+        super().__init__(
+            policy,
+            env,
+            batch_size=batch_size,
+            skip_last_steps=skip_last_steps,
+            ratio=ratio,
+            clip_type=clip_type,
+            clip_range=clip_range,
+            **kwargs,
         )
-        super().__init__(policy, env, **kwargs)
         self.gamma, self.gae_lambda = check_fraction("gamma", gamma), check_fraction("gae_lambda", gae_lambda)
 
     @property
@@ -116,38 +140,51 @@ class DPOK(PolicyGradient):
         """The KL of a rollout is needed only as a part of the reward."""
         return self.kl_placement == "reward" and self.kl_coef > 0
 
+    @property
+    def loss_scale(self) -> float:
+        """What both terms of the loss are divided by: D, and the standard deviation of the policy gradient's weights."""
+        if not self.normalize_loss:
+            return super().loss_scale
+        return super().loss_scale * self.advantage_statistics.std * (self.reward_weight or 1.0)
+
     def loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
         """-alpha A rho + beta KL of each transition (Eq. 9), (B,)."""
         mean, std = self.policy.transition(batch.state)
         policy_loss, metrics = self.policy_gradient_loss(batch, mean, std)
-        loss = self.reward_weight * batch.step_weight * policy_loss
+        loss = self.reward_weight * policy_loss
         # A weight of 0 needs no pre-trained model, which would cost a pass of the denoiser.
         if self.kl_coef:
-            reference = self.reference_mean(batch.state)
-            # Both terms are per latent dimension, or both are not: else beta would change its meaning.
-            if self.kl_estimator == "exact":
-                penalty = diffusion.kl_divergence(mean, reference, std, self.log_prob_reduction)
-            else:
-                output_mse = self.process.table.output_mse(batch.step, mean, reference)
-                penalty = losses.output_difference(output_mse, mean, self.log_prob_reduction)
-            loss = loss + self.kl_coef * penalty
-            # The log has the exact KL in nats, whatever the estimator in the loss.
-            metrics |= self.kl_metrics(batch, diffusion.kl_divergence(mean.detach(), reference, std))
-        return batch.weight * loss, metrics
+            penalty, kl_metrics = self.kl_loss(batch, mean, std)
+            loss, metrics = loss + self.kl_coef * penalty, metrics | kl_metrics
+        return batch.weight * loss / self.loss_scale, metrics
+
+    def kl_loss(self, batch: Transitions, mean: Tensor, std: Tensor) -> tuple[Tensor, Metrics]:
+        """The exact KL (Eq. 8), or the published code's estimate of it; metrics are of the exact one in any case."""
+        if self.kl_estimator == "exact":
+            return super().kl_loss(batch, mean, std)
+        reference, _ = self.policy.reference_transition(batch.state)
+        # The sum over the dimensions, as the other terms; the mean is the published code's.
+        squared_error = mean[0].numel() * self.process.table.output_mse(batch.step, mean, reference)
+        return self.kl_step_weights[batch.step] * squared_error, self.kl_metrics(batch, mean.detach(), reference, std)
 
     def advantages(self, buffer: TrajectoryBuffer) -> Tensor:
         """A_t = r - V(x_t, t, z) of each transition, (N, T)."""
         rewards = buffer.rewards.clone()
         if self.records_reference_kl:
             # The KL at x_t is a cost of the action that led to x_t, hence of step t - 1. No action led to x_T.
-            rewards[:, :-1] -= self.kl_coef / self.reward_weight * buffer.kl[:, 1:]
+            charged = buffer.kl * self.process.table.exploring
+            rewards[:, :-1] -= self.kl_coef / self.reward_weight * charged[:, 1:]
         if self.use_critic:
             with torch.no_grad():
                 for index in range(buffer.num_inference_steps):
                     buffer.values[:, index] = self.policy.values(buffer.state_at(index))
         # Without a critic the values are 0, and the advantage is the reward itself.
         advantages, buffer.returns = generalized_advantages(rewards, buffer.values, self.gamma, self.gae_lambda)
-        return normalize(advantages, buffer.valid, self.normalize_advantage)
+        if self.center_advantage:
+            advantages = center(advantages, buffer.valid)
+        self.advantage_statistics.update(advantages[buffer.valid].flatten())
+        self.logger.record("train/loss_scale", self.loss_scale)
+        return advantages
 
     def train(self) -> None:
         """Updates the denoiser as every policy gradient does; then the critic, and the weight of the KL."""
@@ -157,10 +194,6 @@ class DPOK(PolicyGradient):
             self._train_critic()
         if self.target_kl is not None:
             self._adapt_kl_coef(self.target_kl)
-
-    def step_importance(self, weights: Tensor) -> Tensor:
-        """Half for the reward, half for the KL, which has the same weight at every step."""
-        return (weights + 1) / 2
 
     def _train_critic(self) -> None:
         """Regression of V(x_t, t, z) on the returns."""
@@ -179,11 +212,22 @@ class DPOK(PolicyGradient):
             returns = buffer.returns[buffer.valid].flatten().cpu().numpy()
             self.logger.record("train/explained_variance", float(explained_variance(values, returns)))
 
+    @property
+    def kl_step_weights(self) -> Tensor:
+        """The steps that the policy gradient leaves out are held by the ``kl_coef`` of the beginning."""
+        held = self.initial_kl_coef / self.kl_coef if self.kl_coef else 1.0
+        return torch.where(self.step_weights > 0, self.step_weights, held)
+
     def _adapt_kl_coef(self, target: float) -> None:
-        """beta <- beta (1 + e), with e = KL / target - 1 within +-0.2."""
+        """beta <- beta (KL / target)^(1/2), by at most a third up or a tenth down in an iteration.
+
+        As in Ziegler et al. (2019, Sec. 2.2), but multiplicative: at the optimum, a KL is proportional to 1 / beta^2.
+        It falls slowly, because the KL needs many iterations to grow. A target beyond what the reward leads to is not
+        reached.
+        """
         if "kl_to_reference" in self._metrics:  # no image may have had a valid reward
             kl = torch.cat(self._metrics["kl_to_reference"]).mean().item()
-            self.kl_coef *= 1 + min(max(kl / target - 1, -0.2), 0.2)
+            self.kl_coef *= min(max((kl / target) ** 0.5, 0.9), 4 / 3)
         self.logger.record("train/kl_coef", self.kl_coef)
 
     def _update_learning_rate(self, optimizers: Any) -> None:
@@ -193,11 +237,13 @@ class DPOK(PolicyGradient):
             self.logger.record("train/vf_learning_rate", self.vf_learning_rate)
 
     def algorithm_state(self) -> dict[str, Any]:
-        """Adds the adapted weight of the KL."""
-        return super().algorithm_state() | {"kl_coef": self.kl_coef}
+        """Adds the adapted weight of the KL and the statistics of the advantages."""
+        mine = {"kl_coef": self.kl_coef, "advantage_statistics": self.advantage_statistics.state()}
+        return super().algorithm_state() | mine
 
     def load_algorithm_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on with the adapted weight of the KL."""
+        """Goes on with the adapted weight of the KL and the statistics of the advantages."""
         super().load_algorithm_state(state)
+        self.advantage_statistics = RunningStatistics(*state["advantage_statistics"])
         if self.target_kl is not None:
             self.kl_coef = state["kl_coef"]

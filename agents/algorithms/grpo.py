@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -11,8 +11,7 @@ from agents.common.advantages import standardize_in_groups
 from agents.common.buffer import Transitions
 from agents.common.losses import Metrics
 from agents.common.policy import DenoisingPolicy
-from dpok_gym import diffusion
-from dpok_gym.utils.validation import check_integer, check_non_negative
+from dpok_gym.utils.validation import check_choice, check_integer, check_non_negative, check_positive
 
 
 class GRPO(PolicyGradient):
@@ -24,14 +23,22 @@ class GRPO(PolicyGradient):
 
     where rho_t is the clipped ratio of the new to the old density, and A = (r - mean) / std over the image's group.
 
+    The two differ in details: ``PRESETS["dance-grpo"]`` and ``PRESETS["flow-grpo"]`` have the settings of their codes.
+    The defaults here are those that both share, with the KL of Flow-GRPO.
+
     Args:
         policy: "DenoisingPolicy", or a subclass of it.
         env: a denoising environment, see :class:`~agents.common.algorithm.DenoisingAlgorithm`.
         group_size: images of each prompt in an iteration, at least 2; it divides ``images_per_iteration``. More tell
-            the prompt's mean and spread better, fewer leave room for more prompts.
-        same_noise: whether the images of a group start from the same x_T, as in DanceGRPO; they differ less then.
-        kl_coef: beta, weight of the KL to the pre-trained model, per nat, at least 0. 0 trains without it and saves the
-            pre-trained model's pass.
+            the prompt's mean and spread better, fewer leave room for more prompts. DanceGRPO has 16 (12 for FLUX),
+            Flow-GRPO 24.
+        same_noise: which images start from the same x_T: those of a "group" (DanceGRPO for FLUX), all of an "iteration"
+            (DanceGRPO for Stable Diffusion), or "none" (Flow-GRPO). Such images differ less.
+        std_over: images that the std is taken over, a "group" (the papers) or the whole "iteration" (Flow-GRPO's code).
+            With the latter, prompts whose images are all alike count for less.
+        advantage_clip: largest advantage, in standard deviations, above 0; 5 in both codes.
+        kl_coef: beta, weight of the KL to the pre-trained model per nat, at least 0, beside advantages that are
+            standardised; Flow-GRPO has 0.01 to 0.04 by the reward, DanceGRPO 0. 0 saves the pre-trained model's pass.
 
     Raises:
         ValueError: if an argument is out of range, or an iteration has no whole number of groups.
@@ -43,12 +50,16 @@ class GRPO(PolicyGradient):
         env: Any = None,
         *,
         group_size: int = 16,
-        same_noise: bool = False,
-        kl_coef: float = 0.01,
+        same_noise: Literal["none", "group", "iteration"] = "none",
+        std_over: Literal["group", "iteration"] = "group",
+        advantage_clip: float = 5.0,
+        kl_coef: float = 0.04,
         **kwargs: Any,
     ) -> None:
         self.group_size = check_integer("group_size (to compare an image with its group)", group_size, minimum=2)
-        self.same_noise = same_noise
+        self.same_noise = check_choice("same_noise", same_noise, "none", "group", "iteration")
+        self.std_over = check_choice("std_over", std_over, "group", "iteration")
+        self.advantage_clip = check_positive("advantage_clip", advantage_clip)
         self.kl_coef = check_non_negative("kl_coef", kl_coef)
         super().__init__(policy, env, **kwargs)
 
@@ -67,28 +78,24 @@ class GRPO(PolicyGradient):
         return image // self.group_size
 
     def initial_noise_of(self, images: range) -> list[int] | None:
-        """With ``same_noise`` all images of a group start from the x_T of its first one."""
-        if not self.same_noise:
+        """Images that share x_T start from that of the first one of them."""
+        if self.same_noise == "none":
             return None
-        return [self.group_of(image) * self.group_size for image in images]
+        size = self.group_size if self.same_noise == "group" else len(self.rollout_buffer)
+        return [image // size * size for image in images]
 
     def loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
         """-A rho + beta KL of each transition, (B,)."""
         mean, std = self.policy.transition(batch.state)
-        policy_loss, metrics = self.policy_gradient_loss(batch, mean, std)
-        loss = batch.step_weight * policy_loss
+        loss, metrics = self.policy_gradient_loss(batch, mean, std)
         # A weight of 0 needs no pre-trained model, which would cost a pass of the denoiser.
         if self.kl_coef:
-            reference = self.reference_mean(batch.state)
-            loss = loss + self.kl_coef * diffusion.kl_divergence(mean, reference, std, self.log_prob_reduction)
-            metrics |= self.kl_metrics(batch, diffusion.kl_divergence(mean.detach(), reference, std))
-        return batch.weight * loss, metrics
+            kl, kl_metrics = self.kl_loss(batch, mean, std)
+            loss, metrics = loss + self.kl_coef * kl, metrics | kl_metrics
+        return batch.weight * loss / self.loss_scale, metrics
 
     def image_advantages(self, rewards: Tensor, prompts: list[str], images: Tensor) -> Tensor:
-        """(r - mean) / std over each image's group, (n,)."""
+        """(r - mean) / std of each image, clipped, (n,)."""
         # Iterations hold whole groups, so the rows of a rollout give the groups too.
-        return standardize_in_groups(rewards, images // self.group_size)
-
-    def step_importance(self, weights: Tensor) -> Tensor:
-        """Half for the reward, half for the KL, if there is one; it has the same weight at every step."""
-        return (weights + 1) / 2 if self.kl_coef else weights
+        advantages = standardize_in_groups(rewards, images // self.group_size, self.std_over == "group")
+        return advantages.clamp(-self.advantage_clip, self.advantage_clip)

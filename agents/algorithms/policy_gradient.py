@@ -1,10 +1,11 @@
 """The base of the policy gradients: REINFORCE, DDPO, GRPO and DPOK.
 
-Letters used for shapes: B transitions, N images, T denoising steps.
+Letters used for shapes: B transitions, N images, T denoising steps, D dimensions of a latent.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -13,18 +14,21 @@ from torch import Tensor
 from agents.common import losses
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.buffer import TrajectoryBuffer, Transitions
-from agents.common.losses import ClipType, Metrics
+from agents.common.losses import ClipType, Metrics, Ratio
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
-from dpok_gym.diffusion import Reduction
-from dpok_gym.samplers import State
+from dpok_gym import diffusion
 from dpok_gym.utils.validation import check_choice, check_integer, check_positive
 
 
 class PolicyGradient(DenoisingAlgorithm):
     """Minimises E[ sum_t -A_t rho_t ], with rho_t = p_theta(x_{t-1} | x_t, z) / p_old(x_{t-1} | x_t, z), clipped.
 
-    Subclasses write :meth:`advantages`, and :meth:`loss` if they minimise more than that.
+    Subclasses write :meth:`advantages`, and :meth:`loss` if they minimise more than that. All terms are in nats of the
+    whole latent. The loss is divided by ``loss_scale``, which AdamW does not notice, so that the same limits on the
+    gradient's norm suit latents of all sizes.
+
+    The defaults are those of the published codes of DDPO, DanceGRPO and Flow-GRPO.
 
     Args:
         policy: "DenoisingPolicy", or a subclass of it.
@@ -32,19 +36,27 @@ class PolicyGradient(DenoisingAlgorithm):
         n_epochs: passes over the images of an iteration, at least 1, usually 1 to 4; more learn more from each image,
             as far as the clipping of the ratio lets them.
         timestep_fraction: random share of the denoising steps that is trained on, in (0, 1]; less is faster and
-            noisier. With ``step_weighting="output"``, steps of larger weight are chosen more often, and weigh less for
-            that.
-        clip_range: largest change of a transition's log-probability in an iteration, in nats of the whole latent, above
-            0; smaller learns more slowly and more safely. 1.64 is the papers' 1e-4 per dimension at 4x64x64.
-        clip_type: "ppo" clips as PPO does; "clamp" has no gradient outside the range, as DPOK's published code.
-        log_prob_reduction: "mean" takes densities and KL per latent dimension, which keeps ratios near 1 (the published
-            codes); "sum" takes them as they are (the papers' equations), and weights vary much more.
-        step_weighting: "likelihood" sums the policy gradient over the steps as it is (the papers and their codes);
-            "output" scales it so that it reaches the network's output with the same strength at every step, and the
-            early steps, which decide most of an image, count. It does not scale the KL: with a KL, each step has its
-            own balance, and the optimum is that of the paper's objective with "likelihood" only. See
+            noisier. Steps of larger weight are chosen more often, and weigh less for that.
+        skip_last_steps: denoising steps at the end that the policy gradient leaves out, at least 0 and below T. "auto"
+            leaves out those that explore nothing, the last two of Stable Diffusion's; see
+            :attr:`dpok_gym.samplers.TransitionTable.exploring`.
+        ratio: form of the importance ratio: "joint" is that of the whole latent (the papers' equations);
+            "per-dimension" is its D-th root (the published codes); "centred" is that root without its drift (GRPO-Guard).
+            See :func:`agents.common.losses.importance_ratio`.
+        clip_type: "ppo" clips as PPO does; "clamp" has no gradient outside the range, as DPOK's published code; "kl"
+            leaves out transitions whose KL to the old policy is too large and still growing (Flow-DPPO).
+        clip_range: largest change of a transition in an iteration, in nats of the whole latent, above 0; of its
+            log-probability or, with "kl", its KL. Smaller learns more slowly and more safely. 1.64 is the papers' 1e-4
+            per dimension at 4x64x64.
+        step_weighting: weights of the denoising steps. "likelihood" gives all the weight 1 (the papers and their
+            codes). "output" scales the terms of each step, so that the policy gradient reaches the network's output
+            with the same strength at every step. A KL term gets the same weights, so that both terms keep their balance
+            at each step, and the optimum stays where it is. See
             :meth:`dpok_gym.samplers.TransitionTable.output_weights`.
     """
+
+    #: Weight of the KL to the pre-trained model; subclasses may have one.
+    kl_coef: float = 0.0
 
     def __init__(
         self,
@@ -53,21 +65,58 @@ class PolicyGradient(DenoisingAlgorithm):
         *,
         n_epochs: int = 1,
         timestep_fraction: float = 1.0,
-        clip_range: float = 1.64,
+        skip_last_steps: int | Literal["auto"] = 0,
+        ratio: Ratio = "per-dimension",
         clip_type: ClipType = "ppo",
-        log_prob_reduction: Reduction = "mean",
-        step_weighting: Literal["likelihood", "output"] = "output",
+        clip_range: float = 1.64,
+        step_weighting: Literal["likelihood", "output"] = "likelihood",
         **kwargs: Any,
     ) -> None:
         self.n_epochs = check_integer("n_epochs", n_epochs)
         if not 0 < timestep_fraction <= 1:
             raise ValueError(f"timestep_fraction must lie in (0, 1], got {timestep_fraction}")
         self.timestep_fraction = timestep_fraction
+        if skip_last_steps != "auto":
+            check_integer("skip_last_steps (or 'auto')", skip_last_steps, minimum=0)
+        self.skip_last_steps = skip_last_steps
+        self.ratio: Ratio = check_choice("ratio", ratio, "joint", "per-dimension", "centred")
+        self.clip_type: ClipType = check_choice("clip_type", clip_type, "ppo", "clamp", "kl")
         self.clip_range = check_positive("clip_range", clip_range)
-        self.clip_type: ClipType = check_choice("clip_type", clip_type, "ppo", "clamp")
-        self.log_prob_reduction: Reduction = check_choice("log_prob_reduction", log_prob_reduction, "mean", "sum")
         self.step_weighting = check_choice("step_weighting", step_weighting, "likelihood", "output")
         super().__init__(policy, env, **kwargs)
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.step_weights = self._make_step_weights()
+
+    def _make_step_weights(self) -> Tensor:
+        """The weight of each step in the policy gradient, (T,): a mean of 1 over the steps that are not left out."""
+        table = self.process.table
+        trained = torch.ones(len(table), dtype=torch.bool, device=table.std.device)
+        if self.skip_last_steps == "auto":
+            trained[int(table.exploring.nonzero().max()) + 1 :] = False
+        elif self.skip_last_steps >= len(table):
+            raise ValueError(
+                f"skip_last_steps must be below the {len(table)} denoising steps, or nothing is left to train on, got "
+                f"{self.skip_last_steps}"
+            )
+        else:
+            trained[len(table) - self.skip_last_steps :] = False
+        weights = table.output_weights() if self.step_weighting == "output" else torch.ones_like(table.std)
+        return trained * weights / weights[trained].mean()
+
+    @property
+    def kl_step_weights(self) -> Tensor:
+        """The weight of each step in the KL, (T,): that in the policy gradient; 1 if the step is left out there.
+
+        So the two terms keep their balance wherever there are two, and the other steps are held where they are.
+        """
+        return torch.where(self.step_weights > 0, self.step_weights, 1.0)
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is divided by: D, the dimensions of a latent."""
+        return float(math.prod(self.process.model.latent_shape))
 
     def train(self) -> None:
         """One update: passes over the iteration's transitions, with an optimiser step for each batch.
@@ -77,14 +126,10 @@ class PolicyGradient(DenoisingAlgorithm):
         buffer = self.rollout_buffer
         # Before any step is taken: advantages are about the policy that drew the images.
         buffer.advantages = self.advantages(buffer)
-        weights, importance = self.step_weights(), None
-        if self.step_weighting == "output":
-            # A step that counts for more is looked at more often; batches() lets it count for less in return.
-            importance = self.step_importance(weights)
         for epoch in range(self.n_epochs):
             # Keyed by iteration and epoch, so that a resumed run makes the same batches.
             rng = make_generator(self.run_seed, Purpose.BATCHES, self.iteration, epoch)
-            for batch in buffer.batches(self.batch_size, rng, self.timestep_fraction, importance, weights):
+            for batch in buffer.batches(self.batch_size, rng, self.timestep_fraction, self.step_importance()):
                 with self.optimizer_step():
                     self.backward(batch)
 
@@ -92,17 +137,20 @@ class PolicyGradient(DenoisingAlgorithm):
         """-A rho of each transition, clipped, (B,)."""
         mean, std = self.policy.transition(batch.state)
         policy_loss, metrics = self.policy_gradient_loss(batch, mean, std)
-        return batch.weight * batch.step_weight * policy_loss, metrics
+        return batch.weight * policy_loss / self.loss_scale, metrics
 
     def policy_gradient_loss(self, batch: Transitions, mean: Tensor, std: Tensor) -> tuple[Tensor, Metrics]:
-        """-A rho of each transition without weights, (B,); see :func:`agents.common.losses.policy_gradient_loss`.
+        """-A rho of each transition, with the weights of the steps; see :func:`losses.policy_gradient_loss`.
 
         Args:
             batch: B transitions.
             mean: (B, C, h, w) of the current policy.
             std: (B,).
+
+        Returns:
+            (B,) in units of the reward, and metrics.
         """
-        policy_loss, metrics = losses.policy_gradient_loss(
+        loss, metrics = losses.policy_gradient_loss(
             batch.actions,
             mean,
             batch.old_means,
@@ -110,27 +158,41 @@ class PolicyGradient(DenoisingAlgorithm):
             batch.advantages,
             self.clip_range,
             self.clip_type,
-            self.log_prob_reduction,
+            self.ratio,
         )
-        metrics["policy_gradient_loss"] = batch.step_weight * policy_loss
-        return policy_loss, {name: batch.weight * values for name, values in metrics.items()}
+        loss = self.step_weights[batch.step] * loss
+        metrics["policy_gradient_loss"] = loss.detach() / self.loss_scale
+        return loss, {name: batch.weight * values for name, values in metrics.items()}
 
-    def reference_mean(self, state: State) -> Tensor:
-        """Mean (B, C, h, w) of the pre-trained model's transition from the same states, without a gradient."""
-        return self.policy.reference_transition(state)[0]
+    def kl_loss(self, batch: Transitions, mean: Tensor, std: Tensor) -> tuple[Tensor, Metrics]:
+        """KL( p_theta || p_reference ) of each transition, with the weights of the steps.
 
-    def kl_metrics(self, batch: Transitions, kl: Tensor) -> Metrics:
-        """Metrics for a KL (B,) of transitions to the reference's: nats of a whole image, T steps together."""
-        return {"kl_to_reference": batch.weight * kl * self.process.num_inference_steps}
+        Args:
+            batch: B transitions.
+            mean: (B, C, h, w) of the current policy.
+            std: (B,).
 
-    def step_weights(self) -> Tensor:
-        """Weight of each denoising step in the policy gradient, (T,)."""
-        weights = self.process.table.output_weights()
-        return weights if self.step_weighting == "output" else torch.ones_like(weights)
+        Returns:
+            (B,) in nats of the whole latent, and metrics.
+        """
+        reference, _ = self.policy.reference_transition(batch.state)
+        kl = diffusion.kl_divergence(mean, reference, std)
+        return self.kl_step_weights[batch.step] * kl, self.kl_metrics(batch, mean.detach(), reference, std)
 
-    def step_importance(self, weights: Tensor) -> Tensor:
-        """Relative frequency with which each step is chosen if not all are trained on, (T,)."""
-        return weights
+    def kl_metrics(self, batch: Transitions, mean: Tensor, reference: Tensor, std: Tensor) -> Metrics:
+        """The KL to the reference in nats of a whole image, over the steps that explore; and the drift of the others.
+
+        The drift is the mean squared difference of the outputs: nats of steps with hardly any noise say little.
+        """
+        table = self.process.table
+        exploring = table.exploring[batch.step]
+        kl = exploring * diffusion.kl_divergence(mean, reference, std)
+        late_mse = table.output_mse(batch.step, mean, reference)[~exploring]
+        return {"kl_to_reference": batch.weight * kl * len(table), "late_output_mse": late_mse}
+
+    def step_importance(self) -> Tensor:
+        """Relative frequency with which each step is chosen if not all are trained on, (T,): its share of the loss."""
+        return (self.step_weights + self.kl_step_weights) / 2 if self.kl_coef else self.step_weights
 
     def advantages(self, buffer: TrajectoryBuffer) -> Tensor:
         """The advantage of each transition, (N, T): here the reward that the image got in the end.

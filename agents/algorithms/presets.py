@@ -17,7 +17,7 @@ class Preset:
         description: what the settings are for, in one line.
         images: budget of a training.
         env_kwargs: arguments of the environment.
-        common: arguments of every algorithm, ``n_envs`` and ``policy_kwargs`` included.
+        common: arguments of every algorithm, ``policy_kwargs`` included.
         algorithms: further arguments by the algorithm's name.
         only: the algorithms that the preset is for; empty for all.
     """
@@ -40,6 +40,9 @@ class Preset:
         return {**self.common, **self.algorithms.get(algorithm, {})}
 
 
+#: What the laptop's policy gradients have beside their authors' settings: their steps all explore.
+_LAPTOP_POLICY_GRADIENT = {"batch_size": 64, "skip_last_steps": "auto"}
+
 #: Two cores of a laptop and the embedded diffusion model: what plain ``dpok train`` uses.
 _LAPTOP = Preset(
     description="the embedded model in minutes on two cores",
@@ -47,34 +50,30 @@ _LAPTOP = Preset(
     env_kwargs=FIRST_TASKS[DEFAULT_ENVIRONMENT],
     common={
         "images_per_iteration": 64,
-        "n_envs": 64,
         "learning_rate": 3e-3,
         "final_lr_fraction": 0.05,
+        "warmup_fraction": 0.1,
         "policy_kwargs": {"lora_rank": 16, "target_modules": "all"},
     },
     algorithms={
-        # For one prompt, the mean of the iteration's rewards is a better baseline than a critic.
-        "dpok": {"batch_size": 64, "use_critic": False},
-        "ddpo": {"batch_size": 64},
-        "grpo": {"batch_size": 64},
-        "reinforce": {"images_per_iteration": 32},
+        "ddpo": _LAPTOP_POLICY_GRADIENT,
+        "grpo": _LAPTOP_POLICY_GRADIENT | {"kl_coef": 5e-3},
+        "reinforce": _LAPTOP_POLICY_GRADIENT | {"images_per_iteration": 32, "batch_size": None},
+        "rwr": {"temperature": 0.2},
         "draft": {"batch_size": 16, "n_last_steps": 2},
     },
 )
 
-#: The whole objective as the paper's Eq. 8 has it, unscaled, and its full gradient. It is not clipped: a clipped
-#: gradient leads elsewhere if its noise is lopsided.
+#: The whole gradient of the paper's Eq. 8, with large batches: its noise is what is left of the distance to the optimum.
 _EXACT_OBJECTIVE = Preset(
-    description="DPOK's objective as it is written, for models whose optimum is known",
+    description="DPOK's whole objective, for models whose optimum is known",
     images=15_360,
-    common={"images_per_iteration": 256, "n_envs": 256, "learning_rate": 1e-2, "final_lr_fraction": 0.02},
+    common={"images_per_iteration": 256, "learning_rate": 3e-3, "final_lr_fraction": 0.05},
     algorithms={
         "dpok": {
-            "step_weighting": "likelihood",
-            "normalize_advantage": False,
+            "batch_size": 256,
             "kl_placement": "reward",
             "kl_coef": 0.5,
-            "max_grad_norm": 100.0,
             "vf_learning_rate": 3e-3,
             "policy_kwargs": {"critic_hidden": 64, "max_batch_size": None},
         },
@@ -88,6 +87,9 @@ _PUBLISHED_MODEL = Preset(
     common={"images_per_iteration": 64},
 )
 
+#: Dimensions of a latent of Stable Diffusion 1.x, 2.1-base at 512 pixels: the papers' limits are per dimension.
+_SD_DIMENSIONS = 4 * 64 * 64
+
 #: Fan et al. 2023, single prompt, where the settings are known. Both this and the code's settings draw 10 images and
 #: take 5 optimiser steps in an iteration. The code keeps the last two iterations in its buffer and draws each minibatch
 #: anew; here each transition is used at most once, and then forgotten.
@@ -96,23 +98,26 @@ _PAPER = Preset(
     images=20_000,
     common={
         "images_per_iteration": 10,
-        "n_envs": 10,
         "learning_rate": 1e-5,
         "batch_size": 32,
         "timestep_fraction": 0.32,  # 5 batches of 32 out of 10 images with 50 steps
+        "skip_last_steps": 0,
         "reward_weight": 10.0,
-        "normalize_advantage": False,
-        "log_prob_reduction": "sum",
-        "step_weighting": "likelihood",
+        "center_advantage": False,
+        "normalize_loss": False,
+        "ratio": "per-dimension",
         "clip_type": "ppo",
+        "clip_range": 1e-4 * _SD_DIMENSIONS,
+        "step_weighting": "likelihood",
         "kl_coef": 0.01,
         "kl_estimator": "exact",
         "kl_placement": "loss",
         "max_grad_norm": 0.1,
+        "use_critic": True,
         "vf_learning_rate": 1e-4,
         "vf_batch_size": None,
         "vf_epochs": 1,
-        "policy_kwargs": {"lora_rank": 4},
+        "policy_kwargs": {"lora_rank": 4, "optimizer_kwargs": {"weight_decay": 0.0, "eps": 1e-8}},
     },
     only=("dpok",),
 )
@@ -125,11 +130,72 @@ _OFFICIAL_CODE = Preset(
         "batch_size": 48,
         "micro_batch_size": 4,
         "timestep_fraction": 0.48,  # 5 batches of 48
-        "log_prob_reduction": "mean",
         "clip_type": "clamp",
         "kl_estimator": "output-mse",
     },
     only=("dpok",),
+)
+
+#: Black et al. 2024, App. D, DDPO_IS on Stable Diffusion 1.4; the statistics are those of their code (jannerm/ddpo).
+_DDPO = Preset(
+    description="the settings of DDPO's paper for Stable Diffusion",
+    images=50_000,
+    env_kwargs={"num_inference_steps": 50, "eta": 1.0, "guidance_scale": 5.0},
+    common={
+        "images_per_iteration": 256,
+        "batch_size": 256 * 50 // 4,  # 4 optimiser steps in an iteration, each with all steps of 64 images
+        "learning_rate": 1e-5,
+        "clip_range": 1e-4 * _SD_DIMENSIONS,
+        "statistics_size": 32,
+        "min_count": 16,
+        "advantage_clip": 10.0,
+        "max_grad_norm": 1.0,
+        "policy_kwargs": {"lora_rank": 0, "optimizer_kwargs": {"weight_decay": 1e-4, "eps": 1e-8}},
+    },
+    only=("ddpo",),
+)
+
+#: Xue et al. 2025: fastvideo/train_grpo_sd.py and config_sd/ of their code, the images of one of its eight GPUs.
+_DANCE_GRPO = Preset(
+    description="the settings of DanceGRPO's code for Stable Diffusion",
+    images=19_200,
+    env_kwargs={"num_inference_steps": 50, "eta": 1.0, "guidance_scale": 5.0},
+    common={
+        "images_per_iteration": 64,
+        "group_size": 16,
+        "same_noise": "iteration",
+        "skip_last_steps": 1,
+        "batch_size": 64 * 49 // 2,  # 2 optimiser steps in an iteration
+        "learning_rate": 1e-5,
+        "clip_range": 1e-4 * _SD_DIMENSIONS,
+        "advantage_clip": 5.0,
+        "kl_coef": 0.0,
+        "max_grad_norm": 1.0,
+        "policy_kwargs": {"lora_rank": 0, "optimizer_kwargs": {"weight_decay": 1e-4, "eps": 1e-8}},
+    },
+    only=("grpo",),
+)
+
+#: Liu et al. 2025: config/base.py and config/grpo.py (general_ocr_sd3) of their code. Their model is a flow-matching
+#: one; the settings hold for any. Its timestep_fraction of 0.99 trains on the first 9 of 10 steps.
+_FLOW_GRPO = Preset(
+    description="the settings of Flow-GRPO's code",
+    images=115_200,
+    env_kwargs={"num_inference_steps": 10, "guidance_scale": 4.5},
+    common={
+        "images_per_iteration": 48 * 24,
+        "group_size": 24,
+        "std_over": "iteration",
+        "skip_last_steps": 1,
+        "batch_size": 48 * 24 * 9 // 2,  # 2 optimiser steps in an iteration
+        "learning_rate": 3e-4,
+        "clip_range": 1e-4 * _SD_DIMENSIONS,
+        "advantage_clip": 5.0,
+        "kl_coef": 0.04,
+        "max_grad_norm": 1.0,
+        "policy_kwargs": {"lora_rank": 32, "optimizer_kwargs": {"weight_decay": 1e-4, "eps": 1e-8}},
+    },
+    only=("grpo",),
 )
 
 PRESETS: dict[str, Preset] = {
@@ -138,6 +204,9 @@ PRESETS: dict[str, Preset] = {
     "published-model": _PUBLISHED_MODEL,
     "paper": _PAPER,
     "official-code": _OFFICIAL_CODE,
+    "ddpo": _DDPO,
+    "dance-grpo": _DANCE_GRPO,
+    "flow-grpo": _FLOW_GRPO,
 }
 
 

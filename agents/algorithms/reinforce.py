@@ -44,8 +44,8 @@ class REINFORCE(PolicyGradient):
     def loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
         """-(r - b) log p_theta of each transition, (B,); only its gradient counts."""
         mean, std = self.policy.transition(batch.state)
-        loss = score_function_loss(batch.actions, mean, std, batch.advantages, self.log_prob_reduction)
-        return batch.weight * batch.step_weight * loss, {}
+        loss = self.step_weights[batch.step] * score_function_loss(batch.actions, mean, std, batch.advantages)
+        return batch.weight * loss / self.loss_scale, {}
 
     def image_advantages(self, rewards: Tensor, prompts: list[str], images: Tensor) -> Tensor:
         """r - b of each image, (n,)."""

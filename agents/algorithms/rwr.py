@@ -22,6 +22,9 @@ class RWR(ForwardProcess):
     Z is the mean over the images of the same prompt, so that easy prompts do not crowd out the others. This is one
     round; the paper goes on to draw images with the model so trained, and to train on these.
 
+    The paper's code multiplies rewards by its "temperature" of 1/5, so its weights are exp(0.2 r): the default here, a
+    temperature of 5. Rewards between 0 and 1 need a smaller one, or all weights are nearly alike.
+
     Args:
         policy: "DenoisingPolicy", or a subclass of it.
         env: a denoising environment, see :class:`~agents.common.algorithm.DenoisingAlgorithm`.
@@ -35,7 +38,7 @@ class RWR(ForwardProcess):
         policy: str | type[DenoisingPolicy] = "DenoisingPolicy",
         env: Any = None,
         *,
-        temperature: float = 0.2,
+        temperature: float = 5.0,
         sparse_fraction: float | None = None,
         **kwargs: Any,
     ) -> None:

@@ -14,7 +14,7 @@ import yaml
 from agents.algorithms.presets import PRESETS, default_preset
 from agents.algorithms.registry import load_algorithm
 from agents.cli.environments import environment_class, environment_kwargs, make_env, parse_reward
-from agents.common.algorithm import DenoisingAlgorithm
+from agents.common.algorithm import DEFAULT_N_ENVS, DenoisingAlgorithm
 from agents.common.arguments import Argument, describe_arguments
 from agents.common.policy import DenoisingPolicy
 from dpok_gym.models.registry import list_models
@@ -181,7 +181,7 @@ def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Co
     preset = PRESETS[preset_name]
     # Users may add presets to the dict, so the settings of a preset are checked like those of a command line.
     chosen = dict(preset.algorithm_kwargs(algo))
-    n_envs = chosen.pop("n_envs", describe_arguments(algorithm)["n_envs"].default)
+    n_envs = chosen.pop("n_envs", DEFAULT_N_ENVS)
     policy_kwargs = settings_of(DenoisingPolicy) | chosen.pop("policy_kwargs", {})
     own = settings_of(algorithm)
     check_names(f"argument of {algo} in the preset {preset_name!r}", chosen, own)

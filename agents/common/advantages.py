@@ -5,14 +5,8 @@ Letters used for shapes: N images, T denoising steps, G groups.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
-
-#: True: mean 0 and standard deviation 1 over the rollout. "center": mean 0 at each denoising step. False: unchanged.
-Normalization = bool | Literal["center"]
-
 
 def generalized_advantages(
     rewards: Tensor, values: Tensor, gamma: float = 1.0, gae_lambda: float = 1.0
@@ -41,31 +35,26 @@ def generalized_advantages(
     return advantages, advantages + values
 
 
-def normalize(advantages: Tensor, valid: Tensor, how: Normalization) -> Tensor:
-    """Shifts and scales the advantages of a rollout.
+def center(advantages: Tensor, valid: Tensor) -> Tensor:
+    """Subtracts the mean of each denoising step: a baseline that all images share.
 
     Args:
         advantages: (N, T).
-        valid: (N,) bool, the images that mean and standard deviation are taken over.
-        how: see :data:`Normalization`.
+        valid: (N,) bool, the images that the mean is taken over.
 
     Returns:
         (N, T).
     """
-    if not how or not valid.any():
-        return advantages
-    sound = advantages[valid]
-    if how == "center":
-        return advantages - sound.mean(dim=0)
-    return (advantages - sound.mean()) / (sound.std(correction=0) + 1e-8)
+    return advantages - advantages[valid].mean(dim=0) if valid.any() else advantages
 
 
-def standardize_in_groups(rewards: Tensor, groups: Tensor) -> Tensor:
+def standardize_in_groups(rewards: Tensor, groups: Tensor, std_of_group: bool = True) -> Tensor:
     """(r - mean) / std over the images of the same group (Liu et al. 2025, Eq. 4).
 
     Args:
         rewards: (N,).
         groups: (N,) int64, the group of each image.
+        std_of_group: False divides by the standard deviation of all rewards.
 
     Returns:
         (N,).
@@ -74,7 +63,8 @@ def standardize_in_groups(rewards: Tensor, groups: Tensor) -> Tensor:
     size = members.sum(dim=0)
     centred = rewards - members @ (rewards @ members / size)
     variance = centred.square() @ members / size
-    return centred / (members @ variance.sqrt() + 1e-6)
+    std = members @ variance.sqrt() if std_of_group else rewards.std(correction=0)
+    return centred / (std + 1e-6)
 
 
 def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:

@@ -37,6 +37,9 @@ from dpok_gym.utils.batching import BatchSize
 from dpok_gym.utils.validation import check_fraction, check_integer, check_non_negative, check_positive
 from dpok_gym.vector_env import DenoisingVectorEnv
 
+#: Images that an algorithm draws side by side, if it makes the environment itself.
+DEFAULT_N_ENVS = 64
+
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="DenoisingAlgorithm")
 
 
@@ -55,10 +58,12 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             apart. A function of the remaining progress, 1 to 0, is allowed.
         final_lr_fraction: share of the learning rate that is left at the end of ``learn``, in [0, 1], falling linearly;
             1 keeps the rate. A falling rate averages out the noise of the last updates.
+        warmup_fraction: share of ``learn`` in which the learning rate rises linearly from 0, in [0, 1); Adam's first
+            steps have the full length, whatever the gradient is, and most of it is noise.
         images_per_iteration: images drawn between two updates, at least 1; None for as many as there are environments.
             More give less noise in the gradient and fewer updates.
-        n_envs: images drawn side by side when ``env`` is an id, at least 1; it changes memory and speed only, unless
-            ``images_per_iteration`` is None.
+        n_envs: images drawn side by side, at least 1; it changes memory and speed only, unless
+            ``images_per_iteration`` is None. None for 64 if ``env`` is an id, else for as many as ``env`` has.
         batch_size: elements (transitions or images) of an optimiser step, at least 1; None for all there are. Smaller
             takes more steps in each iteration.
         micro_batch_size: elements of a forward and backward pass, at least 1, whose gradients add up to those of the
@@ -112,8 +117,9 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         *,
         learning_rate: float | Schedule = 1e-3,
         final_lr_fraction: float = 1.0,
+        warmup_fraction: float = 0.0,
         images_per_iteration: int | None = None,
-        n_envs: int = 64,
+        n_envs: int | None = None,
         batch_size: int | None = None,
         micro_batch_size: int | Literal["auto"] | None = 128,
         max_grad_norm: float = 1.0,
@@ -128,10 +134,19 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
     ) -> None:
         if isinstance(env, str):
             # Gymnasium's own vectorisation would run a model for each environment.
+            n_envs = DEFAULT_N_ENVS if n_envs is None else check_integer("n_envs", n_envs)
             env = gymnasium.make_vec(env, num_envs=n_envs, vectorization_mode="vector_entry_point")
+        elif env is not None and n_envs not in (None, find_denoising_env(env).num_envs):
+            raise ValueError(
+                f"n_envs={n_envs} does not fit the environment, which has {find_denoising_env(env).num_envs}: leave it "
+                "out, or make the environment with as many"
+            )
         if not callable(learning_rate):
             check_non_negative("learning_rate (or a function of the remaining progress)", learning_rate)
         self.final_lr_fraction = check_fraction("final_lr_fraction", final_lr_fraction)
+        if not 0 <= warmup_fraction < 1:
+            raise ValueError(f"warmup_fraction must lie in [0, 1), got {warmup_fraction}")
+        self.warmup_fraction = warmup_fraction
         self.batch_size = None if batch_size is None else check_integer("batch_size", batch_size)
         self.micro_batch_size = micro_batch_size
         self.images_per_iteration: int | None = None
@@ -173,7 +188,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
-        self.lr_schedule = partial(_falling, self.lr_schedule, self.final_lr_fraction)
+        self.lr_schedule = partial(_shaped, self.lr_schedule, self.warmup_fraction, self.final_lr_fraction)
 
     def _setup_model(self) -> None:
         self._setup_lr_schedule()
@@ -378,6 +393,10 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         self.pipeline().save_pretrained(folder)
 
 
-def _falling(schedule: Schedule, final_fraction: float, progress_remaining: float) -> float:
-    """A learning rate that also falls linearly to a fraction of itself; the progress goes from 1 to 0."""
-    return schedule(progress_remaining) * (final_fraction + (1 - final_fraction) * progress_remaining)
+def _shaped(schedule: Schedule, warmup: float, final_fraction: float, progress_remaining: float) -> float:
+    """A learning rate that also rises linearly at first, and falls linearly to a fraction of itself.
+
+    The remaining progress goes from 1 to 0.
+    """
+    rising = min((1 - progress_remaining) / warmup, 1) if warmup else 1
+    return schedule(progress_remaining) * rising * (final_fraction + (1 - final_fraction) * progress_remaining)

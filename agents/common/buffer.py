@@ -55,7 +55,6 @@ class Transitions(Batch):
         old_means: (B, C, h, w) of the policy that drew the actions.
         advantages: (B,).
         returns: (B,) targets of the critic.
-        step_weight: (B,) weight of the step in the policy gradient.
         weight: (B,) weight that makes the mean over a random share of the rollout estimate the mean over all of it.
         image_conditioning: of the N images of the rollout.
     """
@@ -67,7 +66,6 @@ class Transitions(Batch):
     old_means: Tensor
     advantages: Tensor
     returns: Tensor
-    step_weight: Tensor
     weight: Tensor
     image_conditioning: Conditioning
 
@@ -164,7 +162,6 @@ class TrajectoryBuffer:
         rng: np.random.Generator,
         fraction: float = 1.0,
         step_importance: Tensor | None = None,
-        step_weights: Tensor | None = None,
     ) -> Iterator[Transitions]:
         """Yields random batches of the transitions of valid images, each transition at most once.
 
@@ -172,14 +169,13 @@ class TrajectoryBuffer:
             batch_size: transitions in a batch; None for all in one.
             rng: decides on order and choice.
             fraction: share of the transitions that is used at all, in (0, 1].
-            step_importance: (T,) positive; transitions of some steps are chosen more often than those of others, in
-                these proportions as far as there are enough of them. None for all alike.
-            step_weights: (T,) weights of the steps in the policy gradient; None for 1.
+            step_importance: (T,) at least 0; transitions of some steps are chosen more often than those of others, in
+                these proportions as far as there are enough of them, and those of importance 0 never. None for all
+                alike.
         """
         n_steps, device = self.num_inference_steps, self.means.device
         ones = torch.ones(n_steps, device=device)
         probability = inclusion_probabilities(ones if step_importance is None else step_importance, fraction)
-        step_weights = ones if step_weights is None else step_weights
         images = torch.nonzero(self.valid).flatten()
         # Transition number image * T + step.
         transitions = (images[:, None] * n_steps + torch.arange(n_steps, device=device)).flatten()
@@ -197,7 +193,6 @@ class TrajectoryBuffer:
                 old_means=self.means[image, t],
                 advantages=self.advantages[image, t],
                 returns=self.returns[image, t],
-                step_weight=step_weights[t],
                 weight=fraction / probability[t],
                 image_conditioning=self.conditioning,
             )
@@ -215,13 +210,16 @@ def inclusion_probabilities(importance: Tensor, fraction: float) -> Tensor:
     """Probabilities with a mean of ``fraction``, in proportion to the importance where that is not above 1, (T,).
 
     Args:
-        importance: (T,) positive.
+        importance: (T,) at least 0. The mean is over those above 0; the others get the probability 0.
         fraction: in (0, 1].
     """
-    certain = torch.full_like(importance, fraction == 1, dtype=torch.bool)
+    possible = importance > 0
+    if fraction == 1:
+        return possible.to(importance)
+    certain = torch.zeros_like(possible)
     while True:
         # Steps that would need a probability above 1 get 1; the others share what is left.
-        left = fraction * len(importance) - certain.sum()
+        left = fraction * possible.sum() - certain.sum()
         probability = torch.where(certain, 1.0, left * importance / importance[~certain].sum())
         if not (probability > 1 + 1e-6).any():
             return probability.clamp(max=1)

@@ -11,13 +11,47 @@ import torch
 from torch import Tensor
 
 from dpok_gym import diffusion
-from dpok_gym.diffusion import Reduction
 from dpok_gym.utils.validation import check_choice
 
-ClipType = Literal["ppo", "clamp"]
+ClipType = Literal["ppo", "clamp", "kl"]
+
+#: "joint": rho. "per-dimension": rho^(1/D). "centred": (rho exp(KL))^(1/D), see :func:`importance_ratio`.
+Ratio = Literal["joint", "per-dimension", "centred"]
 
 #: What an update logs: tensors (B,) by name.
 Metrics = dict[str, Tensor]
+
+
+def importance_ratio(
+    actions: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor, ratio: Ratio = "joint"
+) -> tuple[Tensor, int]:
+    """The logarithm of rho = p_theta(x_{t-1} | x_t, z) / p_old(x_{t-1} | x_t, z), in one of three forms.
+
+    - "joint" is log rho (the papers' equations). In thousands of dimensions, rho is soon 0 or huge.
+    - "per-dimension" is log rho / D (the published codes). It stays near 0, but is no ratio of densities: its mean
+      over the old policy is -KL(old || new) / D. So if advantages are negative on average, the loss falls as the new
+      policy moves away from the old one, in whichever direction.
+    - "centred" is (log rho + KL(old || new)) / D, whose mean over the old policy is 0 (RatioNorm of GRPO-Guard, Wang
+      et al. 2025). In closed form it is (mean - old_mean) . (x_{t-1} - old_mean) / (D std^2).
+
+    Args:
+        actions: (B, ...) x_{t-1}, drawn from the old policy.
+        mean: (B, ...) of the new policy.
+        old_mean: (B, ...) of the old policy.
+        std: (B,).
+        ratio: which of the three.
+
+    Returns:
+        (B,), exactly 0 where the means are equal; and the number of dimensions that it is an average over, D or 1.
+    """
+    check_choice("ratio", ratio, "joint", "per-dimension", "centred")
+    log_ratio = diffusion.log_ratio(actions, mean, old_mean, std)
+    if ratio == "joint":
+        return log_ratio, 1
+    if ratio == "centred":
+        log_ratio = log_ratio + diffusion.kl_divergence(mean, old_mean, std)
+    dims = actions[0].numel()
+    return log_ratio / dims, dims
 
 
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float, clip_type: ClipType = "ppo") -> Tensor:
@@ -53,9 +87,12 @@ def policy_gradient_loss(
     advantages: Tensor,
     clip_range: float,
     clip_type: ClipType = "ppo",
-    reduction: Reduction = "sum",
+    ratio: Ratio = "joint",
 ) -> tuple[Tensor, Metrics]:
-    """-A rho of transitions, with rho = p_theta(x_{t-1} | x_t, z) / p_old(x_{t-1} | x_t, z), clipped.
+    """-A rho of transitions, clipped. At the old policy, its gradient is -A grad log p_theta, whatever the ratio.
+
+    "ppo" and "clamp" clip the ratio, see :func:`clipped_surrogate`. "kl" clips nothing, but leaves out the transitions
+    whose KL(old || new) is above ``clip_range`` and that would move still further (the mask of Flow-DPPO, 2026).
 
     Args:
         actions: (B, ...) x_{t-1}, drawn from the old policy.
@@ -63,25 +100,28 @@ def policy_gradient_loss(
         old_mean: (B, ...) of the old policy.
         std: (B,).
         advantages: (B,).
-        clip_range: largest change of a transition's log-probability, in nats of the whole latent, above 0.
-        clip_type: see :func:`clipped_surrogate`.
-        reduction: "sum" takes the densities as they are (the papers' equations); "mean" takes the ratio of the
-            densities per dimension, rho^(1/D), and clips at ``clip_range`` / D (the papers' codes).
+        clip_range: largest change of a transition, in nats of the whole latent, above 0.
+        clip_type: which of the three.
+        ratio: see :func:`importance_ratio`.
 
     Returns:
         (B,) losses, and the ratio and whether it was clipped as metrics.
     """
-    log_ratio = diffusion.log_ratio(actions, mean, old_mean, std, reduction)
-    # clip_range is in nats of the latent, and log_ratio perhaps in nats per dimension.
-    limit = clip_range / _unit(actions, reduction)
-    loss = clipped_surrogate(log_ratio, advantages, limit, clip_type)
-    is_clipped = (log_ratio.detach().abs() > limit).float()
-    return loss, {"mean_ratio": log_ratio.detach().exp(), "clip_fraction": is_clipped}
+    check_choice("clip_type", clip_type, "ppo", "clamp", "kl")
+    log_ratio, dims = importance_ratio(actions, mean, old_mean, std, ratio)
+    if clip_type == "kl":
+        distance = diffusion.kl_divergence(mean.detach(), old_mean, std)
+        is_clipped = (distance > clip_range) & (advantages * log_ratio.detach() > 0)
+        loss = (-advantages * log_ratio.exp()).masked_fill(is_clipped, 0)
+    else:
+        # clip_range is in nats of the latent, and log_ratio perhaps in nats per dimension.
+        is_clipped = log_ratio.detach().abs() > clip_range / dims
+        loss = clipped_surrogate(log_ratio, advantages, clip_range / dims, clip_type)
+    # An average over D dimensions has 1/D of the gradient of the sum, which is that of the log-density.
+    return dims * loss, {"mean_ratio": log_ratio.detach().exp(), "clip_fraction": is_clipped.float()}
 
 
-def score_function_loss(
-    actions: Tensor, mean: Tensor, std: Tensor, advantages: Tensor, reduction: Reduction = "sum"
-) -> Tensor:
+def score_function_loss(actions: Tensor, mean: Tensor, std: Tensor, advantages: Tensor) -> Tensor:
     """-A log p_theta(x_{t-1} | x_t, z) up to a constant, (B,); only its gradient counts.
 
     Args:
@@ -89,22 +129,8 @@ def score_function_loss(
         mean: (B, ...) of the current policy, with a gradient.
         std: (B,).
         advantages: (B,).
-        reduction: "sum" for the log-probability itself, "mean" for its value per dimension.
     """
-    return -advantages * diffusion.log_ratio(actions, mean, mean.detach(), std, reduction)
-
-
-def output_difference(output_mse: Tensor, latents: Tensor, reduction: Reduction = "sum") -> Tensor:
-    """Squared difference of two network outputs, (B,): the KL of DPOK's published code.
-
-    It is the KL of the Gaussians without its factor output_coef^2 / (2 std^2), which differs between timesteps.
-
-    Args:
-        output_mse: (B,) mean squared difference.
-        latents: (B, ...) any latents, for their number of dimensions D.
-        reduction: "sum" or "mean" over the dimensions, as for the other terms.
-    """
-    return output_mse * (_dims(latents) / _unit(latents, reduction))
+    return -advantages * diffusion.log_ratio(actions, mean, mean.detach(), std)
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
@@ -119,13 +145,3 @@ def denoising_loss(output: Tensor, target: Tensor) -> Tensor:
     Eq. 12 and 14). In this way Eq. 10 of DPOK is minimised.
     """
     return diffusion.reduce((output - target).square(), "mean")
-
-
-def _dims(latents: Tensor) -> int:
-    """D."""
-    return latents[0].numel()
-
-
-def _unit(latents: Tensor, reduction: Reduction) -> int:
-    """The number of nats of a whole latent that count as 1."""
-    return _dims(latents) if reduction == "mean" else 1

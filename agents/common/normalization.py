@@ -39,6 +39,10 @@ class RunningStatistics:
         self.mean += difference * n / total
         self.count = total
 
+    def state(self) -> list[float]:
+        """Returns the constructor's arguments, count, mean and sum of squares."""
+        return [self.count, self.mean, self.squares]
+
     @property
     def std(self) -> float:
         """The standard deviation; 1 for as long as the values have not differed."""
@@ -68,7 +72,7 @@ class RewardNormalizer:
 
     def state_dict(self) -> dict[str, list[float]]:
         """Returns count, mean and sum of squares of each component."""
-        return {name: [it.count, it.mean, it.squares] for name, it in self.statistics.items()}
+        return {name: statistics.state() for name, statistics in self.statistics.items()}
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         """Goes on with the statistics that :meth:`state_dict` returned."""

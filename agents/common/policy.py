@@ -28,6 +28,10 @@ from dpok_gym.utils.batching import BatchSize
 from dpok_gym.utils.validation import check_choice
 
 
+#: An eps far below any gradient: a step of AdamW then does not depend on the scale of the loss.
+DEFAULT_OPTIMIZER_KWARGS = {"weight_decay": 0.0, "eps": 1e-15}
+
+
 class DenoisingPolicy(ActorCriticPolicy):
     """p_theta(x_{t-1} | x_t, z) of a diffusion model, and V(x_t, t, z).
 
@@ -58,7 +62,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         critic_hidden: width of the critic's layers, at least 1.
         optimizer_class: a torch optimiser.
         optimizer_kwargs: arguments of the optimiser, such as ``{"weight_decay": 0.01}``; the learning rate is the
-            algorithm's.
+            algorithm's. None for :data:`DEFAULT_OPTIMIZER_KWARGS`, which suit AdamW.
         use_critic: add a critic; the algorithm decides.
     """
 
@@ -92,7 +96,7 @@ class DenoisingPolicy(ActorCriticPolicy):
             observation_space,
             action_space,
             optimizer_class=optimizer_class,
-            optimizer_kwargs=optimizer_kwargs or {"weight_decay": 0.0},
+            optimizer_kwargs=optimizer_kwargs or DEFAULT_OPTIMIZER_KWARGS,
         )
         if isinstance(process, Mapping):
             process = DenoisingProcess.from_config(SamplerConfig.from_dict(process))

@@ -49,7 +49,8 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
         started = time.perf_counter()
         self._update_learning_rate(self.policy.optimizer)
         yield
-        self.latest_metrics = {name: torch.cat(values).mean().item() for name, values in self._metrics.items()}
+        columns = {name: torch.cat(values) for name, values in self._metrics.items()}
+        self.latest_metrics = {name: values.mean().item() for name, values in columns.items() if len(values)}
         for name, mean in self.latest_metrics.items():
             self.logger.record(f"train/{name}", mean)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

@@ -94,15 +94,24 @@ class TransitionTable:
         return (clean - from_sample * sample) / from_output
 
     def output_weights(self) -> Tensor:
-        """Returns std / |output_coef| of each step, scaled to a mean of 1; (T,).
+        """Returns std / |output_coef| of each step, (T,).
 
         The score of a step, as a function of the network's output, has a standard deviation of |output_coef| / std. So
         a policy gradient with these weights reaches the output with the same strength at every step. Without them, one
         late step has most of its variance: with Stable Diffusion's betas at T = 20 the last but one has 73 % (86 % if
         the network predicts the velocity), though little of the image is left to decide there.
         """
-        weights = self.std / self.output_coef.abs()
-        return weights / weights.mean()
+        return self.std / self.output_coef.abs()
+
+    @property
+    def exploring(self) -> Tensor:
+        """(T,) bool: whether the noise of a step is at least a tenth of the largest one.
+
+        With Stable Diffusion's betas, the last two steps explore nothing, whatever T is: their std is below 0.05. What
+        they draw cannot be seen, but their KL can be huge. The last but one removes most of the noise that is left, so
+        its |output_coef| / std is 3 to 8, and everywhere else at most 1.2. A KL goes with the square of that.
+        """
+        return self.std >= 0.1 * self.std.max()
 
     def output_mse(self, step: Tensor, mean: Tensor, other_mean: Tensor) -> Tensor:
         """Returns the mean squared difference of the two network outputs that led to these means, (B,).
