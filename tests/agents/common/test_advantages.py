@@ -7,13 +7,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 
-from agents.common.advantages import (
-    Normalization,
-    generalized_advantages,
-    leave_one_out,
-    normalize,
-    standardize_in_groups,
-)
+from agents.common.advantages import center, generalized_advantages, leave_one_out, standardize_in_groups
 
 
 def tensor(values: list) -> Tensor:
@@ -78,38 +72,20 @@ def random_advantages() -> Tensor:
     return 3 + 2 * torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def test_normalized() -> None:
-    plain = random_advantages()
-    torch.testing.assert_close(normalize(plain, ALL, True), (plain - plain.mean()) / plain.std(correction=0))
-    assert normalize(plain, ALL, False) is plain
+def test_centred_by_hand() -> None:
+    plain = tensor([[1.0, 3.0], [5.0, 9.0]])
+    assert center(plain, ALL[:2]).tolist() == [[-2.0, -3.0], [2.0, 3.0]]
 
 
-def test_normalized_by_hand() -> None:
-    plain = tensor([[1.0, 3.0], [5.0, 7.0]])  # mean 4, variance 5
-    torch.testing.assert_close(normalize(plain, ALL[:2], True), (plain - 4) / 5**0.5)
-    assert normalize(plain, ALL[:2], "center").tolist() == [[-2.0, -2.0], [2.0, 2.0]]
-
-
-def test_centred() -> None:
-    plain = random_advantages()
-    centred = normalize(plain, ALL, "center")
-    torch.testing.assert_close(centred.mean(dim=0), tensor([0.0] * 3))
-    torch.testing.assert_close(centred - plain, (centred - plain)[:1].expand(4, 3))  # a shift of each step
-
-
-@pytest.mark.parametrize("how", [True, "center"])
-def test_images_that_are_not_valid_have_no_part_in_the_statistics(how: Normalization) -> None:
+def test_images_that_are_not_valid_have_no_part_in_the_mean() -> None:
     plain = random_advantages()
     plain[~SOME] = 1e6
-    normal = normalize(plain, SOME, how)
-    torch.testing.assert_close(normal[SOME], normalize(plain[SOME], ALL[:2], how))
+    torch.testing.assert_close(center(plain, SOME)[SOME], center(plain[SOME], ALL[:2]))
 
 
-@pytest.mark.parametrize("how", [True, False, "center"])
-def test_nothing_valid_or_nothing_different(how: Normalization) -> None:
-    assert normalize(random_advantages(), ~ALL, how).isfinite().all()
-    same = normalize(torch.full((4, 3), 5.0), ALL, how)
-    assert same.tolist() == torch.full((4, 3), 0.0 if how else 5.0).tolist()
+def test_nothing_valid() -> None:
+    plain = random_advantages()
+    assert torch.equal(center(plain, ~ALL), plain)
 
 
 # --- In groups
@@ -121,6 +97,13 @@ def test_standardized_in_groups_by_hand() -> None:
     # Group 0: mean 3, variance 8/3. Group 7: mean 20, standard deviation 10.
     expected = tensor([-2 / (8 / 3) ** 0.5, -1.0, 0.0, 1.0, 2 / (8 / 3) ** 0.5])
     torch.testing.assert_close(standardize_in_groups(rewards, groups), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_standard_deviation_for_all_groups() -> None:
+    rewards, groups = tensor([1.0, 3.0, 10.0, 10.0]), torch.tensor([0, 0, 1, 1])
+    # Group means 2 and 10; the standard deviation of all four is that of (-5, -3, 4, 4).
+    expected = tensor([-1.0, 1.0, 0.0, 0.0]) / (66 / 4) ** 0.5
+    torch.testing.assert_close(standardize_in_groups(rewards, groups, False), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_group_without_differences_has_no_advantage() -> None:
