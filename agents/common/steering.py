@@ -125,7 +125,7 @@ class Steering:
         n_particles: k, the particles of each image, at least 1.
     """
 
-    n_particles: int
+    n_particles: int = 8
 
     def __post_init__(self) -> None:
         check_integer("n_particles", self.n_particles)
@@ -199,7 +199,6 @@ class _Resampling(Steering):
         resample_every: denoising steps from one choice to the next.
     """
 
-    n_particles: int = 8
     temperature: float = 0.1
     resample_every: int = 1
 

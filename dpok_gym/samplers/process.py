@@ -307,6 +307,7 @@ class DenoisingProcess:
             parents = None if select is None else select(state, mean)
             if parents is not None:
                 state, mean, std = state[parents], mean[parents], std[parents]
+                conditioning = state.conditioning
             latents = diffusion.sample(mean, std, noise(index))
             yield DenoisingStep(index, state, mean, std, latents, parents)
 
