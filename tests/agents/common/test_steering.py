@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -419,21 +420,21 @@ def test_masked_images_lose(make_env: Callable[..., Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [BestOf, lambda k: FKSteering(k, 0.3, resample_every=2), SVDD])
-def test_more_particles_have_more_reward(make: Callable[[int], Steering]) -> None:
+def test_more_particles_have_more_reward() -> None:
     env = DenoisingVectorEnv(
         32,
         prompts="three green squares",
-        reward={"shapes-preference": 1.0, "shapes-alignment": 0.0},
-        num_inference_steps=6,
+        reward={"shapes-preference": 1.0},
+        num_inference_steps=5,
         decode_batch_size=16,
         device="cpu",
     )
-    one, two, six = (
-        sample_images(env.process, env, list(env.prompts.train) * 32, 0, steering=make(k)) for k in (1, 2, 6)
-    )
-    assert one.mean_reward + 0.3 < two.mean_reward
-    assert two.mean_reward + 0.1 < six.mean_reward
-    assert one.aligned_share is not None
-    assert six.aligned_share is not None
-    assert one.aligned_share + 0.1 < six.aligned_share
+
+    def mean_reward(steering: Steering) -> float:
+        return sample_images(env.process, env, list(env.prompts.train) * 24, 0, steering=steering).mean_reward
+
+    alone = mean_reward(UNSTEERED)
+    for make in (BestOf, partial(FKSteering, temperature=0.3, resample_every=2), partial(SVDD, resample_every=2)):
+        two, six = (mean_reward(make(n_particles=k)) for k in (2, 6))
+        assert alone + 0.3 < two
+        assert two + 0.05 < six
