@@ -85,7 +85,7 @@ def test_sample(finished, tmp_path, capsys):
     drawn = []
     for name, options in {
         "alone": [],
-        "best": ["--steering", "best-of", "--n-particles", "3"],
+        "best": ["--steering", "best-of"],
         "small": ["--steering", "svdd", "--n-particles", "3", "--reward", "jpeg-compressibility"],
         "run": ["--steering", "fk", "--n-particles", "2", "--lora", str(finished)],
     }.items():
