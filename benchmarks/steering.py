@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -42,8 +43,20 @@ METHODS: dict[str, Callable[[int], Steering]] = {
 }
 PRETRAINED = "pre-trained"
 
-#: The scores of a row, with their titles in the figure.
-_SCORES = {"aligned": "share fully aligned", "quality": "quality", "reward": "reward steered by"}
+#: The panels of the figure: a score and a cost, with their titles.
+_PANELS = (
+    ("aligned", "denoiser_calls"),
+    ("quality", "denoiser_calls"),
+    ("reward", "denoiser_calls"),
+    ("reward", "seconds"),
+)
+_TITLES = {
+    "aligned": "share fully aligned",
+    "quality": "quality",
+    "reward": "reward steered by",
+    "denoiser_calls": "denoiser calls for an image",
+    "seconds": "seconds of one core for an image",
+}
 _COLOURS = dict(zip(METHODS, ("#555555", "#D55E00", "#0072B2"), strict=True))
 
 
@@ -140,30 +153,28 @@ def make_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def draw_figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws each score against the denoiser calls for an image; the bars are standard errors.
+    """Draws each score against the cost of an image; the bars are standard errors.
 
     Args:
         rows: of :func:`run`.
         path: file to write.
     """
-    figure = Figure(figsize=(11, 0.6 + 2.7 * len(TASKS)), layout="constrained")
-    panels = figure.subplots(len(TASKS), len(_SCORES), squeeze=False, sharex=True)
+    figure = Figure(figsize=(14, 0.6 + 2.7 * len(TASKS)), layout="constrained")
+    panels = figure.subplots(len(TASKS), len(_PANELS), squeeze=False, sharex="col")
     for row_of_panels, task in zip(panels, TASKS, strict=True):
-        for axes, (score, title) in zip(row_of_panels, _SCORES.items(), strict=True):
+        for axes, (score, cost) in zip(row_of_panels, _PANELS, strict=True):
             for label, colour in _COLOURS.items():
                 # All curves begin with the image that is drawn alone.
                 points = [row for row in rows if row["task"] == task and row["label"] in (label, PRETRAINED)]
-                points.sort(key=lambda row: row["denoiser_calls"])
-                x = [point["denoiser_calls"] for point in points]
-                y = [point[score] for point in points]
-                error = [point[f"{score}_error"] for point in points]
+                points.sort(key=lambda row: row[cost])
+                x, y, error = ([point[name] for point in points] for name in (cost, score, f"{score}_error"))
                 axes.errorbar(x, y, error, color=colour, marker="o", markersize=4, capsize=2, label=label)
             axes.set_xscale("log", base=2)
-            axes.set_xticks(x, [f"{calls:.0f}" for calls in x])
-            axes.set_title(f"{task}: {title}", fontsize=10)
+            axes.xaxis.set_major_formatter(FormatStrFormatter("%.2g"))
+            axes.set_title(f"{task}: {_TITLES[score]}", fontsize=10)
             tidy(axes)
-    for axes in panels[-1]:
-        axes.set_xlabel("denoiser calls for an image")
+    for axes, (_, cost) in zip(panels[-1], _PANELS, strict=True):
+        axes.set_xlabel(_TITLES[cost])
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
     save(figure, path)
