@@ -170,6 +170,8 @@ def draw_figure(rows: list[dict[str, Any]], path: Path) -> None:
                 x, y, error = ([point[name] for point in points] for name in (cost, score, f"{score}_error"))
                 axes.errorbar(x, y, error, color=colour, marker="o", markersize=4, capsize=2, label=label)
             axes.set_xscale("log", base=2)
+            if cost == "denoiser_calls":
+                axes.set_xticks(sorted({row[cost] for row in rows}))
             axes.xaxis.set_major_formatter(FormatStrFormatter("%.2g"))
             axes.set_title(f"{task}: {_TITLES[score]}", fontsize=10)
             tidy(axes)
@@ -190,7 +192,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     rows = run(options.images, options.seed, options.out / "steering.json")
-    Console(width=120).print(make_table(rows))
+    Console(width=140).print(make_table(rows))
     draw_figure(rows, options.out / "steering.png")
 
 
