@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from agents.common.evaluation import Evaluation as Evaluation
     from agents.common.evaluation import evaluate as evaluate
     from agents.common.policy import DenoisingPolicy as DenoisingPolicy
+    from agents.common.steering import SVDD as SVDD
+    from agents.common.steering import BestOf as BestOf
+    from agents.common.steering import FKSteering as FKSteering
     from agents.common.vec_env import GymnasiumVecEnv as GymnasiumVecEnv
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -36,11 +39,14 @@ __getattr__, __dir__, __all__ = lazy_names(
         "PRESETS": "algorithms.presets",
         "REINFORCE": "algorithms.reinforce",
         "RWR": "algorithms.rwr",
+        "SVDD": "common.steering",
+        "BestOf": "common.steering",
         "BestOfN": "algorithms.best_of_n",
         "DRaFT": "algorithms.draft",
         "DenoisingAlgorithm": "common.algorithm",
         "DenoisingPolicy": "common.policy",
         "Evaluation": "common.evaluation",
+        "FKSteering": "common.steering",
         "ForwardProcess": "algorithms.forward_process",
         "GymnasiumVecEnv": "common.vec_env",
         "PolicyGradient": "algorithms.policy_gradient",

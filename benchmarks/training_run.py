@@ -22,6 +22,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from agents.algorithms.registry import load_algorithm
 from agents.cli.environments import EVALUATION_BATCH_SIZE, evaluation_rewards
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
+from agents.common.steering import UNSTEERED, BestOf
 from dpok_gym.prompts import PromptSet, load_prompts
 from dpok_gym.shapes.prompts import unseen_prompts
 from dpok_gym.shapes.world import WORLD
@@ -61,7 +62,7 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
     trains = description["algorithm"] != REJECTION
     # Without training, an untrained agent of any algorithm gives access to the pre-trained model.
     name = description["algorithm"] if trains else "dpok"
-    best_of = 1 if trains else settings.pop("n")
+    steering = UNSTEERED if trains else BestOf(settings.pop("n"))
     algorithm: Any = load_algorithm(name)
     agent: DenoisingAlgorithm = algorithm(env=env, seed=description["seed"], device="cpu", **settings)
     curve = Curve(evaluation_env, description["seed"])
@@ -73,12 +74,12 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
         chosen = cycle_prompts(texts, description["eval_images"])
         # Far from the seeds that training and the curve use, and the same for all algorithms.
         seed = 1_000_000 * (description["seed"] + 1)
-        evaluation = evaluate(agent.policy, evaluation_env, chosen, seed, reference=not trains, best_of=best_of)
+        evaluation = evaluate(agent.policy, evaluation_env, chosen, seed, reference=not trains, steering=steering)
         scores[name] = summarize(evaluation)
         if not trains:
             # The KL of the evaluation is that of the sampler, before the best image is chosen. This is the bound for
-            # the chosen images, see agents.common.evaluation.evaluate.
-            scores[name]["kl"] = math.log(best_of) - (best_of - 1) / best_of
+            # the chosen images, see agents.common.steering.BestOf.
+            scores[name]["kl"] = math.log(steering.n_particles) - (steering.n_particles - 1) / steering.n_particles
         if row_file is not None and name == "training":
             _save_row(evaluation, row_file)
     if trains:
@@ -87,7 +88,7 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
         "scores": scores,
         "curve": curve.points,
         "num_function_evaluations": cost["num_function_evaluations"],
-        "num_function_evaluations_to_draw": best_of * agent.process.num_inference_steps,
+        "num_function_evaluations_to_draw": steering.denoiser_calls(agent.process.num_inference_steps),
         "seconds": cost["seconds"],
     }
 

@@ -16,7 +16,8 @@ from dpok_gym.utils.validation import check_integer
 class BestOfN(ForwardProcess):
     """Minimises E[ -log p_theta(x_0 | z) ] over the best of each n images of the pre-trained model.
 
-    The same choice works without any training, at n times the cost of each image: ``evaluate(..., best_of=n)``.
+    The same choice works without any training, at n times the cost of each image:
+    ``evaluate(..., steering=BestOf(n))``.
 
     Args:
         policy: "DenoisingPolicy", or a subclass of it.

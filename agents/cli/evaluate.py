@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from agents.cli.arguments import default_hint, given, parse_options
+from agents.cli.steering import SteeringOptions, describe_steering, make_steering
 
 if TYPE_CHECKING:
     from agents.cli.config import Config
@@ -35,6 +37,7 @@ class Evaluate:
     """Further rewards to score with, which the run was not trained on."""
     device: str = "auto"
     """Device of the networks: auto, cpu, cuda, cuda:1, ..."""
+    steer: Annotated[SteeringOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=SteeringOptions)
 
 
 def parse(argv: Sequence[str]) -> Evaluate:
@@ -49,13 +52,14 @@ def run(options: Evaluate) -> int:
 
     from agents.cli.config import Config
     from agents.cli.run_folder import load_agent
-    from agents.cli.tables import scores_of, scores_table, write_json
+    from agents.cli.tables import say, scores_of, scores_table, write_json
     from agents.common.evaluation import cycle_prompts
     from agents.common.evaluation import evaluate as evaluate_policy
     from dpok_gym.utils.validation import check_integer
 
     config = Config.read(options.run)
     check_integer("--images", options.images)
+    steering = make_steering(options.steer)
     config = replace(config, **given(options, "seed"))
     env = _make_env(options, config)
     agent = load_agent(options.run, config, env, options.device)
@@ -66,12 +70,20 @@ def run(options: Evaluate) -> int:
             continue
         prompts = cycle_prompts(texts, options.images)
         # Both models draw from the same noise, so that the images differ by the training alone.
-        before = evaluate_policy(agent.policy, env, prompts, config.evaluation_seed, reference=True)
-        after = evaluate_policy(agent.policy, env, prompts, config.evaluation_seed)
+        draw = partial(evaluate_policy, agent.policy, env, prompts, config.evaluation_seed, steering=steering)
+        before, after = draw(reference=True), draw()
         results[name] = {"n_prompts": len(set(texts))} | scores_of(before, after)
         console.print(scores_table(f"{name} prompts (means of {options.images} images)", results[name]))
-    trained_on = list(config.env_kwargs["reward"])
-    content = {"seed": config.seed, "images": options.images, "trained_on": trained_on, "prompts": results}
+    cost = describe_steering(steering, env.process.num_inference_steps)
+    calls, rewards = cost["denoiser_calls"], cost["reward_calls"]
+    say(console, f"each image took {calls} calls of the denoiser, and the reward of {rewards} images")
+    content = {
+        "seed": config.seed,
+        "images": options.images,
+        "trained_on": list(config.env_kwargs["reward"]),
+        "steering": cost,
+        "prompts": results,
+    }
     write_json(options.run / "evaluation.json", content)
     return 0
 

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import zipfile
 import zlib
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ class Run:
             known = load_evaluation(path)
             # --eval-images may have changed since.
             if known.prompts == self.prompts:
-                return first_images(known, n_images)
+                return known[:n_images]
         evaluation = self._evaluate(n_images, "pre-trained")
         if n_images == len(self.prompts):  # only a whole evaluation is worth keeping
             save_evaluation(evaluation, path)
@@ -290,17 +289,6 @@ def _read_evaluation(path: Path) -> Evaluation:
             alignment_reward=alignment,
             quality_reward=quality,
         )
-
-
-def first_images(evaluation: Evaluation, n: int) -> Evaluation:
-    """Returns the first images of an evaluation."""
-    # Lists and arrays have one entry for each image; the other fields are of the whole evaluation.
-    changes: dict[str, Any] = {"rewards": {name: values[:n] for name, values in evaluation.rewards.items()}}
-    for field in fields(evaluation):
-        value = getattr(evaluation, field.name)
-        if isinstance(value, (list, np.ndarray)):
-            changes[field.name] = value[:n]
-    return replace(evaluation, **changes)
 
 
 def _read_summary(folder: Path) -> dict[str, Any]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from agents.cli.arguments import default_hint, given, parse_options
+import tyro
+
+from agents.cli.arguments import UsageError, default_hint, given, parse_options
+from agents.cli.steering import SteeringOptions, make_steering
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from agents.cli.config import Config
     from agents.common.evaluation import Evaluation
+    from agents.common.steering import Steering
     from dpok_gym.vector_env import DenoisingVectorEnv
 
 
@@ -48,6 +52,9 @@ class Sample:
     """Precision of the frozen weights: float32, or bfloat16 or float16 for half of the memory."""
     device: str = "auto"
     """Device of the networks: auto, cpu, cuda, cuda:1, ..."""
+    reward: Annotated[str | None, default_hint("NAME[=WEIGHT],...", "the run's, or the environment's")] = None
+    """Reward that --steering chooses by."""
+    steer: Annotated[SteeringOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=SteeringOptions)
 
 
 def parse(argv: Sequence[str]) -> Sample:
@@ -67,6 +74,9 @@ def run(options: Sample) -> int:
 
     check_integer("--n", options.n)
     check_integer("--seed", options.seed, minimum=0)
+    if options.reward is not None and options.steer.steering is None:
+        raise UsageError("--reward is what --steering chooses by; give both, or neither")
+    steering = make_steering(options.steer)
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"--out must be a PNG file, such as sample.png, got {str(options.out)!r}")
     lora, run_folder = options.lora, None
@@ -77,7 +87,7 @@ def run(options: Sample) -> int:
         lora = lora / "lora" if run_folder == lora else lora
     config = None if run_folder is None else Config.read(run_folder)
     env = _make_env(options, config)
-    evaluation = _draw(options, env, lora, run_folder)
+    evaluation = _draw(options, env, lora, run_folder, steering)
     labels = [f"seed {options.seed + k}" for k in range(options.n)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     plots.image_grid(evaluation.images, labels, options.out, f"“{options.prompt}”", evaluation.aligned)
@@ -90,7 +100,12 @@ def run(options: Sample) -> int:
 
 def _make_env(options: Sample, config: Config | None) -> DenoisingVectorEnv:
     """Makes the environment to draw in, with the settings of the options, the run and the id, in this order."""
-    from agents.cli.environments import EVALUATION_BATCH_SIZE, environment_kwargs, make_env
+    from agents.cli.environments import (
+        EVALUATION_BATCH_SIZE,
+        environment_kwargs,
+        make_env,
+        parse_reward,
+    )
     from dpok_gym.registration import DEFAULT_ENVIRONMENT
 
     if config is not None and options.env is None:
@@ -98,23 +113,27 @@ def _make_env(options: Sample, config: Config | None) -> DenoisingVectorEnv:
     else:
         env_id = options.env or DEFAULT_ENVIRONMENT
         kwargs = environment_kwargs(env_id)
+    wanted = parse_reward(options.reward or kwargs["reward"]) if options.steer.steering else {}
     changes = ("model", "num_inference_steps", "guidance_scale", "negative_prompt", "image_size", "dtype")
     kwargs |= given(options, *changes) | {"device": options.device, "prompts": [options.prompt], "reward": _no_reward}
     n_envs = min(options.n, EVALUATION_BATCH_SIZE)
     # The judge of an embedded world marks the aligned images. Only an environment tells if there is one for the prompt.
     env = make_env(env_id, n_envs, **kwargs)
-    if env.world is None or env.world.alignment_reward is None:
-        return env
-    return make_env(env_id, n_envs, **(kwargs | {"reward": env.world.alignment_reward}))
+    reward = wanted
+    if env.world is not None and env.world.alignment_reward is not None:
+        reward = {env.world.alignment_reward: 0.0} | wanted
+    return make_env(env_id, n_envs, **(kwargs | {"reward": reward})) if reward else env
 
 
-def _draw(options: Sample, env: DenoisingVectorEnv, lora: Path | None, run_folder: Path | None) -> Evaluation:
+def _draw(
+    options: Sample, env: DenoisingVectorEnv, lora: Path | None, run_folder: Path | None, steering: Steering
+) -> Evaluation:
     """Draws the images with the pre-trained model, with a LoRA, or with the denoiser that a run trained as a whole."""
     from agents.common.evaluation import sample_images
     from dpok_gym.models.lora import LoRA
 
     # Image k has the seed of the options plus k, so it is the same for any number of images.
-    sample = partial(sample_images, env.process, env, [options.prompt] * options.n, options.seed)
+    sample = partial(sample_images, env.process, env, [options.prompt] * options.n, options.seed, steering=steering)
     if lora is None:
         return sample()
     # A run with --lora-rank 0 has no LoRA; its denoiser is in its checkpoints.

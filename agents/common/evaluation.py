@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from agents.common.policy import DenoisingPolicy
-from agents.common.randomness import ImageNoise
+from agents.common.randomness import ImageNoise, Purpose, make_generator
+from agents.common.steering import UNSTEERED, ParticleFilter, Steering
 from agents.common.vec_env import find_denoising_env
 from dpok_gym import diffusion
-from dpok_gym.samplers import DenoisingProcess, Transition
+from dpok_gym.rewards import RewardBatch
+from dpok_gym.samplers import DenoisingProcess, State, Transition
 from dpok_gym.utils.validation import check_integer
 from dpok_gym.vector_env import DenoisingVectorEnv
 
@@ -71,24 +74,15 @@ class Evaluation:
         """Mean quality in [0, 1]; None without a judge."""
         return self.mean(self.quality_reward or "")
 
-    def best_of(self, n: int) -> Evaluation:
-        """Returns, of every ``n`` images in a row, the one with the highest reward; images without a valid one lose.
-
-        Raises:
-            ValueError: if they cannot be split so.
-        """
-        if n < 1 or len(self) % n:
-            raise ValueError(f"{len(self)} images cannot be split into groups of {n}")
-        groups = np.where(np.isfinite(self.reward), self.reward, -np.inf).reshape(-1, n)
-        rows = np.arange(0, len(self), n) + groups.argmax(axis=1)
-        return Evaluation(
-            prompts=[self.prompts[row] for row in rows],
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> Evaluation:
+        """Returns some of the images."""
+        return replace(
+            self,
+            prompts=[self.prompts[row] for row in np.arange(len(self))[rows]],
             images=self.images[rows],
             reward=self.reward[rows],
             rewards={name: values[rows] for name, values in self.rewards.items()},
             step_kl=self.step_kl[rows],
-            alignment_reward=self.alignment_reward,
-            quality_reward=self.quality_reward,
         )
 
     @property
@@ -107,12 +101,12 @@ def evaluate(
     prompts: Sequence[str],
     seed: int,
     reference: bool = False,
-    best_of: int = 1,
+    steering: Steering = UNSTEERED,
 ) -> Evaluation:
     """Draws one image for each prompt with a policy, or with the pre-trained model that it started from.
 
-    Image k takes all of its noise from generators keyed by ``seed + k``: before and after training, only the model
-    differs. No other random state is read or changed.
+    Image k takes all of its random numbers from generators keyed by ``seed + k``: before and after training, only the
+    model differs. No other random state is read or changed.
 
     Args:
         policy: of the environment's model and sampler.
@@ -120,31 +114,27 @@ def evaluate(
         prompts: N texts.
         seed: of the first image, at least 0.
         reference: draw with the pre-trained model; the KL is 0 then.
-        best_of: n images are drawn for each prompt, of consecutive seeds, and the one with the highest reward is kept:
-            rejection sampling, at n times the cost. The KL then leaves out what the choice itself adds, for which
-            log n - (n - 1) / n is a bound (Beirami et al. 2024).
+        steering: how each image is chosen among several on their way, by the environment's reward: ``BestOf(n)``,
+            ``FKSteering(...)`` or ``SVDD(...)``; see :mod:`agents.common.steering`. The KL then leaves out what the
+            choice itself adds.
 
     Raises:
-        TypeError: if the policy is no DenoisingPolicy.
-        ValueError: if there are no prompts, ``best_of`` is below 1, or the environment samples in another way.
+        TypeError: if the policy is no DenoisingPolicy, or ``steering`` no method of steering.
+        ValueError: if there are no prompts, or the environment samples in another way.
     """
     if not isinstance(policy, DenoisingPolicy):
         raise TypeError(
             f"the policy must be a DenoisingPolicy, such as the .policy of an agent, not {policy!r}; with "
             "reference=True it draws with the pre-trained model"
         )
-    _check_prompts(prompts)
-    check_integer("best_of", best_of)
     env = find_denoising_env(env)
     # The environment only judges, but an image of another size or sampler would not be comparable.
     policy.process.config.check_equal(env.process.config)
-    # The candidates of a prompt are neighbours, as best_of() expects.
-    repeated = [prompt for prompt in prompts for _ in range(best_of)]
     if reference:
-        evaluation = sample_images(policy.process, env, repeated, seed, policy.reference_transition)
-    else:
-        evaluation = sample_images(policy.process, env, repeated, seed, policy.transition, policy.reference_transition)
-    return evaluation if best_of == 1 else evaluation.best_of(best_of)
+        return sample_images(policy.process, env, prompts, seed, policy.reference_transition, steering=steering)
+    return sample_images(
+        policy.process, env, prompts, seed, policy.transition, policy.reference_transition, steering=steering
+    )
 
 
 @torch.no_grad()
@@ -155,30 +145,36 @@ def sample_images(
     seed: int,
     transition: Transition | None = None,
     reference: Transition | None = None,
+    steering: Steering = UNSTEERED,
 ) -> Evaluation:
     """Draws and scores images as :func:`evaluate` does, with any transition.
 
     Args:
         process: the denoising process that draws the images.
-        env: the environment that scores them, ``num_envs`` images at a time.
+        env: the environment that scores them, ``num_envs`` images or particles of images at a time.
         prompts: N texts.
         seed: of the first image, at least 0.
         transition: mean and std of the next latents; None for the process's own.
         reference: the transition that the KL is taken to; None for a KL of 0.
+        steering: as for :func:`evaluate`. All particles of an image are drawn side by side.
 
     Raises:
+        TypeError: if ``steering`` is no method of steering.
         ValueError: if there are no prompts, or one cannot be read.
     """
-    _check_prompts(prompts)
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"the prompts to evaluate on are a list of texts; give at least one, not {prompts!r}")
+    if not isinstance(steering, Steering):
+        raise TypeError(f"steering must be BestOf(n), FKSteering(...) or SVDD(...), not {steering!r}")
     check_integer("seed", seed, minimum=0)
     env = find_denoising_env(env)
     process.model.check_prompts(prompts)
-    parts = []
-    for first in range(0, len(prompts), env.num_envs):
-        chunk = list(prompts[first : first + env.num_envs])
+    parts, size = [], max(env.num_envs // steering.n_particles, 1)
+    for first in range(0, len(prompts), size):
+        chunk = list(prompts[first : first + size])
         # A seed for each image: it looks the same, however many are drawn side by side.
         seeds = [seed + first + i for i in range(len(chunk))]
-        parts.append(_sample_chunk(process, env, chunk, seeds, transition, reference))
+        parts.append(_sample_chunk(process, env, chunk, seeds, transition, reference, steering))
     world = env.world
     components = parts[0].rewards
     rewards = {name: np.concatenate([part.rewards[name] for part in parts]) for name in components}
@@ -200,27 +196,42 @@ def _sample_chunk(
     seeds: list[int],
     transition: Transition | None,
     reference: Transition | None,
+    steering: Steering,
 ) -> Evaluation:
     """Draws and scores the images of some seeds side by side."""
-    noise = ImageNoise.for_evaluation(seeds, process.model.latent_shape, process.model.device)
+    k = steering.n_particles
+    texts = [prompt for prompt in prompts for _ in range(k)]
+
+    def value(state: State, mean: Tensor) -> Tensor:
+        return _total(env.judge(process.predicted_clean(state, mean), texts).rewards)
+
+    def uniforms(step: int) -> Tensor:
+        numbers = [make_generator(seed, Purpose.STEERING, step).random() for seed in seeds]
+        return torch.tensor(numbers, dtype=torch.float64)
+
+    particles = ParticleFilter(steering, len(prompts), value, uniforms)
+    noise = ImageNoise.for_evaluation(seeds, process.model.latent_shape, process.model.device, k)
     latents = noise.initial_latents()
-    kl = np.zeros((len(prompts), process.num_inference_steps))
-    for step in process.denoise(latents, process.encode(prompts), noise, transition):
+    kl = np.zeros((len(texts), process.num_inference_steps))
+    for step in process.denoise(latents, process.encode(texts), noise, transition, select=particles):
         latents = step.next_latents
+        if step.parents is not None:
+            kl = kl[step.parents.cpu().numpy()]
         if reference is not None:
             reference_mean, _ = reference(step.state)
             kl[:, step.index] = diffusion.kl_divergence(step.mean, reference_mean, step.std).double().cpu().numpy()
-    images, rewards = env.judge(latents, prompts)
+    images, rewards = env.judge(latents, texts)
     components = {name: values.double().numpy() for name, values in rewards.components.items()}
+    reward = _total(rewards)
+    chosen = particles.finish(reward, process.num_inference_steps).numpy()
+    return Evaluation(texts, images, reward.numpy(), components, kl)[chosen]
+
+
+def _total(rewards: RewardBatch) -> Tensor:
+    """Returns the reward of each image, (B,) float64; nan where a component is not finite."""
+    is_finite = torch.stack([values.isfinite() for values in rewards.components.values()]).all(dim=0)
     # A masked image has the reward 0, which would count as a bad image.
-    is_finite = np.isfinite(list(components.values())).all(axis=0)
-    reward = np.where(is_finite, rewards.total.double().numpy(), np.nan)
-    return Evaluation(prompts, images, reward, components, kl)
-
-
-def _check_prompts(prompts: Sequence[str]) -> None:
-    if isinstance(prompts, str) or not len(prompts):
-        raise ValueError(f"the prompts to evaluate on are a list of texts; give at least one, not {prompts!r}")
+    return rewards.total.double().masked_fill(~is_finite, math.nan)
 
 
 def _finite_mean(values: NDArray[np.float64]) -> float:

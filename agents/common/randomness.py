@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     FIT = 5  # batches and noise of the forward process, by optimiser step
     EVALUATION_INITIAL_NOISE = 6  # by image
     EVALUATION_ACTION_NOISE = 7  # by image
+    STEERING = 8  # the choice among an image's particles, by image and denoising step
 
 
 def make_generator(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:
@@ -85,11 +86,25 @@ class ImageNoise:
 
     @classmethod
     def for_evaluation(
-        cls, seeds: Sequence[int], latent_shape: tuple[int, ...], device: torch.device | str
+        cls,
+        seeds: Sequence[int],
+        latent_shape: tuple[int, ...],
+        device: torch.device | str,
+        n_particles: int = 1,
     ) -> ImageNoise:
-        """The noise of evaluation images, one for each seed; never that of training images."""
-        initial = [make_generator(seed, Purpose.EVALUATION_INITIAL_NOISE) for seed in seeds]
-        actions = [make_generator(seed, Purpose.EVALUATION_ACTION_NOISE) for seed in seeds]
+        """The noise of evaluation images, one for each seed; never that of training images.
+
+        Args:
+            seeds: of the images.
+            latent_shape: (C, h, w).
+            device: where the tensors are put.
+            n_particles: k, each image is drawn so many times. The batch has the k particles of the first image, then
+                those of the next one.
+        """
+        # The first particle has the noise of the image that is drawn alone, and k particles are the first of more.
+        keys = [(seed, (particle,) if particle else ()) for seed in seeds for particle in range(n_particles)]
+        initial = [make_generator(seed, Purpose.EVALUATION_INITIAL_NOISE, *particle) for seed, particle in keys]
+        actions = [make_generator(seed, Purpose.EVALUATION_ACTION_NOISE, *particle) for seed, particle in keys]
         return cls(initial, actions, latent_shape, device)
 
     def initial_latents(self) -> Tensor:

@@ -1,13 +1,14 @@
 """Samplers: the table of a sampler's transitions, and the denoising process made of a model and such a table."""
 
 from dpok_gym.samplers.ddim import make_ddim_table
-from dpok_gym.samplers.process import DenoisingProcess, DenoisingStep, SamplerConfig, State, Transition
+from dpok_gym.samplers.process import DenoisingProcess, DenoisingStep, SamplerConfig, Selection, State, Transition
 from dpok_gym.samplers.transition_table import TransitionTable
 
 __all__ = [
     "DenoisingProcess",
     "DenoisingStep",
     "SamplerConfig",
+    "Selection",
     "State",
     "Transition",
     "TransitionTable",

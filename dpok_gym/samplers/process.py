@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dpok_gym import diffusion
+from dpok_gym.diffusion import expand
 from dpok_gym.models import TextToImageModel, load_model
 from dpok_gym.models.base import LIVE_PIPELINE, Conditioning, GuidanceGradient
 from dpok_gym.samplers.ddim import make_ddim_table
@@ -58,6 +59,7 @@ class DenoisingStep:
         mean: (B, C, h, w) of p(x_{t-1} | x_t, z).
         std: (B,).
         next_latents: (B, C, h, w) x_{t-1}.
+        parents: (B,) int64, the rows before this step that these ones come from; None if each is its own.
     """
 
     index: int
@@ -65,10 +67,15 @@ class DenoisingStep:
     mean: Tensor
     std: Tensor
     next_latents: Tensor
+    parents: Tensor | None = None
 
 
 #: From a batch of states to the mean (B, C, h, w) and the std (B,) of the next latents.
 Transition = Callable[[State], tuple[Tensor, Tensor]]
+
+#: From a batch of states and the means (B, C, h, w) of their next latents to the rows (B,) that go on, some of them
+#: perhaps several times and others not at all; or to None for all of them.
+Selection = Callable[[State, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -259,6 +266,17 @@ class DenoisingProcess:
         """Returns the mean (B, C, h, w) of p(x_{t-1} | x_t, z) for a guided output (B, C, h, w) of the denoiser."""
         return self.table.mean(state.step, state.latents, output)
 
+    def predicted_clean(self, state: State, mean: Tensor) -> Tensor:
+        """Returns the x_0 (B, C, h, w) that the denoiser predicted when this was the mean (B, C, h, w) of x_{t-1}.
+
+        Both are linear in x_t and the denoiser's output, so this costs no call of it.
+        """
+        table, rows = self.table, state.step
+        output = (mean - expand(table.sample_coef[rows], mean) * state.latents) / expand(table.output_coef[rows], mean)
+        return expand(table.clean_sample_coef[rows], mean) * state.latents + (
+            expand(table.clean_output_coef[rows], mean) * output
+        )
+
     def denoise(
         self,
         latents: Tensor,
@@ -266,6 +284,7 @@ class DenoisingProcess:
         noise: Callable[[int], Tensor],
         transition: Transition | None = None,
         first_step: int = 0,
+        select: Selection | None = None,
     ) -> Iterator[DenoisingStep]:
         """Draws x_{t-1} from p(x_{t-1} | x_t, z), step by step, down to x_0.
 
@@ -275,17 +294,22 @@ class DenoisingProcess:
             noise: gives the standard normal noise (B, C, h, w) of a step.
             transition: mean and std of the next latents; None for the process's own.
             first_step: the step to begin with, in [0, T).
+            select: chooses at each step, before its noise is drawn, which of the B states go on; None for all.
 
         Yields:
-            Each step; the last one has ``next_latents`` x_0.
+            Each step, of the states that go on; the last one has ``next_latents`` x_0.
         """
         transition = transition or self.transition
         for index in range(first_step, self.num_inference_steps):
             state = self.state(latents, index, conditioning)
             # A policy gives its own mean here; the noise and the loop are the same for all.
             mean, std = transition(state)
+            parents = None if select is None else select(state, mean)
+            if parents is not None:
+                state, mean, std = state[parents], mean[parents], std[parents]
+                conditioning = state.conditioning
             latents = diffusion.sample(mean, std, noise(index))
-            yield DenoisingStep(index, state, mean, std, latents)
+            yield DenoisingStep(index, state, mean, std, latents, parents)
 
 
 def _is_same_model(known: str, other: str) -> bool:

@@ -43,7 +43,7 @@ def test_a_sweep_survives_a_failing_run(tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
     sound = TINY | {"algorithm": "rejection", "settings": {"n": 1}}
     wanted = [sound | {"settings": {"n": 0}}, sound]
-    with pytest.raises(RuntimeError, match=r"count, ours, seed 0: best_of must be an integer of at least 1"):
+    with pytest.raises(RuntimeError, match=r"count, ours, seed 0: n_particles must be an integer of at least 1"):
         runs.sweep(wanted, file, processes=1, images=False)
     failed, made = runs.find_records(wanted, file)
     assert failed is None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from agents import evaluate
-from tests.agents.algorithms.support import PROMPTS, MakeAgent, N, T
+from tests.agents.algorithms.support import MakeAgent, N, T
 
 tensor = torch.tensor
 
@@ -41,14 +40,6 @@ def test_learns_from_the_winners_only(make_agent: MakeAgent) -> None:
     best_latents = agent.image_latents[winners == 1]
     for latents in batches[0].latents:
         assert (best_latents == latents).flatten(1).all(1).any()
-
-
-@pytest.mark.slow
-def test_the_same_choice_without_training(make_agent: MakeAgent) -> None:
-    agent = make_agent("BestOfN")
-    single = evaluate(agent.policy, agent.denoising_env, [PROMPTS[0]] * 4, 0, reference=True)
-    best = evaluate(agent.policy, agent.denoising_env, [PROMPTS[0]] * 2, 0, reference=True, best_of=2)
-    assert best.reward.tolist() == single.reward.reshape(2, 2).max(axis=1).tolist()
 
 
 @pytest.mark.slow

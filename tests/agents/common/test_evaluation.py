@@ -136,50 +136,22 @@ def test_a_saved_lora_draws_the_same_images(
     assert is_same(drawn, evaluate(policy, env, PROMPTS[:2], 5))
 
 
-# --- The best of several
+# --- Some of the images
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("reference", [False, True])
-def test_best_of_is_the_best_of_consecutive_seeds(
-    make_env: Callable[..., Any], make_policy: Callable[..., Any], reference: bool
-) -> None:
-    # Their sum tells which is the best, neither of them alone does.
-    rewards = {"jpeg-compressibility": 1.0, lambda images, prompts: 10 * images.mean((1, 2, 3)): -1.0}
-    env = make_env(2, reward=rewards)
-    policy = make_policy(env)
-    drawn = evaluate(policy, env, [prompt for prompt in PROMPTS for _ in range(3)], 5, reference)
-    best = [max(range(first, first + 3), key=drawn.reward.__getitem__) for first in (0, 3, 6)]
-    evaluation = evaluate(policy, env, PROMPTS, 5, reference, best_of=3)
-    assert evaluation.prompts == list(PROMPTS)
-    assert_same(evaluation.images, drawn.images[best])
-    assert_same(evaluation.reward, drawn.reward[best])
-    assert_same(evaluation.step_kl, drawn.step_kl[best])
-    assert_same(evaluation.rewards, {name: values[best] for name, values in drawn.rewards.items()})
-
-
-def test_best_of_by_hand() -> None:
-    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
-    rewards = {"judged": np.array([0.0, 1.0, 1.0, 0.5, 0.0, 1.0])}
-    total, kl = np.array([-3.0, -1.0, -2.0, 0.5, 0.5, 0.0]), np.arange(6.0)
-    prompts = ["a"] * 3 + ["b"] * 3
-    best = Evaluation(prompts, images, total, rewards, kl[:, None], alignment_reward="judged").best_of(3)
-    assert best.prompts == ["a", "b"]
-    assert best.images[:, 0, 0, 0].tolist() == [1, 3]  # of two that are as good the first
-    assert best.reward.tolist() == [-1.0, 0.5]
-    assert best.rewards["judged"].tolist() == [1.0, 0.5]
-    assert best.kl.tolist() == [1.0, 3.0]
-    assert best.aligned_share == 0.5
-
-
-def test_the_best_is_never_one_without_a_reward() -> None:
-    images = np.zeros((4, 2, 2, 3), np.uint8)
-    values = np.array([np.nan, -3.0, -2.0, -1.0])
-    evaluation = Evaluation(["a"] * 4, images, values, {"r": values}, np.zeros((4, 1)))
-    assert evaluation.best_of(2).reward.tolist() == [-3.0, -1.0]
-    for n in (0, 3):
-        with pytest.raises(ValueError, match="4 images cannot be split into groups"):
-            evaluation.best_of(n)
+def test_rows_by_hand() -> None:
+    images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    rewards = {"judged": np.array([0.0, 1.0, 0.5])}
+    whole = Evaluation(["a", "b", "c"], images, np.array([-3.0, -1.0, 2.0]), rewards, np.eye(3), "judged")
+    for rows in (slice(1, 3), np.array([1, 2])):
+        part = whole[rows]
+        assert part.prompts == ["b", "c"]
+        assert part.images[:, 0, 0, 0].tolist() == [1, 2]
+        assert part.reward.tolist() == [-1.0, 2.0]
+        assert part.rewards["judged"].tolist() == [1.0, 0.5]
+        assert part.step_kl.tolist() == [[0, 1, 0], [0, 0, 1]]
+        assert part.aligned_share == 0.5
+    assert whole[np.array([2, 0])].prompts == ["c", "a"]
 
 
 # --- Shares and means
@@ -266,8 +238,8 @@ def test_what_cannot_be_evaluated_is_refused(make_env: Callable[..., Any], make_
         evaluate(policy, env, "the moon", 5)
     with pytest.raises(ValueError, match="num_inference_steps 3 there, 4 here"):
         evaluate(policy, make_env(2, num_inference_steps=4), PROMPTS, 0)
-    with pytest.raises(ValueError, match="best_of must be an integer of at least 1, got 0"):
-        evaluate(policy, env, PROMPTS, 0, best_of=0)
+    with pytest.raises(TypeError, match=r"steering must be BestOf\(n\), FKSteering\(...\) or SVDD\(...\), not 8"):
+        evaluate(policy, env, PROMPTS, 0, steering=8)
     with pytest.raises(ValueError, match="seed must be an integer of at least 0, got -1"):
         evaluate(policy, env, PROMPTS, -1)
     with pytest.raises(ValueError, match="tokens"):

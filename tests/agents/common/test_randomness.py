@@ -52,6 +52,7 @@ def test_the_numbers_are_part_of_every_run() -> None:
         "FIT": 5,
         "EVALUATION_INITIAL_NOISE": 6,
         "EVALUATION_ACTION_NOISE": 7,
+        "STEERING": 8,
     }
     numbers = make_generator(3, Purpose.INITIAL_NOISE, 5).standard_normal(2, np.float32)
     np.testing.assert_allclose(numbers, [-0.67565238, 0.34180197], rtol=1e-6)
@@ -95,6 +96,16 @@ def test_evaluation_noise_is_never_training_noise() -> None:
     for noise in evaluation.flatten(0, 1).flatten(1):
         assert not (trained_on == noise).any()
     assert torch.equal(draw(ImageNoise.for_evaluation([7], SHAPE, "cpu")), evaluation[7:8])
+
+
+def test_the_particles_of_an_image_have_noise_of_their_own() -> None:
+    """The first has that of the image that is drawn alone, and more particles only add to fewer."""
+    alone = draw(ImageNoise.for_evaluation([3, 4], SHAPE, "cpu"))
+    three = draw(ImageNoise.for_evaluation([3, 4], SHAPE, "cpu", n_particles=3))
+    two = draw(ImageNoise.for_evaluation([4], SHAPE, "cpu", n_particles=2))
+    assert torch.equal(three[[0, 3]], alone)
+    assert torch.equal(three[3:5], two)
+    assert len(three.flatten(0, 1).flatten(1).unique(dim=0)) == 6 * (1 + T)
 
 
 # --- The images of a run

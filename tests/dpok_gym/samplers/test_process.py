@@ -137,6 +137,20 @@ class TestTransition:
         state = State(randn(), torch.tensor([3, 0, 2]), process.encode(PROMPTS))
         assert_same(process.mean_of_output(state, randn(1)), process.table.mean(state.step, state.latents, randn(1)))
 
+    @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+    @torch.no_grad()
+    def test_predicted_clean_is_that_of_diffusers(self, tiny_sd_folder: Path, prediction_type: str) -> None:
+        model: Any = copy.copy(load_model(tiny_sd_folder, "cpu"))
+        model.scheduler_config = {**model.scheduler_config, "prediction_type": prediction_type}
+        process = DenoisingProcess(model, num_inference_steps=T)
+        scheduler = DDIMScheduler.from_config(model.scheduler_config, clip_sample=False)
+        scheduler.set_timesteps(T)
+        for index, timestep in enumerate(scheduler.timesteps):
+            state, output = state_at(process, index, index), randn(50 + index)
+            expected = scheduler.step(output, timestep, state.latents, eta=1.0).pred_original_sample
+            clean = process.predicted_clean(state, process.mean_of_output(state, output))
+            torch.testing.assert_close(clean, expected, rtol=1e-3, atol=1e-3)
+
     @torch.no_grad()
     def test_low_precision_gives_float32(self, tiny_sd_folder: Path) -> None:
         process = make_process(tiny_sd_folder, T, dtype="bfloat16")
@@ -217,6 +231,27 @@ class TestDenoise:
         for index in range(T):
             expected = expected / 2 + 0.25 * randn(index)
         assert torch.equal(steps[-1].next_latents, expected)
+
+    def test_selected_states_go_on(self, tiny_sd_folder: Path) -> None:
+        process = make_process(tiny_sd_folder, T)
+        asked: list[tuple[State, Tensor]] = []
+
+        def select(state: State, mean: Tensor) -> Tensor | None:
+            asked.append((state, mean))
+            return torch.tensor([2, 0, 0]) if len(asked) == 2 else None
+
+        plain, steps = denoise(process), denoise(process, select=select)
+        assert [step.parents is None for step in steps] == [True, False, True, True]
+        assert_same(steps[0], plain[0])
+        # The choice is made of all states of its step; mean, prompt and state of the chosen ones go on together.
+        assert_same(asked[1], (plain[1].state, plain[1].mean))
+        rows = torch.tensor([2, 0, 0])
+        assert_same(steps[1].state, plain[1].state[rows])
+        expected = diffusion.sample(plain[1].mean[rows], plain[1].std, randn(1))  # with the noise of their new row
+        assert torch.equal(steps[1].next_latents, expected)
+        assert torch.equal(steps[2].state.latents, expected)
+        assert_same(steps[3].state.conditioning, process.encode([PROMPTS[row] for row in rows]))
+        assert not torch.equal(expected[1], expected[2])
 
     def test_it_computes_no_more_than_it_is_asked_for(self, tiny_sd_folder: Path) -> None:
         process = make_process(tiny_sd_folder, T)
