@@ -52,8 +52,8 @@ class AWM(OnlineForwardProcess):
 
     The defaults are those of the published code's configuration for GenEval (github.com/scxue/
     advantage_weighted_matching, config/dgx_awm.py): advantages cut off at 5 standard deviations, a range of 1 (for rho;
-    here for its logarithm), 6 noise levels for each image, ``ema_coef`` 1 with eta up to 0.3 by 0.001 a step, and two
-    optimiser steps in an iteration. It has 24 images for each prompt, a KL weight of 0.003 (0.0001 for PickScore) and a
+    here for its logarithm), and ``ema_coef`` 1 with eta up to 0.3 by 0.001 a step. It has 24 images for each prompt, 6
+    noise levels for each image, two optimiser steps in an iteration, a KL weight of 0.003 (0.0001 for PickScore) and a
     learning rate of 3e-4. Its log p is -4 t (|| v - target ||^2)^(1/4); the square here is the paper's.
 
     Args:
@@ -63,6 +63,8 @@ class AWM(OnlineForwardProcess):
         ema_coef: weight of the distance to the old policy, whose weights follow slowly, at least 0; 0 saves a pass.
         space: what errors are measured in: "velocity" (the paper), "output" for the output itself, "clean" for the x_0
             that it predicts.
+        old_decay: the largest eta with which the old policy follows, in [0, 1]; 0 makes it the policy of the iteration's
+            start.
     """
 
     def __init__(
@@ -73,14 +75,13 @@ class AWM(OnlineForwardProcess):
         clip_range: float = 1.0,
         ema_coef: float = 1.0,
         space: ErrorSpace = "velocity",
-        steps_per_image: int | None = None,
         old_decay: float = 0.3,
         **kwargs: Any,
     ) -> None:
         self.clip_range = check_positive("clip_range", clip_range)
         self.ema_coef = check_non_negative("ema_coef", ema_coef)
         self.space: ErrorSpace = check_choice("space", space, "output", "clean", "velocity")
-        super().__init__(policy, env, steps_per_image=steps_per_image, old_decay=old_decay, **kwargs)
+        super().__init__(policy, env, old_decay=old_decay, **kwargs)
 
     def log_prob(self, batch: NoisyImages, output: Tensor) -> Tensor:
         """-|| output - target ||^2 in the space of errors, a mean over the dimensions, (B,)."""

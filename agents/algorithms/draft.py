@@ -98,6 +98,12 @@ class DRaFT(DenoisingAlgorithm):
         n_steps = self.process.num_inference_steps
         if self.n_last_steps > n_steps:
             raise ValueError(f"n_last_steps must be from 1 to the {n_steps} denoising steps, got {self.n_last_steps}")
+        if self.kl_coef and self.policy.lora is not None and self.policy.gradient_checkpointing:
+            # The backward pass would compute the pre-trained model's layers again, with the LoRA on.
+            raise ValueError(
+                "kl_coef needs a gradient through the pre-trained model, which gradient_checkpointing cannot give beside "
+                "a LoRA: leave one of the two off, or limit the KL with max_kl"
+            )
         if self.env is not None:
             self.denoising_env.reward.check_differentiable()
 
@@ -176,7 +182,8 @@ class DRaFT(DenoisingAlgorithm):
             latents = step.next_latents
             # A weight of 0 needs no pre-trained model, which would cost a pass of the denoiser.
             if self.kl_coef and not singular[step.index]:
-                reference, _ = self.policy.reference_transition(step.state)
+                # With a gradient too: the state depends on the steps before, and both means on the state.
+                reference, _ = self.policy.transition(step.state, reference=True)
                 kl = kl + diffusion.kl_divergence(step.mean, reference, step.std)
         prompts = [self.rollout_buffer.prompts[image] for image in batch.image.tolist()]
         images = self.process.model.decode(latents)

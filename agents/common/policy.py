@@ -107,6 +107,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         self.model = process.model
         self.guidance_gradient: GuidanceGradient = guidance_gradient
         self.autocast = autocast
+        self.gradient_checkpointing = gradient_checkpointing
         self._batch_size = BatchSize("max_batch_size", max_batch_size)
         # Resolved here, so that a saved policy does not depend on the default of a later version.
         rank = self.model.default_lora_rank if lora_rank is None else lora_rank

@@ -165,6 +165,13 @@ def test_a_kl_in_the_loss_holds_the_policy(make_agent: MakeAgent) -> None:
     assert kl[1] < 0.7 * kl[0]
 
 
+@pytest.mark.slow
+def test_a_kl_beside_gradient_checkpointing_is_refused(make_agent: MakeAgent) -> None:
+    with pytest.raises(ValueError, match="gradient_checkpointing cannot give beside a LoRA"):
+        make_agent("DRaFT", kl_coef=0.1, policy_kwargs={"gradient_checkpointing": True})
+    make_agent("DRaFT", kl_coef=0.1, policy_kwargs={"gradient_checkpointing": True, "lora_rank": 0})
+
+
 @pytest.mark.parametrize("argument", [{"kl_coef": -1.0}, {"max_kl": 0.0}])
 def test_bad_kl(argument: dict[str, float], make_agent: MakeAgent) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(argument))} must be a number"):
