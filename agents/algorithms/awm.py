@@ -45,10 +45,10 @@ class AWM(OnlineForwardProcess):
     rho, or an ``ema_coef`` of at least 1, which outweighs every advantage, holds the policy. The published code sets
     the range so wide that only ``ema_coef`` holds it.
 
-    **Where it goes.** At rest the policy and its average are the same, and kl_coef (v - v_pre) = E[ A (target - v) | x_t ]
-    under the policy's own images (with ``space="output"``). With Gaussian data and a linear reward this is close to the
-    denoiser of p_pre exp(A / kl_coef), the optimum of a KL penalty; in general it is that to first order only. Without
-    ``kl_coef`` the policy moves for as long as rewards differ.
+    **Where it goes.** At rest the policy and its average are the same. With ``space="output"`` it rests where
+    kl_coef (v - v_pre) = E[ A (target - v) | x_t ] under its own images, as DiffusionNFT does. With Gaussian data and a
+    linear reward this is the denoiser of p_pre exp(A / kl_coef), the optimum of a KL penalty; for other data it is that
+    to first order only. Without ``kl_coef`` the policy moves for as long as rewards differ.
 
     The defaults are those of the published code's configuration for GenEval (github.com/scxue/
     advantage_weighted_matching, config/dgx_awm.py): advantages cut off at 5 standard deviations, a range of 1 (for rho;
@@ -63,8 +63,8 @@ class AWM(OnlineForwardProcess):
         ema_coef: weight of the distance to the old policy, whose weights follow slowly, at least 0; 0 saves a pass.
         space: what errors are measured in: "velocity" (the paper), "output" for the output itself, "clean" for the x_0
             that it predicts.
-        old_decay: the largest eta with which the old policy follows, in [0, 1]; 0 makes it the policy of the iteration's
-            start.
+        old_decay: the largest eta with which the old policy follows, in [0, 1]; 0 makes it the policy that the iteration
+            began with.
     """
 
     def __init__(

@@ -24,22 +24,22 @@ class DiffusionNFT(OnlineForwardProcess):
         E[ r || v+ - target ||^2  +  (1 - r) || v- - target ||^2 ] / b,      r = (1 + A) / 2,
         v+ = v_old + b (v - v_old),      v- = v_old - b (v - v_old),
 
-    where v is the denoiser's output, and A the advantage, clipped to [-1, 1]. Only finished images count, so any sampler
-    may draw them. The output may be the noise, the velocity or x_0: these are the same loss up to a weight for each
-    noise level, which ``space`` chooses.
+    where v is the denoiser's output, and A the advantage, clipped to [-1, 1]. Only finished images count, so any
+    sampler may draw them. The output may be the noise, the velocity or x_0: these are the same loss up to a weight for
+    each noise level, which ``space`` chooses.
 
     **Where it goes.** For the squared error the minimum is v = v_old + Cov_old(A, target | x_t) / b, to first order the
     denoiser of p_old exp(A / b), which becomes the next old policy. So each iteration tilts the images again, and
     without ``kl_coef`` there is no optimum to end at: the KL to the pre-trained model grows for as long as rewards
-    differ. With ``kl_coef`` and ``space="output"`` it ends where v - v_pre = Cov(A, target | x_t) / kl_coef. With Gaussian
-    data and a linear reward this is the denoiser of p_pre exp(A / kl_coef), the optimum of a KL penalty; for other
-    data it is that to first order only.
+    differ. With ``kl_coef``, the squared error and ``space="output"`` it rests where v - v_pre is
+    E[ A (target - v) | x_t ] / kl_coef. With Gaussian data and a linear reward this is the denoiser of
+    p_pre exp(A / kl_coef), the optimum of a KL penalty; for other data it is that to first order only.
 
     The defaults are those of the published code's configuration for GenEval (github.com/NVlabs/DiffusionNFT,
     config/nft.py and scripts/train_nft_sd3.py): b = 1, advantages cut off at 5 standard deviations, eta from 0 by 0.001
     an iteration up to 0.5, images without guidance, errors of x_0 divided by their own mean. It has 24 images for each
-    of 48 prompts in an iteration, one optimiser step, a LoRA of rank 32 and a learning rate of 3e-4. For OCR, b = 0.1 and
-    eta goes up to 0.999. Its loss is ``advantage_clip`` times this one, so its KL weight of 1e-4 is 2e-5 here.
+    of 48 prompts in an iteration, and one optimiser step. For OCR, b = 0.1 and eta goes up to 0.999. Its loss is
+    ``advantage_clip`` times this one, so its KL weight of 1e-4 is 2e-5 here.
 
     Args:
         policy: "DenoisingPolicy", or a subclass of it.

@@ -43,9 +43,9 @@ class DRaFT(DenoisingAlgorithm):
     """Minimises -E[ r(x_0, z) ] by the gradient of the reward itself, through the last K denoising steps (DRaFT-K).
 
     It is an upper reference for rewards whose gradient is known: algorithms that see the rewards' values only cannot be
-    expected to learn from fewer images. Nothing in it keeps the model near the pre-trained one, and a network that is
-    followed without bound ends in images that please it alone. ``kl_coef`` adds the KL, and ``max_kl`` ends the training
-    in time; without both, compare its best image with others', not its last.
+    expected to learn from fewer images. Nothing in it keeps the model near the pre-trained one, and a reward that is
+    followed without bound ends in images that please it alone. ``kl_coef`` adds the KL to the loss, and ``max_kl`` ends
+    the training in time.
 
     The end of each image is drawn again with the same noise, x_{t-1} = mean_theta(x_t) + std_t noise_t, now with
     gradients, from the state K steps before x_0; the image is decoded and rewarded with gradients too.
@@ -56,8 +56,8 @@ class DRaFT(DenoisingAlgorithm):
             :class:`~dpok_gym.rewards.preference.reward.PreferenceReward` is.
         n_last_steps: K, from 1 to T. The late steps alone decide little of what an image shows; each more costs time
             and memory.
-        kl_coef: weight of the KL to the pre-trained model over the last K steps, in reward per nat, at least 0. 0 trains
-            without it and saves the pre-trained model's pass.
+        kl_coef: weight of the KL to the pre-trained model over the last K steps, in reward per nat, at least 0. 0
+            trains without it and saves the pre-trained model's pass.
         max_kl: nats of a whole image, above 0, that the policy may be away from the pre-trained model. Once an
             iteration's images are farther on average, the training ends with the weights of the iteration before; None
             for no limit. It costs a pass of the pre-trained model for each denoising step. Both KLs leave out singular
@@ -101,8 +101,8 @@ class DRaFT(DenoisingAlgorithm):
         if self.kl_coef and self.policy.lora is not None and self.policy.gradient_checkpointing:
             # The backward pass would compute the pre-trained model's layers again, with the LoRA on.
             raise ValueError(
-                "kl_coef needs a gradient through the pre-trained model, which gradient_checkpointing cannot give beside "
-                "a LoRA: leave one of the two off, or limit the KL with max_kl"
+                "kl_coef needs a gradient through the pre-trained model, which gradient_checkpointing cannot give "
+                "beside a LoRA: leave one of the two off, or limit the KL with max_kl"
             )
         if self.env is not None:
             self.denoising_env.reward.check_differentiable()
@@ -121,7 +121,9 @@ class DRaFT(DenoisingAlgorithm):
         """Returns whether ``learn`` has nothing left to do for these denoising steps in all."""
         return super().is_done(total_timesteps) or self.has_spent_kl
 
-    def _setup_learn(self, total_timesteps: int, callback: Any = None, reset_num_timesteps: bool = True, *args: Any) -> Any:
+    def _setup_learn(
+        self, total_timesteps: int, callback: Any = None, reset_num_timesteps: bool = True, *args: Any
+    ) -> Any:
         if reset_num_timesteps:
             self.has_spent_kl = False
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args)

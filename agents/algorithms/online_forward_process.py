@@ -42,10 +42,10 @@ class OnlineForwardProcess(DenoisingAlgorithm):
             T. More learn more from an image, and take longer.
         n_epochs: passes over the noisy images of an iteration, at least 1.
         old_decay: the largest eta, in [0, 1]; a larger one lets the old policy follow more slowly.
-        old_decay_rate: eta in iteration i is ``old_decay_rate`` x i, at most ``old_decay``; at least 0. A small rate lets
-            the first iterations learn fast.
-        kl_coef: weight of || output - output_pre ||^2, the mean squared difference to the pre-trained model's output, at
-            least 0. 0 trains without it and saves the pre-trained model's pass.
+        old_decay_rate: eta in iteration i is ``old_decay_rate`` x i, at most ``old_decay``; at least 0. A small rate
+            lets the first iterations learn fast.
+        kl_coef: weight of || output - output_pre ||^2, the mean squared difference to the pre-trained model's output,
+            at least 0. 0 trains without it and saves the pre-trained model's pass.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -134,7 +134,7 @@ class OnlineForwardProcess(DenoisingAlgorithm):
         return (centred / (scale + 1e-8)).clamp(-1, 1)
 
     def reference_penalty(self, batch: NoisyImages, output: Tensor) -> tuple[Tensor, Metrics]:
-        """kl_coef || output - output_pre ||^2 of an output (B, C, h, w), (B,); 0 without a reference pass if it is 0."""
+        """kl_coef || output - output_pre ||^2 of an output (B, C, h, w), (B,); a weight of 0 costs no pass."""
         if not self.kl_coef:
             return torch.zeros_like(batch.weight), {}
         # The pre-trained model is a fixed target.

@@ -61,8 +61,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             ``images_per_iteration`` is None.
         batch_size: elements (transitions or images) of an optimiser step, at least 1; None for all there are. Smaller
             takes more steps in each iteration.
-        anchor_coef: weight, beside the algorithm's own loss, of the loss that diffusion models are trained with, on images
-            of the pre-trained model (DDRL, Ye et al. 2025); at least 0. It holds the policy near all that the
+        anchor_coef: weight, beside the algorithm's own loss, of the loss that diffusion models are trained with, on
+            images of the pre-trained model (DDRL, Ye et al. 2025); at least 0. It holds the policy near all that the
             pre-trained model draws (a forward KL). 0 is no anchor and costs nothing.
         anchor_images: images of the anchor, drawn once, at least 1; each optimiser step takes as many of them as its
             ``batch_size``, at most all.

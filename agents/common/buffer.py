@@ -48,9 +48,10 @@ class Batch:
 
     def split_evenly(self, batch_size: int | None) -> Iterator[Self]:
         """Yields the batches of optimiser steps, of the sizes that :func:`even_sizes` gives; none of no elements."""
-        rows = torch.arange(len(self)).split(even_sizes(len(self), batch_size)) if len(self) else ()
-        for chosen in rows:
-            yield self.take(slice(int(chosen[0]), int(chosen[-1]) + 1))
+        first = 0
+        for size in even_sizes(len(self), batch_size) if len(self) else ():
+            yield self.take(slice(first, first + size))
+            first += size
 
     def take(self, rows: slice | Tensor) -> Self:
         """Returns some of the elements."""

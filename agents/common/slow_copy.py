@@ -18,7 +18,7 @@ class SlowCopy(nn.Module):
         parameters: the trained parameters by name. The copy begins equal to them.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         # In a list, so that they do not count as parameters of this module too.
         self._trained = list(parameters.values())
@@ -54,5 +54,5 @@ class SlowCopy(nn.Module):
         for copied, trained in self._pairs():
             copied.data, trained.data = trained.data, copied.data
 
-    def _pairs(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(self.buffers(), self._trained, strict=True)

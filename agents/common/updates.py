@@ -82,7 +82,6 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
     def backward(self, batch: Batch) -> None:
         """Adds up the gradient of the batch's mean loss, one micro-batch at a time."""
 
-
         def attempt(micro_batch_size: int) -> list[Metrics]:
             self.policy.optimizer.zero_grad()  # again, as memory may have run out in the middle
             return self._add_gradient(self.loss, batch, micro_batch_size)

@@ -71,9 +71,7 @@ def moments(agent: Any) -> tuple[float, float]:
 def test_each_iteration_of_nft_tilts_the_images_anew() -> None:
     """An iteration that learns to the end multiplies the density by exp(A / beta); there is no place to rest."""
     n, steps, beta = 2048, 5, 1.0
-    agent = make_agent(
-        DiffusionNFT, n, steps, beta=beta, normalize_errors=False, batch_size=512, n_epochs=15
-    )
+    agent = make_agent(DiffusionNFT, n, steps, beta=beta, normalize_errors=False, batch_size=512, n_epochs=15)
     sampler = exact_sampler(agent)
     std = sampler.covariance.item() ** 0.5
     # A = (x - mean) / (3 std), so its slope is 1 / (3 std).

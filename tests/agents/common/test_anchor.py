@@ -108,9 +108,7 @@ def test_every_algorithm_has_it(
     batch = min(3, kwargs.get("batch_size", 3))
     assert passes[1] - passes[0] == 3 * T + agent._n_updates * batch  # draws three images; each step takes a batch
     saved = copy.deepcopy(agent.state_dict())
-    other = make_agent(
-        make_env(reward=Redness()), algorithm, seed=5, anchor_coef=1.0, anchor_images=3, **kwargs
-    )
+    other = make_agent(make_env(reward=Redness()), algorithm, seed=5, anchor_coef=1.0, anchor_images=3, **kwargs)
     other.learn(UPDATE)
     other.load_state_dict(saved)
     for each in (agent, other):

@@ -140,7 +140,9 @@ def test_nothing_valid(batch_size: int | None) -> None:
     assert list(full_buffer(valid=[False] * N).batches(batch_size, rng())) == []
 
 
-@pytest.mark.parametrize(("batch_size", "sizes"), [(5, [6, 6]), (4, [4, 4, 4]), (8, [6, 6]), (9, [12]), (100, [12]), (None, [12])])
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(5, [6, 6]), (4, [4, 4, 4]), (8, [6, 6]), (9, [12]), (100, [12]), (None, [12])]
+)
 def test_batches_are_a_partition(batch_size: int | None, sizes: list[int]) -> None:
     batches = list(full_buffer().batches(batch_size, rng()))
     assert [len(batch) for batch in batches] == sizes
