@@ -63,8 +63,8 @@ class AWM(OnlineForwardProcess):
         ema_coef: weight of the distance to the old policy, whose weights follow slowly, at least 0; 0 saves a pass.
         space: what errors are measured in: "velocity" (the paper), "output" for the output itself, "clean" for the x_0
             that it predicts.
-        old_decay: the largest eta with which the old policy follows, in [0, 1]; 0 makes it the policy that the iteration
-            began with.
+        old_decay: the largest eta with which the old policy follows, in [0, 1]; 0 makes it the policy that the
+            iteration began with.
     """
 
     def __init__(

@@ -43,7 +43,8 @@ SelfAlgorithm = TypeVar("SelfAlgorithm", bound="DenoisingAlgorithm")
 class DenoisingAlgorithm(UpdatingAlgorithm):
     """Draws images with a :class:`~agents.common.policy.DenoisingPolicy` and learns from them, iteration by iteration.
 
-    For an algorithm of your own, subclass :class:`~agents.algorithms.policy_gradient.PolicyGradient` or
+    For an algorithm of your own, subclass :class:`~agents.algorithms.policy_gradient.PolicyGradient`,
+    :class:`~agents.algorithms.online_forward_process.OnlineForwardProcess` or
     :class:`~agents.algorithms.forward_process.ForwardProcess`, or this class with a ``train()`` of its own. Write
     ``loss(batch)``, which returns the loss of each element (B,) and what to log.
 
