@@ -122,8 +122,8 @@ def test_aligns_more_images(name: str) -> None:
     agent: Any = load_algorithm(name)(env=env, seed=0, device="cpu", **settings)
     agent.learn(4 * 64 * agent.process.num_inference_steps)
     prompts = ["three green squares"] * 128
-    before = evaluate(agent.policy, env, prompts, 1_000_000, reference=True)
-    after = evaluate(agent.policy, env, prompts, 1_000_000)
+    before: Any = evaluate(agent.policy, env, prompts, 1_000_000, reference=True)
+    after: Any = evaluate(agent.policy, env, prompts, 1_000_000)
     gain = after.reward - before.reward
     assert gain.mean() > 3 * gain.std() / np.sqrt(len(gain))
     assert after.aligned_share > before.aligned_share

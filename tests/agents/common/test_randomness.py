@@ -52,6 +52,8 @@ def test_the_numbers_are_part_of_every_run() -> None:
         "FIT": 5,
         "EVALUATION_INITIAL_NOISE": 6,
         "EVALUATION_ACTION_NOISE": 7,
+        "ANCHOR": 8,
+        "ANCHOR_BATCHES": 9,
     }
     numbers = make_generator(3, Purpose.INITIAL_NOISE, 5).standard_normal(2, np.float32)
     np.testing.assert_allclose(numbers, [-0.67565238, 0.34180197], rtol=1e-6)
