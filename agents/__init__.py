@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 from dpok_gym.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from agents.algorithms.awm import AWM as AWM
     from agents.algorithms.best_of_n import BestOfN as BestOfN
     from agents.algorithms.ddpo import DDPO as DDPO
+    from agents.algorithms.diffusion_nft import DiffusionNFT as DiffusionNFT
     from agents.algorithms.dpok import DPOK as DPOK
     from agents.algorithms.draft import DRaFT as DRaFT
     from agents.algorithms.forward_process import ForwardProcess as ForwardProcess
     from agents.algorithms.grpo import GRPO as GRPO
+    from agents.algorithms.online_forward_process import OnlineForwardProcess as OnlineForwardProcess
     from agents.algorithms.policy_gradient import PolicyGradient as PolicyGradient
     from agents.algorithms.presets import PRESETS as PRESETS
     from agents.algorithms.registry import list_algorithms as list_algorithms
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     "agents",
     {
+        "AWM": "algorithms.awm",
         "DDPO": "algorithms.ddpo",
         "DPOK": "algorithms.dpok",
         "GRPO": "algorithms.grpo",
@@ -45,10 +49,12 @@ __getattr__, __dir__, __all__ = lazy_names(
         "DRaFT": "algorithms.draft",
         "DenoisingAlgorithm": "common.algorithm",
         "DenoisingPolicy": "common.policy",
+        "DiffusionNFT": "algorithms.diffusion_nft",
         "Evaluation": "common.evaluation",
         "FKSteering": "common.steering",
         "ForwardProcess": "algorithms.forward_process",
         "GymnasiumVecEnv": "common.vec_env",
+        "OnlineForwardProcess": "algorithms.online_forward_process",
         "PolicyGradient": "algorithms.policy_gradient",
         "RewardWeightedSFT": "algorithms.sft",
         "evaluate": "common.evaluation",

@@ -7,49 +7,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Self
 
-import numpy as np
 import torch
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from agents.common import losses
 from agents.common.algorithm import DenoisingAlgorithm
-from agents.common.buffer import Batch, TrajectoryBuffer, select
+from agents.common.buffer import TrajectoryBuffer
 from agents.common.losses import Metrics
+from agents.common.matching import NoisyImages, add_noise
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
-from dpok_gym.models.base import Conditioning
-from dpok_gym.samplers import State
+from dpok_gym.samplers import Transition
 from dpok_gym.utils.validation import check_integer
-
-
-@dataclass
-class NoisyImages(Batch):
-    """A batch to learn from.
-
-    Attributes:
-        latents: (B, C, h, w) x_0.
-        noisy: (B, C, h, w) x_t, a sample of q(x_t | x_0).
-        step: (B,) int64, the denoising step.
-        weight: (B,) weight of the image.
-        index: (B,) int64, row of the image's prompt in the conditioning.
-        conditioning: of the distinct prompts.
-    """
-
-    latents: Tensor
-    noisy: Tensor
-    step: Tensor
-    weight: Tensor
-    index: Tensor
-    conditioning: Conditioning
-
-    @property
-    def state(self) -> State:
-        """The noisy images as states of the denoising."""
-        return State(self.noisy, self.step, select(self.conditioning, self.index))
 
 
 class ForwardProcess(DenoisingAlgorithm):
@@ -70,8 +42,6 @@ class ForwardProcess(DenoisingAlgorithm):
         log_every: optimiser steps that the means in the log go over, at least 1.
     """
 
-    draws_with_reference = True
-
     def __init__(
         self,
         policy: str | type[DenoisingPolicy] = "DenoisingPolicy",
@@ -91,6 +61,11 @@ class ForwardProcess(DenoisingAlgorithm):
         self.image_rewards = torch.zeros(0)
         self.image_prompts: list[str] = []
         super().__init__(policy, env, batch_size=batch_size, **kwargs)
+
+    @property
+    def drawing_transition(self) -> Transition:
+        """The pre-trained model draws the images."""
+        return self.policy.reference_transition
 
     def learn(
         self,
@@ -149,7 +124,8 @@ class ForwardProcess(DenoisingAlgorithm):
             self._update_learning_rate(self.policy.optimizer)
             rng = make_generator(self.run_seed, Purpose.FIT, self._n_updates)
             chosen = rows[torch.from_numpy(rng.integers(len(rows), size=batch_size)).to(rows.device)]
-            batch = self._add_noise(chosen, weights[chosen], rng)
+            prompts = [self.image_prompts[row] for row in chosen.tolist()]
+            batch = add_noise(self.process, self.image_latents[chosen], prompts, weights[chosen], rng)
             with self.optimizer_step():
                 self.backward(batch)
 
@@ -181,19 +157,6 @@ class ForwardProcess(DenoisingAlgorithm):
             )
         return weights
 
-    def _add_noise(self, chosen: Tensor, weights: Tensor, rng: np.random.Generator) -> NoisyImages:
-        """Draws x_t ~ q(x_t | x_0) for some of the images, at random steps."""
-        table, clean = self.process.table, self.image_latents[chosen]
-        step = torch.from_numpy(rng.integers(len(table), size=len(chosen))).to(clean.device)
-        noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(clean.device)
-        # The same prompt may come many times: it is encoded once, and its rows are looked up.
-        prompts = [self.image_prompts[row] for row in chosen.tolist()]
-        distinct = list(dict.fromkeys(prompts))
-        numbers = {prompt: number for number, prompt in enumerate(distinct)}
-        index = torch.tensor([numbers[prompt] for prompt in prompts], device=clean.device)
-        noisy = table.add_noise(step, clean, noise)
-        return NoisyImages(clean, noisy, step, weights, index, self.process.encode(distinct))
-
     def loss(self, batch: NoisyImages) -> tuple[Tensor, Metrics]:
         """w || output - target ||^2 of each image, (B,)."""
         output = self.policy.predict_output(batch.state, guidance_scale=1.0)
@@ -201,9 +164,7 @@ class ForwardProcess(DenoisingAlgorithm):
 
     def weighted_loss(self, batch: NoisyImages, output: Tensor) -> tuple[Tensor, Metrics]:
         """w || output - target ||^2 of each image for an output (B, C, h, w), (B,)."""
-        # The target is in the model's own terms: noise, velocity or x_0.
-        target = self.process.table.target(batch.step, batch.latents, batch.noisy)
-        loss = losses.denoising_loss(output, target)
+        loss = losses.denoising_loss(output, batch.target)
         return batch.weight * loss, {"denoising_loss": loss.detach()}
 
     def _keep_images(self, buffer: TrajectoryBuffer) -> None:

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from agents.algorithms.forward_process import ForwardProcess, NoisyImages
+from agents.algorithms.forward_process import ForwardProcess
 from agents.common import losses
 from agents.common.buffer import number_groups
 from agents.common.losses import Metrics
+from agents.common.matching import NoisyImages
 from agents.common.policy import DenoisingPolicy
 from dpok_gym.utils.validation import check_choice, check_non_negative
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def get_state(agent: DenoisingAlgorithm) -> dict[str, Any]:
     """Returns ``{"tensors": {group: {name: tensor}}, "state": JSON-able dict}``.
 
-    The groups are "lora" or "denoiser", "critic" if there is one, and "optimizer".
+    The groups are "lora" or "denoiser", "critic" and "old" if there is one, and "optimizer".
     """
     policy = agent.policy
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -30,6 +30,8 @@ def get_state(agent: DenoisingAlgorithm) -> dict[str, Any]:
         tensors["denoiser"] = dict(policy.denoiser.state_dict())
     if policy.critic is not None:
         tensors["critic"] = dict(policy.critic.state_dict())
+    if policy.old is not None:
+        tensors["old"] = dict(policy.old.state_dict())
     tensors["optimizer"] = flatten_optimizer(policy.optimizer)
     assert agent.sampler_config is not None
     state = {
@@ -71,6 +73,8 @@ def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
             policy.denoiser.load_state_dict(tensors["denoiser"])
         if policy.critic is not None:
             policy.critic.load_state_dict(tensors["critic"])
+        if policy.old is not None:
+            policy.old.load_state_dict(tensors["old"])
     except RuntimeError as error:  # torch's, for tensors of other names or shapes
         raise ValueError(f"the state is of a network of another build: {error}") from error
     load_optimizer(policy.optimizer, tensors["optimizer"])

@@ -32,7 +32,7 @@ from agents.common.randomness import Purpose, make_generator
 from agents.common.rollouts import draw_rollout
 from agents.common.updates import UpdatingAlgorithm
 from agents.common.vec_env import GymnasiumVecEnv, find_denoising_env
-from dpok_gym.samplers import DenoisingProcess, SamplerConfig
+from dpok_gym.samplers import DenoisingProcess, SamplerConfig, Transition
 from dpok_gym.utils.batching import BatchSize
 from dpok_gym.utils.validation import check_fraction, check_integer, check_non_negative, check_positive
 from dpok_gym.vector_env import DenoisingVectorEnv
@@ -46,7 +46,8 @@ SelfAlgorithm = TypeVar("SelfAlgorithm", bound="DenoisingAlgorithm")
 class DenoisingAlgorithm(UpdatingAlgorithm):
     """Draws images with a :class:`~agents.common.policy.DenoisingPolicy` and learns from them, iteration by iteration.
 
-    For an algorithm of your own, subclass :class:`~agents.algorithms.policy_gradient.PolicyGradient` or
+    For an algorithm of your own, subclass :class:`~agents.algorithms.policy_gradient.PolicyGradient`,
+    :class:`~agents.algorithms.online_forward_process.OnlineForwardProcess` or
     :class:`~agents.algorithms.forward_process.ForwardProcess`, or this class with a ``train()`` of its own. Write
     ``loss(batch)``, which returns the loss of each element (B,) and what to log.
 
@@ -66,6 +67,11 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             ``images_per_iteration`` is None. None for 64 if ``env`` is an id, else for as many as ``env`` has.
         batch_size: elements (transitions or images) of an optimiser step, at least 1; None for all there are. Smaller
             takes more steps in each iteration.
+        anchor_coef: weight, beside the algorithm's own loss, of the loss that diffusion models are trained with, on
+            images of the pre-trained model (DDRL, Ye et al. 2025); at least 0. It holds the policy near all that the
+            pre-trained model draws (a forward KL). 0 is no anchor and costs nothing.
+        anchor_images: images of the anchor, drawn once, at least 1; each optimiser step takes as many of them as its
+            ``batch_size``, at most all.
         micro_batch_size: elements of a forward and backward pass, at least 1, whose gradients add up to those of the
             batch; smaller takes less memory and changes nothing else. None for the batch, "auto" for as many as fit
             into memory.
@@ -94,12 +100,12 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
     rollout_buffer: TrajectoryBuffer  # type: ignore[assignment]
     process: DenoisingProcess
 
-    #: Whether the pre-trained model draws the images, and not the policy.
-    draws_with_reference: bool = False
     #: Whether rollouts compute the KL of each transition to the reference's.
     records_reference_kl: bool = False
     #: Whether the policy has a critic.
     use_critic: bool = False
+    #: Whether the policy keeps a copy of its weights that follows them slowly.
+    keep_old: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -123,6 +129,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         batch_size: int | None = None,
         micro_batch_size: int | Literal["auto"] | None = 128,
         max_grad_norm: float = 1.0,
+        anchor_coef: float = 0.0,
+        anchor_images: int = 64,
         normalize_rewards: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -149,6 +157,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         self.warmup_fraction = warmup_fraction
         self.batch_size = None if batch_size is None else check_integer("batch_size", batch_size)
         self.micro_batch_size = micro_batch_size
+        self.anchor_coef = check_non_negative("anchor_coef", anchor_coef)
+        self.anchor_images = check_integer("anchor_images", anchor_images)
         self.images_per_iteration: int | None = None
         if images_per_iteration is not None:
             self.images_per_iteration = check_integer("images_per_iteration", images_per_iteration)
@@ -193,6 +203,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
     def _setup_model(self) -> None:
         self._setup_lr_schedule()
         self._micro_batches = BatchSize("micro_batch_size", self.micro_batch_size)
+        self._anchor = None
         self.set_random_seed(self.seed)
         if self.env is not None:
             self._take_process(self.denoising_env)
@@ -217,7 +228,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
                 self.action_space,
                 self.lr_schedule,
                 process=self.process,
-                **{"use_critic": self.use_critic, **self.policy_kwargs},
+                **{"use_critic": self.use_critic, "keep_old": self.keep_old, **self.policy_kwargs},
             )
         model = self.process.model
         self.rollout_buffer = TrajectoryBuffer(
@@ -271,7 +282,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         name = tb_log_name or type(self).__name__
         total, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, name, progress_bar)
         callback.on_training_start(locals(), globals())
-        while self.num_timesteps < total:
+        while not self.is_done(total):
             with self._whole_iteration():
                 if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
                     break
@@ -317,6 +328,11 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             callback.on_rollout_end()
         return is_complete
 
+    @property
+    def drawing_transition(self) -> Transition:
+        """The transition that draws the images: the policy's own."""
+        return self.policy.transition
+
     def group_of(self, image: int) -> int:
         """Returns the group of an image of the run; the images of a group have the same prompt."""
         return image
@@ -344,6 +360,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             ValueError: if it is of another algorithm, sampler or network.
         """
         set_state(self, state)
+        self._anchor = None  # its images belong to the seed, which may be another one now
 
     def algorithm_state(self) -> dict[str, Any]:
         """Returns the JSON-able state of an algorithm beside weights and counters; subclasses add to it."""
@@ -374,7 +391,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         return super().load(path, env, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "process", "_last_obs", "_last_original_obs", "_metrics"]
+        return [*super()._excluded_save_params(), "process", "_last_obs", "_last_original_obs", "_metrics", "_anchor"]
 
     def save_lora(self, folder: str | pathlib.Path) -> pathlib.Path:
         """Writes the LoRA as diffusers' ``load_lora_weights(folder)`` reads it; returns the file's path."""

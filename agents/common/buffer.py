@@ -17,6 +17,23 @@ from dpok_gym.models.base import Conditioning
 from dpok_gym.samplers import DenoisingStep, State
 
 
+def even_sizes(n: int, batch_size: int | None) -> list[int]:
+    """Returns the sizes of the batches that n elements are split into: near the size asked for, and nearly equal.
+
+    A remainder is spread over all batches, because a batch of a few elements would make an optimiser step as long as
+    the others, in a direction that is mostly noise.
+
+    Args:
+        n: number of elements.
+        batch_size: the size asked for, at least 1; None for all in one.
+
+    Returns:
+        n / batch_size sizes, rounded to an integer, at least one; they differ by at most 1.
+    """
+    count = max((2 * n + batch_size) // (2 * batch_size), 1) if batch_size else 1
+    return [n // count + (number < n % count) for number in range(count)]
+
+
 class Batch:
     """Tensors with a leading axis of B; subclasses are dataclasses of them. Other fields belong to all elements."""
 
@@ -28,6 +45,13 @@ class Batch:
         size = size or max(len(self), 1)
         for first in range(0, len(self), size):
             yield self.take(slice(first, first + size))
+
+    def split_evenly(self, batch_size: int | None) -> Iterator[Self]:
+        """Yields the batches of optimiser steps, of the sizes that :func:`even_sizes` gives; none of no elements."""
+        first = 0
+        for size in even_sizes(len(self), batch_size) if len(self) else ():
+            yield self.take(slice(first, first + size))
+            first += size
 
     def take(self, rows: slice | Tensor) -> Self:
         """Returns some of the elements."""
@@ -166,7 +190,7 @@ class TrajectoryBuffer:
         """Yields random batches of the transitions of valid images, each transition at most once.
 
         Args:
-            batch_size: transitions in a batch; None for all in one.
+            batch_size: transitions in a batch, about, see :func:`even_sizes`; None for all in one.
             rng: decides on order and choice.
             fraction: share of the transitions that is used at all, in (0, 1].
             step_importance: (T,) at least 0; transitions of some steps are chosen more often than those of others, in
@@ -183,7 +207,7 @@ class TrajectoryBuffer:
         chosen = systematic_sample(transitions, probability[transitions % n_steps], rng.random())
         if not len(chosen):
             return  # splitting nothing would give one batch of nothing
-        for index in torch.split(chosen, batch_size or len(chosen)):
+        for index in torch.split(chosen, even_sizes(len(chosen), batch_size)):
             image, t = index // n_steps, index % n_steps
             yield Transitions(
                 latents=self.latents[image, t],

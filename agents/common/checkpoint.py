@@ -5,8 +5,8 @@ A checkpoint is a folder ``checkpoint-<images drawn>`` in the run folder; once a
 
 - ``pytorch_lora_weights.safetensors``, which diffusers can load, or ``denoiser.safetensors`` if all weights are
   trained;
-- a file of tensors for every other part of the agent: ``critic``, ``optimizer``, ``images`` (of forward-process
-  algorithms);
+- a file of tensors for every other part of the agent: ``critic``, ``old`` (weights that follow the trained ones),
+  ``optimizer``, ``images`` (of algorithms that learn from a fixed set);
 - ``trainer_state.json``: the agent's counters and statistics, and what the run itself needs to resume.
 
 It is written into a folder beside it, which is renamed when all is on the disk. So a checkpoint is whole or not there.

@@ -19,6 +19,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from agents.common.critic import Critic
+from agents.common.slow_copy import SlowCopy
 from dpok_gym import diffusion
 from dpok_gym.models.base import GuidanceGradient
 from dpok_gym.models.lora import LoRA, reference_copy
@@ -37,7 +38,8 @@ class DenoisingPolicy(ActorCriticPolicy):
 
     It trains a LoRA on the denoiser, which leaves the shared model as it was, or a copy of the whole denoiser. The
     reference policy is the pre-trained model: the LoRA switched off, or the original network. The policy's parameters,
-    and so the optimiser's and those that are saved, are the trained ones only.
+    and so the optimiser's, are the trained ones only. Some algorithms have an old policy too: a copy of the trained
+    weights that follows them slowly, see :meth:`old_weights`.
 
     ``predict(..., deterministic=True)`` takes the mean of each step. A diffusion sampler without its noise draws poor
     images, so evaluate with ``deterministic=False``.
@@ -64,6 +66,10 @@ class DenoisingPolicy(ActorCriticPolicy):
         optimizer_kwargs: arguments of the optimiser, such as ``{"weight_decay": 0.01}``; the learning rate is the
             algorithm's. None for :data:`DEFAULT_OPTIMIZER_KWARGS`, which suit AdamW.
         use_critic: add a critic; the algorithm decides.
+        keep_old: keep an old policy; the algorithm decides.
+
+    Attributes:
+        old: the old policy's weights, or None.
     """
 
     optimizer: torch.optim.Optimizer
@@ -86,6 +92,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         use_critic: bool = False,
+        keep_old: bool = False,
     ) -> None:
         if use_sde:
             raise ValueError("use_sde must be False: the noise of a denoising step is that of the diffusion")
@@ -104,6 +111,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         self.model = process.model
         self.guidance_gradient: GuidanceGradient = guidance_gradient
         self.autocast = autocast
+        self.gradient_checkpointing = gradient_checkpointing
         self._batch_size = BatchSize("max_batch_size", max_batch_size)
         # Resolved here, so that a saved policy does not depend on the default of a later version.
         rank = self.model.default_lora_rank if lora_rank is None else lora_rank
@@ -117,11 +125,13 @@ class DenoisingPolicy(ActorCriticPolicy):
             "max_batch_size": max_batch_size,
             "critic_hidden": critic_hidden,
             "use_critic": use_critic,
+            "keep_old": keep_old,
         }
         self._make_trainable(rank, target_modules)
         if gradient_checkpointing:
             network: Any = self.denoiser or self.model.denoiser
             network.enable_gradient_checkpointing()
+        self.old = SlowCopy(self._named_denoiser_parameters()) if keep_old else None
         self.critic: Critic | None = None
         if use_critic:
             dims = int(np.prod(self.model.latent_shape))
@@ -171,9 +181,12 @@ class DenoisingPolicy(ActorCriticPolicy):
 
     def denoiser_parameters(self) -> list[nn.Parameter]:
         """Returns the trained parameters of the denoiser, without the critic's."""
+        return list(self._named_denoiser_parameters().values())
+
+    def _named_denoiser_parameters(self) -> dict[str, nn.Parameter]:
         trained = self.adapter if self.lora else self.denoiser
         assert trained is not None
-        return list(trained.parameters())
+        return dict(trained.named_parameters())
 
     def merged_denoiser(self) -> nn.Module:
         """Returns the trained denoiser as an ordinary network: the whole one, or a copy with the LoRA merged in."""
@@ -192,6 +205,18 @@ class DenoisingPolicy(ActorCriticPolicy):
             yield  # a denoiser of its own needs no switch
             return
         with self.lora.enabled() if enabled else self.lora.disabled():
+            yield
+
+    @contextmanager
+    def old_weights(self) -> Iterator[None]:
+        """Within the block, without gradients, the policy answers as the old one.
+
+        Raises:
+            ValueError: if the policy keeps no old one.
+        """
+        if self.old is None:
+            raise ValueError("this policy keeps no old weights: make it with keep_old=True")
+        with torch.no_grad(), self.old.in_place():
             yield
 
     def predict_output(self, state: State, reference: bool = False, guidance_scale: float | None = None) -> Tensor:
@@ -229,6 +254,11 @@ class DenoisingPolicy(ActorCriticPolicy):
     def reference_transition(self, state: State) -> tuple[Tensor, Tensor]:
         """Mean (B, C, h, w) and std (B,) of the pre-trained model's p(x_{t-1} | x_t, z), without a gradient."""
         return self.transition(state, reference=True)
+
+    def old_transition(self, state: State) -> tuple[Tensor, Tensor]:
+        """Mean (B, C, h, w) and std (B,) of the old policy's p(x_{t-1} | x_t, z), without a gradient."""
+        with self.old_weights():
+            return self.transition(state)
 
     def values(self, state: State) -> Tensor:
         """V(x_t, t, z) of B states, (B,); 0 without a critic."""

@@ -24,10 +24,12 @@ class Purpose(IntEnum):
     ACTION_NOISE = 2  # the noise of the denoising steps, by image
     BATCHES = 3  # order and choice of transitions, by iteration and epoch
     WEIGHTS = 4  # of new networks
-    FIT = 5  # batches and noise of the forward process, by optimiser step
+    FIT = 5  # batches and noise of the forward process, by optimiser step or iteration
     EVALUATION_INITIAL_NOISE = 6  # by image
     EVALUATION_ACTION_NOISE = 7  # by image
     STEERING = 8  # the choice among an image's particles, by image and denoising step
+    ANCHOR = 9  # prompt and noise of the anchor's images, by image
+    ANCHOR_BATCHES = 10  # their batches and the noise added to them, by optimiser step
 
 
 def make_generator(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:

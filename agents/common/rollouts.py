@@ -30,7 +30,7 @@ def draw_rollout(agent: DenoisingAlgorithm, buffer: TrajectoryBuffer, callback: 
     Image k of the run is the same whatever n is: its prompt, x_T and noise are functions of the seed and of k.
 
     Args:
-        agent: its policy draws (or the reference, for agents that learn from the pre-trained model's images).
+        agent: its ``drawing_transition`` draws.
         buffer: of N images.
         callback: asked after each denoising step, as SB3 asks after each environment step.
 
@@ -71,10 +71,9 @@ def _draw_images(
     noise = ImageNoise.for_training(
         agent.run_seed, images, process.model.latent_shape, process.model.device, agent.initial_noise_of(images)
     )
-    transition = policy.reference_transition if agent.draws_with_reference else policy.transition
     latents = noise.initial_latents()
     buffer.begin(rows, prompts, conditioning)
-    for step in process.denoise(latents, conditioning, noise, transition):
+    for step in process.denoise(latents, conditioning, noise, agent.drawing_transition):
         latents = step.next_latents
         buffer.add(rows, step)
         if agent.records_reference_kl:

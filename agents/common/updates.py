@@ -8,17 +8,19 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor, nn
 
+from agents.common import losses
+from agents.common.anchor import Anchor
 from agents.common.buffer import Batch
 from agents.common.losses import Metrics
+from agents.common.matching import NoisyImages
 from agents.common.policy import DenoisingPolicy
 from dpok_gym.utils.batching import BatchSize
 
@@ -26,7 +28,8 @@ from dpok_gym.utils.batching import BatchSize
 class UpdatingAlgorithm(OnPolicyAlgorithm):
     """An algorithm that takes optimiser steps on the mean loss of batches.
 
-    ``with self.optimizer_step(): self.backward(batch)`` is one step. The loss is the subclass's.
+    ``with self.optimizer_step(): self.backward(batch)`` is one step. The loss is the subclass's; with an anchor, each
+    step adds ``anchor_coef`` times the loss that diffusion models are trained with, on images of the pre-trained model.
 
     Attributes:
         latest_metrics: what the latest update logged, by name; empty before the first one.
@@ -35,6 +38,9 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
     policy: DenoisingPolicy
     max_grad_norm: float
     latest_metrics: dict[str, float]
+    anchor_coef: float
+    anchor_images: int
+    _anchor: Anchor | None
     _micro_batches: BatchSize
     _metrics: dict[str, list[Tensor]]
 
@@ -66,6 +72,8 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
         """Around the backward passes of a batch: sets gradients to zero before, clips and takes the step after."""
         self.policy.optimizer.zero_grad()
         yield
+        if self.anchor_coef:
+            self._add_anchor_gradient()
         # Only the denoiser's: the critic learns by itself, and its gradients must not shrink the policy's.
         norm = nn.utils.clip_grad_norm_(self.policy.denoiser_parameters(), self.max_grad_norm)
         self.log_metrics({"grad_norm": norm})
@@ -74,16 +82,36 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
 
     def backward(self, batch: Batch) -> None:
         """Adds up the gradient of the batch's mean loss, one micro-batch at a time."""
-        for metrics in self._micro_batches.run(partial(self._backward, batch), len(batch)):
+
+        def attempt(micro_batch_size: int) -> list[Metrics]:
+            self.policy.optimizer.zero_grad()  # again, as memory may have run out in the middle
+            return self._add_gradient(self.loss, batch, micro_batch_size)
+
+        for metrics in self._micro_batches.run(attempt, len(batch)):
             self.log_metrics(metrics)
 
-    def _backward(self, batch: Batch, micro_batch_size: int) -> list[Metrics]:
-        self.policy.optimizer.zero_grad()  # again, as memory may have run out in the middle
+    def anchor_loss(self, batch: NoisyImages) -> tuple[Tensor, Metrics]:
+        """coef || output - target ||^2 of each noisy image of the pre-trained model, (B,)."""
+        output = self.policy.predict_output(batch.state, guidance_scale=1.0)
+        loss = losses.denoising_loss(output, batch.target)
+        return self.anchor_coef * loss, {"anchor_loss": loss.detach()}
+
+    def _add_anchor_gradient(self) -> None:
+        if self._anchor is None:
+            self._anchor = Anchor.draw(self, self.anchor_images)  # type: ignore[arg-type]
+        batch = self._anchor.batch(self)  # type: ignore[arg-type]
+        # The algorithm's own loss has found the micro-batch that fits into memory.
+        for metrics in self._add_gradient(self.anchor_loss, batch, self._micro_batches.size):
+            self.log_metrics(metrics)
+
+    def _add_gradient(
+        self, loss_function: Callable[[Any], tuple[Tensor, Metrics]], batch: Batch, micro_batch_size: int | None
+    ) -> list[Metrics]:
         collected = []
         for part in batch.split(micro_batch_size):
             # The block goes on through the backward pass, which may compute parts of the network again.
             with self.policy.adapter_enabled():
-                loss, metrics = self.loss(part)
+                loss, metrics = loss_function(part)
                 # Divided by the whole batch, so that the parts add up to the gradient of its mean.
                 (loss.sum() / len(batch)).backward()
             collected.append(metrics)

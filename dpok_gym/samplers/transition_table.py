@@ -13,11 +13,16 @@ Letters used for shapes: T denoising steps, B transitions.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dpok_gym.diffusion import expand, reduce
+from dpok_gym.utils.validation import check_choice
+
+#: What an error of the network is measured in.
+ErrorSpace = Literal["output", "clean", "velocity"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,29 @@ class TransitionTable:
         its |output_coef| / std is 3 to 8, and everywhere else at most 1.2. A KL goes with the square of that.
         """
         return self.std >= 0.1 * self.std.max()
+
+    def singular(self) -> Tensor:
+        """Returns which steps hardly add noise to what the network decides, |output_coef| > 3 std; (T,) bool.
+
+        The same change of the network's output costs more nats there than at all the other steps together. So the KL of
+        such a step says how much the output trembles, and not how much the images have changed. With Stable Diffusion's
+        betas and a network that predicts the noise or the velocity, there is one, the last but one.
+        """
+        return self.output_coef.abs() > 3 * self.std
+
+    def error_scale(self, space: ErrorSpace) -> Tensor:
+        """Returns by how much an error of the network's output counts in another space, (T,).
+
+        Args:
+            space: "output" for the output itself (1); "clean" for the x_0 that it predicts; "velocity" for the velocity
+                that belongs to this x_0, of a variance-preserving diffusion or of flow matching.
+        """
+        check_choice("the space of errors", space, "output", "clean", "velocity")
+        if space == "output":
+            return torch.ones_like(self.noise)
+        clean = self.clean_output_coef.abs()
+        # x_0 = signal x_t - noise v, and for flow matching x_0 = x_t - noise v.
+        return clean if space == "clean" else clean / self.noise
 
     def output_mse(self, step: Tensor, mean: Tensor, other_mean: Tensor) -> Tensor:
         """Returns the mean squared difference of the two network outputs that led to these means, (B,).

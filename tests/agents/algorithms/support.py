@@ -9,10 +9,24 @@ import torch
 from stable_baselines3.common.logger import KVWriter, Logger
 from torch import Tensor
 
-from agents import DDPO, DPOK, GRPO, REINFORCE, RWR, BestOfN, DRaFT, PolicyGradient, RewardWeightedSFT
-from agents.algorithms.forward_process import ForwardProcess, NoisyImages
+from agents import (
+    AWM,
+    DDPO,
+    DPOK,
+    GRPO,
+    REINFORCE,
+    RWR,
+    BestOfN,
+    DiffusionNFT,
+    DRaFT,
+    ForwardProcess,
+    OnlineForwardProcess,
+    PolicyGradient,
+    RewardWeightedSFT,
+)
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.buffer import TrajectoryBuffer, Transitions
+from agents.common.matching import NoisyImages
 from tests.support import assert_same
 
 N, T = 4, 3
@@ -63,10 +77,18 @@ ALGORITHMS: dict[str, tuple[type[DenoisingAlgorithm], dict[str, Any]]] = {
     "SFT, KL-O": (RewardWeightedSFT, {"regularization": "KL-O", **_FORWARD}),
     "RWR": (RWR, _FORWARD),
     "BestOfN": (BestOfN, {"n": 2, **_FORWARD}),
-    "DRaFT": (DRaFT, {"n_last_steps": 2, "batch_size": 3}),
+    # Without the normalisation, whose constant has no gradient.
+    "DiffusionNFT": (
+        DiffusionNFT,
+        {"group_size": 2, "batch_size": 5, "beta": 0.5, "kl_coef": 0.1, "normalize_errors": False},
+    ),
+    "AWM": (AWM, {"group_size": 2, "batch_size": 5, "kl_coef": 0.1}),
+    "DRaFT": (DRaFT, {"n_last_steps": 2, "batch_size": 2}),
+    "DRaFT, KL": (DRaFT, {"n_last_steps": 2, "batch_size": 2, "kl_coef": 0.1, "max_kl": 1e6}),
 }
 
 POLICY_GRADIENTS = [name for name, (cls, _) in ALGORITHMS.items() if issubclass(cls, PolicyGradient)]
+ONLINE_FORWARD_PROCESSES = [name for name, (cls, _) in ALGORITHMS.items() if issubclass(cls, OnlineForwardProcess)]
 FORWARD_PROCESSES = [name for name, (cls, _) in ALGORITHMS.items() if issubclass(cls, ForwardProcess)]
 #: Those whose loss has a meaningful gradient only, and the value 0.
 SCORE_FUNCTIONS = ["DDPO-SF", "REINFORCE"]
@@ -163,6 +185,8 @@ def expected_loss(agent: Any, batch: Any) -> Tensor:
     """Returns the loss of each element by the formula of the algorithm's paper."""
     if isinstance(agent, ForwardProcess):
         return _denoising_loss(agent, batch)
+    if isinstance(agent, OnlineForwardProcess):
+        return _matching_loss(agent, batch)
     if isinstance(agent, DRaFT):
         return _minus_reward(agent, batch)
     return _policy_gradient_loss(agent, batch)
@@ -216,15 +240,43 @@ def _denoising_loss(agent: Any, batch: NoisyImages) -> Tensor:
     return loss
 
 
+def _matching_loss(agent: Any, batch: NoisyImages) -> Tensor:
+    """The loss of DiffusionNFT or AWM, plus the distance to the pre-trained model: the tiny model predicts eps."""
+    table, policy = agent.process.table, agent.policy
+    signal, noise = table.signal.double()[batch.step], table.noise.double()[batch.step]
+    eps = (batch.noisy.double() - signal[:, None, None, None] * batch.latents) / noise[:, None, None, None]
+    output = policy.predict_output(batch.state, guidance_scale=1.0).double()
+    with policy.old_weights():
+        old = policy.predict_output(batch.state, guidance_scale=1.0).double()
+    reference = policy.predict_output(batch.state, reference=True, guidance_scale=1.0).double()
+    penalty = agent.kl_coef * _squared(output - reference) / DIMS
+    if isinstance(agent, DiffusionNFT):
+        # x_0 = (x_t - noise eps) / signal, so an error of eps is an error of noise / signal in x_0.
+        positive = (1 - agent.beta) * old + agent.beta * output
+        negative = (1 + agent.beta) * old - agent.beta * output
+        r = 0.5 + 0.5 * batch.weight.double()
+        loss = r * _squared(positive - eps) + (1 - r) * _squared(negative - eps)
+        return loss * (noise / signal) ** 2 / DIMS / agent.beta + penalty
+    # v = (eps - noise x_t) / signal, so an error of eps is one of 1 / signal in v.
+    log_ratio = -_squared(output - eps) / signal**2 / DIMS - batch.old_log_prob.double()  # type: ignore[attr-defined]
+    ratio, clipped = log_ratio.exp(), log_ratio.clip(-agent.clip_range, agent.clip_range).exp()
+    policy_loss = torch.maximum(-batch.weight * ratio, -batch.weight * clipped)
+    return policy_loss + agent.ema_coef * _squared(output - old) / DIMS + penalty
+
+
 def _minus_reward(agent: DRaFT, batch: Any) -> Tensor:
-    """-r of the images that the same noise leads to."""
-    latents, table = batch.latents, agent.process.table
+    """-r of the images that the same noise leads to, plus the KL of the steps that are not singular."""
+    latents, table, kl = batch.latents, agent.process.table, torch.zeros(len(batch)).double()
     conditioning = {name: values[batch.image] for name, values in batch.image_conditioning.items()}
     for k in range(agent.n_last_steps):
         index = T - agent.n_last_steps + k
-        mean, _ = agent.policy.transition(agent.process.state(latents, index, conditioning))
+        state = agent.process.state(latents, index, conditioning)
+        mean, _ = agent.policy.transition(state)
+        if agent.kl_coef and table.output_coef[index].abs() < 3 * table.std[index]:
+            reference, _ = agent.policy.transition(state, reference=True)
+            kl = kl + agent.kl_coef * _squared(mean - reference) / (2 * table.std[index].double() ** 2)
         latents = mean + table.std[index] * batch.noise[:, k]
-    return -agent.process.model.decode(latents).double().mean((1, 2, 3))
+    return kl - agent.process.model.decode(latents).double().mean((1, 2, 3))
 
 
 def _squared(values: Tensor) -> Tensor:

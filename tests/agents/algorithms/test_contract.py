@@ -17,6 +17,7 @@ from torch import Tensor
 
 from agents import evaluate
 from agents.algorithms.forward_process import ForwardProcess
+from agents.algorithms.online_forward_process import OnlineForwardProcess
 from agents.algorithms.registry import load_algorithm
 from dpok_gym import DenoisingVectorEnv, diffusion
 from tests.agents.algorithms.support import (
@@ -50,13 +51,13 @@ MakeEnv = Callable[..., DenoisingVectorEnv]
 
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 #: For tests that train for longer: those of each base class are enough for a first look.
-FIRST = ("DPOK", "GRPO", "SFT, KL-O", "DRaFT")
+FIRST = ("DPOK", "GRPO", "SFT, KL-O", "DiffusionNFT", "DRaFT")
 every_algorithm_in_turn = pytest.mark.parametrize(
     "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
 )
 every_policy_gradient = pytest.mark.parametrize("name", POLICY_GRADIENTS)
 
-BUILT_IN = ("dpok", "ddpo", "grpo", "reinforce", "sft", "rwr", "best-of-n", "draft")
+BUILT_IN = ("dpok", "ddpo", "grpo", "reinforce", "sft", "rwr", "best-of-n", "diffusion-nft", "awm", "draft")
 
 
 def test_every_built_in_algorithm_is_tested_here() -> None:
@@ -338,9 +339,12 @@ def test_masked_images_are_not_learned_from(name: str, make_env: MakeEnv, make_a
         assert agent.image_prompts == buffer.prompts[::2]
         known = {tuple(latents.flatten().tolist()) for latents in agent.image_latents}
         assert all(tuple(latents.flatten().tolist()) in known for batch in batches for latents in batch.latents)
+    elif isinstance(agent, OnlineForwardProcess):
+        known = {tuple(latents.flatten().tolist()) for latents in buffer.latents[::2, -1]}
+        assert {tuple(latents.flatten().tolist()) for batch in batches for latents in batch.latents} == known
     else:
         assert {int(image) for batch in batches for image in batch.image} == {0, 2, 4, 6}
-    agent = make_agent(name, env, **({"batch_size": None} if name == "DRaFT" else {}))
+    agent = make_agent(name, env, **({"batch_size": None} if "DRaFT" in name else {}))
     rows = listen(agent)
     agent.learn(2 * 8 * T)
     assert all(bool(value.isfinite().all()) for value in weights(agent).values())
@@ -387,7 +391,10 @@ UPDATE_COLUMNS = {
     "SFT, KL-O": "denoising_loss",
     "RWR": "denoising_loss",
     "BestOfN": "denoising_loss",
+    "DiffusionNFT": "matching_loss distance_to_old distance_to_reference",
+    "AWM": "policy_gradient_loss mean_ratio clip_fraction distance_to_old distance_to_reference",
     "DRaFT": "reward",
+    "DRaFT, KL": "reward kl_of_last_steps kl_to_reference",
 }
 
 
@@ -395,11 +402,11 @@ UPDATE_COLUMNS = {
 @every_algorithm_in_turn
 def test_log(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """Each row holds what an iteration drew and what its own update did."""
-    env = make_env() if name == "DRaFT" else make_env(reward={colours: 2.0})
+    env = make_env() if "DRaFT" in name else make_env(reward={colours: 2.0})
     agent = make_agent(name, env, **({"log_every": 2} if name in FORWARD_PROCESSES else {}))
     rows = listen(agent)
     agent.learn(2 * UPDATE)
-    components = {"Brightness"} if name == "DRaFT" else {"red", "blue"}
+    components = {"Brightness"} if "DRaFT" in name else {"red", "blue"}
     rollout = {f"rollout/{column}" for column in {"ep_rew_mean", "ep_len_mean", "images", "valid_share"} | components}
     rollout |= {"time/rollout_images_per_second", "time/fps", "time/total_timesteps"}
     columns = {*UPDATE_COLUMNS[name].split(), "grad_norm", "learning_rate", "n_updates"}
@@ -415,7 +422,7 @@ def test_log(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
         assert update <= row.keys()
         assert row["time/update_images_per_second"] > 0
     assert drawn[0]["rollout/ep_len_mean"] == T
-    if name != "DRaFT":
+    if "DRaFT" not in name:
         total = 2 * (drawn[0]["rollout/red"] + drawn[0]["rollout/blue"])
         assert drawn[0]["rollout/ep_rew_mean"] == pytest.approx(total, rel=1e-4)
     n_updates = [row["train/n_updates"] for row in updated]
@@ -509,7 +516,7 @@ def test_a_whole_denoiser_is_compiled_if_the_model_is(
 COMMON_ARGUMENTS = {
     *("policy", "env", "learning_rate", "final_lr_fraction", "images_per_iteration", "n_envs", "batch_size"),
     *("micro_batch_size", "max_grad_norm", "normalize_rewards", "stats_window_size", "tensorboard_log"),
-    *("policy_kwargs", "verbose", "seed", "device"),
+    *("policy_kwargs", "verbose", "seed", "device", "anchor_coef", "anchor_images"),
 }
 
 
@@ -537,6 +544,8 @@ def test_every_argument_has_a_name_and_a_text(name: str, make_agent: MakeAgent) 
         ({"images_per_iteration": 0}, "images_per_iteration must be an integer of at least 1, got 0"),
         ({"final_lr_fraction": -0.1}, r"final_lr_fraction must lie in \[0, 1\], got -0.1"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be a number above 0"),
+        ({"anchor_coef": -1.0}, "anchor_coef must be a number of at least 0"),
+        ({"anchor_images": 0}, "anchor_images must be an integer of at least 1, got 0"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"policy_kwargs": {"lora_rank": -1}}, "rank must be an integer of at least 1"),
         ({"policy_kwargs": {"target_modules": ["to_x"]}}, "no layer of the denoiser ends in"),
@@ -566,7 +575,10 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str, make_agent: MakeAge
         ("SFT, KL-O", {"gamma_kl": 0.1}),
         ("RWR", {"temperature": 0.02}),
         ("BestOfN", {"n": 8}),
+        ("DiffusionNFT", {"group_size": 24, "batch_size": 24, "normalize_errors": True}),
+        ("AWM", {"group_size": 24, "batch_size": 24}),
         ("DRaFT", {"batch_size": 12}),
+        ("DRaFT, KL", {"batch_size": 12, "kl_coef": 1e-4}),
     ],
 )
 def test_reward_improves_on_the_embedded_world(name: str, kwargs: dict[str, Any]) -> None:

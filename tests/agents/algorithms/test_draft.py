@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from stable_baselines3.common.logger import HumanOutputFormat, Logger
 
 from dpok_gym import DenoisingVectorEnv
 from tests.agents.algorithms.support import (
@@ -17,6 +19,7 @@ from tests.agents.algorithms.support import (
     T,
     change,
     collect,
+    flat_weights,
     gradient,
     listen,
     take_batches,
@@ -73,7 +76,7 @@ def test_each_image_is_learned_from_once(make_env: MakeEnv, make_agent: MakeAgen
     env = make_env(8, reward=EveryOtherFails(), non_finite="mask", decode_batch_size=8)
     agent = make_agent("DRaFT", env)
     batches = take_batches(agent, 8)
-    assert [len(batch) for batch in batches] == [3, 1]
+    assert [len(batch) for batch in batches] == [2, 2]
     assert sorted(int(image) for batch in batches for image in batch.image) == [0, 2, 4, 6]
 
 
@@ -102,3 +105,74 @@ def test_needs_a_gradient(make_env: MakeEnv, make_agent: MakeAgent) -> None:
 def test_running_normalisation_is_refused(make_agent: MakeAgent) -> None:
     with pytest.raises(ValueError, match="leave normalize_rewards False"):
         make_agent("DRaFT", normalize_rewards=True)
+
+
+@pytest.mark.slow
+def test_ends_when_the_kl_is_spent(make_agent: MakeAgent) -> None:
+    """With the latest weights whose images were near enough; it says so, and can go on from the state."""
+    free = make_agent("DRaFT", max_kl=1e6)
+    rows = listen(free)
+    known = [flat_weights(free)]
+    for _ in range(5):
+        free.learn(UPDATE, reset_num_timesteps=False)
+        known.append(flat_weights(free))
+    measured = [row["train/kl_to_reference"] for row in rows]
+    assert measured[0] == pytest.approx(0, abs=1e-6)
+    assert sorted(measured) == measured
+    budget = (measured[2] + measured[3]) / 2
+    agent = make_agent("DRaFT", max_kl=budget)
+    log = io.StringIO()
+    agent.set_logger(Logger(None, [HumanOutputFormat(log)]))
+    agent.learn(100 * UPDATE)
+    assert agent.num_timesteps == 4 * UPDATE
+    assert agent.is_done(100 * UPDATE)
+    assert f"above max_kl={budget:.3g}: training ends here" in log.getvalue()
+    assert torch.equal(flat_weights(agent), known[2])
+    other = make_agent("DRaFT", max_kl=budget)
+    other.load_state_dict(agent.state_dict())
+    other.learn(UPDATE, reset_num_timesteps=False)
+    assert other.num_timesteps == 4 * UPDATE
+    assert torch.equal(flat_weights(other), known[2])
+
+
+@pytest.mark.slow
+def test_the_measured_kl_is_that_of_the_regular_steps(make_agent: MakeAgent) -> None:
+    agent = make_agent("DRaFT", max_kl=1e6)
+    change(agent)
+    rows = listen(agent)
+    agent.learn(UPDATE)
+    table, buffer = agent.process.table, agent.rollout_buffer
+    expected = 0.0
+    for t in range(T):
+        if table.output_coef[t].abs() > 3 * table.std[t]:
+            continue
+        reference, std = agent.policy.reference_transition(buffer.state_at(t))
+        distance = (buffer.means[:, t] - reference).square().flatten(1).sum(1)
+        expected += (distance / (2 * std**2)).mean().item()
+    assert expected > 0
+    assert rows[0]["train/kl_to_reference"] == pytest.approx(expected, rel=1e-4)
+    assert table.singular().sum() == 1
+
+
+@pytest.mark.slow
+def test_a_kl_in_the_loss_holds_the_policy(make_agent: MakeAgent) -> None:
+    kl = []
+    for kl_coef in (0.0, 1.0):
+        agent = make_agent("DRaFT", kl_coef=kl_coef, max_kl=1e6, learning_rate=3e-3)
+        rows = listen(agent)
+        agent.learn(6 * UPDATE)
+        kl.append(rows[-1]["train/kl_to_reference"])
+    assert kl[1] < 0.7 * kl[0]
+
+
+@pytest.mark.slow
+def test_a_kl_beside_gradient_checkpointing_is_refused(make_agent: MakeAgent) -> None:
+    with pytest.raises(ValueError, match="gradient_checkpointing cannot give beside a LoRA"):
+        make_agent("DRaFT", kl_coef=0.1, policy_kwargs={"gradient_checkpointing": True})
+    make_agent("DRaFT", kl_coef=0.1, policy_kwargs={"gradient_checkpointing": True, "lora_rank": 0})
+
+
+@pytest.mark.parametrize("argument", [{"kl_coef": -1.0}, {"max_kl": 0.0}])
+def test_bad_kl(argument: dict[str, float], make_agent: MakeAgent) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(argument))} must be a number"):
+        make_agent("DRaFT", **argument)

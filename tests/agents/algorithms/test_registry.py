@@ -27,6 +27,8 @@ BUILT_IN = {
     "sft": agents.RewardWeightedSFT,
     "rwr": agents.RWR,
     "best-of-n": agents.BestOfN,
+    "diffusion-nft": agents.DiffusionNFT,
+    "awm": agents.AWM,
     "draft": agents.DRaFT,
 }
 

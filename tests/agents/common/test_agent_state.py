@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents import DDPO, DPOK, GRPO, RewardWeightedSFT
+from agents import DDPO, DPOK, GRPO, DiffusionNFT, RewardWeightedSFT
 from agents.common.agent_state import flatten_optimizer, load_optimizer
 from tests.agents.common.support import Watch, snapshot
 from tests.support import assert_same
@@ -27,6 +27,7 @@ AGENTS: dict[str, dict[str, Any]] = {
         "algorithm": DDPO,
         "policy_kwargs": {"optimizer_class": torch.optim.SGD, "optimizer_kwargs": {"momentum": 0.9}},
     },
+    "old policy": {"algorithm": DiffusionNFT, "group_size": 2, "batch_size": 5},
     "images": {"algorithm": RewardWeightedSFT, "n_gradient_steps": 2, "batch_size": 3},
 }
 
@@ -50,6 +51,7 @@ def test_the_state_is_tensors_and_json(make_agent: Callable[..., Any], kind: str
     groups = {"denoiser" if kind == "whole denoiser" else "lora", "optimizer"}
     groups |= {"critic"} if kind == "critic and controller" else set()
     groups |= {"images"} if kind == "images" else set()
+    groups |= {"old"} if kind == "old policy" else set()
     assert saved["tensors"].keys() == groups
     for tensors in saved["tensors"].values():
         for name, value in tensors.items():

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from agents import (
+    AWM,
     DDPO,
     DPOK,
     GRPO,
@@ -15,8 +16,10 @@ from agents import (
     BestOfN,
     DenoisingAlgorithm,
     DenoisingPolicy,
+    DiffusionNFT,
     DRaFT,
     ForwardProcess,
+    OnlineForwardProcess,
     PolicyGradient,
     RewardWeightedSFT,
     list_algorithms,
@@ -25,7 +28,7 @@ from agents.algorithms.registry import load_algorithm
 from agents.common.arguments import check_arguments, describe_arguments, show_inherited_arguments
 from dpok_gym import DenoisingVectorEnv
 
-ALGORITHMS = [DPOK, DDPO, GRPO, REINFORCE, RewardWeightedSFT, RWR, BestOfN, DRaFT]
+ALGORITHMS = [DPOK, DDPO, GRPO, REINFORCE, RewardWeightedSFT, RWR, BestOfN, DiffusionNFT, AWM, DRaFT]
 
 
 def own_arguments(cls: type) -> set[str]:
@@ -50,7 +53,7 @@ def test_the_signature_names_every_argument_of_every_base(algorithm: type[Denois
     assert len(bases) >= 2
     assert set(parameters) == set.union(*[own_arguments(base) for base in bases])
     assert {"learning_rate", "seed", "policy_kwargs", "images_per_iteration"} <= set(parameters)
-    for base in (PolicyGradient, ForwardProcess):
+    for base in (PolicyGradient, ForwardProcess, OnlineForwardProcess):
         if issubclass(algorithm, base):
             assert own_arguments(base) <= set(parameters)
 
@@ -84,7 +87,7 @@ def test_a_subclass_describes_its_own_default_and_text_first() -> None:
     assert "decoder" in described["micro_batch_size"].doc
     assert describe_arguments(DPOK)["micro_batch_size"].default == 128
     assert describe_arguments(RWR)["batch_size"].default == 64
-    assert list(described)[:4] == ["policy", "env", "n_last_steps", "micro_batch_size"]
+    assert list(described)[:6] == ["policy", "env", "n_last_steps", "kl_coef", "max_kl", "micro_batch_size"]
 
 
 def test_constructors_without_open_ends_are_described_alone() -> None:

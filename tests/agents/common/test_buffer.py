@@ -10,6 +10,7 @@ from torch import Tensor
 from agents.common.buffer import (
     TrajectoryBuffer,
     Transitions,
+    even_sizes,
     inclusion_probabilities,
     number_groups,
     select,
@@ -139,7 +140,9 @@ def test_nothing_valid(batch_size: int | None) -> None:
     assert list(full_buffer(valid=[False] * N).batches(batch_size, rng())) == []
 
 
-@pytest.mark.parametrize(("batch_size", "sizes"), [(5, [5, 5, 2]), (4, [4, 4, 4]), (100, [12]), (None, [12])])
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(5, [6, 6]), (4, [4, 4, 4]), (8, [6, 6]), (9, [12]), (100, [12]), (None, [12])]
+)
 def test_batches_are_a_partition(batch_size: int | None, sizes: list[int]) -> None:
     batches = list(full_buffer().batches(batch_size, rng()))
     assert [len(batch) for batch in batches] == sizes
@@ -212,6 +215,31 @@ def test_split(size: int | None, sizes: list[int]) -> None:
             assert torch.equal(torch.cat([getattr(part, field.name) for part in parts]), whole)
         else:
             assert all(getattr(part, field.name) is whole for part in parts)  # the images' conditioning is not cut
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "sizes"),
+    [
+        (66, 64, [66]),  # not 64 and 2
+        (126, 64, [63, 63]),
+        (96, 64, [48, 48]),  # a half is rounded up
+        (160, 64, [54, 53, 53]),
+        (3, 64, [3]),
+        (5, 1, [1, 1, 1, 1, 1]),
+        (7, None, [7]),
+    ],
+)
+def test_a_remainder_is_spread(n: int, batch_size: int | None, sizes: list[int]) -> None:
+    assert even_sizes(n, batch_size) == sizes
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(5, [6, 6]), (8, [6, 6]), (2, [2] * 6), (None, [12])])
+def test_split_evenly(size: int | None, sizes: list[int]) -> None:
+    (batch,) = full_buffer().batches(None, rng())
+    parts = list(batch.split_evenly(size))
+    assert [len(part) for part in parts] == sizes
+    assert [number for part in parts for number in numbers([part])] == numbers([batch])
+    assert list(batch.take(slice(0, 0)).split_evenly(size)) == []
 
 
 def test_take() -> None:

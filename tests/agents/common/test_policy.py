@@ -147,6 +147,47 @@ def test_the_reference_is_the_reference_wherever_it_is_asked_for(
     assert torch.equal(process.transition(state)[0], pretrained)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_answers_as_the_old_policy_too(
+    process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy], lora_rank: int
+) -> None:
+    policy, state = make_policy(process, lora_rank=lora_rank, keep_old=True), observed_states(process, N)
+    other = perturb(make_policy(process))
+    first = perturb(policy).denoiser_parameters()
+    kept = [value.detach().clone() for value in first]
+    policy.old.follow(0)
+    old, pretrained = mean_of(policy, state), process.transition(state)[0].detach()
+    perturb(policy, scale=0.3)
+    trained, others = mean_of(policy, state), mean_of(other, state)
+    for one, another in ((trained, old), (old, pretrained), (trained, pretrained), (others, old)):
+        assert not torch.allclose(one, another, atol=1e-3)
+    answer, std = policy.old_transition(state)
+    assert torch.equal(answer, old)
+    assert torch.equal(std, policy.transition(state)[1])
+    assert not answer.requires_grad
+    with policy.old_weights():
+        assert torch.equal(mean_of(policy, state), old)
+        assert torch.equal(mean_of(policy, state, reference=True), pretrained)
+        assert torch.equal(mean_of(other, state), others)
+    assert torch.equal(mean_of(policy, state), trained)
+    # A gradient from before is still that of the trained weights.
+    output = policy.predict_output(state)
+    policy.old_transition(state)
+    with policy.adapter_enabled():
+        output.sum().backward()
+    assert all(value.grad is not None for value in policy.denoiser_parameters())
+    policy.old.restore()
+    assert_same([value.detach() for value in policy.denoiser_parameters()], kept)
+
+
+def test_keeps_no_old_policy_unless_asked(
+    process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy]
+) -> None:
+    with pytest.raises(ValueError, match="keeps no old weights: make it with keep_old=True"):
+        make_policy(process).old_transition(observed_states(process, N))
+
+
 def test_the_adapter_is_switched_off_by_an_error(
     process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy]
 ) -> None:
@@ -474,8 +515,9 @@ def test_full_fine_tuning_trains_the_denoiser_alone(
         {"lora_rank": 3, "target_modules": ["to_q", "ff.net.2"], "max_batch_size": 2},
         {"lora_rank": 0, "critic_hidden": 8, "optimizer_class": torch.optim.SGD, "optimizer_kwargs": {"momentum": 0.5}},
         {"lora_rank": None, "use_critic": False, "autocast": True, "guidance_gradient": "conditional"},
+        {"lora_rank": 2, "keep_old": True},
     ],
-    ids=["lora", "full", "default"],
+    ids=["lora", "full", "default", "old"],
 )
 def test_save_and_load(
     tiny_sd_folder: Path, make_policy: Callable[..., DenoisingPolicy], kwargs: dict[str, Any], tmp_path: Path

@@ -53,6 +53,8 @@ def test_the_numbers_are_part_of_every_run() -> None:
         "EVALUATION_INITIAL_NOISE": 6,
         "EVALUATION_ACTION_NOISE": 7,
         "STEERING": 8,
+        "ANCHOR": 9,
+        "ANCHOR_BATCHES": 10,
     }
     numbers = make_generator(3, Purpose.INITIAL_NOISE, 5).standard_normal(2, np.float32)
     np.testing.assert_allclose(numbers, [-0.67565238, 0.34180197], rtol=1e-6)

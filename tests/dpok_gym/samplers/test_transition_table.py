@@ -1,5 +1,6 @@
 """A transition table's algebra, with numbers by hand and gradients by torch."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,3 +111,33 @@ def test_output_mse_is_that_of_the_outputs(prediction_type: str) -> None:
     sample, output, other = (randn(9, 4, 8, 8, seed=seed) for seed in range(3))
     found = table.output_mse(step, table.mean(step, sample, output), table.mean(step, sample, other))
     torch.testing.assert_close(found, (output - other).square().mean((1, 2, 3)), rtol=1e-3, atol=0)
+
+
+def test_singular_steps() -> None:
+    assert by_hand().singular().tolist() == [False, False]
+    changed = replace(by_hand(), output_coef=torch.tensor([-1.4, 0.8]))  # against 3 * 0.5 and 3 * 0.25
+    assert changed.singular().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("n_steps", [10, 20, 50])
+def test_stable_diffusions_tables_have_one_singular_step(prediction_type: str, n_steps: int) -> None:
+    table = make_ddim_table({**STABLE_DIFFUSION, "prediction_type": prediction_type}, n_steps)
+    assert table.singular().nonzero().flatten().tolist() == [n_steps - 2]
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_errors_in_other_spaces(prediction_type: str) -> None:
+    """The x_0 and the velocity that two outputs stand for differ by the scale times the outputs' difference."""
+    table = make_ddim_table({**STABLE_DIFFUSION, "prediction_type": prediction_type}, 5)
+    step = torch.arange(5)
+    sample, outputs = randn(5, 3), (randn(5, 3, seed=1), randn(5, 3, seed=2))
+    signal, noise = table.signal[:, None], table.noise[:, None]
+    clean = [table.clean_sample_coef[:, None] * sample + table.clean_output_coef[:, None] * each for each in outputs]
+    velocity = [signal * (sample - signal * each) / noise - noise * each for each in clean]  # signal eps - noise x_0
+    for space, values in (("output", outputs), ("clean", clean), ("velocity", velocity)):
+        expected = (values[0] - values[1]).abs() / (outputs[0] - outputs[1]).abs()
+        scale = table.error_scale(space)[step]  # type: ignore[arg-type]
+        torch.testing.assert_close(scale[:, None].expand_as(expected), expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="the space of errors must be"):
+        table.error_scale("score")  # type: ignore[arg-type]
