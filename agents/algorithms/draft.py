@@ -60,8 +60,8 @@ class DRaFT(DenoisingAlgorithm):
             trains without it and saves the pre-trained model's pass.
         max_kl: nats of a whole image, above 0, that the policy may be away from the pre-trained model. Once an
             iteration's images are farther on average, the training ends with the weights of the iteration before; None
-            for no limit. It costs a pass of the pre-trained model for each denoising step. Both KLs leave out singular
-            steps, see :meth:`dpok_gym.samplers.TransitionTable.singular`.
+            for no limit. It costs a pass of the pre-trained model for each denoising step. Only steps that explore
+            count, see :attr:`dpok_gym.samplers.TransitionTable.exploring`.
         micro_batch_size: images in a forward and backward pass, at least 1, which also holds what decoder and reward
             computed; smaller takes less memory. None for the batch, "auto" for as many as fit into memory.
 
@@ -158,8 +158,7 @@ class DRaFT(DenoisingAlgorithm):
     def _is_within_budget(self, max_kl: float) -> bool:
         """Compares the KL of the iteration's images with the budget; above it, puts the weights before them back."""
         assert self.policy.old is not None
-        regular = ~self.process.table.singular()
-        kl = self.rollout_buffer.kl[self.rollout_buffer.valid][:, regular].sum(dim=1)
+        kl = self.rollout_buffer.kl[self.rollout_buffer.valid][:, self.process.table.exploring].sum(dim=1)
         self.log_metrics({"kl_to_reference": kl})
         if kl.mean() <= max_kl:
             self.policy.old.follow(0)
@@ -177,13 +176,12 @@ class DRaFT(DenoisingAlgorithm):
         conditioning = select(batch.image_conditioning, batch.image)
         noise = batch.noise.unbind(dim=1)
         latents, kl = batch.latents, torch.zeros(len(batch), device=batch.latents.device)
-        singular = self.process.table.singular().tolist()
         for step in self.process.denoise(
             latents, conditioning, lambda index: noise[index - self.first_step], self.policy.transition, self.first_step
         ):
             latents = step.next_latents
             # A weight of 0 needs no pre-trained model, which would cost a pass of the denoiser.
-            if self.kl_coef and not singular[step.index]:
+            if self.kl_coef:
                 # With a gradient too: the state depends on the steps before, and both means on the state.
                 reference, _ = self.policy.transition(step.state, reference=True)
                 kl = kl + diffusion.kl_divergence(step.mean, reference, step.std)

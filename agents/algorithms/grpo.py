@@ -73,10 +73,6 @@ class GRPO(PolicyGradient):
             )
         super()._setup_model()
 
-    def group_of(self, image: int) -> int:
-        """Returns the group of an image of the run; the images of a group have the same prompt."""
-        return image // self.group_size
-
     def initial_noise_of(self, images: range) -> list[int] | None:
         """Images that share x_T start from that of the first one of them."""
         if self.same_noise == "none":

@@ -84,10 +84,6 @@ class OnlineForwardProcess(DenoisingAlgorithm):
                 f"steps_per_image must be from 1 to the {n_steps} denoising steps, or None, got {self.steps_per_image}"
             )
 
-    def group_of(self, image: int) -> int:
-        """Returns the group of an image of the run; the images of a group have the same prompt."""
-        return image // self.group_size
-
     def train(self) -> None:
         """One update: passes over the noisy images, with an optimiser step for each batch; then the old policy follows.
 

@@ -56,11 +56,13 @@ _LAPTOP = Preset(
         "policy_kwargs": {"lora_rank": 16, "target_modules": "all"},
     },
     algorithms={
-        "ddpo": _LAPTOP_POLICY_GRADIENT,
+        "ddpo": _LAPTOP_POLICY_GRADIENT | {"learning_rate": 1e-3},  # without a KL, a larger one ruins the images
         "grpo": _LAPTOP_POLICY_GRADIENT | {"kl_coef": 5e-3},
         "reinforce": _LAPTOP_POLICY_GRADIENT | {"images_per_iteration": 32, "batch_size": None},
         "rwr": {"temperature": 0.2},
-        "draft": {"batch_size": 16, "n_last_steps": 2},
+        "draft": {"batch_size": 16, "n_last_steps": 2, "max_kl": 20.0},
+        "diffusion-nft": {"batch_size": 64},
+        "awm": {"batch_size": 64},
     },
 )
 

@@ -102,6 +102,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
 
     #: Whether rollouts compute the KL of each transition to the reference's.
     records_reference_kl: bool = False
+    #: Images in a row that have the same prompt.
+    group_size: int = 1
     #: Whether the policy has a critic.
     use_critic: bool = False
     #: Whether the policy keeps a copy of its weights that follows them slowly.
@@ -335,7 +337,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
 
     def group_of(self, image: int) -> int:
         """Returns the group of an image of the run; the images of a group have the same prompt."""
-        return image
+        return image // self.group_size
 
     def initial_noise_of(self, images: range) -> list[int] | None:
         """Returns the number of the image whose x_T each image starts from; None for its own."""

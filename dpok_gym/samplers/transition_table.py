@@ -118,15 +118,6 @@ class TransitionTable:
         """
         return self.std >= 0.1 * self.std.max()
 
-    def singular(self) -> Tensor:
-        """Returns which steps hardly add noise to what the network decides, |output_coef| > 3 std; (T,) bool.
-
-        The same change of the network's output costs more nats there than at all the other steps together. So the KL of
-        such a step says how much the output trembles, and not how much the images have changed. With Stable Diffusion's
-        betas and a network that predicts the noise or the velocity, there is one, the last but one.
-        """
-        return self.output_coef.abs() > 3 * self.std
-
     def error_scale(self, space: ErrorSpace) -> Tensor:
         """Returns by how much an error of the network's output counts in another space, (T,).
 

@@ -67,11 +67,12 @@ _FORWARD: dict[str, Any] = {"n_gradient_steps": 4, "log_every": 3, "batch_size":
 
 #: Each algorithm, in each form that has a loss of its own.
 ALGORITHMS: dict[str, tuple[type[DenoisingAlgorithm], dict[str, Any]]] = {
-    "DPOK": (DPOK, {"target_kl": 1.0}),
-    "DPOK, KL in the reward": (DPOK, {"kl_placement": "reward", "kl_coef": 0.5, "use_critic": False}),
+    "DPOK": (DPOK, {"target_kl": 1.0, "skip_last_steps": 0}),
+    "DPOK, late steps held": (DPOK, {"kl_coef": 0.3, "use_critic": False, "step_weighting": "output"}),
+    "DPOK, KL in the reward": (DPOK, {"kl_placement": "reward", "kl_coef": 0.5, "use_critic": False, "skip_last_steps": 0}),
     "DDPO-IS": (DDPO, {"batch_size": 5}),
     "DDPO-SF": (DDPO, {"score_function": True}),
-    "GRPO": (GRPO, {"group_size": 2, "same_noise": True}),
+    "GRPO": (GRPO, {"group_size": 2, "same_noise": "group"}),
     "REINFORCE": (REINFORCE, {}),
     "SFT, KL-D": (RewardWeightedSFT, _FORWARD),
     "SFT, KL-O": (RewardWeightedSFT, {"regularization": "KL-O", **_FORWARD}),
@@ -193,34 +194,45 @@ def expected_loss(agent: Any, batch: Any) -> Tensor:
 
 
 def _policy_gradient_loss(agent: Any, batch: Transitions) -> Tensor:
-    """-alpha w_t A min(rho, ...) + beta KL, or -w_t A log p, times the batch's weight."""
-    table, unit = agent.process.table, DIMS if agent.log_prob_reduction == "mean" else 1
+    """(-alpha w_t A D rho^(1/D) + beta w_t KL) / scale, or -w_t A log p / scale, times the batch's weight."""
+    table = agent.process.table
     mean, std = agent.policy.transition(batch.state)
     mean, old_mean, std = mean.double(), batch.old_means.double(), std.double()
     log_p = _squared(batch.actions - mean) / (-2 * std**2)
     log_p_old = _squared(batch.actions - old_mean) / (-2 * std**2)
     advantages = batch.advantages.double()
     if isinstance(agent, REINFORCE) or (isinstance(agent, DDPO) and agent.score_function):
-        policy_loss = -advantages * log_p / unit
+        policy_loss = -advantages * log_p
     else:
-        policy_loss = _surrogate(agent, (log_p - log_p_old) / unit, advantages, agent.clip_range / unit)
-    step_weight = torch.ones(T).double()
-    if agent.step_weighting == "output":
-        step_weight = table.std.double() / table.output_coef.double().abs()
-        step_weight = step_weight / step_weight.mean()
-    loss = getattr(agent, "reward_weight", 1.0) * step_weight[batch.step] * policy_loss
-    if getattr(agent, "kl_coef", 0.0):
+        moved = _squared(mean - old_mean) / (2 * std**2)
+        log_ratio = log_p - log_p_old + (moved if agent.ratio == "centred" else 0)
+        unit = 1 if agent.ratio == "joint" else DIMS
+        policy_loss = unit * _surrogate(agent, log_ratio / unit, advantages, agent.clip_range / unit, moved)
+    weight = table.std.double() / table.output_coef.double().abs()
+    weight = weight if agent.step_weighting == "output" else torch.ones(T).double()
+    skipped = 2 if agent.skip_last_steps == "auto" else agent.skip_last_steps
+    weight = weight / weight[: T - skipped].mean()
+    weight[T - skipped :] = 0
+    loss = getattr(agent, "reward_weight", 1.0) * weight[batch.step] * policy_loss
+    if agent.kl_coef:
         reference, _ = agent.policy.transition(batch.state, reference=True)
         distance = _squared(mean - reference.double())
         kl = distance / (2 * std**2)
         if getattr(agent, "kl_estimator", "exact") == "output-mse":
             kl = distance / table.output_coef.double()[batch.step] ** 2
-        loss = loss + agent.kl_coef * kl / unit
-    return batch.weight.double() * loss
+        held = getattr(agent, "initial_kl_coef", agent.kl_coef) / agent.kl_coef
+        loss = loss + agent.kl_coef * torch.where(weight > 0, weight, held)[batch.step] * kl
+    scale = DIMS
+    if isinstance(agent, DPOK) and agent.normalize_loss:
+        scale = DIMS * agent.advantage_statistics.std * (agent.reward_weight or 1)
+    return batch.weight.double() * loss / scale
 
 
-def _surrogate(agent: Any, log_ratio: Tensor, advantages: Tensor, limit: float) -> Tensor:
+def _surrogate(agent: Any, log_ratio: Tensor, advantages: Tensor, limit: float, moved: Tensor) -> Tensor:
     ratio = torch.exp(log_ratio)
+    if agent.clip_type == "kl":
+        is_too_far = (moved > agent.clip_range) & (torch.sign(advantages) == torch.sign(log_ratio))
+        return torch.where(is_too_far, torch.zeros(()).double(), -ratio * advantages)
     clipped = torch.exp(torch.clip(log_ratio, -limit, limit))
     if agent.clip_type == "clamp":
         return -clipped * advantages
@@ -265,14 +277,14 @@ def _matching_loss(agent: Any, batch: NoisyImages) -> Tensor:
 
 
 def _minus_reward(agent: DRaFT, batch: Any) -> Tensor:
-    """-r of the images that the same noise leads to, plus the KL of the steps that are not singular."""
+    """-r of the images that the same noise leads to, plus the KL of the last steps."""
     latents, table, kl = batch.latents, agent.process.table, torch.zeros(len(batch)).double()
     conditioning = {name: values[batch.image] for name, values in batch.image_conditioning.items()}
     for k in range(agent.n_last_steps):
         index = T - agent.n_last_steps + k
         state = agent.process.state(latents, index, conditioning)
         mean, _ = agent.policy.transition(state)
-        if agent.kl_coef and table.output_coef[index].abs() < 3 * table.std[index]:
+        if agent.kl_coef:
             reference, _ = agent.policy.transition(state, reference=True)
             kl = kl + agent.kl_coef * _squared(mean - reference) / (2 * table.std[index].double() ** 2)
         latents = mean + table.std[index] * batch.noise[:, k]
