@@ -327,7 +327,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     [("guidance", "guidance_scale"), ("num_inference_step", "num_inference_steps"), ("rewards", "reward")],
 )
 def test_misspelt_arguments(misspelt: str, nearest: str) -> None:
-    message = f"a denoising environment has no argument '{misspelt}'; did you mean '{nearest}'? There are: decode_batch"
+    message = f"a denoising environment has no argument '{misspelt}'; did you mean '{nearest}'? There are: autoreset_m"
     with pytest.raises(TypeError, match=re.escape(message)):
         make(**{misspelt: 3})
 
@@ -416,6 +416,6 @@ def test_the_docstring_names_every_argument() -> None:
     documented = set()
     for names in re.findall(r"^    \| (`[^|]+`) +\| ", DenoisingEnv.__doc__, re.MULTILINE):
         documented |= set(re.findall(r"`(\w+)`", names))
-    arguments = set(inspect.signature(DenoisingVectorEnv).parameters) - {"num_envs", "unknown"}
+    arguments = set(inspect.signature(DenoisingVectorEnv).parameters) - {"num_envs", "unknown", "autoreset_mode"}
     assert arguments <= documented
     assert documented - arguments == {"latent", "step", "prompt"}  # the keys of the observation
