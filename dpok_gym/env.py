@@ -71,25 +71,25 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     ## Arguments
 
-    | Name                      | Default               | Effect                                                             |
-    |---------------------------|-----------------------|--------------------------------------------------------------------|
-    | `model`                   | the embedded one      | a registered name, a folder, file or hub id, or a model            |
-    | `prompts`                 | the embedded world's  | a named set, a text, a list of texts, or a file                    |
-    | `reward`                  | the embedded world's  | a name, `http://` address, `{name: weight}`, or a callable         |
-    | `num_inference_steps`     | 20                    | T: more steps, finer images, longer episodes                       |
-    | `eta`                     | 1.0                   | amount of noise, in (0, 1]; 1 is that of the posterior             |
-    | `guidance_scale`          | 1.0                   | classifier-free guidance of the acting policy; 1 is none           |
-    | `negative_prompt`         | None                  | text that guidance leads away from                                 |
-    | `image_size`              | None                  | pixels of a side, or (height, width); None: as trained             |
-    | `device`, `dtype`         | `"auto"`, `"float32"` | where the networks run, and their weights' precision               |
-    | `model_kwargs`            | None                  | of `load_model()`: `revision`, `variant`, `compile`, ...           |
-    | `max_prompt_bytes`        | 512                   | L, bytes of the observed prompt                                    |
-    | `non_finite`              | `"error"`             | `"mask"` lets a run survive rewards that are NaN                   |
-    | `decode_batch_size`       | 1                     | images decoded at a time; above 1, last bits may differ            |
-    | `reward_workers`          | 0                     | threads for the reward, in the vector environment                  |
-    | `reference_info`          | False                 | the pre-trained model's Gaussian in `info`; a denoiser call a step |
-    | `reference_log_prob_coef` | 0.0                   | beta of the reward term beta * log p_pre; the same cost            |
-    | `render_mode`             | None                  | `"rgb_array"`: the current state x_t, decoded                      |
+    | Name                      | Default               | Effect                                                     |
+    |---------------------------|-----------------------|------------------------------------------------------------|
+    | `model`                   | the embedded one      | a registered name, a folder, file or hub id, or a model    |
+    | `prompts`                 | the embedded world's  | a named set, a text, a list of texts, or a file            |
+    | `reward`                  | the embedded world's  | a name, `http://` address, `{name: weight}`, or a callable |
+    | `num_inference_steps`     | 20                    | T: more steps, finer images, longer episodes               |
+    | `eta`                     | 1.0                   | amount of noise, in (0, 1]; 1 is that of the posterior     |
+    | `guidance_scale`          | 1.0                   | classifier-free guidance of the acting policy; 1 is none   |
+    | `negative_prompt`         | None                  | text that guidance leads away from                         |
+    | `image_size`              | None                  | pixels of a side, or (height, width); None: as trained     |
+    | `device`, `dtype`         | `"auto"`, `"float32"` | where the networks run, and their weights' precision       |
+    | `model_kwargs`            | None                  | of `load_model()`: `revision`, `variant`, `compile`, ...   |
+    | `max_prompt_bytes`        | 512                   | L, bytes of the observed prompt                            |
+    | `non_finite`              | `"error"`             | `"mask"` lets a run survive rewards that are NaN           |
+    | `decode_batch_size`       | 1                     | images decoded at a time; above 1, last bits may differ    |
+    | `reward_workers`          | 0                     | threads for the reward, in the vector environment          |
+    | `reference_info`          | False                 | the pre-trained Gaussian in `info`; one more denoiser call |
+    | `reference_log_prob_coef` | 0.0                   | beta of the reward term beta * log p_pre; the same cost    |
+    | `render_mode`             | None                  | `"rgb_array"`: the current state x_t, decoded              |
 
     ## References
 

@@ -209,7 +209,7 @@ def test_bad_calls() -> None:
     with pytest.raises(ValueError, match="one text or 3, got 2"):
         env.reset(options={"prompt": ["a star", "a circle"]})
     with pytest.raises(ValueError, match="unknown reset options"):
-        env.reset(options={"reset_mask": np.ones(N, bool)})
+        env.reset(options={"reset_masks": np.ones(N, bool)})
     for wrong in (noise()[:2], noise()[:, 0], noise()[None], 0.0, np.full(SHAPE, np.nan), np.full(SHAPE[1:], np.inf)):
         with pytest.raises(ValueError, match=r"'latent' takes finite numbers of shape \(4, 8, 8\), or \(3, 4, 8, 8\)"):
             env.reset(options={"latent": wrong})
