@@ -41,7 +41,13 @@ from rich.table import Table
 from torch import Tensor
 
 import dpok_gym
-from agents.cli.environments import EVALUATION_BATCH_SIZE, environment_kwargs, evaluation_rewards, make_env, parse_reward
+from agents.cli.environments import (
+    EVALUATION_BATCH_SIZE,
+    environment_kwargs,
+    evaluation_rewards,
+    make_env,
+    parse_reward,
+)
 from agents.cli.run_folder import load_run
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate, sample_images
 from agents.common.randomness import ImageNoise
@@ -90,9 +96,7 @@ def score_lora(env: DenoisingVectorEnv, folder: Path, prompts: Sequence[str], se
     return sample_images(process, env, prompts, seed, tuned, process.transition)
 
 
-def score_policy(
-    env: VectorEnv, act: Callable[[Any], Any], prompts: Sequence[str], seed: int
-) -> Evaluation:
+def score_policy(env: VectorEnv, act: Callable[[Any], Any], prompts: Sequence[str], seed: int) -> Evaluation:
     """Scores any policy by stepping the environment.
 
     Args:
@@ -106,7 +110,9 @@ def score_policy(
     """
     n = env.num_envs
     if len(prompts) % n:
-        raise ValueError(f"the number of images must be a multiple of {n}, which are drawn at a time; got {len(prompts)}")
+        raise ValueError(
+            f"the number of images must be a multiple of {n}, which are drawn at a time; got {len(prompts)}"
+        )
     batch = dpok_gym.wrappers.get_batch(env)
     shape, n_steps = batch.model.latent_shape, batch.process.num_inference_steps
     parts = []
@@ -171,7 +177,9 @@ def read_rows(path: Path, task: str) -> list[dict[str, Any]]:
             if row["task"] == task:
                 rows.append((-row["score"], row["interval"], row["method"], row))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number} of {path} is no result as benchmarks.score writes it: {error!r}") from error
+            raise ValueError(
+                f"line {number} of {path} is no result as benchmarks.score writes it: {error!r}"
+            ) from error
     return [row for *_, row in sorted(rows, key=lambda entry: entry[0])]
 
 
@@ -242,8 +250,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(width=120)
     show(read_rows(options.out, options.env), options.env, console)
     if options.beta is not None:
-        reached = "not known, as the KL is not" if row["kl"] is None else f"{row['score'] - options.beta * row['kl']:.4f}"
-        console.print(f"E[r] - {options.beta} KL: {reached}; the best possible: {env.optimal_value(options.beta):.4f}")
+        reached = (
+            "not known, as the KL is not" if row["kl"] is None else f"{row['score'] - options.beta * row['kl']:.4f}"
+        )
+        best = env.optimal_value(options.beta)
+        console.print(f"E[r] - {options.beta} KL: {reached}; the best possible: {best:.4f}", markup=False)
 
 
 if __name__ == "__main__":

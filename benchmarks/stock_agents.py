@@ -149,7 +149,9 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     """Prints the runs."""
     table = Table("agent", "images", "seed", "saturated", "alignment", "aligned", "quality", "seconds")
     for row in rows:
-        pairs = [f"{row['before'][name]:.3f} -> {row['after'][name]:.3f}" for name in ("alignment", "aligned", "quality")]
+        pairs = [
+            f"{row['before'][name]:.3f} -> {row['after'][name]:.3f}" for name in ("alignment", "aligned", "quality")
+        ]
         saturated = "" if row["saturated"] is None else f"{row['saturated']:.0%}"
         table.add_row(row["agent"], str(row["images"]), str(row["seed"]), saturated, *pairs, str(row["seconds"]))
     console.print(table)

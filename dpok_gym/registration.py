@@ -53,7 +53,7 @@ class Task(NamedTuple):
     Attributes:
         kwargs: the arguments of the environment. A preset does not change them; a change here is a new version.
         reference_score: mean reward of the pre-trained model.
-        threshold: mean reward that counts as solved, Gymnasium's ``reward_threshold``: that of the best of 8 images of
+        threshold: mean reward that counts as solved, Gymnasium's ``reward_threshold``: that of the best of 4 images of
             the pre-trained model.
     """
 
@@ -62,7 +62,7 @@ class Task(NamedTuple):
     threshold: float
 
 
-#: ``python -m benchmarks.score --env ID`` measures a reference score, and ``--best-of 8`` a threshold; 1024 images.
+#: ``python -m benchmarks.score --env ID`` measures a reference score, and ``--best-of 4`` a threshold.
 TASKS: dict[str, Task] = {
     "DPOK-Shapes-Colour-v0": Task(_SHAPES_TASK | {"prompts": "a blue triangle"}, 0.0, 0.0),
     "DPOK-Shapes-Count-v0": Task(_SHAPES_TASK | {"prompts": "three green squares"}, 0.0, 0.0),

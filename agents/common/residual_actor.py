@@ -150,7 +150,9 @@ class _Block(nn.Module):
 
     def __init__(self, channels_in: int, channels: int, condition_width: int) -> None:
         super().__init__()
-        self.first = nn.Sequential(nn.GroupNorm(8, channels_in), nn.SiLU(), nn.Conv2d(channels_in, channels, 3, padding=1))
+        self.first = nn.Sequential(
+            nn.GroupNorm(8, channels_in), nn.SiLU(), nn.Conv2d(channels_in, channels, 3, padding=1)
+        )
         self.norm = nn.GroupNorm(8, channels, affine=False)
         self.scale_and_shift = nn.Linear(condition_width, 2 * channels)
         self.second = nn.Sequential(nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))

@@ -9,7 +9,7 @@ Dynamic programming solves it from the last step to the first, on a grid of x in
     V_0 = r,    V_t(x) = max_m  E[ V_{t-1}(m + std_t n) ] - beta ||m - m_t^ref(x)||^2 / (2 std_t^2).
 
 The optimum is E[ V_T(x_T) ] with x_T ~ N(0, I), which no policy can change. All in float64, but for the model's own
-float32. Halving the distance of the grid's points changes the value by less than 1e-4 for the world's own rewards.
+float32. The tests compare it with the closed form and with a finer grid: they agree to 2e-5.
 
 Letters used for shapes: n points of a side of the grid, d dimensions, T denoising steps.
 """
@@ -17,7 +17,7 @@ Letters used for shapes: n points of a side of the grid, d dimensions, T denoisi
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -72,9 +72,9 @@ def prompt_value(
     d = process.model.latent_shape[-1]
     spacing = spacing or SPACING[d]
     half = round(SIDE / spacing)
-    x = spacing * np.arange(-half, half + 1)
+    x: Array = spacing * np.arange(-half, half + 1, dtype=np.float64)
     points = np.stack(np.meshgrid(*[x] * d, indexing="ij"), axis=-1)  # (n, ..., n, d)
-    value = _reward_on_grid(points, prompt, reward)
+    value = _reward_on_grid(x, points, prompt, reward)
     means = _reference_means(process, prompt, points)
     for mean, std in zip(means[::-1], process.table.std.double().cpu().numpy()[::-1], strict=True):
         value = interpolate(x, best_moves(x, smoothed(x, value, std), std, beta), mean)
@@ -82,11 +82,10 @@ def prompt_value(
     return float((density * value).sum() / density.sum())
 
 
-def _reward_on_grid(points: Array, prompt: str, reward: RewardOfLatents) -> Array:
+def _reward_on_grid(x: Array, points: Array, prompt: str, reward: RewardOfLatents) -> Array:
     """Returns the rewards (n, ..., n) of the images of points (n, ..., n, d)."""
     # A point beyond REACH is drawn at REACH, so it is not judged again.
-    axis = points[(slice(None), *[0] * (points.ndim - 2), 0)]
-    inside = np.flatnonzero(np.abs(axis) <= REACH + 1e-9)
+    inside = np.flatnonzero(np.abs(x) <= REACH + 1e-9)
     inner = points[np.ix_(*[inside] * (points.ndim - 1))]
     latents = torch.from_numpy(inner.reshape(-1, 1, 1, points.shape[-1])).float()
     rewards = np.concatenate([reward(part, prompt) for part in latents.split(_CHUNK)])
@@ -159,7 +158,7 @@ def best_moves(x: Array, expected: Array, std: float, beta: float) -> Array:
     return np.maximum(gain_of(move), best)
 
 
-def interpolate(x: Array, values: Array, points: Array, order: int = 3) -> Array:
+def interpolate(x: Array, values: Array, points: Array, order: Literal[1, 3] = 3) -> Array:
     """Returns values on the grid (n, ..., n) at points (..., d), by splines; beyond the grid, those of its edge."""
     coordinates = np.moveaxis((points - x[0]) / (x[1] - x[0]), -1, 0)
     return map_coordinates(values, coordinates, order=order, mode="nearest")
