@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from agents.common.evaluation import Evaluation as Evaluation
     from agents.common.evaluation import evaluate as evaluate
     from agents.common.policy import DenoisingPolicy as DenoisingPolicy
+    from agents.common.residual_actor import ResidualActorPolicy as ResidualActorPolicy
     from agents.common.vec_env import GymnasiumVecEnv as GymnasiumVecEnv
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -44,6 +45,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "ForwardProcess": "algorithms.forward_process",
         "GymnasiumVecEnv": "common.vec_env",
         "PolicyGradient": "algorithms.policy_gradient",
+        "ResidualActorPolicy": "common.residual_actor",
         "RewardWeightedSFT": "algorithms.sft",
         "evaluate": "common.evaluation",
         "list_algorithms": "algorithms.registry",

@@ -146,8 +146,11 @@ class TestAutoreset:
         env: Any = make(reward="jpeg-compressibility", autoreset_mode="NextStep")
         env = gymnasium.wrappers.vector.RecordEpisodeStatistics(env)
         env = gymnasium.wrappers.vector.TransformReward(env, lambda rewards: 2 * rewards)
-        halved = lambda values: {**values, "latent": values["latent"] / 2}  # noqa: E731
-        env = gymnasium.wrappers.vector.TransformObservation(env, halved, single_func=halved)
+
+        def halved(values: dict[str, Any]) -> dict[str, Any]:
+            return {**values, "latent": values["latent"] / 2}
+
+        env = gymnasium.wrappers.vector.TransformObservation(env, halved)
         observation, _ = env.reset(seed=0)
         plain, _ = make().reset(seed=0)
         assert np.array_equal(observation["latent"], plain["latent"] / 2)
