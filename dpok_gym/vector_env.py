@@ -427,8 +427,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         world = self.world
         if world is None or world.optimal_value is None:
             raise ValueError(
-                f"the optimum is not known for the model {self.model.name!r}; it is for DPOK-Mixture-v0, whose "
-                "model is exact"
+                f"the optimum is not known for the model {self.model.name!r}; it is where the denoiser is exact, as "
+                "in the world of a mixture of Gaussians"
             )
         return world.optimal_value(self.process, self.prompts, self._rewards_of, beta)
 

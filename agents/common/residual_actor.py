@@ -34,7 +34,7 @@ class ResidualActorPolicy(ActorCriticPolicy):
 
     It acts in an environment inside ``NoiseAction`` and ``TextFeatures``::
 
-        env = dpok_gym.VectorTextFeatures(dpok_gym.VectorNoiseAction(gymnasium.make_vec("DPOK-Shapes-v0", num_envs=64)))
+        env = dpok_gym.VectorTextFeatures(dpok_gym.VectorNoiseAction(gymnasium.make_vec("DPOK-SD15-v0", num_envs=8)))
         model = PPO(ResidualActorPolicy, agents.GymnasiumVecEnv(env), gamma=1.0, gae_lambda=1.0)
 
     Args:
