@@ -3,6 +3,7 @@
 import math
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 
