@@ -1,10 +1,11 @@
 """What agents of Stable-Baselines3 learn on the first task of dpok train: ``python -m benchmarks.stock_agents``.
 
-The task is one prompt, "three green squares", with T = 10. Each agent sees text features and acts by noise:
+The task is one prompt, "three green squares", with T = 10. Most agents see text features and act by noise:
 
 - ``ppo-bytes``: PPO with the stock MultiInputPolicy, which reads the prompt's bytes as magnitudes;
 - ``ppo``: the same with text features;
 - ``ppo-residual``: PPO with ``agents.ResidualActorPolicy``, which starts as the pre-trained model;
+- ``ppo-lora``: PPO with the policy of this library's own agents, a LoRA of the pre-trained model, which acts by latents;
 - ``sac-unsquashed``: SAC with actions within +-10, of which its first ones fill the whole range;
 - ``sac``: SAC with squashed noise actions, of which its first ones are about the pre-trained model's noise.
 
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import torch
@@ -32,6 +33,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents import GymnasiumVecEnv
 from agents.common.evaluation import Evaluation
+from agents.common.policy import DenoisingPolicy
 from agents.common.residual_actor import ResidualActorPolicy
 from benchmarks.score import score_policy
 from dpok_gym import VectorNoiseAction, VectorTextFeatures, reference_policy
@@ -63,14 +65,14 @@ class Agent:
         algorithm: of Stable-Baselines3.
         policy: its policy.
         settings: its other arguments.
-        squashed: whether actions are squashed noise.
+        actions: "noise", "squashed" noise, or "latent".
         features: whether it sees text features, and not bytes.
     """
 
     algorithm: Callable[..., BaseAlgorithm]
     policy: Any
     settings: dict[str, Any]
-    squashed: bool = False
+    actions: Literal["noise", "squashed", "latent"] = "noise"
     features: bool = True
 
 
@@ -78,15 +80,18 @@ AGENTS: dict[str, Agent] = {
     "ppo-bytes": Agent(PPO, "MultiInputPolicy", _PPO, features=False),
     "ppo": Agent(PPO, "MultiInputPolicy", _PPO),
     "ppo-residual": Agent(PPO, ResidualActorPolicy, _PPO),
+    "ppo-lora": Agent(PPO, DenoisingPolicy, _PPO | {"batch_size": 64, "n_epochs": 1}, "latent", features=False),
     "sac-unsquashed": Agent(SAC, "MultiInputPolicy", _SAC),
-    "sac": Agent(SAC, "MultiInputPolicy", _SAC, squashed=True),
+    "sac": Agent(SAC, "MultiInputPolicy", _SAC, "squashed"),
 }
 
 
 def make_env(agent: Agent, num_envs: int) -> VectorEnv:
     """Makes the first task's environment, in the agent's wrappers."""
     task = FIRST_TASKS[DEFAULT_ENVIRONMENT]
-    env: Any = VectorNoiseAction(gymnasium.make_vec(DEFAULT_ENVIRONMENT, num_envs=num_envs, **task), agent.squashed)
+    env: Any = gymnasium.make_vec(DEFAULT_ENVIRONMENT, num_envs=num_envs, **task)
+    if agent.actions != "latent":
+        env = VectorNoiseAction(env, squashed=agent.actions == "squashed")
     return VectorTextFeatures(env) if agent.features else env
 
 
@@ -127,9 +132,11 @@ def run(name: str, images: int, eval_images: int, seed: int, learning_rate: floa
     """
     agent = AGENTS[name]
     env = make_env(agent, N_ENVS)
-    model = agent.algorithm(
-        agent.policy, GymnasiumVecEnv(env), learning_rate=learning_rate, seed=seed, device="cpu", **agent.settings
-    )
+    settings = agent.settings | {"learning_rate": learning_rate, "seed": seed, "device": "cpu"}
+    if agent.policy is DenoisingPolicy:
+        adapter = {"process": get_batch(env).process, "lora_rank": 16, "target_modules": "all", "use_critic": True}
+        settings["policy_kwargs"] = adapter
+    model = agent.algorithm(agent.policy, GymnasiumVecEnv(env), **settings)
     saturated, before = saturated_share(model, env), evaluate(model, env, eval_images)
     started = time.process_time()
     model.learn(images * get_batch(env).process.num_inference_steps)

@@ -491,9 +491,7 @@ class TestOptimalValue:
         assert value == pytest.approx(0.10928, abs=1e-5)
 
     def test_worlds_without_an_answer(self) -> None:
-        with pytest.raises(
-            ValueError, match="the optimum is not known for the model 'shapes'"
-        ):
+        with pytest.raises(ValueError, match="the optimum is not known for the model 'shapes'"):
             make().optimal_value(1.0)
 
     @pytest.mark.parametrize("beta", [0, -1.0, float("nan")])
