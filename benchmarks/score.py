@@ -237,12 +237,14 @@ def evaluate_chosen(options: argparse.Namespace, env: DenoisingVectorEnv) -> tup
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Scores, adds the line and prints the task's lines."""
-    words = sys.argv[1:] if argv is None else argv
+    words = list(sys.argv[1:] if argv is None else argv)
     options = parse_arguments(words)
     check_integer("--images", options.images, minimum=2)
     torch.set_num_threads(1)
     env = make_task(options.env, min(options.images, EVALUATION_BATCH_SIZE))
     name, evaluation = evaluate_chosen(options, env)
+    if "--out" in words:  # where the line is written does not change it
+        del words[words.index("--out") : words.index("--out") + 2]
     command = shlex.join(["python", "-m", "benchmarks.score", *words])
     given = {"author": options.author, "images_used": options.images_used, "command": command}
     row = make_row(evaluation, options.env, options.seed, method=options.method or name, **given)

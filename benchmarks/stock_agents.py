@@ -5,7 +5,7 @@ The task is one prompt, "three green squares", with T = 10. Most agents see text
 - ``ppo-bytes``: PPO with the stock MultiInputPolicy, which reads the prompt's bytes as magnitudes;
 - ``ppo``: the same with text features;
 - ``ppo-residual``: PPO with ``agents.ResidualActorPolicy``, which starts as the pre-trained model;
-- ``ppo-lora``: PPO with the policy of this library's own agents, a LoRA of the pre-trained model, which acts by latents;
+- ``ppo-lora``: PPO with the policy of this library's own agents, a LoRA of the pre-trained model; it acts by latents;
 - ``sac-unsquashed``: SAC with actions within +-10, of which its first ones fill the whole range;
 - ``sac``: SAC with squashed noise actions, of which its first ones are about the pre-trained model's noise.
 
