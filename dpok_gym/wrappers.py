@@ -226,8 +226,8 @@ def _features(batch: DenoisingVectorEnv, prompt_bytes: NDArray[np.uint8]) -> NDA
 class TextFeatures(gymnasium.ObservationWrapper, RecordConstructorArgs):
     """Shows the prompt as F features of the model's text encoder, ``Box(-inf, inf, (F,), float32)``, not as bytes.
 
-    For other people's networks, which would read bytes as magnitudes. Agents of ``agents`` need no wrapper. The features
-    are the encoder's own, about as large as the latent's numbers, so they are not scaled.
+    For other people's networks, which would read bytes as magnitudes. Agents of ``agents`` need no wrapper. The
+    features are the encoder's own. They are about as large as the latent's numbers, so they are not scaled.
 
     Raises:
         ValueError: if the environment shows the features already.
