@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from agents.common.evaluation import Evaluation as Evaluation
     from agents.common.evaluation import evaluate as evaluate
     from agents.common.policy import DenoisingPolicy as DenoisingPolicy
+    from agents.common.residual_actor import ResidualActorPolicy as ResidualActorPolicy
     from agents.common.steering import SVDD as SVDD
     from agents.common.steering import BestOf as BestOf
     from agents.common.steering import FKSteering as FKSteering
@@ -56,6 +57,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "GymnasiumVecEnv": "common.vec_env",
         "OnlineForwardProcess": "algorithms.online_forward_process",
         "PolicyGradient": "algorithms.policy_gradient",
+        "ResidualActorPolicy": "common.residual_actor",
         "RewardWeightedSFT": "algorithms.sft",
         "evaluate": "common.evaluation",
         "list_algorithms": "algorithms.registry",

@@ -49,6 +49,16 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     ``image`` (uint8, (H, W, 3)), ``rewards`` (each component by name, before weighting), ``prompt`` (the text) and
     ``reward_valid`` (False if the reward was not finite and ``non_finite="mask"``).
 
+    With ``reference_info=True`` each step's ``info`` has ``reference_mean`` (the latent's shape, float32) and
+    ``reference_std`` of the pre-trained model's Gaussian, and ``log_prob_reference``: log p_pre(x_{t-1} | x_t, z) of
+    the action, in nats of the whole latent.
+
+    With ``reference_log_prob_coef=beta`` each step's reward gets beta * log p_pre(x_{t-1} | x_t, z). The KL to the
+    pre-trained model is -E[log p_pre] - H, where H is the entropy of the policy's steps. So an agent that maximises
+    the undiscounted reward plus beta * H (maximum-entropy RL, temperature beta) solves E[r] - beta KL, Eq. 8 of DPOK,
+    without access to the pre-trained model. The numbers are large: a latent of D dimensions has about
+    -D (log std + 1.42) nats at each step. ``optimal_value(beta)`` is the best E[r] - beta KL, where it is known.
+
     ## Starting State
 
     A prompt drawn from the prompt set by its weights, and x_T ~ N(0, I), both from the environment's ``np_random``.
@@ -61,23 +71,25 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     ## Arguments
 
-    | Name                  | Default               | Effect                                                        |
-    |-----------------------|-----------------------|---------------------------------------------------------------|
-    | `model`               | the embedded one      | a registered name, a folder, file or hub id, or a model       |
-    | `prompts`             | the embedded world's  | a named set, a text, a list of texts, or a file               |
-    | `reward`              | the embedded world's  | a name, `http://` address, `{name: weight}`, or a callable    |
-    | `num_inference_steps` | 20                    | T: more steps, finer images, longer episodes                  |
-    | `eta`                 | 1.0                   | amount of noise, in (0, 1]; 1 is that of the posterior        |
-    | `guidance_scale`      | 1.0                   | classifier-free guidance of the acting policy; 1 is none      |
-    | `negative_prompt`     | None                  | text that guidance leads away from                            |
-    | `image_size`          | None                  | pixels of a side, or (height, width); None: as trained        |
-    | `device`, `dtype`     | `"auto"`, `"float32"` | where the networks run, and their weights' precision          |
-    | `model_kwargs`        | None                  | of `load_model()`: `revision`, `variant`, `compile`, ...      |
-    | `max_prompt_bytes`    | 512                   | L, bytes of the observed prompt                               |
-    | `non_finite`          | `"error"`             | `"mask"` lets a run survive rewards that are NaN              |
-    | `decode_batch_size`   | 1                     | images decoded at a time; above 1, last bits may differ       |
-    | `reward_workers`      | 0                     | threads for the reward, in the vector environment             |
-    | `render_mode`         | None                  | `"rgb_array"`: the current state x_t, decoded                 |
+    | Name                      | Default               | Effect                                                     |
+    |---------------------------|-----------------------|------------------------------------------------------------|
+    | `model`                   | the embedded one      | a registered name, a folder, file or hub id, or a model    |
+    | `prompts`                 | the embedded world's  | a named set, a text, a list of texts, or a file            |
+    | `reward`                  | the embedded world's  | a name, `http://` address, `{name: weight}`, or a callable |
+    | `num_inference_steps`     | 20                    | T: more steps, finer images, longer episodes               |
+    | `eta`                     | 1.0                   | amount of noise, in (0, 1]; 1 is that of the posterior     |
+    | `guidance_scale`          | 1.0                   | classifier-free guidance of the acting policy; 1 is none   |
+    | `negative_prompt`         | None                  | text that guidance leads away from                         |
+    | `image_size`              | None                  | pixels of a side, or (height, width); None: as trained     |
+    | `device`, `dtype`         | `"auto"`, `"float32"` | where the networks run, and their weights' precision       |
+    | `model_kwargs`            | None                  | of `load_model()`: `revision`, `variant`, `compile`, ...   |
+    | `max_prompt_bytes`        | 512                   | L, bytes of the observed prompt                            |
+    | `non_finite`              | `"error"`             | `"mask"` lets a run survive rewards that are NaN           |
+    | `decode_batch_size`       | 1                     | images decoded at a time; above 1, last bits may differ    |
+    | `reward_workers`          | 0                     | threads for the reward, in the vector environment          |
+    | `reference_info`          | False                 | the pre-trained Gaussian in `info`; one more denoiser call |
+    | `reference_log_prob_coef` | 0.0                   | beta of the reward term beta * log p_pre; the same cost    |
+    | `render_mode`             | None                  | `"rgb_array"`: the current state x_t, decoded              |
 
     ## References
 
@@ -93,6 +105,8 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (gymnasium's own declaration)
 
     def __init__(self, *, render_mode: str | None = None, **kwargs: Any) -> None:
+        if "autoreset_mode" in kwargs:
+            raise TypeError("one environment does not reset itself: autoreset_mode is an argument of make_vec()")
         self.render_mode = render_mode
         self._batch = DenoisingVectorEnv(1, render_mode=render_mode, **kwargs)
         self.observation_space = self._batch.single_observation_space
@@ -136,8 +150,12 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             gymnasium.error.ResetNeeded: if no episode has begun, or the last one is over.
             ValueError: if the action has another shape or is not finite, or the reward is not finite.
         """
-        observation, rewards, terminated, infos = self._batch.advance(np.asarray(action)[None])
-        return _first(observation), float(rewards[0]), terminated, False, infos[0]
+        observation, rewards, ended, infos = self._batch.advance(np.asarray(action)[None])
+        return _first(observation), float(rewards[0]), bool(ended[0]), False, infos[0]
+
+    def optimal_value(self, beta: float) -> float:
+        """Returns the largest E[r] - beta KL; see :meth:`dpok_gym.DenoisingVectorEnv.optimal_value`."""
+        return self._batch.optimal_value(beta)
 
     def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
         """Decodes the current state x_t: (H, W, 3) uint8."""

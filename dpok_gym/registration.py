@@ -5,7 +5,7 @@ This is the only module outside their folders that names the embedded worlds.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 
@@ -26,28 +26,63 @@ _STABLE_DIFFUSION: dict[str, Any] = {
     "guidance_scale": 7.5,
 }
 
+_SHAPES: dict[str, Any] = {
+    "model": "shapes",
+    "prompts": "shapes",
+    "reward": "shapes-alignment",
+    "num_inference_steps": 20,
+    "eta": 1.0,
+    "guidance_scale": 1.0,
+}
+_MIXTURE: dict[str, Any] = {
+    "model": "mixture",
+    "prompts": "mixture",
+    "reward": "mixture-bump",
+    "num_inference_steps": 20,
+    "eta": 1.0,
+    "guidance_scale": 1.0,
+    "decode_batch_size": 64,
+}
+#: The steps and the reward of ``benchmarks.compare``: no run trains on the judge that evaluates it.
+_SHAPES_TASK = _SHAPES | {"reward": "shapes-preference", "num_inference_steps": 10, "decode_batch_size": 16}
+
+
+class Task(NamedTuple):
+    """An environment whose settings are fixed, so that scores can be compared.
+
+    Attributes:
+        kwargs: the arguments of the environment. A preset does not change them; a change here is a new version.
+        reference_score: mean reward of the pre-trained model.
+        threshold: mean reward that counts as solved, Gymnasium's ``reward_threshold``: that of the best of 4 images of
+            the pre-trained model.
+    """
+
+    kwargs: dict[str, Any]
+    reference_score: float
+    threshold: float
+
+
+#: ``python -m benchmarks.score --env ID`` measures a reference score, and ``--best-of 4`` a threshold.
+TASKS: dict[str, Task] = {
+    "DPOK-Shapes-Colour-v0": Task(_SHAPES_TASK | {"prompts": "a blue triangle"}, -4.261, -3.560),
+    "DPOK-Shapes-Count-v0": Task(_SHAPES_TASK | {"prompts": "three green squares"}, 0.276, 1.283),
+    "DPOK-Shapes-Composition-v0": Task(_SHAPES_TASK | {"prompts": "a red star and a blue square"}, -2.289, -0.719),
+    "DPOK-Shapes-Location-v0": Task(
+        _SHAPES_TASK | {"prompts": "a blue square right of an orange circle"}, -1.881, -1.004
+    ),
+    "DPOK-Shapes-Many-v0": Task(_SHAPES_TASK, -1.770, -0.721),
+    "DPOK-Mixture-TwoModes-v0": Task(_MIXTURE | {"prompts": "two modes"}, 0.560, 0.933),
+    "DPOK-Mixture-Ring-v0": Task(_MIXTURE | {"prompts": "ring of six"}, 0.408, 0.752),
+}
+
 #: The arguments of :class:`dpok_gym.env.DenoisingEnv` that each id stands for.
 ENVIRONMENTS: dict[str, dict[str, Any]] = {
-    "DPOK-Shapes-v0": {
-        "model": "shapes",
-        "prompts": "shapes",
-        "reward": "shapes-alignment",
-        "num_inference_steps": 20,
-        "eta": 1.0,
-        "guidance_scale": 1.0,
-    },
-    "DPOK-Mixture-v0": {
-        "model": "mixture",
-        "prompts": "mixture",
-        "reward": "mixture-linear",
-        "num_inference_steps": 20,
-        "eta": 1.0,
-        "guidance_scale": 1.0,
-        "decode_batch_size": 64,
-    },
+    "DPOK-Shapes-v0": _SHAPES,
+    "DPOK-Mixture-v0": _MIXTURE,
     "DPOK-SD15-v0": _STABLE_DIFFUSION | {"model": "sd15"},
     "DPOK-SD21-v0": _STABLE_DIFFUSION | {"model": "sd21"},
     "DPOK-SDXL-v0": _STABLE_DIFFUSION | {"model": "sdxl", "guidance_scale": 5.0},
+    **{env_id: task.kwargs for env_id, task in TASKS.items()},
 }
 
 #: A first task for an environment: what ``dpok train`` changes in its arguments so that a run takes minutes on two
@@ -62,7 +97,11 @@ FIRST_TASKS: dict[str, dict[str, Any]] = {
 }
 
 #: The preset of :data:`agents.PRESETS` that suits an environment; "published-model" for all others.
-SUITABLE_PRESETS: dict[str, str] = {"DPOK-Shapes-v0": "laptop", "DPOK-Mixture-v0": "exact-objective"}
+SUITABLE_PRESETS: dict[str, str] = {
+    env_id: {"shapes": "laptop", "mixture": "exact-objective"}[kwargs["model"]]
+    for env_id, kwargs in ENVIRONMENTS.items()
+    if kwargs["model"] in ("shapes", "mixture")
+}
 
 
 def register_builtins() -> None:
@@ -78,6 +117,7 @@ def register_builtins() -> None:
     register_reward("shapes-quality", "dpok_gym.shapes.rewards:ShapesQuality")
     register_reward("shapes-preference", "dpok_gym.shapes.rewards:shapes_preference")
     register_reward("mixture-linear", "dpok_gym.mixture.rewards:MixtureLinear")
+    register_reward("mixture-bump", "dpok_gym.mixture.rewards:MixtureBump")
     register_reward("mixture-quadratic", "dpok_gym.mixture.rewards:MixtureQuadratic")
 
     for name in ("colour", "count", "composition", "location", "shapes"):
@@ -95,4 +135,5 @@ def register_builtins() -> None:
                 entry_point="dpok_gym.env:DenoisingEnv",
                 vector_entry_point="dpok_gym.vector_env:DenoisingVectorEnv",
                 kwargs=kwargs,
+                reward_threshold=TASKS[env_id].threshold if env_id in TASKS else None,
             )

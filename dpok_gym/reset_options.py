@@ -40,6 +40,25 @@ def read_reset_options(
     return prompts, latents
 
 
+def read_reset_mask(mask: Any, n: int) -> NDArray[np.bool_]:
+    """Reads the option ``reset_mask`` of a vector environment.
+
+    Args:
+        mask: (n,) bool; None to reset all environments.
+        n: number of environments.
+
+    Raises:
+        ValueError: if the mask has another type or shape, or is false everywhere.
+    """
+    if mask is None:
+        return np.ones(n, bool)
+    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (n,) or not mask.any():
+        raise ValueError(
+            f"the option 'reset_mask' takes a boolean array of shape ({n},) that is true at least once, got {mask!r}"
+        )
+    return mask
+
+
 def _read_prompts(prompts: Any, n: int) -> list[str]:
     texts = [prompts] * n if isinstance(prompts, str) else list(prompts)
     if len(texts) != n:

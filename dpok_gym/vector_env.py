@@ -22,16 +22,17 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpok_gym import diffusion
 from dpok_gym.judging import ImageJudge, Outcome, make_info
 from dpok_gym.models import TextToImageModel
 from dpok_gym.models.loading import find_model
 from dpok_gym.prompts import PromptSet, load_prompts, prompt_to_bytes, prompts_from_bytes
 from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
-from dpok_gym.reset_options import read_reset_options
+from dpok_gym.reset_options import read_reset_mask, read_reset_options
 from dpok_gym.rewards import Reward, make_reward
 from dpok_gym.samplers import DenoisingProcess, State
 from dpok_gym.utils.images import to_uint8
-from dpok_gym.utils.validation import check_integer, suggest
+from dpok_gym.utils.validation import check_integer, check_non_negative, check_positive, suggest
 from dpok_gym.worlds import World, find_world
 
 Observation = dict[str, NDArray[Any]]
@@ -49,9 +50,9 @@ _DEFAULTS = ENVIRONMENTS[DEFAULT_ENVIRONMENT]
 class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]):
     """``num_envs`` images denoised side by side. :class:`dpok_gym.env.DenoisingEnv` documents the decision process.
 
-    All environments start together and last T steps, so they are always at the same step. Autoreset is ``SAME_STEP``:
-    the step that finishes the images returns the first observation of the next episodes. The last observation is in
-    ``infos["final_obs"]``, images and rewards are in ``infos["final_info"]``.
+    All environments start together and last T steps, so they are at the same step unless ``reset`` takes a mask. With
+    the autoreset mode ``SAME_STEP``, the step that finishes the images returns the first observation of the next
+    episodes. The last observation is in ``infos["final_obs"]``, images and rewards are in ``infos["final_info"]``.
 
     ``reset()`` and ``step()`` exchange NumPy arrays. A learner that draws whole trajectories on the model's device does
     not need them: it uses :attr:`process`, :attr:`prompts` and :meth:`judge`.
@@ -81,6 +82,13 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             depend on the others drawn with it, not even in its last bit; more can be faster.
         reward_workers: threads that compute rewards while later images are decoded, at least 0; for rewards that wait
             or compute outside of Python, and may be called by several threads. 0 uses this thread.
+        reference_info: True puts the pre-trained model's Gaussian of each step, and the log-probability of the action
+            under it, into the infos. It costs a call of the denoiser for each step.
+        reference_log_prob_coef: beta, reward per nat, finite and at least 0: each step's reward gets
+            beta * log p_pre(x_{t-1} | x_t, z). Above 0 it costs the same call.
+        autoreset_mode: "SameStep", "NextStep" or "Disabled", or the member of ``gymnasium.vector.AutoresetMode``, as
+            Gymnasium defines them. Most of Gymnasium's vector wrappers that change observations need one of the last
+            two; agents of Stable-Baselines3 need the first.
         render_mode: "rgb_array" or None.
         unknown: always empty: an unknown keyword argument is an error that names the nearest known one.
 
@@ -114,6 +122,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         non_finite: Literal["error", "mask"] = "error",
         decode_batch_size: int | Literal["auto"] = 1,
         reward_workers: int = 0,
+        reference_info: bool = False,
+        reference_log_prob_coef: float = 0.0,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP.value,
         render_mode: str | None = None,
         **unknown: Any,
     ) -> None:
@@ -124,6 +135,10 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.render_mode = render_mode
+        self.autoreset_mode = _read_autoreset_mode(autoreset_mode)
+        self.metadata = type(self).metadata | {"autoreset_mode": self.autoreset_mode}
+        check_non_negative("reference_log_prob_coef", reference_log_prob_coef)
+        self.reference_info, self.reference_log_prob_coef = reference_info, reference_log_prob_coef
 
         own = {"negative_prompt": negative_prompt, "image_size": image_size}
         self.model = find_model(model, device, dtype, own, model_kwargs or {})
@@ -145,7 +160,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self._latents = np.zeros((num_envs, *shape), np.float32)
         self._prompt_bytes = np.zeros((num_envs, max_prompt_bytes), np.uint8)
         self._texts = [""] * num_envs
-        self._step: int | None = None  # None: no episode has begun
+        self._steps = np.full(num_envs, -1)  # denoising steps done: -1 before the first episode, T after an episode
+        self._reference: tuple[Tensor, Tensor] | None = None  # the pre-trained transition, once it is known
 
     def _make_spaces(self) -> None:
         shape = self.model.latent_shape
@@ -186,7 +202,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         Args:
             seed: environment i gets ``seed + i``, or the i-th of a sequence; None leaves the generators as they are.
             options: ``{"prompt": text}`` or ``{"prompt": [n texts]}`` in place of prompts from the set;
-                ``{"latent": x_T}``, (C, h, w) for all or (n, C, h, w), in place of noise.
+                ``{"latent": x_T}``, (C, h, w) for all or (n, C, h, w), in place of noise; ``{"reset_mask": mask}``,
+                (n,) bool, to reset only where it is true.
 
         Returns:
             The observation, and the prompts in the infos.
@@ -201,8 +218,10 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             seeds = [None if each is None else operator.index(each) for each in seed]
         if len(seeds) != self.num_envs:
             raise ValueError(f"expected a seed for each of the {self.num_envs} environments, got {len(seeds)}")
-        self._seed(seeds)
-        observation, infos = self.begin_episodes(self._generators, options)
+        options = dict(options or {})
+        where = read_reset_mask(options.pop("reset_mask", None), self.num_envs)
+        self._seed([each if begins else None for each, begins in zip(seeds, where, strict=True)])
+        observation, infos = self.begin_episodes(self._generators, options, where)
         return observation, self._gather(infos)
 
     def _seed(self, seeds: Sequence[int | None]) -> None:
@@ -219,26 +238,34 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
     def step(
         self, actions: NDArray[np.float32]
     ) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        """Takes one denoising step in all environments, and begins the next episodes after the last step.
+        """Takes one denoising step in all environments, and begins new episodes as the autoreset mode says.
 
         Args:
             actions: (n, C, h, w), the next latents x_{t-1}.
 
         Raises:
-            gymnasium.error.ResetNeeded: before the first :meth:`reset`.
+            gymnasium.error.ResetNeeded: before the first :meth:`reset`; and after an episode's end, if autoreset is
+                disabled.
             ValueError: if the actions have another shape or are not finite, or a reward is not finite.
         """
-        observation, rewards, terminated, infos = self.advance(actions)
+        if self.autoreset_mode is AutoresetMode.NEXT_STEP:
+            over = self._steps == self.process.num_inference_steps
+            observation, rewards, ended, infos = self.advance(actions, ~over)
+            if over.any():  # the action is not used there: the step is the reset
+                observation, begun = self.begin_episodes(self._generators, where=over)
+                infos = [first or info for first, info in zip(begun, infos, strict=True)]
+            return observation, rewards, ended, np.zeros_like(ended), self._gather(infos)
+        observation, rewards, ended, infos = self.advance(actions)
         gathered: dict[str, Any] = {}
-        if terminated:
-            last = []
-            for i, info in enumerate(infos):
+        if self.autoreset_mode is AutoresetMode.SAME_STEP and ended.any():
+            last: list[dict[str, Any]] = [{} for _ in infos]
+            for i in np.flatnonzero(ended):
                 final_obs = {name: values[i] for name, values in observation.items()}
-                last.append({"final_obs": final_obs, "final_info": info})
+                last[i] = {"final_obs": final_obs, "final_info": infos[i]}
             gathered = self._gather(last)
-            # Autoreset in the same step: what is returned is the first observation of the next episodes.
-            observation, infos = self.begin_episodes(self._generators)
-        ended = np.full(self.num_envs, terminated)
+            # What is returned is the first observation of the next episodes.
+            observation, begun = self.begin_episodes(self._generators, where=ended)
+            infos = [first or info for first, info in zip(begun, infos, strict=True)]
         return observation, rewards, ended, np.zeros_like(ended), self._gather(infos, gathered)
 
     def render(self) -> tuple[NDArray[np.uint8], ...] | None:  # type: ignore[override]
@@ -250,7 +277,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         if self.render_mode is None:
             gymnasium.logger.warn("render() needs render_mode='rgb_array' when the environment is made")
             return None
-        if not self._texts[0]:
+        if (self._steps < 0).any():
             raise gymnasium.error.ResetNeeded("call reset() before render()")
         return tuple(to_uint8(self._judge.decode(torch.from_numpy(self._latents))))
 
@@ -259,43 +286,60 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self._judge.close()
 
     def begin_episodes(
-        self, generators: Sequence[np.random.Generator], options: Mapping[str, Any] | None = None
+        self,
+        generators: Sequence[np.random.Generator],
+        options: Mapping[str, Any] | None = None,
+        where: NDArray[np.bool_] | None = None,
     ) -> tuple[Observation, list[dict[str, Any]]]:
-        """Starts an episode everywhere: a prompt z and x_T ~ N(0, I).
+        """Starts episodes: a prompt z and x_T ~ N(0, I).
 
         Args:
             generators: one for each environment, which its prompt and noise are drawn from.
-            options: as for :meth:`reset`.
+            options: prompt and latent, as for :meth:`reset`.
+            where: (n,) the environments in which an episode starts; None for all.
 
         Returns:
-            The observation, and one info for each environment.
+            The observation, and one info for each environment, empty where no episode starts.
 
         Raises:
             ValueError: if an option is unknown or wrong, or the model cannot read a prompt.
         """
-        texts, latents = read_reset_options(options, self._latents.shape)
-        if texts is None:
-            texts = [self.prompts.sample(rng, 1)[0] for rng in generators]
-        # What can fail comes first: an error must leave the old episode as it was.
+        rows = list(range(self.num_envs)) if where is None else np.flatnonzero(where).tolist()
+        chosen_texts, chosen_latents = read_reset_options(options, self._latents.shape)
+        if chosen_texts is None:
+            texts = [self.prompts.sample(generators[i], 1)[0] for i in rows]
+        else:
+            texts = [chosen_texts[i] for i in rows]
+        # What can fail comes first: an error must leave the old episodes as they were.
         self.model.check_prompts(texts)
-        self._prompt_bytes = prompt_to_bytes(texts, self.max_prompt_bytes)
-        self._texts = texts
-        if latents is None:
-            shape = self.model.latent_shape
-            latents = np.stack([rng.standard_normal(shape, np.float32) for rng in generators])
-        self._latents = latents
-        self._step = 0
-        return self._observe(), [{"prompt": text} for text in texts]
+        self._prompt_bytes[rows] = prompt_to_bytes(texts, self.max_prompt_bytes)
+        shape = self.model.latent_shape
+        infos: list[dict[str, Any]] = [{} for _ in self._texts]
+        for i, text in zip(rows, texts, strict=True):
+            self._texts[i], infos[i] = text, {"prompt": text}
+            if chosen_latents is None:
+                self._latents[i] = generators[i].standard_normal(shape, np.float32)
+            else:
+                self._latents[i] = chosen_latents[i]
+        self._steps[rows] = 0
+        self._reference = None
+        return self._observe(), infos
 
     def advance(
-        self, actions: NDArray[np.float32]
-    ) -> tuple[Observation, NDArray[np.float64], bool, list[dict[str, Any]]]:
-        """Takes one denoising step everywhere, without autoreset; arguments and errors as :meth:`step`.
+        self, actions: NDArray[np.float32], where: NDArray[np.bool_] | None = None
+    ) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_], list[dict[str, Any]]]:
+        """Takes one denoising step, without autoreset; errors as :meth:`step`.
+
+        Args:
+            actions: (n, C, h, w), the next latents x_{t-1}.
+            where: (n,) the environments that take the step; None for all.
 
         Returns:
-            The observation, the rewards (n,), True if the episodes ended, and one info for each environment.
+            The observation, the rewards (n,), the ends of episodes (n,), and one info for each environment.
         """
-        if self._step is None:
+        moves = np.ones(self.num_envs, bool) if where is None else where
+        n_steps = self.process.num_inference_steps
+        if not self.running[moves].all():
             raise gymnasium.error.ResetNeeded("the episode has not begun or is over: call reset() before step()")
         actions = np.array(actions, np.float32)
         if actions.shape != self._latents.shape:
@@ -303,18 +347,94 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
                 f"an action is the next latent x_(t-1), of shape {self._latents.shape[1:]}: expected an array of shape "
                 f"{self._latents.shape} for {self.num_envs} environment(s), got {actions.shape}"
             )
-        if not np.isfinite(actions).all():
+        if not np.isfinite(actions[moves]).all():
             raise ValueError("the action holds NaN or infinity: the policy has diverged, or its input was broken")
-        self._latents = actions
-        self._step += 1
-        if self._step < self.process.num_inference_steps:
-            return self._observe(), np.zeros(self.num_envs), False, [{} for _ in self._texts]
-        observation = self._observe()
-        self._step = None
-        # Only now are images decoded: noisy latents have no reward.
-        outcome = self.judge(torch.from_numpy(self._latents), self._texts)
-        infos = [make_info(outcome, i, text) for i, text in enumerate(self._texts)]
-        return observation, outcome.rewards.total.double().numpy(), True, infos
+        rewards, infos = self._compare_with_reference(actions, moves)
+        self._latents[moves] = actions[moves]
+        self._steps += moves
+        self._reference = None
+        ended = moves & (self._steps == n_steps)
+        rows = np.flatnonzero(ended).tolist()
+        if rows:  # only now are images decoded: noisy latents have no reward
+            texts = [self._texts[i] for i in rows]
+            outcome = self.judge(torch.from_numpy(self._latents[rows]), texts)
+            rewards[rows] += outcome.rewards.total.double().numpy()
+            for k, (i, text) in enumerate(zip(rows, texts, strict=True)):
+                infos[i] |= make_info(outcome, k, text)
+        return self._observe(), rewards, ended, infos
+
+    @torch.no_grad()
+    def _compare_with_reference(
+        self, actions: NDArray[np.float32], moves: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float64], list[dict[str, Any]]]:
+        """Returns beta log p_pre of actions (n, C, h, w) as rewards (n,), and the infos of the pre-trained model."""
+        rewards, infos = np.zeros(self.num_envs), [{} for _ in self._texts]  # type: ignore[var-annotated]
+        if not moves.any() or not (self.reference_info or self.reference_log_prob_coef):
+            return rewards, infos
+        mean, std = self.reference_transition()
+        # A density over many dimensions is a large number, so float32 would lose its last digits.
+        action = torch.as_tensor(actions, device=mean.device).double()
+        log_prob = diffusion.log_prob(action, mean.double(), std.double()).cpu().numpy()
+        rewards[moves] = self.reference_log_prob_coef * log_prob[moves]
+        if self.reference_info:
+            means, stds = mean.cpu().numpy(), std.cpu().numpy()
+            for i in np.flatnonzero(moves).tolist():
+                infos[i] = {
+                    "reference_mean": means[i].copy(),
+                    "reference_std": float(stds[i]),
+                    "log_prob_reference": float(log_prob[i]),
+                }
+        return rewards, infos
+
+    @property
+    def running(self) -> NDArray[np.bool_]:
+        """(n,) whether an episode has begun and is not over."""
+        return (self._steps >= 0) & (self._steps < self.process.num_inference_steps)
+
+    @torch.no_grad()
+    def reference_transition(self) -> tuple[Tensor, Tensor]:
+        """Returns the pre-trained model's Gaussian of the next latents: the mean (n, C, h, w) and the std (n,).
+
+        It is computed once for each step. Where an episode is over, it means nothing.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first :meth:`reset`.
+        """
+        if (self._steps < 0).any():
+            raise gymnasium.error.ResetNeeded("the episode has not begun: call reset() before step()")
+        if self._reference is None:
+            device = self.model.device
+            step = torch.as_tensor(self._shown_steps(), device=device)
+            latents = torch.as_tensor(self._latents, device=device)
+            self._reference = self.process.transition(State(latents, step, self.process.encode(self._texts)))
+        return self._reference
+
+    def optimal_value(self, beta: float) -> float:
+        """Returns the largest E[r(x_0, z)] - beta KL that a policy can reach in this environment, Eq. 8 of DPOK.
+
+        The policy chooses the mean of each step's Gaussian. Its standard deviations, x_T and the prompts z are the
+        environment's. The KL is that of the denoising steps to the pre-trained model, in nats, and the reward is
+        ``reward``; ``reference_log_prob_coef`` does not count.
+
+        Args:
+            beta: weight of the KL, reward per nat, above 0.
+
+        Raises:
+            ValueError: if nobody knows the answer: the environment belongs to no world, or to one whose answer is not
+                known; or if beta is out of range.
+        """
+        check_positive("beta", beta)
+        world = self.world
+        if world is None or world.optimal_value is None:
+            raise ValueError(
+                f"the optimum is not known for the model {self.model.name!r}; it is where the denoiser is exact, as "
+                "in the world of a mixture of Gaussians"
+            )
+        return world.optimal_value(self.process, self.prompts, self._rewards_of, beta)
+
+    def _rewards_of(self, latents: Tensor, prompt: str) -> NDArray[np.float64]:
+        """Returns the rewards (B,) of finished latents (B, C, h, w), all for one prompt."""
+        return self.judge(latents, [prompt] * len(latents)).rewards.total.double().numpy()
 
     def judge(self, latents: Tensor, prompts: Sequence[str]) -> Outcome:
         """Decodes finished latents and computes the rewards of the images.
@@ -338,12 +458,14 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         step = torch.as_tensor(observation["step"], device=device)
         return State(latents, step, self.process.encode(texts))
 
-    def _observe(self) -> Observation:
+    def _shown_steps(self) -> NDArray[np.int64]:
         # The space of "step" ends at T - 1, so the observation after the last step says T - 1 again. No action follows.
-        step = min(self._step or 0, self.process.num_inference_steps - 1)
+        return self._steps.clip(0, self.process.num_inference_steps - 1)
+
+    def _observe(self) -> Observation:
         return {
             "latent": self._latents.copy(),
-            "step": np.full(self.num_envs, step, np.int64),
+            "step": self._shown_steps(),
             "prompt": self._prompt_bytes.copy(),
         }
 
@@ -359,3 +481,10 @@ def _check_no_unknown(unknown: Mapping[str, Any]) -> None:
     known = set(inspect.signature(DenoisingVectorEnv).parameters) - {"unknown"}
     for name in unknown:
         raise TypeError(f"a denoising environment has no argument {name!r}; {suggest(name, known)}")
+
+
+def _read_autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
+    known = [each.value for each in AutoresetMode]
+    if not isinstance(mode, AutoresetMode) and mode not in known:
+        raise ValueError(f"autoreset_mode must be one of {', '.join(map(repr, known))}, got {mode!r}")
+    return AutoresetMode(mode)

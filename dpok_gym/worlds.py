@@ -8,9 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dpok_gym.prompts import PromptSet
 from dpok_gym.utils.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpok_gym.samplers import DenoisingProcess
+
+    #: From finished latents (B, C, h, w) and a prompt to the rewards of the images, (B,) float64.
+    RewardOfLatents = Callable[[Tensor, str], NDArray[np.float64]]
+
+    #: Takes the denoising process, the prompts, the reward and beta; returns max E[r] - beta KL.
+    OptimalValue = Callable[[DenoisingProcess, PromptSet, RewardOfLatents, float], float]
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,8 @@ class World:
         quality_reward: name of the reward, in [0, 1], that says how clean an image is; None if there is no judge.
         check_prompts: takes prompts, and raises a ValueError for one that the judge cannot read.
         unseen_prompts: takes a set of prompts, and returns prompts that training on this set never shows.
+        optimal_value: computes the best value of E[r] - beta KL; None if nobody knows it. See
+            :meth:`dpok_gym.vector_env.DenoisingVectorEnv.optimal_value`.
     """
 
     image_shape: tuple[int, int]
@@ -35,6 +52,7 @@ class World:
     quality_reward: str | None
     check_prompts: Callable[[Sequence[str]], None]
     unseen_prompts: Callable[[PromptSet], tuple[str, ...]]
+    optimal_value: OptimalValue | None = None
 
     def can_judge(self, prompts: Sequence[str], image_shape: tuple[int, int]) -> bool:
         """Returns whether the judge can read these prompts, and images of the shape (H, W)."""

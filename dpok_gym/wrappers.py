@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,9 @@ from dpok_gym.vector_env import DenoisingVectorEnv, Observation
 
 #: Bound of the standardised noise in the action space: ten standard deviations, never reached.
 NOISE_BOUND = 10.0
+
+#: The largest squashed action whose noise is finite in float32.
+_LARGEST_ACTION = np.nextafter(np.float32(1), np.float32(0))
 
 
 def get_batch(env: gymnasium.Env | VectorEnv) -> DenoisingVectorEnv:
@@ -56,14 +58,14 @@ def reference_policy(
     batch = get_batch(env)
     rng = np.random.default_rng(seed)
     latent_dims = len(batch.model.latent_shape)
-    acts_by_noise = any(isinstance(layer, (NoiseAction, VectorNoiseAction)) for layer in _layers(env))
-    if not acts_by_noise and any(isinstance(layer, (TextFeatures, VectorTextFeatures)) for layer in _layers(env)):
+    noise_layer = _find_noise_layer(env)
+    if noise_layer is None and any(isinstance(layer, (TextFeatures, VectorTextFeatures)) for layer in _layers(env)):
         raise TypeError("the pre-trained model reads the prompt itself: take TextFeatures off, or act by noise")
 
     def policy(observation: Observation) -> NDArray[np.float32]:
         noise = rng.standard_normal(observation["latent"].shape, np.float32)
-        if acts_by_noise:
-            return noise
+        if noise_layer is not None:
+            return np.tanh(noise) if noise_layer.squashed else noise
         if noise.ndim > latent_dims:
             return _act(batch, observation, noise)
         return _act(batch, _add_axis(observation), noise[None])[0]
@@ -94,89 +96,114 @@ def _act(batch: DenoisingVectorEnv, observation: Observation, noise: NDArray[np.
     return diffusion.sample(mean, std, torch.as_tensor(noise, device=mean.device)).cpu().numpy()
 
 
-def _check_can_take_noise(env: Any) -> None:
-    """Refuses environments that already act by noise, or whose observations hide the prompt."""
-    for layer in _layers(env):
-        if isinstance(layer, (NoiseAction, VectorNoiseAction)):
-            raise ValueError("the action is the noise already: wrap the environment in NoiseAction only once")
-        if isinstance(layer, (TextFeatures, VectorTextFeatures)):
-            raise ValueError("NoiseAction reads the prompt: wrap in NoiseAction first, then in TextFeatures")
+def _find_noise_layer(env: Any) -> NoiseAction | VectorNoiseAction | None:
+    """Returns the wrapper that takes actions by noise; None if there is none."""
+    return next((layer for layer in _layers(env) if isinstance(layer, (NoiseAction, VectorNoiseAction))), None)
+
+
+def _check_acts_by_latents(env: Any) -> None:
+    """Refuses environments that already act by noise."""
+    if _find_noise_layer(env) is not None:
+        raise ValueError("the action is the noise already: wrap the environment in NoiseAction only once")
+
+
+def _noise_space(batch: DenoisingVectorEnv, squashed: bool) -> spaces.Box:
+    bound = 1.0 if squashed else NOISE_BOUND
+    return spaces.Box(-bound, bound, batch.model.latent_shape, np.float32)
+
+
+@torch.no_grad()
+def _take_noise(batch: DenoisingVectorEnv, actions: NDArray[np.float32], squashed: bool) -> NDArray[np.float32]:
+    """Returns the next latents x_{t-1} = mean + std * noise, (n, C, h, w), for actions of that shape."""
+    mean, std = batch.reference_transition()
+    actions = np.asarray(actions, np.float32)
+    if actions.shape != mean.shape:
+        raise ValueError(f"expected noise of the latents' shape {tuple(mean.shape)}, got {actions.shape}")
+    noise = _unsquash(actions) if squashed else actions
+    return diffusion.sample(mean, std, torch.as_tensor(noise, device=mean.device)).cpu().numpy()
+
+
+def _unsquash(actions: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns atanh(action); +-1, where it is infinite, count as the nearest float32, +-8.7 standard deviations."""
+    return np.arctanh(actions.clip(-_LARGEST_ACTION, _LARGEST_ACTION))
+
+
+def _log_slope(actions: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Returns log |d noise / d action| of squashed actions (n, C, h, w), summed over the dimensions, (n,).
+
+    This is what turns the density of a noise into that of its action: -log(1 - action^2) in each dimension.
+    """
+    noise = np.abs(_unsquash(np.asarray(actions, np.float32)).astype(np.float64))
+    return (2 * (noise + np.log1p(np.exp(-2 * noise)) - np.log(2))).reshape(len(noise), -1).sum(1)
 
 
 class NoiseAction(gymnasium.ActionWrapper, RecordConstructorArgs):
     """Takes the noise of a step, in units of its standard deviation, as the action in place of the next latent.
 
-    x_{t-1} = mean(x_t, t, z) + std(t) * action, with the pre-trained model's mean. An action drawn from N(0, I) is the
-    pre-trained sampler, so a Gaussian policy of any RL library starts near it. The action space is a ``Box`` of the
-    latent's shape within +-10. A step costs a call of the denoiser.
+    x_{t-1} = mean(x_t, t, z) + std(t) * noise, with the pre-trained model's mean. A noise drawn from N(0, I) is the
+    pre-trained sampler, so a Gaussian policy of any RL library starts near it. The action is the noise, a ``Box`` of
+    the latent's shape within +-10. A step costs a call of the denoiser.
+
+    ``log_prob_reference`` in the info stays that of the latent. It differs from that of the noise by a number that
+    depends on the step alone, so both lead to the same policy. If actions are squashed, it depends on the action too:
+    the reward's term beta * log p_pre is then that of the action itself.
+
+    Args:
+        env: the environment.
+        squashed: True for actions within +-1, of which the noise is atanh(action). This suits policies whose actions
+            are squashed by tanh, such as SAC's: where they start with tanh(N(0, I)), they are the pre-trained sampler.
 
     Raises:
-        ValueError: if the environment already acts by noise, or shows text features in place of the prompt.
+        ValueError: if the environment already acts by noise.
     """
 
-    def __init__(self, env: gymnasium.Env) -> None:
-        RecordConstructorArgs.__init__(self)
-        _check_can_take_noise(env)
+    def __init__(self, env: gymnasium.Env, squashed: bool = False) -> None:
+        RecordConstructorArgs.__init__(self, squashed=squashed)
+        _check_acts_by_latents(env)
         super().__init__(env)
+        self.squashed = squashed
         self._batch = get_batch(env)
-        self.action_space = spaces.Box(-NOISE_BOUND, NOISE_BOUND, self._batch.model.latent_shape, np.float32)
-        self._observation: Observation | None = None
-
-    def reset(self, **kwargs: Any) -> tuple[Observation, dict[str, Any]]:
-        """Resets, and remembers the state that the first action starts from."""
-        self._observation, info = self.env.reset(**kwargs)
-        # A copy, because the caller may change what it gets, and the next action starts from this state.
-        return copy.deepcopy(self._observation), info
+        self.action_space = _noise_space(self._batch, squashed)
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, Any, bool, bool, dict[str, Any]]:
-        """Takes a standardised noise (C, h, w)."""
-        self._observation, reward, terminated, truncated, info = super().step(action)
-        return copy.deepcopy(self._observation), reward, terminated, truncated, info
-
-    def action(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns the next latent for a standardised noise (C, h, w).
+        """Takes a standardised noise (C, h, w).
 
         Raises:
             gymnasium.error.ResetNeeded: before the first :meth:`reset`.
             ValueError: if the noise has another shape.
         """
-        if self._observation is None:
-            raise gymnasium.error.ResetNeeded("call reset() before step()")
-        return _act(self._batch, _add_axis(self._observation), np.asarray(action, np.float32)[None])[0]
+        observation, reward, terminated, truncated, info = super().step(action)
+        if self.squashed and self._batch.reference_log_prob_coef:
+            reward = float(reward) + self._batch.reference_log_prob_coef * float(_log_slope(action[None])[0])
+        return observation, reward, terminated, truncated, info
+
+    def action(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns the next latent for a standardised noise (C, h, w)."""
+        return _take_noise(self._batch, np.asarray(action)[None], self.squashed)[0]
 
 
 class VectorNoiseAction(VectorActionWrapper):
     """:class:`NoiseAction` for the vector environment: actions (n, C, h, w), one call of the denoiser for all."""
 
-    def __init__(self, env: VectorEnv) -> None:
-        _check_can_take_noise(env)
+    def __init__(self, env: VectorEnv, squashed: bool = False) -> None:
+        _check_acts_by_latents(env)
         super().__init__(env)
+        self.squashed = squashed
         self._batch = get_batch(env)
-        shape = self._batch.model.latent_shape
-        self.single_action_space = spaces.Box(-NOISE_BOUND, NOISE_BOUND, shape, np.float32)
+        self.single_action_space = _noise_space(self._batch, squashed)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self._observation: Observation | None = None
-
-    def reset(self, **kwargs: Any) -> tuple[Observation, dict[str, Any]]:
-        """Resets, and remembers the states that the first actions start from."""
-        self._observation, infos = self.env.reset(**kwargs)
-        return copy.deepcopy(self._observation), infos
 
     def step(self, actions: NDArray[np.float32]) -> Any:
-        """Takes standardised noises (n, C, h, w)."""
-        self._observation, *rest = super().step(actions)
-        return copy.deepcopy(self._observation), *rest
+        """Takes standardised noises (n, C, h, w); errors as :meth:`NoiseAction.step`."""
+        moves = self._batch.running  # an action at an episode's end, which autoreset may ask for, is not used
+        observation, rewards, *rest = super().step(actions)
+        if self.squashed and self._batch.reference_log_prob_coef:
+            rewards = rewards + self._batch.reference_log_prob_coef * np.where(moves, _log_slope(actions), 0.0)
+        return observation, rewards, *rest
 
     def actions(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns the next latents for standardised noises (n, C, h, w).
-
-        Raises:
-            gymnasium.error.ResetNeeded: before the first :meth:`reset`.
-            ValueError: if the noises have another shape.
-        """
-        if self._observation is None:
-            raise gymnasium.error.ResetNeeded("call reset() before step()")
-        return _act(self._batch, self._observation, np.asarray(actions, np.float32))
+        """Returns the next latents for standardised noises (n, C, h, w)."""
+        return _take_noise(self._batch, actions, self.squashed)
 
 
 def _check_shows_prompt(env: Any) -> None:
@@ -199,7 +226,8 @@ def _features(batch: DenoisingVectorEnv, prompt_bytes: NDArray[np.uint8]) -> NDA
 class TextFeatures(gymnasium.ObservationWrapper, RecordConstructorArgs):
     """Shows the prompt as F features of the model's text encoder, ``Box(-inf, inf, (F,), float32)``, not as bytes.
 
-    For other people's networks, which would read bytes as magnitudes. Agents of ``agents`` need no wrapper.
+    For other people's networks, which would read bytes as magnitudes. Agents of ``agents`` need no wrapper. The
+    features are the encoder's own. They are about as large as the latent's numbers, so they are not scaled.
 
     Raises:
         ValueError: if the environment shows the features already.

@@ -19,6 +19,7 @@ from agents.common.arguments import Argument, describe_arguments
 from agents.common.policy import DenoisingPolicy
 from dpok_gym.models.registry import list_models
 from dpok_gym.prompts import list_prompt_sets
+from dpok_gym.registration import TASKS
 from dpok_gym.rewards.registry import list_rewards
 from dpok_gym.utils.files import replacing
 from dpok_gym.utils.validation import check_integer, check_names, suggest
@@ -186,7 +187,9 @@ def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Co
     own = settings_of(algorithm)
     check_names(f"argument of {algo} in the preset {preset_name!r}", chosen, own)
     check_names(f"argument of {env_class.__name__} in the preset", preset.env_kwargs, environment_kwargs(env_id))
-    env_kwargs = environment_kwargs(env_id) | dict(preset.env_kwargs)
+    env_kwargs = environment_kwargs(env_id)
+    if env_id.rpartition(":")[2] not in TASKS:  # a task's settings are fixed
+        env_kwargs |= preset.env_kwargs
     env_kwargs.pop("device")  # a field of the config, since the agent needs it too
     return Config(
         env=env_id,

@@ -137,7 +137,8 @@ def find_denoising_env(env: Any) -> DenoisingVectorEnv:
         env: a denoising environment, scalar or vector, or SB3's vector of one.
 
     Raises:
-        ValueError: if there is no denoising environment inside, or a wrapper is around it.
+        ValueError: if there is no denoising environment inside, a wrapper is around it, or its reward has the
+            pre-trained model's log-probability in it.
     """
     layers = [env]
     while not isinstance(layers[-1], (DenoisingVectorEnv, DenoisingEnv)):
@@ -155,7 +156,13 @@ def find_denoising_env(env: Any) -> DenoisingVectorEnv:
                 "off. The action is the next latent; rewards are changed with the environment's argument reward"
             )
     found = layers[-1]
-    return found.batch if isinstance(found, DenoisingEnv) else found
+    batch = found.batch if isinstance(found, DenoisingEnv) else found
+    if batch.reference_log_prob_coef:
+        raise ValueError(
+            "an agent draws its images itself and would not notice the environment's reference_log_prob_coef; leave "
+            "it at 0 and give the agent a kl_coef"
+        )
+    return batch
 
 
 def _unwrap(env: Any) -> Any:

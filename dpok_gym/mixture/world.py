@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dpok_gym.mixture.image import IMAGE_SIZE
+from dpok_gym.mixture.optimum import optimal_value
 from dpok_gym.prompts import PromptSet
 from dpok_gym.worlds import World
 
@@ -26,4 +27,5 @@ WORLD = World(
     quality_reward=None,
     check_prompts=check_prompts,
     unseen_prompts=unseen_prompts,
+    optimal_value=optimal_value,
 )

@@ -1,6 +1,7 @@
 """The scalar environment: the checkers of Gymnasium and Stable-Baselines3, an episode, and what is refused."""
 
 import inspect
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.utils.env_checker import data_equivalence as equal
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
+import dpok_gym
 from dpok_gym import DenoisingEnv, DenoisingVectorEnv, NoiseAction, PromptSet, TextFeatures, TextToImageModel
 from dpok_gym.prompts import prompt_to_bytes, prompts_from_bytes
 from dpok_gym.registration import ENVIRONMENTS
@@ -45,7 +47,7 @@ def text_of(observation: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapped", ["plain", "noise", "features", "noise and features"])
+@pytest.mark.parametrize("wrapped", ["plain", "noise", "squashed noise", "features", "noise and features"])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
 def test_checkers(env_id: str, steps: int, wrapped: str, request: pytest.FixtureRequest, only_warnings) -> None:
@@ -57,7 +59,7 @@ def test_checkers(env_id: str, steps: int, wrapped: str, request: pytest.Fixture
     with only_warnings():
         env = gymnasium.make(env_id, num_inference_steps=steps, render_mode="rgb_array", **ours).unwrapped
         if "noise" in wrapped:
-            env = NoiseAction(env)
+            env = NoiseAction(env, squashed="squashed" in wrapped)
         if "features" in wrapped:
             env = TextFeatures(env)
     # The advice is about the latent, the features, and that the environment was wrapped.
@@ -327,7 +329,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     [("guidance", "guidance_scale"), ("num_inference_step", "num_inference_steps"), ("rewards", "reward")],
 )
 def test_misspelt_arguments(misspelt: str, nearest: str) -> None:
-    message = f"a denoising environment has no argument '{misspelt}'; did you mean '{nearest}'? There are: decode_batch"
+    message = f"a denoising environment has no argument '{misspelt}'; did you mean '{nearest}'? There are: autoreset_m"
     with pytest.raises(TypeError, match=re.escape(message)):
         make(**{misspelt: 3})
 
@@ -416,6 +418,88 @@ def test_the_docstring_names_every_argument() -> None:
     documented = set()
     for names in re.findall(r"^    \| (`[^|]+`) +\| ", DenoisingEnv.__doc__, re.MULTILINE):
         documented |= set(re.findall(r"`(\w+)`", names))
-    arguments = set(inspect.signature(DenoisingVectorEnv).parameters) - {"num_envs", "unknown"}
+    arguments = set(inspect.signature(DenoisingVectorEnv).parameters) - {"num_envs", "unknown", "autoreset_mode"}
     assert arguments <= documented
     assert documented - arguments == {"latent", "step", "prompt"}  # the keys of the observation
+
+
+class TestReference:
+    """The pre-trained model's Gaussian in the info, and its log-probability in the reward."""
+
+    def test_info_and_reward(self) -> None:
+        env = make(reference_info=True, reference_log_prob_coef=0.01)
+        plain = make()
+        observation, _ = env.reset(seed=0)
+        plain.reset(seed=0)
+        for i in range(T):
+            state = env.batch.state_of({name: np.asarray(value)[None] for name, value in observation.items()})
+            with torch.no_grad():
+                mean, std = env.batch.process.transition(state)
+            action = (mean[0] + std * torch.from_numpy(act(env, i))).numpy()
+            observation, reward, terminated, _, info = env.step(action)
+            _, plain_reward, _, _, plain_info = plain.step(action)
+            expected = torch.distributions.Normal(mean[0].double(), std.double()).log_prob(
+                torch.from_numpy(action).double()
+            )
+            assert info["log_prob_reference"] == pytest.approx(expected.sum().item(), rel=1e-9)
+            assert np.array_equal(info["reference_mean"], mean[0].numpy())
+            assert info["reference_std"] == std.item()
+            assert reward == pytest.approx(plain_reward + 0.01 * expected.sum().item(), rel=1e-9)
+            assert plain_info.keys() == info.keys() - {"log_prob_reference", "reference_mean", "reference_std"}
+        assert terminated
+
+    def test_costs_a_call_only_on_request(self) -> None:
+        for settings, calls in (({}, 0), ({"reference_info": True}, T), ({"reference_log_prob_coef": 0.1}, T)):
+            env = make(**settings)
+            finish(env, seed=0)
+            assert env.batch.process.num_function_evaluations == calls
+
+    def test_gymnasium_checks_it(self, only_warnings) -> None:
+        env = gymnasium.make("DPOK-Mixture-v0", reference_info=True, reference_log_prob_coef=0.1)
+        with only_warnings(*GYMNASIUM_ADVICE):
+            check_env(env.unwrapped)
+
+    @pytest.mark.parametrize("coef", [-1.0, float("inf"), "much"])
+    def test_bad_coefficient(self, coef: Any) -> None:
+        with pytest.raises(ValueError, match="reference_log_prob_coef must be a number of at least 0"):
+            make(reference_log_prob_coef=coef)
+
+    @pytest.mark.slow
+    def test_entropy_regularised_return_is_the_objective(self) -> None:
+        """E[beta log p_pre] + beta H is -beta KL, here of a policy whose noise has the mean 0.3: T D 0.3^2 / 2 nats."""
+        n, beta, shift = 2000, 0.5, 0.3
+        kwargs: dict[str, Any] = {"prompts": "two modes", "reward": lambda images, prompts: [0.0] * len(prompts)}
+        env = gymnasium.make_vec("DPOK-Mixture-v0", num_envs=n, reference_log_prob_coef=beta, **kwargs)
+        assert isinstance(env, DenoisingVectorEnv)
+        noisy, rng = dpok_gym.VectorNoiseAction(env), np.random.default_rng(0)
+        noisy.reset(seed=0)
+        total = np.zeros(n)
+        for _ in range(20):
+            _, rewards, *_ = noisy.step(shift + rng.standard_normal((n, 1, 1, 2), np.float32))
+            total += rewards
+        entropy = 2 * (env.process.table.std.double().log() + 0.5 * math.log(2 * math.pi * math.e)).sum().item()
+        expected = -beta * 20 * 2 * shift**2 / 2
+        assert total.mean() + beta * entropy == pytest.approx(expected, abs=4 * total.std() / math.sqrt(n))
+        assert 4 * total.std() / math.sqrt(n) < 0.3
+
+
+class TestOptimalValue:
+    def test_is_that_of_the_vector_environment(self) -> None:
+        kwargs: dict[str, Any] = {"model": "mixture-1d", "prompts": "two modes", "reward": {"mixture-linear": 0.5}}
+        value = DenoisingEnv(**kwargs).optimal_value(1.0)
+        assert value == DenoisingVectorEnv(3, **kwargs).optimal_value(1.0)
+        assert value == pytest.approx(0.10928, abs=1e-5)
+
+    def test_worlds_without_an_answer(self) -> None:
+        with pytest.raises(ValueError, match="the optimum is not known for the model 'shapes'"):
+            make().optimal_value(1.0)
+
+    @pytest.mark.parametrize("beta", [0, -1.0, float("nan")])
+    def test_bad_beta(self, beta: float) -> None:
+        with pytest.raises(ValueError, match="beta must be a number above 0"):
+            DenoisingEnv(model="mixture-1d", prompts="two modes", reward="mixture-linear").optimal_value(beta)
+
+
+def test_one_environment_does_not_reset_itself() -> None:
+    with pytest.raises(TypeError, match="autoreset_mode is an argument of make_vec"):
+        make(autoreset_mode="NextStep")

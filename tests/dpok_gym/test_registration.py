@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import yaml
 from gymnasium.envs.registration import EnvSpec
 
 import agents
@@ -24,6 +25,7 @@ from dpok_gym.registration import (
     ENVIRONMENTS,
     FIRST_TASKS,
     SUITABLE_PRESETS,
+    TASKS,
     register_builtins,
 )
 from dpok_gym.rewards import list_rewards
@@ -80,6 +82,7 @@ def test_spec_survives_json(env_id: str) -> None:
     spec = gymnasium.spec(env_id)
     assert EnvSpec.from_json(spec.to_json()) == spec
     assert spec.kwargs == ENVIRONMENTS[env_id]
+    assert spec.reward_threshold == (TASKS[env_id].threshold if env_id in TASKS else None)
     assert spec.max_episode_steps is None  # the environment ends by itself, and never truncates
 
 
@@ -102,7 +105,7 @@ def test_names_in_the_tables_are_registered() -> None:
         assert kwargs.keys() <= known
         assert kwargs["model"] in list_models()
         assert kwargs["reward"] in list_rewards()
-        assert kwargs["prompts"] in list_prompt_sets()
+        assert load_prompts(kwargs["prompts"]).train
     for kwargs in FIRST_TASKS.values():
         assert kwargs.keys() <= known
 
@@ -115,6 +118,24 @@ def test_built_in_prompts_can_be_loaded() -> None:
 def test_the_embedded_models_need_no_download() -> None:
     assert {"shapes", "mixture", "mixture-1d"} <= set(list_local_models())
     assert not {"sd15", "sd21", "sdxl"} & set(list_local_models())
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+def test_tasks_ask_for_an_improvement(env_id: str) -> None:
+    task = TASKS[env_id]
+    assert task.reference_score < task.threshold
+    with gymnasium.make(env_id, device="cpu") as env:
+        assert env.spec.reward_threshold == task.threshold
+        assert list(env.unwrapped.prompts.train) == list(load_prompts(task.kwargs["prompts"]).train)  # type: ignore[attr-defined]
+
+
+def test_tasks_are_those_of_the_comparison() -> None:
+    compare = yaml.safe_load((ROOT / "benchmarks" / "compare.yaml").read_text(encoding="utf-8"))
+    for name, task in compare["tasks"].items():
+        kwargs = TASKS[f"DPOK-Shapes-{name.capitalize()}-v0"].kwargs
+        assert kwargs["prompts"] == task["prompts"]
+        assert kwargs["num_inference_steps"] == compare["common"]["num_inference_steps"]
+        assert {kwargs["reward"]: 1.0} == compare["common"]["reward"]
 
 
 @pytest.mark.parametrize("env_id", FIRST_TASKS)

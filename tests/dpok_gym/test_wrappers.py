@@ -174,6 +174,8 @@ def test_spec_survives_json() -> None:
     for each in (env, again):
         each.reset(seed=0)
     assert equal(env.step(normal(0)), again.step(normal(0)), exact=True)
+    squashed = NoiseAction(gymnasium.make("DPOK-Shapes-v0", num_inference_steps=2), squashed=True)
+    assert gymnasium.make(EnvSpec.from_json(squashed.spec.to_json())).action_space == squashed.action_space
 
 
 def test_as_an_additional_wrapper() -> None:
@@ -246,6 +248,70 @@ def test_get_batch() -> None:
 def make_vector(**kwargs: Any) -> DenoisingVectorEnv:
     settings: dict[str, Any] = {"num_inference_steps": 2, "device": "cpu", "reward": "jpeg-compressibility"}
     return DenoisingVectorEnv(2, **settings | kwargs)
+
+
+class TestSquashed:
+    """Noise actions within +-1."""
+
+    def test_is_the_noise_through_tanh(self) -> None:
+        for plain, squashed in (
+            (NoiseAction(make()), NoiseAction(make(), squashed=True)),
+            (VectorNoiseAction(make_vector()), VectorNoiseAction(make_vector(), squashed=True)),
+        ):
+            box: Any = squashed.action_space
+            assert (box.low.min(), box.high.max()) == (-1, 1)
+            for env in (plain, squashed):
+                env.reset(seed=0)
+            action = normal(0, box.shape)
+            expected, *_ = plain.step(action)
+            observation, *_ = squashed.step(np.tanh(action))
+            np.testing.assert_allclose(observation["latent"], expected["latent"], atol=1e-4)
+
+    def test_the_ends_are_finite(self) -> None:
+        env = NoiseAction(make(), squashed=True)
+        before, _ = env.reset(seed=0)
+        mean, std = env.unwrapped.batch.reference_transition()  # type: ignore[attr-defined]
+        observation, *_ = env.step(np.ones(SHAPE, np.float32))
+        np.testing.assert_allclose((observation["latent"] - mean[0].numpy()) / std.item(), 8.66, atol=0.01)
+        assert not np.array_equal(before["latent"], observation["latent"])
+
+    def test_reference_policy(self) -> None:
+        plain, squashed = NoiseAction(make()), NoiseAction(make(), squashed=True)
+        observation, _ = plain.reset(seed=0)
+        first, second = (reference_policy(env, 3)(observation) for env in (plain, squashed))
+        assert np.array_equal(np.tanh(first), second)
+
+    def test_reward_has_the_density_of_the_action(self) -> None:
+        """log p(action) = log p(latent) + D log std - sum log(1 - action^2); the step's constant is left out."""
+        kwargs: dict[str, Any] = {"reference_log_prob_coef": 0.5, "reference_info": True}
+        action = np.tanh(normal(0))
+        slope = -np.log(1 - action.astype(np.float64) ** 2).sum()
+        env = NoiseAction(make(**kwargs), squashed=True)
+        env.reset(seed=0)
+        _, reward, *_, info = env.step(action)
+        assert reward == pytest.approx(0.5 * (info["log_prob_reference"] + slope), rel=1e-5)
+        vector = VectorNoiseAction(make_vector(**kwargs, autoreset_mode="NextStep"), squashed=True)
+        vector.reset(seed=0)
+        actions = np.stack([action, np.zeros(SHAPE, np.float32)])
+        _, rewards, _, _, infos = vector.step(actions)
+        expected = 0.5 * (infos["log_prob_reference"] + [slope, 0])
+        np.testing.assert_allclose(rewards, expected, rtol=1e-5)
+        vector.step(actions)
+        _, rewards, *_ = vector.step(actions)  # the step that resets
+        assert rewards.tolist() == [0, 0]
+
+    def test_around_it_the_log_prob_is_that_of_the_latent(self) -> None:
+        env = NoiseAction(make(reference_info=True))
+        env.reset(seed=0)
+        _, _, _, _, info = env.step(np.zeros(SHAPE, np.float32))
+        assert info["log_prob_reference"] == pytest.approx(-256 * np.log(info["reference_std"] * np.sqrt(2 * np.pi)))
+
+    def test_one_call_of_the_denoiser_serves_both(self) -> None:
+        env = NoiseAction(make(reference_info=True, num_inference_steps=2))
+        env.reset(seed=0)
+        for step in range(2):
+            env.step(normal(step))
+        assert get_batch(env).process.num_function_evaluations == 2
 
 
 class TestTextFeatures:
@@ -372,11 +438,11 @@ class TestOrder:
         with pytest.raises(ValueError, match=r"text features already: wrap .* only once"):
             VectorTextFeatures(VectorTextFeatures(make_vector()))
 
-    def test_noise_around_features(self) -> None:
-        with pytest.raises(ValueError, match="wrap in NoiseAction first, then in TextFeatures"):
-            NoiseAction(TextFeatures(make()))
-        with pytest.raises(ValueError, match="wrap in NoiseAction first, then in TextFeatures"):
-            VectorNoiseAction(VectorTextFeatures(make_vector()))
+    def test_noise_and_features_in_either_order(self) -> None:
+        first, second = TextFeatures(NoiseAction(make())), NoiseAction(TextFeatures(make()))
+        for env in (first, second):
+            env.reset(seed=0)
+        assert_same(first.step(normal(0)), second.step(normal(0)))
 
     def test_the_reference_policy_reads_the_prompt(self) -> None:
         for env in (TextFeatures(make()), VectorTextFeatures(make_vector())):

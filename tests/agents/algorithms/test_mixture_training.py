@@ -29,6 +29,7 @@ def make_agent(prompt: str, n_envs: int = 128, num_inference_steps: int = T, **c
         num_envs=n_envs,
         model="mixture-1d",
         prompts=[prompt],
+        reward="mixture-linear",
         num_inference_steps=num_inference_steps,
         device="cpu",
     )

@@ -52,7 +52,7 @@ def test_every_argument_of_the_classes_is_in_the_config():
         assert config.algo_kwargs.keys() == arguments - left_out
     of_env = inspect.signature(DenoisingVectorEnv).parameters
     named = {name for name, argument in of_env.items() if argument.kind is not argument.VAR_KEYWORD}
-    assert config.env_kwargs.keys() == named - {"num_envs", "render_mode", "device"}
+    assert config.env_kwargs.keys() == named - {"num_envs", "render_mode", "autoreset_mode", "device"}
     policy = inspect.signature(DenoisingPolicy).parameters
     optional = {name for name, argument in policy.items() if argument.default is not argument.empty}
     assert config.policy_kwargs.keys() == optional - {"use_sde", "use_critic", "keep_old", "optimizer_class"}
@@ -95,6 +95,16 @@ def test_presets_and_options():
     assert other.env_kwargs["reward"] == {"image-reward": 1.0}
     exact = _config("--env", "DPOK-Mixture-v0")
     assert (exact.preset, exact.algo_kwargs["kl_placement"]) == ("exact-objective", "reward")
+
+
+def test_a_preset_does_not_change_a_task() -> None:
+    config = _config("--env", "DPOK-Shapes-Location-v0")
+    assert config.preset == "laptop"
+    assert config.env_kwargs["prompts"] == "a blue square right of an orange circle"
+    assert config.env_kwargs["reward"] == {"shapes-preference": 1.0}
+    assert config.env_kwargs["num_inference_steps"] == 10
+    assert config.policy_kwargs["lora_rank"] == _config("--env", "DPOK-Shapes-v0").policy_kwargs["lora_rank"]
+    assert _config("--env", "DPOK-Mixture-Ring-v0").preset == "exact-objective"
 
 
 #: Another value of every option; "--resume" and its like are in test_resume.py.

@@ -415,7 +415,7 @@ def test_a_run_that_trains_the_whole_denoiser(tmp_path):
     assert out.read_bytes() != fine_tuned
     assert main(["evaluate", str(folder), "--images", "2", "--device", "cpu"]) == 0
     written = yaml.safe_load((folder / "evaluation.json").read_text())
-    assert set(written["prompts"]["held-out"]["rewards_after"]) == {"mixture-linear"}
+    assert set(written["prompts"]["held-out"]["rewards_after"]) == {"mixture-bump"}
 
 
 @pytest.mark.slow

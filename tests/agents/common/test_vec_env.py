@@ -347,3 +347,10 @@ def test_other_environments_are_refused(kind: str, settings: dict[str, Any]) -> 
         find_denoising_env(env)
     if isinstance(env, SubprocVecEnv):
         env.close()
+
+
+@pytest.mark.parametrize("wrap", [lambda env: env, GymnasiumVecEnv])
+def test_agents_refuse_the_reward_of_the_pre_trained_model(wrap: Any) -> None:
+    env = DenoisingVectorEnv(2, device="cpu", reference_log_prob_coef=0.1)
+    with pytest.raises(ValueError, match=r"would not notice the environment's reference_log_prob_coef; .* kl_coef"):
+        find_denoising_env(wrap(env))

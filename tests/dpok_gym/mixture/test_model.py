@@ -3,6 +3,7 @@
 import math
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 
@@ -137,7 +138,8 @@ def test_an_episode(model: str, only_warnings) -> None:
         for _ in range(20):
             observation, reward, terminated, _, info = env.step(policy(observation))
     assert terminated
-    assert reward == pytest.approx(observation["latent"].ravel()[0], abs=1e-5)
+    distance = np.square(observation["latent"].ravel() - [1.0, 0.0][: observation["latent"].size]).sum()
+    assert reward == pytest.approx(np.exp(-distance / 2), abs=1e-5)
     assert info["image"].shape == (64, 64, 3)
 
 

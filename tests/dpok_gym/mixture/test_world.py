@@ -3,6 +3,7 @@
 import pytest
 
 from dpok_gym.mixture.data import MIXTURES
+from dpok_gym.mixture.optimum import optimal_value
 from dpok_gym.mixture.world import WORLD
 from dpok_gym.prompts import PromptSet, load_prompts
 from dpok_gym.worlds import find_world
@@ -18,6 +19,10 @@ def test_nothing_is_judged() -> None:
     assert WORLD.alignment_reward is None
     assert WORLD.quality_reward is None
     WORLD.check_prompts(["two modes", "a prompt of another world"])
+
+
+def test_the_optimum_is_known() -> None:
+    assert WORLD.optimal_value is optimal_value
 
 
 def test_unseen_prompts_are_the_held_out_ones() -> None:

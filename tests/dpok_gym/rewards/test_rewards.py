@@ -433,6 +433,7 @@ def test_a_factory_that_returns_no_reward():
 def test_built_in_names():
     names = {"jpeg-compressibility", "jpeg-incompressibility", "image-reward", "pickscore", "hpsv2", "hpsv2.1"}
     names |= {"clip-score", "aesthetic", "shapes-alignment", "shapes-quality", "mixture-linear", "mixture-quadratic"}
+    names |= {"mixture-bump"}
     assert names <= set(list_rewards())
     assert list_rewards() == sorted(list_rewards())
 
