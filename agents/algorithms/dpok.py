@@ -13,6 +13,7 @@ from agents.algorithms.policy_gradient import PolicyGradient
 from agents.common import losses
 from agents.common.advantages import Normalization, generalized_advantages, normalize
 from agents.common.buffer import TrajectoryBuffer, Transitions
+from agents.common.critic import CriticKind, RewardCritic, ValueNetwork
 from agents.common.losses import Metrics
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
@@ -57,6 +58,10 @@ class DPOK(PolicyGradient):
             leaves ``kl_coef`` as it is.
         use_critic: take V, which a critic learns, as the baseline; without it there is none but the mean that
             ``normalize_advantage`` subtracts.
+        critic_kind: "reward" rewards the image that the denoiser predicts, and learns how far to trust that from a few
+            images (:class:`~agents.common.critic.RewardCritic`). It costs a decoding and a reward for each image at the
+            last steps; ``policy_kwargs={"critic_kwargs": {"look_fraction": 0.2}}`` halves that. "network" is the
+            paper's network on x_t; it learns nothing from a thousand images.
         vf_learning_rate: learning rate of the critic, at least 0.
         vf_batch_size: transitions for each step of the critic, at least 1; None for the whole rollout.
         vf_epochs: passes of the critic over the rollout, at least 1.
@@ -79,6 +84,7 @@ class DPOK(PolicyGradient):
         kl_placement: Literal["loss", "reward"] = "loss",
         target_kl: float | None = None,
         use_critic: bool = True,
+        critic_kind: CriticKind = "reward",
         vf_learning_rate: float = 3e-4,
         vf_batch_size: int | None = 256,
         vf_epochs: int = 1,
@@ -102,6 +108,7 @@ class DPOK(PolicyGradient):
             )
         self.target_kl = target_kl
         self.use_critic = use_critic
+        self.critic_kind = check_choice("critic_kind", critic_kind, "network", "reward")
         self.vf_learning_rate = check_non_negative("vf_learning_rate", vf_learning_rate)
         self.vf_batch_size = None if vf_batch_size is None else check_integer("vf_batch_size", vf_batch_size)
         self.vf_epochs = check_integer("vf_epochs", vf_epochs)
@@ -141,7 +148,10 @@ class DPOK(PolicyGradient):
         if self.records_reference_kl:
             # The KL at x_t is a cost of the action that led to x_t, hence of step t - 1. No action led to x_T.
             rewards[:, :-1] -= self.kl_coef / self.reward_weight * buffer.kl[:, 1:]
-        if self.use_critic:
+        if isinstance(self.policy.critic, RewardCritic):
+            self.policy.critic.judge = self.denoising_env.judge
+            buffer.values = self.policy.critic.values(buffer)
+        elif self.use_critic:
             with torch.no_grad():
                 for index in range(buffer.num_inference_steps):
                     buffer.values[:, index] = self.policy.values(buffer.state_at(index))
@@ -165,7 +175,9 @@ class DPOK(PolicyGradient):
     def _train_critic(self) -> None:
         """Regression of V(x_t, t, z) on the returns."""
         buffer = self.rollout_buffer
-        for epoch in range(self.vf_epochs):
+        if isinstance(self.policy.critic, RewardCritic):
+            self.policy.critic.fit(buffer)
+        for epoch in range(self.vf_epochs if isinstance(self.policy.critic, ValueNetwork) else 0):
             # After the denoiser's epochs, so that no order of batches comes twice.
             rng = make_generator(self.run_seed, Purpose.BATCHES, self.iteration, self.n_epochs + epoch)
             for batch in buffer.batches(self.vf_batch_size, rng):
@@ -188,7 +200,7 @@ class DPOK(PolicyGradient):
 
     def _update_learning_rate(self, optimizers: Any) -> None:
         super()._update_learning_rate(optimizers)
-        if self.use_critic:
+        if isinstance(self.policy.critic, ValueNetwork):
             self.policy.optimizer.param_groups[1]["lr"] = self.vf_learning_rate
             self.logger.record("train/vf_learning_rate", self.vf_learning_rate)
 

@@ -26,6 +26,7 @@ import dpok_gym  # noqa: F401  (registers the environments)
 from agents.common.agent_state import get_state, set_state
 from agents.common.arguments import check_arguments, show_inherited_arguments
 from agents.common.buffer import TrajectoryBuffer
+from agents.common.critic import CriticKind
 from agents.common.normalization import RewardNormalizer
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
@@ -95,6 +96,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
     records_reference_kl: bool = False
     #: Whether the policy has a critic.
     use_critic: bool = False
+    #: Which critic, see :class:`~agents.common.policy.DenoisingPolicy`.
+    critic_kind: CriticKind = "network"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -202,7 +205,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
                 self.action_space,
                 self.lr_schedule,
                 process=self.process,
-                **{"use_critic": self.use_critic, **self.policy_kwargs},
+                **{"use_critic": self.use_critic, "critic_kind": self.critic_kind, **self.policy_kwargs},
             )
         model = self.process.model
         self.rollout_buffer = TrajectoryBuffer(
