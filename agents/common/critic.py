@@ -264,4 +264,6 @@ def predicted_clean(table: TransitionTable, step: Tensor, sample: Tensor, mean: 
         mean: (B, ...) of p(x_{t-1} | x_t, z).
     """
     output = (mean - expand(table.sample_coef[step], sample) * sample) / expand(table.output_coef[step], sample)
-    return expand(table.clean_sample_coef[step], sample) * sample + expand(table.clean_output_coef[step], sample) * output
+    return (
+        expand(table.clean_sample_coef[step], sample) * sample + expand(table.clean_output_coef[step], sample) * output
+    )

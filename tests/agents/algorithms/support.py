@@ -53,7 +53,8 @@ _FORWARD: dict[str, Any] = {"n_gradient_steps": 4, "log_every": 3, "batch_size":
 
 #: Each algorithm, in each form that has a loss of its own.
 ALGORITHMS: dict[str, tuple[type[DenoisingAlgorithm], dict[str, Any]]] = {
-    "DPOK": (DPOK, {"target_kl": 1.0}),
+    "DPOK": (DPOK, {"target_kl": 1.0, "critic_kind": "network"}),
+    "DPOK, critic on rewards": (DPOK, {"critic_kind": "reward"}),
     "DPOK, KL in the reward": (DPOK, {"kl_placement": "reward", "kl_coef": 0.5, "use_critic": False}),
     "DDPO-IS": (DDPO, {"batch_size": 5}),
     "DDPO-SF": (DDPO, {"score_function": True}),
