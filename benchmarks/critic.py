@@ -45,19 +45,29 @@ CRITICS: dict[str, dict[str, Any]] = {
 
 
 class CriticOnly(DPOK):
-    """DPOK without the update of the denoiser; it keeps the explained variances."""
+    """DPOK without the update of the denoiser; it keeps the explained variances.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Attributes:
+        explained: (T,) for each rollout.
+        others: agents with other critics, which see the same rollouts.
+    """
+
+    def __init__(self, *args: Any, others: Sequence[CriticOnly] = (), **kwargs: Any) -> None:
         self.explained: list[Tensor] = []
+        self.others = others
         super().__init__(*args, **kwargs)
 
     def train(self) -> None:
-        """Scores the critic on a rollout that it has not seen, and then fits it."""
+        """Scores the critics on a rollout that they have not seen, and then fits them."""
         buffer = self.rollout_buffer
         buffer.advantages = self.advantages(buffer)
         error = (buffer.returns - buffer.values).var(dim=0, correction=0)
         self.explained.append(1 - error / buffer.returns.var(dim=0, correction=0))
         self._train_critic()
+        for other in self.others:
+            other.rollout_buffer, other.iteration = buffer, self.iteration
+            other.set_logger(self.logger)
+            other.train()
 
 
 def make_env(task: str) -> DenoisingVectorEnv:
@@ -75,21 +85,30 @@ def make_env(task: str) -> DenoisingVectorEnv:
     return env
 
 
-def explained_variance(task: str, critic: str, n_rollouts: int, n_scored: int = 5) -> list[float]:
-    """Measures a critic on rollouts of the pre-trained model.
+def explained_variances(
+    task: str, critics: Sequence[str], n_rollouts: int, n_scored: int = 5
+) -> dict[str, list[float]]:
+    """Measures critics on rollouts of the pre-trained model.
 
     Args:
         task: of :data:`TASKS`.
-        critic: of :data:`CRITICS`.
-        n_rollouts: rollouts that the critic learns from before it is scored, at least 1.
-        n_scored: further rollouts, over which the explained variance is averaged; it learns from these too.
+        critics: of :data:`CRITICS`.
+        n_rollouts: rollouts that the critics learn from before they are scored, at least 1.
+        n_scored: further rollouts, over which the explained variance is averaged; they learn from these too.
 
     Returns:
-        The explained variance of each quarter of the steps.
+        For each critic, the explained variance of each quarter of the steps.
     """
-    agent = CriticOnly(env=make_env(task), seed=0, device="cpu", images_per_iteration=N_IMAGES, **CRITICS[critic])
-    agent.learn((n_rollouts + n_scored) * N_IMAGES * N_STEPS)
-    return quarters(torch.stack(agent.explained[n_rollouts:]).mean(dim=0))
+    env, agents = make_env(task), []
+    for critic in critics:
+        others = tuple(agents)  # the last one draws for all
+        settings = {"seed": 0, "device": "cpu", "images_per_iteration": N_IMAGES} | CRITICS[critic]
+        agents.append(CriticOnly(env=env, others=others if critic == critics[-1] else (), **settings))
+    agents[-1].learn((n_rollouts + n_scored) * N_IMAGES * N_STEPS)
+    explained = {}
+    for critic, agent in zip(critics, agents, strict=True):
+        explained[critic] = quarters(torch.stack(agent.explained[n_rollouts:]).mean(dim=0))
+    return explained
 
 
 @torch.no_grad()
@@ -176,9 +195,9 @@ def show_explained(n_rollouts: int, console: Console) -> None:
     for task in TASKS:
         headings = ("1st quarter", "2nd", "3rd", "4th")
         table = Table("critic", *headings, title=f"{task}: explained variance after {n_rollouts} rollouts")
-        for critic in CRITICS:
-            table.add_row(critic, *(f"{share:.2f}" for share in explained_variance(task, critic, n_rollouts)))
-        table.add_row("at most", *(f"{share:.2f}" for share in ceiling(task)))
+        rows = explained_variances(task, list(CRITICS), n_rollouts) | {"at most": ceiling(task)}
+        for name, shares in rows.items():
+            table.add_row(name, *(f"{share:.2f}" for share in shares))
         console.print(table)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from gymnasium.vector import VectorEnv
+from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import explained_variance
 from torch import Tensor
 
@@ -118,6 +120,20 @@ class DPOK(PolicyGradient):
         super().__init__(policy, env, **kwargs)
         self.gamma, self.gae_lambda = check_fraction("gamma", gamma), check_fraction("gae_lambda", gae_lambda)
 
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self._connect_critic()
+
+    def set_env(self, env: GymEnv | VectorEnv, force_reset: bool = True) -> None:
+        """Puts the agent, and its critic, on another environment, which must sample as the one it was made for."""
+        super().set_env(env, force_reset)
+        self._connect_critic()
+
+    def _connect_critic(self) -> None:
+        """Gives the critic the environment's reward."""
+        if isinstance(self.policy.critic, RewardCritic) and self.env is not None:
+            self.policy.critic.judge = self.denoising_env.judge
+
     @property
     def records_reference_kl(self) -> bool:  # type: ignore[override]
         """The KL of a rollout is needed only as a part of the reward."""
@@ -149,7 +165,6 @@ class DPOK(PolicyGradient):
             # The KL at x_t is a cost of the action that led to x_t, hence of step t - 1. No action led to x_T.
             rewards[:, :-1] -= self.kl_coef / self.reward_weight * buffer.kl[:, 1:]
         if isinstance(self.policy.critic, RewardCritic):
-            self.policy.critic.judge = self.denoising_env.judge
             buffer.values = self.policy.critic.values(buffer)
         elif self.use_critic:
             with torch.no_grad():

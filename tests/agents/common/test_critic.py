@@ -193,7 +193,7 @@ def test_without_a_judge_it_says_what_to_do(critic: RewardCritic) -> None:
     buffer = make_buffer(critic)
     fill(buffer, critic, 0, slope=1.0)
     critic.judge = None
-    with pytest.raises(ValueError, match="set policy.critic.judge"):
+    with pytest.raises(ValueError, match=r"set policy\.critic\.judge"):
         critic.values(buffer)
 
 
