@@ -99,7 +99,8 @@ def explained_variances(
     Returns:
         For each critic, the explained variance of each quarter of the steps.
     """
-    env, agents = make_env(task), []
+    env = make_env(task)
+    agents: list[CriticOnly] = []
     for critic in critics:
         others = tuple(agents)  # the last one draws for all
         settings = {"seed": 0, "device": "cpu", "images_per_iteration": N_IMAGES} | CRITICS[critic]
@@ -112,7 +113,7 @@ def explained_variances(
 
 
 @torch.no_grad()
-def ceiling(task: str, n_states: int = 64, n_continuations: int = 16) -> list[float]:
+def ceiling(task: str, n_states: int = 32, n_continuations: int = 16) -> list[float]:
     """Measures the share of the reward's variance that is decided at x_t, for each quarter of the steps.
 
     Images are drawn from the same x_t again and again (one-way analysis of variance).

@@ -218,11 +218,13 @@ def test_it_explains_the_rewards_of_shapes(prompts: str) -> None:
         decode_batch_size=16,
     )
     agent = DPOK(env=env, seed=0, device="cpu", learning_rate=0.0, critic_kind="reward")
+    critic = agent.policy.critic
+    assert isinstance(critic, RewardCritic)
     for _ in range(2):
         buffer = collect(agent)
-        buffer.values = agent.policy.critic.values(buffer)
+        buffer.values = critic.values(buffer)
         buffer.returns = buffer.final_rewards[:, None].expand(64, 10)
         explained = 1 - (buffer.returns - buffer.values).var(0) / buffer.returns.var(0)
-        agent.policy.critic.fit(buffer)
+        critic.fit(buffer)
         agent.images_drawn += 64  # the next images are others
     assert (explained[-3:] > 1 / 3).all(), explained
