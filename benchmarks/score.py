@@ -51,6 +51,7 @@ from agents.cli.environments import (
 from agents.cli.run_folder import load_run
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate, sample_images
 from agents.common.randomness import ImageNoise
+from agents.common.steering import BestOf
 from dpok_gym.models.lora import LoRA
 from dpok_gym.registration import TASKS
 from dpok_gym.samplers import State
@@ -80,8 +81,7 @@ def make_task(env_id: str, num_envs: int) -> DenoisingVectorEnv:
 
 def score_pretrained(env: DenoisingVectorEnv, prompts: Sequence[str], seed: int, best_of: int = 1) -> Evaluation:
     """Scores the pre-trained model, or the best of its images for each prompt."""
-    repeated = [prompt for prompt in prompts for _ in range(best_of)]
-    return sample_images(env.process, env, repeated, seed).best_of(best_of)
+    return sample_images(env.process, env, prompts, seed, steering=BestOf(best_of))
 
 
 def score_lora(env: DenoisingVectorEnv, folder: Path, prompts: Sequence[str], seed: int) -> Evaluation:
@@ -133,6 +133,8 @@ def score_policy(env: VectorEnv, act: Callable[[Any], Any], prompts: Sequence[st
         reward=np.concatenate([total for total, _ in parts]),
         rewards={name: np.concatenate([info["rewards"][name] for _, info in parts]) for name in names},
         step_kl=np.full((len(prompts), n_steps), np.nan),
+        step_mse=np.full((len(prompts), n_steps), np.nan),
+        exploring=np.ones(n_steps, bool),
         alignment_reward=world.alignment_reward if world else None,
         quality_reward=world.quality_reward if world else None,
     )

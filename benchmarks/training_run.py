@@ -134,13 +134,13 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
     """Computes means over the images.
 
     Returns:
-        ``aligned`` (share), ``alignment``, ``quality``, ``reward``, ``kl`` (nats), ``step_kl`` (nats of each denoising
-        step), and ``diversity`` if there are two images of a prompt.
+        ``aligned`` (share), ``alignment``, ``quality``, ``reward``, ``kl`` (nats of the steps that explore),
+        ``late_drift`` of the others, ``step_kl`` (nats of each step), and ``diversity`` if there are two images of a prompt.
     """
     means: dict[str, Any] = {"aligned": evaluation.aligned_share}
     for name in WORLD.evaluation_rewards:
         means[name.removeprefix("shapes-")] = evaluation.mean(name)
-    means |= {"reward": evaluation.mean_reward, "kl": evaluation.kl.mean()}
+    means |= {"reward": evaluation.mean_reward, "kl": evaluation.kl.mean(), "late_drift": evaluation.late_drift}
     means["diversity"] = diversity(evaluation.images, evaluation.prompts)
     scores: dict[str, Any] = {name: float(value) for name, value in means.items() if value is not None}
     scores["step_kl"] = [round(float(value), 4) for value in evaluation.step_kl.mean(axis=0)]

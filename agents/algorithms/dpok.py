@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from gymnasium.vector import VectorEnv
+from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import explained_variance
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from agents.algorithms.policy_gradient import PolicyGradient
 from agents.common import losses
 from agents.common.advantages import center, generalized_advantages
 from agents.common.buffer import TrajectoryBuffer, Transitions
+from agents.common.critic import CriticKind, RewardCritic, ValueNetwork
 from agents.common.losses import ClipType, Metrics, Ratio
 from agents.common.normalization import RunningStatistics
 from agents.common.policy import DenoisingPolicy
@@ -60,6 +63,10 @@ class DPOK(PolicyGradient):
         target_kl: nats per image that ``kl_coef`` is adapted to hold, over the steps that explore. None leaves
             ``kl_coef`` as it is. See :meth:`_adapt_kl_coef`.
         use_critic: take V, which a critic learns, as the baseline.
+        critic_kind: "reward" rewards the image that the denoiser predicts, and learns how far to trust that from a few
+            images (:class:`~agents.common.critic.RewardCritic`). It costs a decoding and a reward for each image at the
+            last steps; ``policy_kwargs={"critic_kwargs": {"look_fraction": 0.2}}`` halves that. "network" is the
+            paper's network on x_t; it learns nothing from a thousand images.
         vf_learning_rate: learning rate of the critic, at least 0.
         vf_batch_size: transitions for each step of the critic, at least 1; None for the whole rollout.
         vf_epochs: passes of the critic over the rollout, at least 1.
@@ -88,6 +95,7 @@ class DPOK(PolicyGradient):
         kl_placement: Literal["loss", "reward"] = "loss",
         target_kl: float | None = None,
         use_critic: bool = True,
+        critic_kind: CriticKind = "reward",
         vf_learning_rate: float = 3e-4,
         vf_batch_size: int | None = 256,
         vf_epochs: int = 1,
@@ -117,6 +125,7 @@ class DPOK(PolicyGradient):
             )
         self.target_kl = target_kl
         self.use_critic = use_critic
+        self.critic_kind = check_choice("critic_kind", critic_kind, "network", "reward")
         self.vf_learning_rate = check_non_negative("vf_learning_rate", vf_learning_rate)
         self.vf_batch_size = None if vf_batch_size is None else check_integer("vf_batch_size", vf_batch_size)
         self.vf_epochs = check_integer("vf_epochs", vf_epochs)
@@ -135,6 +144,20 @@ class DPOK(PolicyGradient):
         )
         self.gamma, self.gae_lambda = check_fraction("gamma", gamma), check_fraction("gae_lambda", gae_lambda)
 
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self._connect_critic()
+
+    def set_env(self, env: GymEnv | VectorEnv, force_reset: bool = True) -> None:
+        """Puts the agent, and its critic, on another environment, which must sample as the one it was made for."""
+        super().set_env(env, force_reset)
+        self._connect_critic()
+
+    def _connect_critic(self) -> None:
+        """Gives the critic the environment's reward."""
+        if isinstance(self.policy.critic, RewardCritic) and self.env is not None:
+            self.policy.critic.judge = self.denoising_env.judge
+
     @property
     def records_reference_kl(self) -> bool:  # type: ignore[override]
         """The KL of a rollout is needed only as a part of the reward."""
@@ -142,7 +165,7 @@ class DPOK(PolicyGradient):
 
     @property
     def loss_scale(self) -> float:
-        """What both terms of the loss are divided by: D, and the standard deviation of the policy gradient's weights."""
+        """What both terms of the loss are divided by: D, and the standard deviation of alpha A."""
         if not self.normalize_loss:
             return super().loss_scale
         return super().loss_scale * self.advantage_statistics.std * (self.reward_weight or 1.0)
@@ -174,7 +197,9 @@ class DPOK(PolicyGradient):
             # The KL at x_t is a cost of the action that led to x_t, hence of step t - 1. No action led to x_T.
             charged = buffer.kl * self.process.table.exploring
             rewards[:, :-1] -= self.kl_coef / self.reward_weight * charged[:, 1:]
-        if self.use_critic:
+        if isinstance(self.policy.critic, RewardCritic):
+            buffer.values = self.policy.critic.values(buffer)
+        elif self.use_critic:
             with torch.no_grad():
                 for index in range(buffer.num_inference_steps):
                     buffer.values[:, index] = self.policy.values(buffer.state_at(index))
@@ -198,7 +223,9 @@ class DPOK(PolicyGradient):
     def _train_critic(self) -> None:
         """Regression of V(x_t, t, z) on the returns."""
         buffer = self.rollout_buffer
-        for epoch in range(self.vf_epochs):
+        if isinstance(self.policy.critic, RewardCritic):
+            self.policy.critic.fit(buffer)
+        for epoch in range(self.vf_epochs if isinstance(self.policy.critic, ValueNetwork) else 0):
             # After the denoiser's epochs, so that no order of batches comes twice.
             rng = make_generator(self.run_seed, Purpose.BATCHES, self.iteration, self.n_epochs + epoch)
             for batch in buffer.batches(self.vf_batch_size, rng):
@@ -232,7 +259,7 @@ class DPOK(PolicyGradient):
 
     def _update_learning_rate(self, optimizers: Any) -> None:
         super()._update_learning_rate(optimizers)
-        if self.use_critic:
+        if isinstance(self.policy.critic, ValueNetwork):
             self.policy.optimizer.param_groups[1]["lr"] = self.vf_learning_rate
             self.logger.record("train/vf_learning_rate", self.vf_learning_rate)
 

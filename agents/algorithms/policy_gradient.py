@@ -41,8 +41,8 @@ class PolicyGradient(DenoisingAlgorithm):
             leaves out those that explore nothing, the last two of Stable Diffusion's; see
             :attr:`dpok_gym.samplers.TransitionTable.exploring`.
         ratio: form of the importance ratio: "joint" is that of the whole latent (the papers' equations);
-            "per-dimension" is its D-th root (the published codes); "centred" is that root without its drift (GRPO-Guard).
-            See :func:`agents.common.losses.importance_ratio`.
+            "per-dimension" is its D-th root (the published codes); "centred" is that root without its drift
+            (GRPO-Guard). See :func:`agents.common.losses.importance_ratio`.
         clip_type: "ppo" clips as PPO does; "clamp" has no gradient outside the range, as DPOK's published code; "kl"
             leaves out transitions whose KL to the old policy is too large and still growing (Flow-DPPO).
         clip_range: largest change of a transition in an iteration, in nats of the whole latent, above 0; of its

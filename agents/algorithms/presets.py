@@ -66,7 +66,7 @@ _LAPTOP = Preset(
     },
 )
 
-#: The whole gradient of the paper's Eq. 8, with large batches: its noise is what is left of the distance to the optimum.
+#: The whole gradient of the paper's Eq. 8, with large batches: noise is what keeps it from the optimum.
 _EXACT_OBJECTIVE = Preset(
     description="DPOK's whole objective, for models whose optimum is known",
     images=15_360,
@@ -76,6 +76,7 @@ _EXACT_OBJECTIVE = Preset(
             "batch_size": 256,
             "kl_placement": "reward",
             "kl_coef": 0.5,
+            "critic_kind": "network",
             "vf_learning_rate": 3e-3,
             "policy_kwargs": {"critic_hidden": 64, "max_batch_size": None},
         },
@@ -116,6 +117,7 @@ _PAPER = Preset(
         "kl_placement": "loss",
         "max_grad_norm": 0.1,
         "use_critic": True,
+        "critic_kind": "network",
         "vf_learning_rate": 1e-4,
         "vf_batch_size": None,
         "vf_epochs": 1,

@@ -286,6 +286,8 @@ def _read_evaluation(path: Path) -> Evaluation:
             reward=arrays["reward"],
             rewards=rewards,
             step_kl=arrays["step_kl"],
+            step_mse=arrays["step_mse"],
+            exploring=arrays["exploring"],
             alignment_reward=alignment,
             quality_reward=quality,
         )

@@ -26,6 +26,7 @@ def scores_of(before: Evaluation | None, after: Evaluation | None) -> dict[str, 
     for when, evaluation in {"before": before, "after": after}.items():
         scores |= _scores_of_one(when, evaluation)
     scores["kl_to_pretrained"] = float(after.kl.mean()) if after else None
+    scores["late_drift"] = after.late_drift if after else None
     return scores
 
 
@@ -58,6 +59,7 @@ def _rows(scores: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield name, f"{value:.3f}", f"{scores['rewards_after'][name]:.3f}"
     yield "reward trained on", f"{scores['reward_before']:.3f}", f"{scores['reward_after']:.3f}"
     yield "KL to pre-trained, nats per image", "0", f"{scores['kl_to_pretrained']:.2f}"
+    yield "drift of the steps without exploration", "0", f"{scores['late_drift']:.3f}"
 
 
 def calibration_table(held_out: Measured) -> Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+
 def generalized_advantages(
     rewards: Tensor, values: Tensor, gamma: float = 1.0, gae_lambda: float = 1.0
 ) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ import dpok_gym  # noqa: F401  (registers the environments)
 from agents.common.agent_state import get_state, set_state
 from agents.common.arguments import check_arguments, show_inherited_arguments
 from agents.common.buffer import TrajectoryBuffer
+from agents.common.critic import CriticKind
 from agents.common.normalization import RewardNormalizer
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
@@ -108,6 +109,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
     use_critic: bool = False
     #: Whether the policy keeps a copy of its weights that follows them slowly.
     keep_old: bool = False
+    #: Which critic, see :class:`~agents.common.policy.DenoisingPolicy`.
+    critic_kind: CriticKind = "network"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -230,7 +233,12 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
                 self.action_space,
                 self.lr_schedule,
                 process=self.process,
-                **{"use_critic": self.use_critic, "keep_old": self.keep_old, **self.policy_kwargs},
+                **{
+                    "use_critic": self.use_critic,
+                    "critic_kind": self.critic_kind,
+                    "keep_old": self.keep_old,
+                    **self.policy_kwargs,
+                },
             )
         model = self.process.model
         self.rollout_buffer = TrajectoryBuffer(

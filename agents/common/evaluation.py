@@ -37,6 +37,9 @@ class Evaluation:
             finite.
         rewards: each component by name, (N,) float64, before weighting.
         step_kl: (N, T) float64, nats: KL(policy || reference) of each denoising step along the image's own trajectory.
+        step_mse: (N, T) float64: the mean squared difference of the two networks' outputs at each of these steps.
+        exploring: (T,) bool, the steps that the KL of an image counts, see
+            :attr:`dpok_gym.samplers.TransitionTable.exploring`.
         alignment_reward: the component that is 1 if an image shows all that was asked for and nothing else; None if
             there is no such judge.
         quality_reward: the component that says how clean an image is; None if there is no such judge.
@@ -47,6 +50,8 @@ class Evaluation:
     reward: NDArray[np.float64]
     rewards: dict[str, NDArray[np.float64]]
     step_kl: NDArray[np.float64]
+    step_mse: NDArray[np.float64]
+    exploring: NDArray[np.bool_]
     alignment_reward: str | None = None
     quality_reward: str | None = None
 
@@ -55,8 +60,18 @@ class Evaluation:
 
     @property
     def kl(self) -> NDArray[np.float64]:
-        """(N,) nats: the sum over the steps, whose mean is an unbiased estimate of the KL of the trajectories."""
-        return self.step_kl.sum(axis=1)
+        """(N,) nats: the sum over the steps that explore.
+
+        Its mean is an unbiased estimate of their KL. The other steps hardly have noise, so their nats would say how much
+        the output trembles, and not how much the images have changed; :attr:`late_drift` is about them.
+        """
+        return self.step_kl[:, self.exploring].sum(axis=1)
+
+    @property
+    def late_drift(self) -> float:
+        """Root mean square difference of the two networks' outputs at the steps that do not explore; 0 without any."""
+        late = self.step_mse[:, ~self.exploring]
+        return float(np.sqrt(late.mean())) if late.size else 0.0
 
     @property
     def aligned(self) -> NDArray[np.bool_] | None:
@@ -83,6 +98,7 @@ class Evaluation:
             reward=self.reward[rows],
             rewards={name: values[rows] for name, values in self.rewards.items()},
             step_kl=self.step_kl[rows],
+            step_mse=self.step_mse[rows],
         )
 
     @property
@@ -184,6 +200,8 @@ def sample_images(
         reward=np.concatenate([part.reward for part in parts]),
         rewards=rewards,
         step_kl=np.concatenate([part.step_kl for part in parts]),
+        step_mse=np.concatenate([part.step_mse for part in parts]),
+        exploring=parts[0].exploring,
         alignment_reward=world.alignment_reward if world else None,
         quality_reward=world.quality_reward if world else None,
     )
@@ -212,19 +230,21 @@ def _sample_chunk(
     particles = ParticleFilter(steering, len(prompts), value, uniforms)
     noise = ImageNoise.for_evaluation(seeds, process.model.latent_shape, process.model.device, k)
     latents = noise.initial_latents()
-    kl = np.zeros((len(texts), process.num_inference_steps))
+    kl, mse = np.zeros((2, len(texts), process.num_inference_steps))
     for step in process.denoise(latents, process.encode(texts), noise, transition, select=particles):
         latents = step.next_latents
         if step.parents is not None:
-            kl = kl[step.parents.cpu().numpy()]
+            kl, mse = kl[step.parents.cpu().numpy()], mse[step.parents.cpu().numpy()]
         if reference is not None:
             reference_mean, _ = reference(step.state)
-            kl[:, step.index] = diffusion.kl_divergence(step.mean, reference_mean, step.std).double().cpu().numpy()
+            kl[:, step.index] = diffusion.kl_divergence(step.mean, reference_mean, step.std).cpu()
+            mse[:, step.index] = process.table.output_mse(step.state.step, step.mean, reference_mean).cpu()
     images, rewards = env.judge(latents, texts)
     components = {name: values.double().numpy() for name, values in rewards.components.items()}
     reward = _total(rewards)
     chosen = particles.finish(reward, process.num_inference_steps).numpy()
-    return Evaluation(texts, images, reward.numpy(), components, kl)[chosen]
+    exploring = process.table.exploring.cpu().numpy()
+    return Evaluation(texts, images, reward.numpy(), components, kl, mse, exploring)[chosen]
 
 
 def _total(rewards: RewardBatch) -> Tensor:

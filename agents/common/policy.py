@@ -18,7 +18,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
-from agents.common.critic import Critic
+from agents.common.critic import CriticKind, RewardCritic, ValueNetwork
 from agents.common.slow_copy import SlowCopy
 from dpok_gym import diffusion
 from dpok_gym.models.base import GuidanceGradient
@@ -27,7 +27,6 @@ from dpok_gym.prompts import prompts_from_bytes
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig, State
 from dpok_gym.utils.batching import BatchSize
 from dpok_gym.utils.validation import check_choice
-
 
 #: An eps far below any gradient: a step of AdamW then does not depend on the scale of the loss.
 DEFAULT_OPTIMIZER_KWARGS = {"weight_decay": 0.0, "eps": 1e-15}
@@ -61,11 +60,13 @@ class DenoisingPolicy(ActorCriticPolicy):
             about a third slower, for a fraction of the memory.
         max_batch_size: most states in one call of the denoiser when no gradient is needed, at least 1; None for no
             limit, "auto" for as many as fit into memory.
-        critic_hidden: width of the critic's layers, at least 1.
+        critic_hidden: width of the layers of the critic "network", at least 1.
         optimizer_class: a torch optimiser.
         optimizer_kwargs: arguments of the optimiser, such as ``{"weight_decay": 0.01}``; the learning rate is the
             algorithm's. None for :data:`DEFAULT_OPTIMIZER_KWARGS`, which suit AdamW.
         use_critic: add a critic; the algorithm decides.
+        critic_kind: "network" or "reward"; the algorithm decides.
+        critic_kwargs: arguments of :class:`~agents.common.critic.RewardCritic`, such as ``{"look_fraction": 0.2}``.
         keep_old: keep an old policy; the algorithm decides.
 
     Attributes:
@@ -92,6 +93,8 @@ class DenoisingPolicy(ActorCriticPolicy):
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         use_critic: bool = False,
+        critic_kind: CriticKind = "network",
+        critic_kwargs: dict[str, Any] | None = None,
         keep_old: bool = False,
     ) -> None:
         if use_sde:
@@ -125,6 +128,8 @@ class DenoisingPolicy(ActorCriticPolicy):
             "max_batch_size": max_batch_size,
             "critic_hidden": critic_hidden,
             "use_critic": use_critic,
+            "critic_kind": critic_kind,
+            "critic_kwargs": critic_kwargs,
             "keep_old": keep_old,
         }
         self._make_trainable(rank, target_modules)
@@ -132,14 +137,16 @@ class DenoisingPolicy(ActorCriticPolicy):
             network: Any = self.denoiser or self.model.denoiser
             network.enable_gradient_checkpointing()
         self.old = SlowCopy(self._named_denoiser_parameters()) if keep_old else None
-        self.critic: Critic | None = None
-        if use_critic:
+        self.critic: ValueNetwork | RewardCritic | None = None
+        if use_critic and check_choice("critic_kind", critic_kind, "network", "reward") == "network":
             dims = int(np.prod(self.model.latent_shape))
-            self.critic = Critic(dims, self.model.text_width, process.num_inference_steps, critic_hidden)
+            self.critic = ValueNetwork(dims, self.model.text_width, process.num_inference_steps, critic_hidden)
             self.critic.to(self.model.device)
+        elif use_critic:
+            self.critic = RewardCritic(process, **critic_kwargs or {})
         # Two groups, so that the critic can have a learning rate of its own.
         groups: list[dict[str, Any]] = [{"params": self.denoiser_parameters()}]
-        if self.critic is not None:
+        if isinstance(self.critic, ValueNetwork):
             groups.append({"params": list(self.critic.parameters())})
         self.optimizer = optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
@@ -261,9 +268,10 @@ class DenoisingPolicy(ActorCriticPolicy):
             return self.transition(state)
 
     def values(self, state: State) -> Tensor:
-        """V(x_t, t, z) of B states, (B,); 0 without a critic."""
+        """V(x_t, t, z) of B states as the critic's network sees it, (B,); 0 without a critic."""
         if self.critic is None:
             return torch.zeros(len(state.latents), device=state.latents.device)
+        assert isinstance(self.critic, ValueNetwork)
         return self.critic(state.latents, state.step, self.model.text_features(state.conditioning))
 
     def state_of(self, obs: PyTorchObs) -> State:
@@ -273,24 +281,40 @@ class DenoisingPolicy(ActorCriticPolicy):
         prompts = prompts_from_bytes(obs["prompt"].to("cpu", torch.uint8).numpy())
         return State(obs["latent"].to(device), obs["step"].long().flatten().to(device), self.process.encode(prompts))
 
-    def _act(self, state: State, deterministic: bool) -> tuple[Tensor, Tensor]:
-        """Returns actions (B, C, h, w) and their log-probabilities (B,) in nats."""
+    def _observed_values(self, obs: PyTorchObs, state: State, mean: Tensor | None = None) -> Tensor:
+        """V(x_t, t, z) of B observations, (B,).
+
+        Args:
+            obs: B observations.
+            state: the states that they show.
+            mean: (B, C, h, w) of the transitions, if it is known already.
+        """
+        if not isinstance(self.critic, RewardCritic):
+            return self.values(state)
+        assert isinstance(obs, dict)
+        if mean is None:
+            mean = self.transition(state)[0]
+        prompts = prompts_from_bytes(obs["prompt"].to("cpu", torch.uint8).numpy())
+        return self.critic.state_values(state, mean.detach(), prompts)
+
+    def _act(self, state: State, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns actions (B, C, h, w), their log-probabilities (B,) in nats, and the means (B, C, h, w)."""
         mean, std = self.transition(state)
         action = mean if deterministic else diffusion.sample(mean, std, torch.randn_like(mean))
-        return action, diffusion.log_prob(action, mean, std)
+        return action, diffusion.log_prob(action, mean, std), mean
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Actions (B, C, h, w), values (B,) and log-probabilities (B,) in nats."""
         state = self.state_of(obs)
-        action, log_prob = self._act(state, deterministic)
-        return action, self.values(state), log_prob
+        action, log_prob, mean = self._act(state, deterministic)
+        return action, self._observed_values(obs, state, mean), log_prob
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self._act(self.state_of(observation), deterministic)[0]
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:
         """V(x_t, t, z) of observations, (B,)."""
-        return self.values(self.state_of(obs))
+        return self._observed_values(obs, self.state_of(obs))
 
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values, log-probabilities and entropies of actions (B, C, h, w) or (B, C*h*w); all (B,), in nats."""
@@ -299,7 +323,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         log_prob = diffusion.log_prob(actions.reshape(mean.shape), mean, std)
         # The entropy of a Gaussian is minus its log-density at the mean, plus half a nat for each dimension.
         entropy = -diffusion.log_prob(mean, mean, std) + 0.5 * mean[0].numel()
-        return self.values(state), log_prob, entropy
+        return self._observed_values(obs, state, mean), log_prob, entropy
 
     def get_distribution(self, obs: PyTorchObs) -> DiagGaussianDistribution:
         """Returns the Gaussian over the flattened next latent."""

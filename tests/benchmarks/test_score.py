@@ -27,7 +27,13 @@ def run(tmp_path: Path, *words: str, task: str = TASK) -> dict[str, Any]:
 def evaluation(reward: list[float], **kwargs: Any) -> Evaluation:
     n = len(reward)
     images = np.zeros((n, 2, 2, 3), np.uint8)
-    return Evaluation(["a"] * n, images, np.array(reward), {}, **{"step_kl": np.zeros((n, 2))} | kwargs)
+    return Evaluation(
+        ["a"] * n,
+        images,
+        np.array(reward),
+        {},
+        **{"step_kl": np.zeros((n, 2)), "step_mse": np.zeros((n, 2)), "exploring": np.ones(2, bool)} | kwargs,
+    )
 
 
 def test_row() -> None:

@@ -67,9 +67,13 @@ _FORWARD: dict[str, Any] = {"n_gradient_steps": 4, "log_every": 3, "batch_size":
 
 #: Each algorithm, in each form that has a loss of its own.
 ALGORITHMS: dict[str, tuple[type[DenoisingAlgorithm], dict[str, Any]]] = {
-    "DPOK": (DPOK, {"target_kl": 1.0, "skip_last_steps": 0}),
+    "DPOK": (DPOK, {"target_kl": 1.0, "skip_last_steps": 0, "critic_kind": "network"}),
+    "DPOK, critic on rewards": (DPOK, {"critic_kind": "reward"}),
     "DPOK, late steps held": (DPOK, {"kl_coef": 0.3, "use_critic": False, "step_weighting": "output"}),
-    "DPOK, KL in the reward": (DPOK, {"kl_placement": "reward", "kl_coef": 0.5, "use_critic": False, "skip_last_steps": 0}),
+    "DPOK, KL in the reward": (
+        DPOK,
+        {"kl_placement": "reward", "kl_coef": 0.5, "use_critic": False, "skip_last_steps": 0},
+    ),
     "DDPO-IS": (DDPO, {"batch_size": 5}),
     "DDPO-SF": (DDPO, {"score_function": True}),
     "GRPO": (GRPO, {"group_size": 2, "same_noise": "group"}),
@@ -222,7 +226,7 @@ def _policy_gradient_loss(agent: Any, batch: Transitions) -> Tensor:
             kl = distance / table.output_coef.double()[batch.step] ** 2
         held = getattr(agent, "initial_kl_coef", agent.kl_coef) / agent.kl_coef
         loss = loss + agent.kl_coef * torch.where(weight > 0, weight, held)[batch.step] * kl
-    scale = DIMS
+    scale = float(DIMS)
     if isinstance(agent, DPOK) and agent.normalize_loss:
         scale = DIMS * agent.advantage_statistics.std * (agent.reward_weight or 1)
     return batch.weight.double() * loss / scale

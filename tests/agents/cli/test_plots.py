@@ -15,7 +15,17 @@ def _evaluation(prompts, aligned, rewards=None):
     images = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), np.uint8)
     alignment = "alignment" if rewards is None else None
     rewards = {"alignment": np.array(aligned, float)} if rewards is None else rewards
-    return Evaluation(list(prompts), images, np.zeros(n), rewards, np.zeros((n, 1)), alignment, None)
+    return Evaluation(
+        list(prompts),
+        images,
+        np.zeros(n),
+        rewards,
+        np.zeros((n, 1)),
+        np.zeros((n, 1)),
+        np.ones(1, bool),
+        alignment,
+        None,
+    )
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ UPDATE = N * T
 #: Agents with every kind of state.
 AGENTS: dict[str, dict[str, Any]] = {
     "critic and controller": {"algorithm": DPOK, "target_kl": 0.1, "normalize_rewards": True},
+    "network critic": {"algorithm": DPOK, "critic_kind": "network"},
     "whole denoiser": {"algorithm": GRPO, "group_size": 2, "policy_kwargs": {"lora_rank": 0}},
     "statistics by prompt": {"algorithm": DDPO, "batch_size": 5, "min_count": 2},
     "other optimiser": {
@@ -49,7 +50,7 @@ def test_the_state_is_tensors_and_json(make_agent: Callable[..., Any], kind: str
     assert saved.keys() == {"tensors", "state"}
     assert json.loads(json.dumps(saved["state"], allow_nan=False)) == saved["state"]
     groups = {"denoiser" if kind == "whole denoiser" else "lora", "optimizer"}
-    groups |= {"critic"} if kind == "critic and controller" else set()
+    groups |= {"critic"} if "critic" in kind else set()
     groups |= {"images"} if kind == "images" else set()
     groups |= {"old"} if kind == "old policy" else set()
     assert saved["tensors"].keys() == groups
@@ -93,7 +94,7 @@ def optimizer_of(agent: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["critic and controller", "whole denoiser", "images"])
+@pytest.mark.parametrize("kind", ["critic and controller", "network critic", "whole denoiser", "images"])
 def test_agents_of_one_state_do_not_share_it(make_agent: Callable[..., Any], kind: str) -> None:
     first, second = make_agent(**AGENTS[kind]), make_agent(**AGENTS[kind])
     first.learn(UPDATE)
@@ -143,7 +144,7 @@ def test_a_state_of_another_sampler_is_refused(make_env: Callable[..., Any], mak
     [
         ({"lora_rank": 3}, {}, "with rank 3, and not the same layers and sizes as here, .* with rank 2"),
         ({"target_modules": "all"}, {}, "the LoRA is of another model: it changes"),
-        ({"critic_hidden": 8}, {}, "the state is of a network of another build: .* for Critic"),
+        ({"critic_hidden": 8}, {}, "the state is of a network of another build: .* for ValueNetwork"),
         ({"lora_rank": 0}, {}, "the state has no lora: the agent was made with other settings"),
         ({}, {"lora_rank": 0}, "the state has no denoiser: the agent was made with other settings"),
     ],
@@ -152,9 +153,9 @@ def test_a_state_of_another_sampler_is_refused(make_env: Callable[..., Any], mak
 def test_a_state_of_another_network_is_refused(
     make_agent: Callable[..., Any], theirs: dict[str, Any], ours: dict[str, Any], message: str
 ) -> None:
-    state = make_agent(policy_kwargs=theirs).state_dict()
+    state = make_agent(policy_kwargs=theirs, critic_kind="network").state_dict()
     with pytest.raises(ValueError, match=message):
-        make_agent(policy_kwargs=ours).load_state_dict(state)
+        make_agent(policy_kwargs=ours, critic_kind="network").load_state_dict(state)
 
 
 @pytest.mark.slow

@@ -111,8 +111,7 @@ def test_states_at_a_step() -> None:
 
 def test_what_belongs_together_stays_together() -> None:
     buffer = full_buffer()
-    weights = torch.tensor([0.1, 0.2, 0.3])
-    (batch,) = buffer.batches(None, rng(), step_weights=weights)
+    (batch,) = buffer.batches(None, rng())
     assert sorted(numbers([batch])) == EVERYTHING
     number = 10 * batch.image + batch.step
     assert torch.equal(batch.latents, filled(number))
@@ -120,7 +119,6 @@ def test_what_belongs_together_stays_together() -> None:
     assert torch.equal(batch.old_means, filled(-number))
     assert torch.equal(batch.advantages, number / 100)
     assert torch.equal(batch.returns, number / 1000)
-    assert torch.equal(batch.step_weight, weights[batch.step])
     assert batch.weight.tolist() == [1.0] * (N * T)
     assert_same(batch.state.latents, batch.latents)
     assert_same(batch.state.step, batch.step)

@@ -142,7 +142,9 @@ def test_a_saved_lora_draws_the_same_images(
 def test_rows_by_hand() -> None:
     images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
     rewards = {"judged": np.array([0.0, 1.0, 0.5])}
-    whole = Evaluation(["a", "b", "c"], images, np.array([-3.0, -1.0, 2.0]), rewards, np.eye(3), "judged")
+    whole = Evaluation(
+        ["a", "b", "c"], images, np.array([-3.0, -1.0, 2.0]), rewards, np.eye(3), np.eye(3), np.ones(3, bool), "judged"
+    )
     for rows in (slice(1, 3), np.array([1, 2])):
         part = whole[rows]
         assert part.prompts == ["b", "c"]
@@ -160,15 +162,25 @@ def test_rows_by_hand() -> None:
 def test_shares_and_means() -> None:
     rewards = {"judged": np.array([1.0, 0.75, 1.0, 0.0]), "clean": np.array([0.5, 0.5, 0.7, np.nan])}
     images, kl = np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 1))
-    evaluation = Evaluation(["a"] * 4, images, np.zeros(4), rewards, kl, "judged", "clean")
+    evaluation = Evaluation(["a"] * 4, images, np.zeros(4), rewards, kl, kl, np.ones(1, bool), "judged", "clean")
     assert evaluation.aligned.tolist() == [True, False, True, False]
     assert evaluation.aligned_share == 0.5
     assert evaluation.mean("clean") == evaluation.mean_quality == pytest.approx(1.7 / 3)
     assert evaluation.mean("jpeg-compressibility") is None
-    unjudged = Evaluation(["a"] * 4, images, np.zeros(4), rewards, kl)
+    unjudged = Evaluation(["a"] * 4, images, np.zeros(4), rewards, kl, kl, np.ones(1, bool))
     assert unjudged.aligned is None
     assert unjudged.aligned_share is None
     assert unjudged.mean_quality is None
+
+
+def test_the_kl_counts_the_steps_that_explore() -> None:
+    kl, mse = np.array([[1.0, 2.0, 100.0], [3.0, 4.0, 300.0]]), np.array([[9.0, 9.0, 0.25], [9.0, 9.0, 0.75]])
+    exploring, images = np.array([True, True, False]), np.zeros((2, 8, 8, 3), np.uint8)
+    evaluation = Evaluation(["a"] * 2, images, np.zeros(2), {}, kl, mse, exploring)
+    assert evaluation.kl.tolist() == [3.0, 7.0]
+    assert evaluation.late_drift == pytest.approx(0.5**0.5)
+    assert evaluation[1:].late_drift == pytest.approx(0.75**0.5)
+    assert Evaluation(["a"] * 2, images, np.zeros(2), {}, kl, mse, np.ones(3, bool)).late_drift == 0
 
 
 @pytest.mark.slow
@@ -215,7 +227,9 @@ def test_images_without_a_reward_do_not_count(make_env: Callable[..., Any]) -> N
     evaluation = sample_images(env.process, env, ["the moon"] * 4, 5)
     np.testing.assert_array_equal(evaluation.reward, [-1.0, np.nan, -3.0, np.nan])
     assert evaluation.mean_reward == evaluation.mean("every_other") == -2.0
-    assert np.isnan(Evaluation(["a"], np.zeros(1), np.array([np.nan]), {}, np.zeros((1, 1))).mean_reward)
+    assert np.isnan(
+        Evaluation(["a"], np.zeros(1), np.array([np.nan]), {}, *np.zeros((2, 1, 1)), np.ones(1, bool)).mean_reward
+    )
 
 
 def test_cycle_prompts() -> None:

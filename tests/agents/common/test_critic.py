@@ -1,0 +1,218 @@
+"""The critic that rewards the predicted image: its regression, its memory, and what it explains."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import pytest
+import torch
+from torch import Tensor
+
+from agents import DPOK
+from agents.common.buffer import TrajectoryBuffer
+from agents.common.critic import Regression, RewardCritic
+from dpok_gym import DenoisingVectorEnv
+from dpok_gym.prompts import prompt_to_bytes
+from tests.agents.common.support import PROMPTS, collect, perturb
+from tests.support import assert_same
+
+N, T = 4, 3
+
+
+def ridge(design: Tensor, target: Tensor, weights: Tensor, penalty: list[float]) -> Tensor:
+    """Coefficients of a weighted ridge regression, from its normal equations."""
+    return torch.linalg.solve(
+        design.T @ (weights[:, None] * design) + torch.tensor(penalty, dtype=torch.float64).diag(),
+        design.T @ (weights * target),
+    )
+
+
+@pytest.fixture
+def numbers() -> dict[str, Tensor]:
+    """Guesses and returns of 12 images of three prompts in two steps; the first step has no guesses."""
+    generator = torch.Generator().manual_seed(0)
+    guesses = torch.randn(12, 2, generator=generator)
+    guesses[:, 0] = math.nan
+    prompt = torch.arange(12) % 3
+    text = torch.randn(3, 5, generator=generator)[prompt]
+    returns = torch.randn(12, 2, generator=generator) + prompt[:, None]
+    weights = 0.5 + torch.rand(12, generator=generator).double()
+    return {"guesses": guesses, "returns": returns, "text": text, "weights": weights, "prompt": prompt}
+
+
+def test_the_regression_solves_its_normal_equations(numbers: dict[str, Tensor]) -> None:
+    strength, w = 3.0, numbers["weights"]
+    regression = Regression(numbers["guesses"], numbers["returns"], numbers["text"], w, strength)
+    # The kernel of the prompts, written as columns: the features, and an indicator of each prompt.
+    text = numbers["text"].double()
+    text = text - text.mean(0)
+    text = text / text.square().mean().sqrt() / math.sqrt(5)
+    prompts = torch.nn.functional.one_hot(numbers["prompt"]).double()
+    q = numbers["guesses"][:, 1].double()
+    q = q - (w * q).sum() / w.sum()
+    q = q / ((w * q.square()).sum() / w.sum()).sqrt()
+    expected = []
+    for t, column in enumerate([torch.zeros_like(q), q]):
+        design = torch.cat([torch.ones(12, 1).double(), column[:, None], text, prompts], dim=1)
+        coefficients = ridge(design, numbers["returns"][:, t].double(), w, [0.0, 1.0] + [strength] * 8)
+        expected.append(design @ coefficients)
+    torch.testing.assert_close(regression(numbers["guesses"], numbers["text"]), torch.stack(expected, 1).float())
+
+
+def test_unknown_prompts_have_no_term_of_their_own(numbers: dict[str, Tensor]) -> None:
+    """With features that are all alike, a prompt that was never seen is worth the intercept."""
+    text = torch.eye(3)[numbers["prompt"]] * 1e-9
+    returns = torch.where(numbers["prompt"] == 0, 1.0, 0.0)[:, None].expand(12, 2)
+    regression = Regression(torch.full((12, 2), math.nan), returns, text, torch.ones(12).double(), 1.0)
+    seen = regression(torch.full((3, 2), math.nan), torch.eye(3) * 1e-9)[:, 0]
+    unseen = regression(torch.full((1, 2), math.nan), torch.full((1, 3), 2e-9))[0, 0]
+    assert seen[1] == pytest.approx(seen[2])
+    assert seen[1] < unseen < seen[0]
+
+
+def test_one_prompt_without_guesses_is_worth_its_mean() -> None:
+    returns = torch.tensor([[1.0], [2.0], [6.0]])
+    weights = torch.tensor([1.0, 1.0, 0.5]).double()
+    regression = Regression(torch.full((3, 1), math.nan), returns, torch.ones(3, 2), weights, 1.0)
+    values = regression(torch.full((1, 1), math.nan), torch.ones(1, 2))
+    assert values.item() == pytest.approx((1 + 2 + 3) / 2.5, abs=1e-5)
+
+
+def fill(buffer: TrajectoryBuffer, critic: RewardCritic, seed: int, slope: float) -> None:
+    """Fills a buffer with returns that are linear in the reward of the predicted image at the last step."""
+    generator = torch.Generator().manual_seed(seed)
+    buffer.latents = torch.randn(buffer.latents.shape, generator=generator)
+    buffer.means = torch.randn(buffer.means.shape, generator=generator)
+    buffer.prompts = [PROMPTS[i % 2] for i in range(len(buffer))]
+    buffer.conditioning = critic.process.encode(buffer.prompts)
+    buffer.valid[:] = True
+    clean = critic.process.predicted_clean(buffer.state_at(T - 1), buffer.means[:, T - 1])
+    assert critic.judge is not None
+    reward = critic.judge(clean, buffer.prompts).rewards.total
+    of_prompt = torch.tensor([PROMPTS.index(prompt) for prompt in buffer.prompts])
+    buffer.rewards[:, -1] = slope * reward + of_prompt
+    buffer.returns = buffer.rewards[:, -1:].expand(-1, T).clone()
+
+
+@pytest.fixture
+def critic(make_env: Callable[..., DenoisingVectorEnv]) -> RewardCritic:
+    env = make_env(1)
+    critic = RewardCritic(env.process, look_fraction=0.5)
+    critic.judge = env.judge
+    return critic
+
+
+def make_buffer(critic: RewardCritic, n: int = 32) -> TrajectoryBuffer:
+    return TrajectoryBuffer(n, T, critic.process.model.latent_shape, "cpu")
+
+
+def test_it_learns_what_can_be_known(critic: RewardCritic) -> None:
+    buffer = make_buffer(critic)
+    for seed in range(3):
+        fill(buffer, critic, seed, slope=5.0)
+        critic.values(buffer)
+        critic.fit(buffer)
+    fill(buffer, critic, 3, slope=5.0)
+    values = critic.values(buffer)
+    errors = (buffer.returns - values).var(0) / buffer.returns.var(0)
+    assert errors[2] < 0.01
+    # The first step is not looked at: only the prompt's mean is known there.
+    within = torch.stack([buffer.returns[i::2, 0].var() for i in range(2)]).mean()
+    assert (buffer.returns - values)[:, 0].var() == pytest.approx(within.item(), rel=0.4)
+
+
+def test_it_begins_with_the_mean_reward(critic: RewardCritic) -> None:
+    buffer = make_buffer(critic)
+    fill(buffer, critic, 0, slope=1.0)
+    buffer.valid[0], buffer.rewards[0, -1] = False, math.nan
+    expected = buffer.rewards[1:, -1].mean().item()
+    torch.testing.assert_close(critic.values(buffer), torch.full((32, T), expected))
+
+
+def test_it_forgets_old_rollouts(critic: RewardCritic) -> None:
+    critic.n_rollouts = 2
+    buffer = make_buffer(critic)
+    kept = []
+    for seed in range(4):
+        fill(buffer, critic, seed, slope=1.0)
+        buffer.valid[:seed] = False
+        critic.values(buffer)
+        critic.fit(buffer)
+        kept.append(buffer.returns[buffer.valid].clone())
+    assert torch.equal(critic.state_dict()["returns"], torch.cat(kept[2:]))
+    assert critic.state_dict()["age"].tolist() == [1] * 30 + [0] * 29
+
+
+def test_its_state_is_all_that_it_learned(critic: RewardCritic) -> None:
+    buffer = make_buffer(critic)
+    fill(buffer, critic, 0, slope=2.0)
+    critic.values(buffer)
+    critic.fit(buffer)
+    other = RewardCritic(critic.process, look_fraction=0.5)
+    other.judge = critic.judge
+    other.load_state_dict({name: value.clone() for name, value in critic.state_dict().items()})
+    for seed in (1, 2):
+        fill(buffer, critic, seed, slope=2.0)
+        assert_same(other.values(buffer), critic.values(buffer))
+        critic.fit(buffer)
+        other.fit(buffer)
+    assert_same(other.state_dict(), critic.state_dict())
+    with pytest.raises(RuntimeError, match="not the state of a RewardCritic"):
+        other.load_state_dict({"returns": torch.zeros(1, 5)})
+
+
+def test_values_of_observations_are_those_of_the_rollout(make_agent: Callable[..., Any]) -> None:
+    agent = make_agent(images_per_iteration=8)
+    perturb(agent.policy)
+    agent.learn(8 * T)
+    buffer = collect(agent)
+    values = agent.policy.critic.values(buffer)
+    prompts = torch.from_numpy(prompt_to_bytes(buffer.prompts, 512))
+    for index in range(T):
+        step = torch.full((8,), index)
+        observation = {"latent": buffer.latents[:, index], "step": step, "prompt": prompts}
+        torch.testing.assert_close(agent.policy.predict_values(observation), values[:, index], rtol=1e-4, atol=1e-5)
+        forward = agent.policy.forward(observation)[1]
+        torch.testing.assert_close(forward, values[:, index], rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_judge_it_says_what_to_do(critic: RewardCritic) -> None:
+    buffer = make_buffer(critic)
+    fill(buffer, critic, 0, slope=1.0)
+    critic.judge = None
+    with pytest.raises(ValueError, match=r"set policy\.critic\.judge"):
+        critic.values(buffer)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"look_fraction": 1.5}, {"n_rollouts": 0}, {"forgetting": 0.0}, {"prompt_strength": 0.0}], ids=str
+)
+def test_bad_arguments(make_env: Callable[..., DenoisingVectorEnv], wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        RewardCritic(make_env(1).process, **wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompts", ["three green squares", "shapes"])
+def test_it_explains_the_rewards_of_shapes(prompts: str) -> None:
+    """On rollouts that it has not seen, a third of the variance in the last quarter of the steps."""
+    env = gymnasium.make_vec(
+        "DPOK-Shapes-v0",
+        num_envs=64,
+        vectorization_mode="vector_entry_point",
+        prompts=prompts,
+        num_inference_steps=10,
+        decode_batch_size=16,
+    )
+    agent = DPOK(env=env, seed=0, device="cpu", learning_rate=0.0, critic_kind="reward")
+    critic = agent.policy.critic
+    assert isinstance(critic, RewardCritic)
+    for _ in range(2):
+        buffer = collect(agent)
+        buffer.values = critic.values(buffer)
+        buffer.returns = buffer.final_rewards[:, None].expand(64, 10)
+        explained = 1 - (buffer.returns - buffer.values).var(0) / buffer.returns.var(0)
+        critic.fit(buffer)
+        agent.images_drawn += 64  # the next images are others
+    assert (explained[-3:] > 1 / 3).all(), explained
