@@ -50,6 +50,7 @@ SHOWN = {
     "unseen: quality": Score("held_out", "quality", ".3f"),
     "diversity": Score("training", "diversity", ".3f"),
     "KL, nats": Score("training", "kl", ".1f"),
+    "late drift": Score("training", "late_drift", ".3f"),
 }
 
 #: The panels of the figure.
@@ -59,6 +60,12 @@ _TEXT = (
     "Interquartile means (of up to three runs the mean); of several runs with 95 % bootstrap intervals, little more "
     "than the range of so few.\n\n{}\n### Differences\n\n{}"
 )
+
+#: Beginnings of the names of families that are no points of the figure.
+_ABLATIONS = ("steps", "ratio")
+
+#: The family whose runs are shown along training.
+_ALONG_TRAINING = "DPOK, KL in the loss"
 
 #: The numbers of the runs with the same settings, by heading: one for each seed.
 Scores = dict[str, list[float]]
@@ -109,7 +116,12 @@ def report(records: Sequence[Record], settings: dict[str, Any], folder: Path) ->
         for label, cells in lines.items():
             table.add_row(label, *cells)
         console.print(table)
-    figure(families, folder / "kl_analysis.png")
+    # The ablations of the steps and of the ratio have a table only.
+    figure(
+        {name: values for name, values in families.items() if not name.startswith(_ABLATIONS)},
+        folder / "kl_analysis.png",
+    )
+    training_figure(records, folder / "training.png")
     grid(folder, settings["task"], settings["shown"], folder / "grid.png")
 
 
@@ -183,14 +195,37 @@ def figure(families: Families, path: Path) -> None:
             marker = "s" if name.startswith("SFT") else "o"
             _family_curve(axes, by_value, heading, marker, colour)
             axes.plot([], [], f"{marker}-", color=colour, label=name)  # for the legend
-        # Linear up to 10 nats: the pre-trained model is at 0.
-        axes.set_xscale("symlog", linthresh=10)
+        # Linear up to 5 nats: the pre-trained model is at 0.
+        axes.set_xscale("symlog", linthresh=5)
         axes.set_xlim(left=0)
         axes.set_xlabel("KL to pre-trained, nats per image")
         axes.set_ylabel(heading)
         tidy(axes)
     handles, names = panels[0].get_legend_handles_labels()
     drawing.legend(handles, names, loc="outside upper center", ncols=4, frameon=False)
+    save(drawing, path)
+
+
+def training_figure(records: Sequence[Record], path: Path) -> None:
+    """Draws the reward and the KL of DPOK's runs with different coefficients along training.
+
+    Args:
+        records: of the runs.
+        path: file to write.
+    """
+    drawing = Figure(figsize=(8.8, 3.4), layout="constrained")
+    panels = drawing.subplots(1, 2)
+    runs = [record for record in records if record["family"] == _ALONG_TRAINING and record["value"] > 0]
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, max(len(runs), 1)))
+    for colour, record in zip(colours, runs, strict=False):
+        for axes, name in zip(panels, ("reward", "kl"), strict=True):
+            points = np.array([(point["images"], point[name]) for point in record["curve"] if name in point])
+            axes.plot(*points.T, color=colour, label=f"kl_coef = {record['value']:g}")
+    for axes, heading in zip(panels, ("reward of the images drawn", "KL to pre-trained, nats per image"), strict=True):
+        axes.set(xlabel="images drawn", ylabel=heading, xlim=(0, None))
+        tidy(axes)
+    panels[1].set_ylim(bottom=0)
+    panels[1].legend(frameon=False, fontsize=8)
     save(drawing, path)
 
 

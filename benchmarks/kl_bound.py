@@ -21,7 +21,7 @@ from rich.console import Console
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.common.algorithm import DenoisingAlgorithm
-from benchmarks.mixture_policies import N_ENVS, half_reward, on_grid, show, train
+from benchmarks.mixture_policies import half_reward, on_grid, show, train_exactly
 from dpok_gym.mixture.exact import GridPolicy, best_policy
 
 RESULTS = Path(__file__).parent / "results"
@@ -107,7 +107,7 @@ def main() -> None:
     """Trains twice, measures, prints, draws and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--beta", type=float, default=0.25, help="kl_coef, per nat; less lets the model go further")
-    parser.add_argument("--iterations", type=int, default=100, help=f"of {N_ENVS} images in each training")
+    parser.add_argument("--images", type=int, default=30_720, help="of each training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of kl_bound.png and kl_bound.json")
     options = parser.parse_args()
@@ -118,8 +118,8 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     for placement in ("reward", "loss"):
         measure = MeasureKL()
-        settings = (options.beta, N_STEPS, options.seed, "mixture-1d", options.iterations)
-        train(PROMPT, reward, *settings, measure, kl_placement=placement)
+        settings = (options.beta, N_STEPS, options.seed, options.images, "mixture-1d")
+        train_exactly(PROMPT, reward, *settings, measure, kl_placement=placement)
         measure.measure()
         exact = measure.optimum(options.beta, charge_later_kl=placement == "reward")
         results[placement] = {"training": measure.rows, "exact": exact}

@@ -4,7 +4,8 @@ It trains with DPOK, and compares the result with the exact answer in three case
 
 - one Gaussian: the optimum in closed form;
 - mixtures in two dimensions: the sampler's own samples, weighted by exp(r / beta);
-- a mixture in one dimension: the best policy by dynamic programming, with the KL in the reward and in the loss.
+- the objective E[r] - beta KL of several algorithms, in one and two dimensions: the optimum by dynamic programming
+  (:mod:`benchmarks.mixture_objective`).
 
 It prints a table for each case. It draws the pre-trained and the fine-tuned model over the denoising steps into
 ``mixture.png``, and writes every number to ``mixture.json``.
@@ -18,30 +19,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from agents.common.policy import DenoisingPolicy
 from benchmarks.mixture_figure import scatter
-from benchmarks.mixture_policies import (
-    GRID,
-    ITERATIONS,
-    N_ENVS,
-    half_reward,
-    model_of,
-    on_grid,
-    sample_trajectories,
-    show,
-    train,
-)
+from benchmarks.mixture_objective import objectives
+from benchmarks.mixture_policies import IMAGES, model_of, sample_trajectories, show, train_exactly
 from dpok_gym import make_reward
-from dpok_gym.mixture.exact import GaussianSampler, GridPolicy, best_policy, tilted_density
+from dpok_gym.mixture.exact import GaussianSampler
 from dpok_gym.mixture.image import draw_dots
 from dpok_gym.utils.validation import check_integer
 
@@ -57,12 +47,12 @@ MIXTURES: tuple[tuple[str, dict[str, float]], ...] = (
 )
 
 
-def gaussian(seeds: int, iterations: int = ITERATIONS, beta: float = 0.5, n: int = N_POINTS) -> list[dict[str, Any]]:
+def gaussian(seeds: int, images: int = IMAGES, beta: float = 0.5, n: int = N_POINTS) -> list[dict[str, Any]]:
     """Measures the mean and the variance of one Gaussian against those of the optimum, for r = x_1 and T = 20.
 
     Args:
         seeds: number of trainings.
-        iterations: of each training.
+        images: of each training.
         beta: kl_coef.
         n: points drawn.
 
@@ -71,7 +61,7 @@ def gaussian(seeds: int, iterations: int = ITERATIONS, beta: float = 0.5, n: int
     """
     rows = []
     for seed in range(seeds):
-        policy, seconds = train("one gaussian", {"mixture-linear": 1.0}, beta, 20, seed, iterations=iterations)
+        policy, seconds = train_exactly("one gaussian", {"mixture-linear": 1.0}, beta, 20, seed, images)
         model = model_of(policy)
         data = model.mixtures["one gaussian"]
         sampler = GaussianSampler.of(data, policy.process.table, model.denoiser.alphas_cumprod)
@@ -116,13 +106,13 @@ def tilts(points: Tensor, reward: dict[str, float], beta: float) -> Tensor:
 
 
 def mixtures(
-    seeds: int, iterations: int = ITERATIONS, n: int = N_POINTS
+    seeds: int, images: int = IMAGES, n: int = N_POINTS
 ) -> tuple[list[dict[str, Any]], dict[str, DenoisingPolicy]]:
     """Measures the weights and means of mixtures against the tilt of the sampler's own samples, at T = 50.
 
     Args:
         seeds: number of trainings of each case.
-        iterations: of each training.
+        images: of each training.
         n: points drawn; twice as many of the pre-trained model.
 
     Returns:
@@ -133,7 +123,7 @@ def mixtures(
     for prompt, reward in MIXTURES:
         ((name, weight),) = reward.items()
         for seed in range(seeds):
-            policy, seconds = train(prompt, reward, 1.0, 50, seed, iterations=iterations)
+            policy, seconds = train_exactly(prompt, reward, 1.0, 50, seed, images)
             if name == "mixture-linear":
                 policies.setdefault(prompt, policy)
             sampled = sample_trajectories(policy, prompt, 2 * n, seed=1, reference=True)[-1]
@@ -155,69 +145,24 @@ def mixtures(
     return rows, policies
 
 
-def one_dimension(seeds: int, iterations: int = ITERATIONS) -> list[dict[str, Any]]:
-    """Measures the weight of the right mode and the objective E[r] - beta KL, for r = 0.5 x, beta = 1 and modes at +-1.
-
-    Args:
-        seeds: number of trainings of each case.
-        iterations: of each training.
-
-    Returns:
-        A row for each policy, exact or learned.
-    """
-    rows: list[dict[str, Any]] = []
-    for n_steps in (10, 20, 50):
-        rows += _one_dimension_rows(n_steps, seeds, iterations)
-    return rows
-
-
-def _one_dimension_rows(n_steps: int, seeds: int, iterations: int) -> Iterator[dict[str, Any]]:
-    """Yields the rows of one T."""
-    reward = {"mixture-linear": 0.5}
-    learned = {}
-    for placement in ("reward", "loss"):
-        for seed in range(seeds):
-            learned[placement, seed] = train(
-                "two modes", reward, 1.0, n_steps, seed, "mixture-1d", iterations, kl_placement=placement
-            )
-    policy, _ = learned["reward", 0]
-    reference = on_grid(policy, "two modes", reference=True)
-
-    def row(name: str, policy: GridPolicy) -> dict[str, Any]:
-        right = policy.expectation(lambda x: (x > 0).astype(np.float64))
-        kl = policy.step_kl(reference).sum()
-        objective = policy.expectation(half_reward) - kl
-        return {"T": n_steps, "policy": name, "right": right, "KL": kl, "objective": objective}
-
-    tilt = tilted_density(reference, half_reward, 1.0)
-    yield {"T": n_steps, "policy": "tilt", "right": float(tilt[GRID > 0].sum() * (GRID[1] - GRID[0]))}
-    for placement in ("reward", "loss"):
-        # With the KL in the loss, an action is not charged for the KL of later steps.
-        yield row(f"KL in {placement}, exact", best_policy(reference, half_reward, 1.0, placement == "reward"))
-        for seed in range(seeds):
-            policy, seconds = learned[placement, seed]
-            learned_row = row(f"KL in {placement}, learned", on_grid(policy, "two modes"))
-            yield learned_row | {"seed": seed, "seconds": seconds}
-
-
 def main() -> None:
     """Trains, compares, prints, draws and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each case")
-    parser.add_argument("--iterations", type=int, default=ITERATIONS, help=f"of {N_ENVS} images in each training")
+    parser.add_argument("--images", type=int, default=IMAGES, help="of each training")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of mixture.png and mixture.json")
     options = parser.parse_args()
     seeds = check_integer("--seeds", options.seeds)
-    iterations = check_integer("--iterations", options.iterations)
+    images = check_integer("--images", options.images)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     console = Console(width=120)
-    results = {"gaussian": gaussian(seeds, iterations)}
+    results = {"gaussian": gaussian(seeds, images)}
     show("one Gaussian, r = x_1, beta = 0.5, T = 20", results["gaussian"], console)
-    results["mixtures"], policies = mixtures(seeds, iterations)
+    results["mixtures"], policies = mixtures(seeds, images)
     show("mixtures, beta = 1, T = 50, against the tilted samples of the sampler", results["mixtures"], console)
-    results["one dimension"] = one_dimension(seeds, iterations)
-    show("modes at -1 and 1, r = 0.5 x, beta = 1: weight of the right one", results["one dimension"], console)
+    results["objective"] = objectives(seeds, images)
+    show("E[r] - beta KL, T = 20, against the optimum", results["objective"], console)
     scatter(policies, options.out / "mixture.png")
     (options.out / "mixture.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -9,7 +9,6 @@ import time
 from itertools import chain
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from rich.console import Console
@@ -17,33 +16,81 @@ from rich.table import Table
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
-from agents import DPOK, PRESETS
+from agents.algorithms.presets import PRESETS
+from agents.algorithms.registry import load_algorithm
 from agents.common.policy import DenoisingPolicy
 from dpok_gym.mixture.exact import Array, GridPolicy
 from dpok_gym.mixture.image import REACH
 from dpok_gym.mixture.model import MixtureModel
+from dpok_gym.vector_env import DenoisingVectorEnv
 
 GRID = np.linspace(-6, 6, 601)
 
-#: The settings of ``dpok train`` for this model. The cases differ in kl_coef, so it is left out.
-SETTINGS = PRESETS["exact-objective"].algorithm_kwargs("dpok") | {"micro_batch_size": None, "device": "cpu"}
-N_ENVS = SETTINGS["images_per_iteration"]
-ITERATIONS = PRESETS["exact-objective"].images // N_ENVS
-del SETTINGS["kl_coef"]
+#: What ``dpok train`` draws for this model.
+IMAGES = PRESETS["exact-objective"].images
+N_ENVS = 256
+
+
+def make_env(prompt: str, reward: dict[str, float], n_steps: int, model: str = "mixture") -> DenoisingVectorEnv:
+    """Makes an environment.
+
+    Args:
+        prompt: the only prompt.
+        reward: weights by name.
+        n_steps: T.
+        model: "mixture" or "mixture-1d".
+    """
+    return DenoisingVectorEnv(
+        N_ENVS,
+        model=model,
+        prompts=[prompt],
+        reward=reward,
+        num_inference_steps=n_steps,
+        decode_batch_size=64,
+        device="cpu",
+    )
 
 
 def train(
+    env: DenoisingVectorEnv,
+    algorithm: str,
+    kwargs: dict[str, Any],
+    seed: int,
+    images: int = IMAGES,
+    callback: BaseCallback | None = None,
+) -> tuple[DenoisingPolicy, float]:
+    """Trains.
+
+    Args:
+        env: of the mixture model.
+        algorithm: registered name.
+        kwargs: its arguments.
+        seed: of the training.
+        images: to draw.
+        callback: for the training.
+
+    Returns:
+        The policy, and the seconds of computing.
+    """
+    agent = load_algorithm(algorithm)(env=env, seed=seed, device="cpu", **kwargs)
+    started = time.process_time()
+    agent.learn(images * agent.process.num_inference_steps, callback)
+    return agent.policy, time.process_time() - started
+
+
+def train_exactly(
     prompt: str,
     reward: dict[str, float],
     beta: float,
     n_steps: int,
     seed: int,
+    images: int = IMAGES,
     model: str = "mixture",
-    iterations: int = ITERATIONS,
     callback: BaseCallback | None = None,
     **changes: Any,
 ) -> tuple[DenoisingPolicy, float]:
-    """Trains with DPOK.
+    """Trains with DPOK, as ``dpok train --env DPOK-Mixture-v0`` does; arguments as for :func:`make_env` and
+    :func:`train`.
 
     Args:
         prompt: the only prompt.
@@ -51,27 +98,13 @@ def train(
         beta: kl_coef.
         n_steps: T.
         seed: of the training.
+        images: to draw.
         model: "mixture" or "mixture-1d".
-        iterations: number of iterations; each draws as many images as the preset says.
         callback: for the training.
         **changes: to the settings of DPOK.
-
-    Returns:
-        The policy, and the seconds of computing.
     """
-    env = gymnasium.make_vec(
-        "DPOK-Mixture-v0",
-        num_envs=N_ENVS,
-        vectorization_mode="vector_entry_point",
-        model=model,
-        prompts=[prompt],
-        reward=reward,
-        num_inference_steps=n_steps,
-    )
-    agent = DPOK(env=env, seed=seed, kl_coef=beta, **SETTINGS | changes)
-    started = time.process_time()
-    agent.learn(iterations * N_ENVS * n_steps, callback)
-    return agent.policy, time.process_time() - started
+    kwargs = PRESETS["exact-objective"].algorithm_kwargs("dpok") | {"kl_coef": beta} | changes
+    return train(make_env(prompt, reward, n_steps, model), "dpok", kwargs, seed, images, callback)
 
 
 def model_of(policy: DenoisingPolicy) -> MixtureModel:

@@ -135,7 +135,8 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
 
     Returns:
         ``aligned`` (share), ``alignment``, ``quality``, ``reward``, ``kl`` (nats of the steps that explore),
-        ``late_drift`` of the others, ``step_kl`` (nats of each step), and ``diversity`` if there are two images of a prompt.
+        ``late_drift`` of the others, ``step_kl`` (nats of each step), and ``diversity`` if there are two images of a
+        prompt.
     """
     means: dict[str, Any] = {"aligned": evaluation.aligned_share}
     for name in WORLD.evaluation_rewards:
@@ -172,8 +173,8 @@ def diversity(images: NDArray[np.uint8], prompts: Sequence[str]) -> float | None
 class Curve(BaseCallback):
     """Collects the points of a learning curve.
 
-    A point has the means of ``alignment``, ``quality`` and ``reward`` over some images. It also has the cost of the
-    training until then: ``images``, ``num_function_evaluations`` and ``seconds``. The images are those of each rollout.
+    A point has the means of ``alignment``, ``quality`` and ``reward`` over some images, and the ``kl`` of the update before
+    them if the algorithm has one. It also has the cost of the training until then: ``images``, ``num_function_evaluations`` and ``seconds``. The images are those of each rollout.
     A supervised fit has no rollouts, so images are drawn for the curve.
 
     Args:
@@ -229,8 +230,9 @@ class Curve(BaseCallback):
         if means:
             buffer = self.model.rollout_buffer
             means["reward"] = buffer.final_rewards[buffer.valid].mean().item()
+            kl = self.model.latest_metrics.get("kl_to_reference")
             # The images are of the model before this rollout's update.
-            self.add(self._cost_before_rollout, means)
+            self.add(self._cost_before_rollout | ({} if kl is None else {"kl": round(kl, 4)}), means)
         else:  # within a supervised fit
             self.add(self.cost(), self._evaluate())
 

@@ -430,9 +430,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
                 f"the optimum is not known for the model {self.model.name!r}; it is where the denoiser is exact, as "
                 "in the world of a mixture of Gaussians"
             )
-        return world.optimal_value(self.process, self.prompts, self._rewards_of, beta)
+        return world.optimal_value(self.process, self.prompts, self.rewards_of, beta)
 
-    def _rewards_of(self, latents: Tensor, prompt: str) -> NDArray[np.float64]:
+    def rewards_of(self, latents: Tensor, prompt: str) -> NDArray[np.float64]:
         """Returns the rewards (B,) of finished latents (B, C, h, w), all for one prompt."""
         return self.judge(latents, [prompt] * len(latents)).rewards.total.double().numpy()
 

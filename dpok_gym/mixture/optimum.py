@@ -27,7 +27,7 @@ from scipy.ndimage import map_coordinates
 
 from dpok_gym.mixture.image import REACH
 from dpok_gym.prompts import PromptSet
-from dpok_gym.samplers import DenoisingProcess
+from dpok_gym.samplers import DenoisingProcess, Transition
 
 if TYPE_CHECKING:
     from dpok_gym.worlds import RewardOfLatents
@@ -69,15 +69,57 @@ def prompt_value(
         beta: weight of the KL.
         spacing: distance of the grid's points; None for :data:`SPACING`.
     """
+    x, points, value = _begin(process, prompt, reward, spacing)
+    means = _means_on_grid(process, prompt, points)
+    for mean, std in zip(means[::-1], process.table.std.double().cpu().numpy()[::-1], strict=True):
+        value = interpolate(x, best_moves(x, smoothed(x, value, std), std, beta), mean)
+    return _mean_over_noise(points, value)
+
+
+def policy_value(
+    process: DenoisingProcess,
+    prompt: str,
+    reward: RewardOfLatents,
+    beta: float,
+    transition: Transition | None = None,
+    spacing: float | None = None,
+) -> float:
+    """Computes E[r] - beta KL of a policy for one prompt, without drawing anything:
+
+        V_t(x) = E[ V_{t-1}(m_t(x) + std_t n) ] - beta ||m_t(x) - m_t^ref(x)||^2 / (2 std_t^2).
+
+    Args:
+        process: of a mixture model.
+        prompt: the prompt.
+        reward: of latents, see :func:`optimal_value`.
+        beta: weight of the KL, reward per nat, at least 0; 0 for the expected reward alone.
+        transition: of the policy; None for the pre-trained model.
+        spacing: distance of the grid's points; None for :data:`SPACING`.
+    """
+    x, points, value = _begin(process, prompt, reward, spacing)
+    references = _means_on_grid(process, prompt, points)
+    means = references if transition is None else _means_on_grid(process, prompt, points, transition)
+    stds = process.table.std.double().cpu().numpy()
+    for mean, start, std in zip(means[::-1], references[::-1], stds[::-1], strict=True):
+        cost = beta * ((mean - start) ** 2).sum(-1) / (2 * std**2)
+        value = interpolate(x, smoothed(x, value, std), mean) - cost
+    return _mean_over_noise(points, value)
+
+
+def _begin(
+    process: DenoisingProcess, prompt: str, reward: RewardOfLatents, spacing: float | None
+) -> tuple[Array, Array, Array]:
+    """Returns the grid along a side (n,), its points (n, ..., n, d), and V_0 there (n, ..., n)."""
     d = process.model.latent_shape[-1]
     spacing = spacing or SPACING[d]
     half = round(SIDE / spacing)
     x: Array = spacing * np.arange(-half, half + 1, dtype=np.float64)
-    points = np.stack(np.meshgrid(*[x] * d, indexing="ij"), axis=-1)  # (n, ..., n, d)
-    value = _reward_on_grid(x, points, prompt, reward)
-    means = _reference_means(process, prompt, points)
-    for mean, std in zip(means[::-1], process.table.std.double().cpu().numpy()[::-1], strict=True):
-        value = interpolate(x, best_moves(x, smoothed(x, value, std), std, beta), mean)
+    points = np.stack(np.meshgrid(*[x] * d, indexing="ij"), axis=-1)
+    return x, points, _reward_on_grid(x, points, prompt, reward)
+
+
+def _mean_over_noise(points: Array, value: Array) -> float:
+    """Returns E[ V_T(x_T) ], x_T ~ N(0, I)."""
     density = np.exp(-0.5 * (points**2).sum(-1))
     return float((density * value).sum() / density.sum())
 
@@ -93,13 +135,16 @@ def _reward_on_grid(x: Array, points: Array, prompt: str, reward: RewardOfLatent
 
 
 @torch.no_grad()
-def _reference_means(process: DenoisingProcess, prompt: str, points: Array) -> list[Array]:
-    """Returns m_t^ref at the points, T arrays (n, ..., n, d), the noisiest step first."""
+def _means_on_grid(
+    process: DenoisingProcess, prompt: str, points: Array, transition: Transition | None = None
+) -> list[Array]:
+    """Returns a policy's m_t at the points, T arrays (n, ..., n, d), the noisiest step first."""
+    transition = transition or process.transition
     latents = torch.from_numpy(points.reshape(-1, 1, 1, points.shape[-1])).float().to(process.model.device)
     conditioning = process.encode([prompt] * len(latents))
     means = []
     for step in range(process.num_inference_steps):
-        mean, _ = process.transition(process.state(latents, step, conditioning))
+        mean, _ = transition(process.state(latents, step, conditioning))
         means.append(mean.double().cpu().numpy().reshape(points.shape))
     return means
 

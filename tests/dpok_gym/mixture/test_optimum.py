@@ -84,7 +84,7 @@ def test_the_bound_of_unrestricted_transitions() -> None:
 
 def test_a_finer_grid_changes_little() -> None:
     env = make("mixture-1d", "two modes", "mixture-bump", 10)
-    coarse, fine = (prompt_value(env.process, "two modes", env._rewards_of, 0.25, spacing) for spacing in (0.04, 0.01))
+    coarse, fine = (prompt_value(env.process, "two modes", env.rewards_of, 0.25, spacing) for spacing in (0.04, 0.01))
     assert coarse == pytest.approx(fine, abs=2e-5)
 
 
