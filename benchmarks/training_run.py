@@ -173,8 +173,9 @@ def diversity(images: NDArray[np.uint8], prompts: Sequence[str]) -> float | None
 class Curve(BaseCallback):
     """Collects the points of a learning curve.
 
-    A point has the means of ``alignment``, ``quality`` and ``reward`` over some images, and the ``kl`` of the update before
-    them if the algorithm has one. It also has the cost of the training until then: ``images``, ``num_function_evaluations`` and ``seconds``. The images are those of each rollout.
+    A point has the means of ``alignment``, ``quality`` and ``reward`` over some images, and the ``kl`` of the update
+    before them if the algorithm has one. It also has the cost of the training until then: ``images``,
+    ``num_function_evaluations`` and ``seconds``. The images are those of each rollout.
     A supervised fit has no rollouts, so images are drawn for the curve.
 
     Args:
