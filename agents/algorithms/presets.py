@@ -56,6 +56,8 @@ _LAPTOP = Preset(
         "policy_kwargs": {"lora_rank": 16, "target_modules": "all"},
     },
     algorithms={
+        # A small denoiser costs less than decoding and judging an image: the critic would save images, but no time.
+        "dpok": {"use_critic": False},
         "ddpo": _LAPTOP_POLICY_GRADIENT | {"learning_rate": 1e-3},  # without a KL, a larger one ruins the images
         "grpo": _LAPTOP_POLICY_GRADIENT | {"kl_coef": 5e-3},
         "reinforce": _LAPTOP_POLICY_GRADIENT | {"images_per_iteration": 32, "batch_size": None},
