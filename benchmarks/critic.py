@@ -67,7 +67,8 @@ class CriticOnly(DPOK):
         for other in self.others:
             other.rollout_buffer, other.iteration = buffer, self.iteration
             other.set_logger(self.logger)
-            other.train()
+            with other._logged_update(len(buffer)):
+                other.train()
 
 
 def make_env(task: str) -> DenoisingVectorEnv:

@@ -67,9 +67,9 @@ class DPOK(PolicyGradient):
             images (:class:`~agents.common.critic.RewardCritic`). It costs a decoding and a reward for each image at the
             last steps; ``policy_kwargs={"critic_kwargs": {"look_fraction": 0.2}}`` halves that. "network" is the
             paper's network on x_t; it learns nothing from a thousand images.
-        vf_learning_rate: learning rate of the critic, at least 0.
-        vf_batch_size: transitions for each step of the critic, at least 1; None for the whole rollout.
-        vf_epochs: passes of the critic over the rollout, at least 1.
+        vf_learning_rate: learning rate of the critic "network", at least 0.
+        vf_batch_size: transitions for each step of the critic "network", at least 1; None for the whole rollout.
+        vf_epochs: passes of the critic "network" over the rollout, at least 1.
         center_advantage: subtract the mean advantage of each denoising step. Without it, an error of V that all images
             share adds noise to the gradient.
         normalize_loss: divide both terms by the standard deviation of all advantages so far, ``train/loss_scale`` in

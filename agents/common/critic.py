@@ -140,7 +140,13 @@ class RewardCritic:
         return values[torch.arange(len(values)), state.step.cpu()].to(mean)
 
     def fit(self, buffer: TrajectoryBuffer) -> None:
-        """Adds a rollout, whose :meth:`values` have been asked for, and solves the regression anew."""
+        """Adds a rollout, whose :meth:`values` have been asked for last, and solves the regression anew.
+
+        Raises:
+            ValueError: if they have not.
+        """
+        if len(self._latest) != len(buffer):
+            raise ValueError("ask for the values() of a rollout before fit(): they remember the predictions' rewards")
         valid = buffer.valid.cpu()
         new = int(valid.sum())
         if not new:
