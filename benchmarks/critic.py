@@ -163,8 +163,7 @@ def rewards_of_training(task: str, critic: str | None, seed: int, iterations: in
         seed: of the run.
         iterations: rollouts of 64 images.
     """
-    settings = PRESETS["laptop"].algorithm_kwargs("dpok") | {"device": "cpu", "normalize_advantage": "center"}
-    del settings["n_envs"]
+    settings = PRESETS["laptop"].algorithm_kwargs("dpok") | {"device": "cpu"}
     settings |= {"use_critic": False} if critic is None else {"use_critic": True} | CRITICS[critic]
     rewards: list[float] = []
 

@@ -62,8 +62,8 @@ class Evaluation:
     def kl(self) -> NDArray[np.float64]:
         """(N,) nats: the sum over the steps that explore.
 
-        Its mean is an unbiased estimate of their KL. The other steps hardly have noise, so their nats would say how much
-        the output trembles, and not how much the images have changed; :attr:`late_drift` is about them.
+        Its mean is an unbiased estimate of their KL. The other steps hardly have noise, so their nats would say how
+        much the output trembles, and not how much the images have changed; :attr:`late_drift` is about them.
         """
         return self.step_kl[:, self.exploring].sum(axis=1)
 
