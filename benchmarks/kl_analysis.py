@@ -93,8 +93,7 @@ def descriptions(settings: dict[str, Any]) -> list[Description]:
             for value in values:
                 changes = family.get("fixed", {}) | {argument: value}
                 run = describe(shared, settings["task"], family["label"], seed, changes)
-                run["images"] = family.get("images", run["images"])
-                runs.append(run | {"label": _label(name, value), "family": name, "value": value})
+                runs.append(run | settings["common"] | {"label": _label(name, value), "family": name, "value": value})
     return runs
 
 
