@@ -66,7 +66,7 @@ class DPOK(PolicyGradient):
         critic_kind: "reward" rewards the image that the denoiser predicts, and learns how far to trust that from a few
             images (:class:`~agents.common.critic.RewardCritic`). It costs a decoding and a reward for each image at the
             last steps; ``policy_kwargs={"critic_kwargs": {"look_fraction": 0.2}}`` halves that. "network" is the
-            paper's network on x_t; it learns nothing from a thousand images.
+            paper's network on x_t; after 640 images it explains nothing.
         vf_learning_rate: learning rate of the critic "network", at least 0.
         vf_batch_size: transitions for each step of the critic "network", at least 1; None for the whole rollout.
         vf_epochs: passes of the critic "network" over the rollout, at least 1.

@@ -140,6 +140,7 @@ OTHER = {
     "kl_placement": "reward",
     "target_kl": "2.5",
     "use_critic": "",
+    "critic_kind": "network",
     "vf_learning_rate": "0.7",
     "vf_batch_size": "None",
     "vf_epochs": "3",
@@ -168,6 +169,7 @@ OTHER = {
     "gradient_checkpointing": "",
     "max_batch_size": "8",
     "critic_hidden": "3",
+    "critic_kwargs": "look_fraction=0.2",
     "optimizer_kwargs": "weight_decay=0.1",
 }
 
