@@ -78,6 +78,8 @@ def test_the_config_says_everything(finished):
         "non_finite": "error",
         "decode_batch_size": 16,
         "reward_workers": 0,
+        "reference_info": False,
+        "reference_log_prob_coef": 0.0,
     }
     assert config["policy_kwargs"]["lora_rank"] == 2
     assert config["policy_kwargs"]["target_modules"] == "all"
