@@ -451,6 +451,19 @@ def test_falling_learning_rate(make_agent: MakeAgent, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_warmup_by_hand(make_agent: MakeAgent) -> None:
+    """The rate rises until half of the training is done, beside what it is without."""
+    agent = make_agent("DPOK", learning_rate=0.5, final_lr_fraction=0.2, warmup_fraction=0.5)
+    assert agent.lr_schedule(1) == 0
+    rows = listen(agent)
+    agent.learn(8 * UPDATE)
+    rising = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    falling = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
+    expected = [0.5 * one * other for one, other in zip(rising, falling, strict=True)]
+    assert [row["train/learning_rate"] for row in rows] == pytest.approx(expected)
+
+
+@pytest.mark.slow
 def test_learning_rate_is_never_below_zero(make_agent: MakeAgent) -> None:
     """A last iteration that goes beyond the total does not turn the gradient around."""
     agent = make_agent("DPOK", learning_rate=0.5, final_lr_fraction=0.0)
@@ -515,6 +528,7 @@ def test_a_whole_denoiser_is_compiled_if_the_model_is(
 
 COMMON_ARGUMENTS = {
     *("policy", "env", "learning_rate", "final_lr_fraction", "images_per_iteration", "n_envs", "batch_size"),
+    "warmup_fraction",
     *("micro_batch_size", "max_grad_norm", "normalize_rewards", "stats_window_size", "tensorboard_log"),
     *("policy_kwargs", "verbose", "seed", "device", "anchor_coef", "anchor_images"),
 }
@@ -543,6 +557,8 @@ def test_every_argument_has_a_name_and_a_text(name: str, make_agent: MakeAgent) 
         ({"micro_batch_size": 0}, "micro_batch_size must be an integer of at least 1"),
         ({"images_per_iteration": 0}, "images_per_iteration must be an integer of at least 1, got 0"),
         ({"final_lr_fraction": -0.1}, r"final_lr_fraction must lie in \[0, 1\], got -0.1"),
+        ({"warmup_fraction": 1.0}, r"warmup_fraction must lie in \[0, 1\), got 1.0"),
+        ({"warmup_fraction": -0.1}, r"warmup_fraction must lie in \[0, 1\), got -0.1"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be a number above 0"),
         ({"anchor_coef": -1.0}, "anchor_coef must be a number of at least 0"),
         ({"anchor_images": 0}, "anchor_images must be an integer of at least 1, got 0"),
@@ -569,7 +585,7 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str, make_agent: MakeAge
         ("DPOK, KL in the reward", {"kl_coef": 0.01, "batch_size": 36}),
         ("DDPO-IS", {"batch_size": 36}),
         ("DDPO-SF", {"learning_rate": 6e-3}),
-        ("GRPO", {"group_size": 24, "batch_size": 36, "same_noise": False}),
+        ("GRPO", {"group_size": 24, "batch_size": 36, "same_noise": "none"}),
         ("REINFORCE", {"learning_rate": 6e-3}),
         ("SFT, KL-D", {"gamma_kl": 0.0}),
         ("SFT, KL-O", {"gamma_kl": 0.1}),

@@ -74,6 +74,16 @@ def test_without_environment() -> None:
         DPOK()
 
 
+def test_another_number_of_environments_is_refused(make_env: Callable[..., Any]) -> None:
+    env = make_env(2)
+    for given in (env, GymnasiumVecEnv(env)):
+        with pytest.raises(ValueError, match="n_envs=3 does not fit the environment, which has 2: leave it out"):
+            DPOK(env=given, n_envs=3, device="cpu")
+    assert DPOK(env=env, n_envs=2, device="cpu").n_envs == 2
+    with pytest.raises(ValueError, match="n_envs must be an integer of at least 1, got 0"):
+        DPOK(env="DPOK-Shapes-v0", n_envs=0, device="cpu")
+
+
 def test_another_policy_class(make_env: Callable[..., Any]) -> None:
     class Mine(DenoisingPolicy):
         """A policy of one's own."""

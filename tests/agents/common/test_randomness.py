@@ -135,7 +135,7 @@ def noise_of(rollout: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("algorithm", "kwargs"), [(DDPO, {}), (GRPO, {"group_size": 4, "same_noise": True})])
+@pytest.mark.parametrize(("algorithm", "kwargs"), [(DDPO, {}), (GRPO, {"group_size": 4, "same_noise": "group"})])
 def test_the_images_of_an_iteration_do_not_depend_on_how_many_are_drawn_side_by_side(
     make_env: Callable[..., Any], make_agent: Callable[..., Any], algorithm: type, kwargs: dict[str, Any]
 ) -> None:
