@@ -274,7 +274,7 @@ def test_units_do_not_matter(
 @pytest.mark.parametrize("weighting", ["likelihood", "output"])
 def test_kl_coef_means_the_same_whatever_else_is_chosen(weighting: str, make_agent: MakeAgent) -> None:
     """Where the images were drawn, all gradients point the same way: the two terms have the same balance."""
-    agent = make_agent("DPOK", reward_weight=2.0, kl_coef=0.1, step_weighting=weighting)
+    agent = make_agent("DPOK", reward_weight=2.0, kl_coef=2.0, step_weighting=weighting)
     change(agent)  # so that there is a KL
     batch = whole_batch(agent)
     # The same for all: centring changes the advantages, and the scale of the loss with them.
@@ -292,7 +292,7 @@ def test_kl_coef_means_the_same_whatever_else_is_chosen(weighting: str, make_age
     assert len(scales) == 3
     for direction in directions[1:]:
         torch.testing.assert_close(direction, directions[0], rtol=0, atol=1e-4)
-    for reward_weight, kl_coef in ((2.0, 0.0), (0.0, 0.1)):  # none of the terms decides alone
+    for reward_weight, kl_coef in ((2.0, 0.0), (0.0, 2.0)):  # none of the terms decides alone
         agent.reward_weight, agent.kl_coef = reward_weight, kl_coef
         alone = gradient(agent, batch)
         assert directions[0] @ (alone / alone.norm()) < 0.99
