@@ -354,7 +354,11 @@ def learned_before() -> dict[str, Tensor]:
     ids=lambda kwargs: "-".join(map(str, kwargs)) or "default",
 )
 def test_every_option_matters(
-    make_env: MakeEnv, make_agent: MakeAgent, kwargs: dict[str, Any], base: dict[str, Any], learned_before: dict[str, Tensor]
+    make_env: MakeEnv,
+    make_agent: MakeAgent,
+    kwargs: dict[str, Any],
+    base: dict[str, Any],
+    learned_before: dict[str, Tensor],
 ) -> None:
     learned = []
     for options in (base, base | kwargs):

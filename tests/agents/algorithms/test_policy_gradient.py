@@ -146,7 +146,8 @@ def test_batches_differ_between_iterations(make_agent: MakeAgent) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weighting", "skipped", "trained"), [("likelihood", 0, 3), ("likelihood", 1, 2), ("output", 1, 2), ("output", 0, 3)]
+    ("weighting", "skipped", "trained"),
+    [("likelihood", 0, 3), ("likelihood", 1, 2), ("output", 1, 2), ("output", 0, 3)],
 )
 def test_weights_of_the_steps(weighting: str, skipped: int, trained: int, make_agent: MakeAgent) -> None:
     """Their mean is 1 over the steps that are trained on; the others have none."""

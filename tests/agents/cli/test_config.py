@@ -197,7 +197,17 @@ def test_no_option_is_ignored():
 
 def test_values_have_their_types():
     config = _config(
-        *("--kl-placement", "reward", "--no-use-critic", "--batch-size", "None", "--n-epochs", "3", "--target-kl", "2.5"),
+        *(
+            "--kl-placement",
+            "reward",
+            "--no-use-critic",
+            "--batch-size",
+            "None",
+            "--n-epochs",
+            "3",
+            "--target-kl",
+            "2.5",
+        ),
         *("--skip-last-steps", "1", "--micro-batch-size", "auto", "--max-batch-size", "8", "--eta", "0.5"),
         *("--target-modules", "to_q", "to_k", "--model-kwargs", "vae_tiling=true", "revision=main"),
     )
