@@ -29,6 +29,7 @@ def make_agent(cls: type[DenoisingAlgorithm], n_images: int, n_steps: int, **kwa
         num_envs=n_images,
         model="mixture-1d",
         prompts=[PROMPT],
+        reward="mixture-linear",
         num_inference_steps=n_steps,
         device="cpu",
     )
