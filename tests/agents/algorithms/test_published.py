@@ -102,8 +102,8 @@ def test_no_two_have_the_same_gradient(make_env: MakeEnv) -> None:
 def test_what_their_tables_say_is_all_that_differs(make_env: MakeEnv) -> None:
     """On one prompt, with the mean of the rollout as the baseline of all.
 
-    DPOK has another ratio, another clip, a KL, and no gradient at the last steps; GRPO has a KL; DDPO has none of these.
-    Without these, the three are one.
+    DPOK has another ratio, another clip, a KL, and no gradient at the last steps. GRPO has a KL, and DDPO none of
+    these. Without them, the three are one.
     """
     env = make_env(N, prompts=PROMPTS[:1], num_inference_steps=T)
     buffer = rollout(env)
