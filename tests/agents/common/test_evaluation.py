@@ -227,9 +227,9 @@ def test_images_without_a_reward_do_not_count(make_env: Callable[..., Any]) -> N
     evaluation = sample_images(env.process, env, ["the moon"] * 4, 5)
     np.testing.assert_array_equal(evaluation.reward, [-1.0, np.nan, -3.0, np.nan])
     assert evaluation.mean_reward == evaluation.mean("every_other") == -2.0
-    assert np.isnan(
-        Evaluation(["a"], np.zeros(1), np.array([np.nan]), {}, *np.zeros((2, 1, 1)), np.ones(1, bool)).mean_reward
-    )
+    nothing, exploring = np.zeros((1, 1)), np.ones(1, bool)
+    alone = Evaluation(["a"], np.zeros((1, 1, 1, 3), np.uint8), np.array([np.nan]), {}, nothing, nothing, exploring)
+    assert np.isnan(alone.mean_reward)
 
 
 def test_cycle_prompts() -> None:
