@@ -62,7 +62,7 @@ LEARNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPOK, its defaults, no critic": ("dpok", {"use_critic": False}),
     "DPOK, KL in the loss": ("dpok", PRESETS["exact-objective"].algorithm_kwargs("dpok") | {"kl_placement": "loss"}),
     "DPOK, KL in the reward": ("dpok", PRESETS["exact-objective"].algorithm_kwargs("dpok")),
-    "GRPO": ("grpo", PRESETS["exact-objective"].common | {"batch_size": 256, "group_size": 256}),
+    "GRPO": ("grpo", PRESETS["exact-objective"].algorithm_kwargs("grpo") | {"batch_size": 256, "group_size": 256}),
 }
 
 

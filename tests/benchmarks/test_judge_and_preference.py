@@ -42,6 +42,8 @@ def test_area_under_the_curve() -> None:
         reward=aligned,
         rewards={"shapes-alignment": aligned},
         step_kl=np.zeros((5, 1)),
+        step_mse=np.zeros((5, 1)),
+        exploring=np.ones(1, bool),
         alignment_reward="shapes-alignment",
     )
     assert preference.area_under_curve(evaluation, np.array([3.0, 2.0, 1.0, 4.0, 9.0])) == pytest.approx(2 / 3)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import kl_bound, mixture, mixture_policies
+from agents import DPOK
+from benchmarks import kl_bound, mixture, mixture_objective, mixture_policies
 from dpok_gym.mixture.exact import GaussianSampler
 from dpok_gym.models import load_model
 from dpok_gym.samplers import DenoisingProcess
@@ -68,7 +69,7 @@ def test_a_policy_on_the_grid() -> None:
 
 @pytest.mark.slow
 def test_the_bound_is_measured_along_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["kl_bound", "--iterations", "5", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["kl_bound", "--images", "1280", "--out", str(tmp_path)])
     kl_bound.main()
     results = json.loads((tmp_path / "kl_bound.json").read_text())
     for placement in ("reward", "loss"):
@@ -82,15 +83,40 @@ def test_the_bound_is_measured_along_training(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_the_mixture_benchmark_with_few_points(tmp_path: Path) -> None:
-    (row,) = mixture.gaussian(seeds=1, iterations=1, n=1000)
+    (row,) = mixture.gaussian(seeds=1, images=256, n=1000)
     assert row["variance / exact"] == pytest.approx([1, 1], abs=0.2)
-    rows, policies = mixture.mixtures(seeds=1, iterations=1, n=500)
+    rows, policies = mixture.mixtures(seeds=1, images=256, n=500)
     assert [row["case"].partition(",")[0] for row in rows] == ["two modes", "ring of six", "ring of six"]
     assert all(sum(row["exact weights"]) == pytest.approx(1) for row in rows)
     assert list(policies) == ["two modes", "ring of six"]
     mixture.scatter(policies, tmp_path / "mixture.png", n=20, columns=3)
     assert (tmp_path / "mixture.png").stat().st_size > 5_000
-    rows = list(mixture._one_dimension_rows(10, 1, 1))
-    assert [row["policy"] for row in rows[::2]] == ["tilt", "KL in reward, learned", "KL in loss, learned"]
-    # The exact policy with the KL in the reward has the highest objective of all.
-    assert rows[1]["objective"] == max(row["objective"] for row in rows[1:])
+
+
+@pytest.mark.slow
+def test_objectives_of_one_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    learners = {name: mixture_objective.LEARNERS[name] for name in ("DPOK, KL in the reward", "GRPO")}
+    monkeypatch.setattr(mixture_objective, "LEARNERS", learners)
+    rows = list(mixture_objective.rows_of(mixture_objective.CASES[0], seeds=1, images=1024))
+    start, optimum, loss, *learned = rows
+    assert [row["policy"] for row in learned] == list(learners)
+    assert start["share"] == start["KL"] == 0
+    assert (optimum["share"], optimum["regret"]) == (1, 0)
+    assert loss["objective"] == pytest.approx(0.108, abs=1e-3)  # for modes at -1 and 1, by another program
+    for row in (loss, *learned):
+        assert start["objective"] < row["objective"] < optimum["objective"]
+        assert row["objective"] == pytest.approx(row["E[r]"] - row["KL"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_value_of_a_policy_is_that_of_its_densities() -> None:
+    """On a grid of values, and by integrating the densities forward."""
+    env = mixture_policies.make_env("two modes", {"mixture-linear": 0.5}, 10, "mixture-1d")
+    agent: Any = DPOK(env=env, seed=0, device="cpu", use_critic=False, learning_rate=1e-2)
+    agent.learn(4 * 64 * 10)
+    policy, reference = (mixture_policies.on_grid(agent.policy, "two modes", each) for each in (False, True))
+    expected, kl = policy.expectation(mixture_policies.half_reward), float(policy.step_kl(reference).sum())
+    case = mixture_objective.Case("mixture-1d", "two modes", {"mixture-linear": 0.5}, 0.5)
+    scores = mixture_objective.score(env, case, agent.policy.transition)
+    assert kl > 1e-3
+    assert scores == pytest.approx({"E[r]": expected, "KL": kl, "objective": expected - 0.5 * kl}, abs=2e-4)

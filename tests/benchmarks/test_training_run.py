@@ -45,7 +45,7 @@ def test_a_run(algorithm: str, settings: dict[str, Any], tmp_path: Path) -> None
     assert json.loads(json.dumps(record)) == record
     assert description.items() <= record.items()
     assert set(record["scores"]) == {"training", "held_out"}
-    names = {"aligned", "alignment", "quality", "reward", "kl"}
+    names = {"aligned", "alignment", "quality", "reward", "kl", "late_drift"}
     assert record["scores"]["training"].keys() == names | {"diversity", "step_kl"}
     assert record["scores"]["held_out"].keys() == names | {"step_kl"}  # three images of three prompts
     for scores in record["scores"].values():

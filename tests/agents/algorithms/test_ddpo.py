@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpok_gym import diffusion
-from tests.agents.algorithms.support import UPDATE, MakeAgent, N, gradient, whole_batch
+from tests.agents.algorithms.support import DIMS, UPDATE, MakeAgent, N, T, gradient, whole_batch
 
 tensor = torch.tensor
 
@@ -53,9 +53,10 @@ def test_statistics_are_those_of_the_images_drawn(make_agent: MakeAgent) -> None
 def test_the_score_function_is_the_gradient_of_the_log_density(
     name: str, weighting: str, make_agent: MakeAgent
 ) -> None:
-    agent = make_agent(name, log_prob_reduction="sum", step_weighting=weighting)
+    agent = make_agent(name, step_weighting=weighting)
     batch = whole_batch(agent)
-    factor = agent.process.table.output_weights()[batch.step] if weighting == "output" else 1
+    weights = agent.process.table.output_weights() if weighting == "output" else torch.ones(T)
+    factor = (weights / weights.mean())[batch.step] / DIMS
     with agent.policy.adapter_enabled():
         log_prob = diffusion.log_prob(batch.actions, *agent.policy.transition(batch.state))
         loss = (-factor * batch.advantages * log_prob).sum()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from dpok_gym import diffusion
+from dpok_gym import DenoisingVectorEnv, diffusion
 from tests.agents.algorithms.support import (
     DIMS,
     PROMPTS,
@@ -19,14 +21,15 @@ from tests.agents.algorithms.support import (
     whole_batch,
 )
 
+MakeEnv = Callable[..., DenoisingVectorEnv]
 tensor = torch.tensor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("ratio", ["joint", "per-dimension"])
 @torch.no_grad()
-def test_pays_for_the_kl(reduction: str, make_agent: MakeAgent) -> None:
-    agent = make_agent("GRPO", kl_coef=0.5, log_prob_reduction=reduction)
+def test_pays_for_the_kl(ratio: str, make_agent: MakeAgent) -> None:
+    agent = make_agent("GRPO", kl_coef=0.5, ratio=ratio)
     batch = whole_batch(agent)
     change(agent)
     mean, std = agent.policy.transition(batch.state)
@@ -35,7 +38,7 @@ def test_pays_for_the_kl(reduction: str, make_agent: MakeAgent) -> None:
     assert kl.min() > 1e-3
     torch.testing.assert_close(agent.loss(batch)[0].double(), expected_loss(agent, batch), rtol=1e-3, atol=1e-3)
     batch.advantages = torch.zeros_like(batch.advantages)
-    torch.testing.assert_close(agent.loss(batch)[0], 0.5 * kl / (DIMS if reduction == "mean" else 1))
+    torch.testing.assert_close(agent.loss(batch)[0], 0.5 * kl / DIMS)
     agent.kl_coef = 0.0
     loss, metrics = agent.loss(batch)
     assert not loss.any()
@@ -58,11 +61,31 @@ def test_groups_are_standardised_by_hand(make_agent: MakeAgent) -> None:
     torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_spread_may_be_that_of_the_iteration(make_agent: MakeAgent) -> None:
+    agent = make_agent("GRPO", group_size=4, std_over="iteration")
+    rewards = tensor([1.0, 2.0, 3.0, 6.0, 10.0, 10.0, 20.0, 20.0])
+    advantages = agent.image_advantages(rewards, ["a rabbit"] * 8, torch.arange(8))
+    # The mean of all is 9, and the mean square 150 - 81 is not that within the groups.
+    deviations = tensor([-8.0, -7.0, -6.0, -3.0, 1.0, 1.0, 11.0, 11.0])
+    std = (deviations.square().sum() / 8) ** 0.5
+    expected = tensor([-2.0, -1.0, 0.0, 3.0, -5.0, -5.0, 5.0, 5.0]) / std
+    torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_advantages_are_clipped(make_agent: MakeAgent) -> None:
+    agent = make_agent("GRPO", group_size=4, advantage_clip=1.5)
+    rewards = tensor([1.0, 2.0, 3.0, 6.0])
+    advantages = agent.image_advantages(rewards, ["a rabbit"] * 4, torch.arange(4))
+    expected = tensor([-2 / 3.5**0.5, -1 / 3.5**0.5, 0.0, 1.5])  # and not 3 / 3.5^(1/2) = 1.6
+    torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("same_noise", [False, True])
-def test_draws_groups(same_noise: bool, make_agent: MakeAgent) -> None:
-    """Images of a group have one prompt, and with ``same_noise`` one x_T; their later noise differs."""
-    agent = make_agent("GRPO", same_noise=same_noise, images_per_iteration=2 * N)
+@pytest.mark.parametrize("same_noise", ["none", "group", "iteration"])
+def test_draws_groups(same_noise: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
+    """Images of a group have one prompt; which share their x_T is an argument. Their later noise always differs."""
+    # Three side by side: what is shared goes on from one call to the next.
+    agent = make_agent("GRPO", make_env(3), same_noise=same_noise, images_per_iteration=2 * N)
     starts, prompts = [], []
     for _ in range(2):
         buffer = collect(agent, 2 * N)
@@ -70,11 +93,14 @@ def test_draws_groups(same_noise: bool, make_agent: MakeAgent) -> None:
         for group in range(N):
             first, second = 2 * group, 2 * group + 1
             assert buffer.prompts[first] == buffer.prompts[second]
-            assert torch.equal(buffer.latents[first, 0], buffer.latents[second, 0]) == same_noise
+            assert torch.equal(buffer.latents[first, 0], buffer.latents[second, 0]) == (same_noise != "none")
             assert not torch.equal(buffer.latents[first, 1], buffer.latents[second, 1])
             starts.append(buffer.latents[first, 0].clone())
             prompts.append(buffer.prompts[first])
-    assert not any(torch.equal(starts[0], start) for start in starts[1:])
+    iteration = 2 * N // 2
+    for one, other in itertools.combinations(range(len(starts)), 2):
+        shared = same_noise == "iteration" and one // iteration == other // iteration
+        assert torch.equal(starts[one], starts[other]) == shared
     assert set(prompts) == set(PROMPTS)
 
 
@@ -86,6 +112,9 @@ def test_draws_groups(same_noise: bool, make_agent: MakeAgent) -> None:
         ({"group_size": 3}, "the 4 images of an iteration cannot be split into groups of 3"),
         ({"group_size": 4, "images_per_iteration": 6}, "the 6 images of an iteration cannot be split"),
         ({"kl_coef": -1.0}, "kl_coef must be a number of at least 0"),
+        ({"same_noise": True}, "same_noise must be one of 'none', 'group', 'iteration', got True"),
+        ({"std_over": "prompt"}, "std_over must be one of 'group', 'iteration', got 'prompt'"),
+        ({"advantage_clip": 0.0}, "advantage_clip must be a number above 0, got 0"),
     ],
     ids=str,
 )

@@ -11,43 +11,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents import DPOK
+from agents import DPOK, PRESETS
 from agents.common.algorithm import DenoisingAlgorithm
 from dpok_gym.mixture.exact import GaussianSampler, GridPolicy, best_policy
 from dpok_gym.samplers import State
 from tests.agents.algorithms.support import collect
 
-T, BETA = 5, 0.5
+T, N, BETA = 5, PRESETS["exact-objective"].common["images_per_iteration"], 0.5
 GRID = np.linspace(-6, 6, 601)
 
 pytestmark = pytest.mark.usefixtures("fresh_models")
 
 
-def make_agent(prompt: str, n_envs: int = 128, num_inference_steps: int = T, **changes: Any) -> DPOK:
+#: Iterations of a training: half of the preset's.
+ITERATIONS = 30
+
+
+def make_agent(prompt: str, num_inference_steps: int = T, **changes: Any) -> DPOK:
+    settings = PRESETS["exact-objective"].algorithm_kwargs("dpok")
     env = gymnasium.make_vec(
         "DPOK-Mixture-v0",
-        num_envs=n_envs,
+        num_envs=changes.get("images_per_iteration", settings["images_per_iteration"]),
         model="mixture-1d",
         prompts=[prompt],
         reward="mixture-linear",
         num_inference_steps=num_inference_steps,
         device="cpu",
     )
-    settings: dict[str, Any] = {
-        "learning_rate": 2e-2,
-        "final_lr_fraction": 0.02,
-        "step_weighting": "likelihood",
-        "normalize_advantage": False,
-        "kl_placement": "reward",
-        "kl_coef": BETA,
-        "max_grad_norm": 100.0,
-        "micro_batch_size": None,
-        "vf_learning_rate": 3e-3,
-        "policy_kwargs": {"critic_hidden": 32},
-        "seed": 0,
-        "device": "cpu",
-    }
-    return DPOK(env=env, **settings | changes)
+    return DPOK(env=env, **settings | {"seed": 0, "device": "cpu", "micro_batch_size": None, "kl_coef": BETA} | changes)
 
 
 def on_grid(agent: DenoisingAlgorithm, prompt: str, reference: bool = False) -> GridPolicy:
@@ -74,18 +65,26 @@ def objective(policy: GridPolicy, reference: GridPolicy) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("kl_placement", ["reward", "loss"])
 def test_gradient_of_the_whole_objective(kl_placement: str) -> None:
-    """With the KL in the reward it is that of Eq. 8; in the loss, a term of it is missing."""
-    n, steps, prompt = 2048, 3, "two modes"
-    agent = make_agent(prompt, n, steps, kl_placement=kl_placement, log_prob_reduction="sum", use_critic=False)
+    """With the KL in the reward it is that of Eq. 8 over the steps that explore; in the loss, a term is missing.
+
+    The last two of five steps do not explore. They stay out of this: their own KL alone holds them.
+    """
+    n, explore, prompt = 2048, 3, "two modes"
+    plain = {"images_per_iteration": n, "use_critic": False, "normalize_loss": False}
+    agent = make_agent(prompt, kl_placement=kl_placement, **plain)
+    assert agent.process.table.exploring.tolist() == [True] * explore + [False] * 2
     bias = list(agent.policy.denoiser_parameters())[-1]
     assert bias.shape == (1,)
     bias.data += 1.5  # away from the reference, so that there is a KL
+    reference, start = on_grid(agent, prompt, reference=True), on_grid(agent, prompt)
 
     def exact(shift: float) -> float:
         bias.data += shift
-        value = objective(on_grid(agent, prompt), on_grid(agent, prompt, reference=True))
+        means = on_grid(agent, prompt).means
         bias.data -= shift
-        return value
+        moved = GridPolicy(GRID, np.concatenate([means[:explore], start.means[explore:]]), start.std)
+        kl = moved.step_kl(reference)[:explore]
+        return moved.expectation(lambda x: x) - BETA * float(kl.sum())
 
     expected = (exact(0.01) - exact(-0.01)) / 0.02
     estimates = []
@@ -93,14 +92,13 @@ def test_gradient_of_the_whole_objective(kl_placement: str) -> None:
         collect(agent, n)
         buffer = agent.rollout_buffer
         buffer.advantages = agent.advantages(buffer)
-        # A baseline, for less noise: on average it changes nothing.
-        buffer.advantages = buffer.advantages - buffer.advantages.mean(dim=0)
         (batch,) = buffer.batches(None, np.random.default_rng(0))
-        loss, _ = agent.loss(batch)
+        loss, _ = agent.loss(batch.take(batch.step < explore))
         (slope,) = torch.autograd.grad(loss.sum() / n, [bias])
         estimates.append(-slope.item())
         agent.images_drawn += n
     error = np.std(estimates, ddof=1) / 2
+
     assert error < 0.05 * abs(expected)
     if kl_placement == "reward":
         assert np.mean(estimates) == pytest.approx(expected, abs=4 * error)
@@ -116,7 +114,7 @@ def test_dpok_finds_the_optimum_of_gaussian_data() -> None:
     exact_variance = sampler.covariance.item()
     shift = sampler.optimal_shift(torch.ones(1).double(), BETA).item()
     assert moments(on_grid(agent, "one gaussian")) == pytest.approx((0, exact_variance), abs=1e-4)
-    agent.learn(40 * 128 * T)
+    agent.learn(ITERATIONS * N * T)
     mean, variance = moments(on_grid(agent, "one gaussian"))
     assert shift > 0.5 * exact_variance**0.5  # there is something to learn
     assert abs(mean - shift) < 0.1 * exact_variance**0.5
@@ -128,7 +126,7 @@ def test_dpok_finds_the_best_policy_of_two_modes() -> None:
     agent = make_agent("two modes")
     reference = on_grid(agent, "two modes", reference=True)
     best = best_policy(reference, lambda x: x, BETA)
-    agent.learn(40 * 128 * T)
+    agent.learn(ITERATIONS * N * T)
     learned = on_grid(agent, "two modes")
     to_gain = objective(best, reference) - objective(reference, reference)
     gained = (objective(learned, reference) - objective(reference, reference)) / to_gain
@@ -151,12 +149,12 @@ def test_the_whole_denoiser_is_trained_unless_a_rank_is_given() -> None:
 @pytest.mark.slow
 def test_a_whole_denoiser_goes_on_from_a_state() -> None:
     agent, other = make_agent("two modes"), make_agent("two modes", seed=1)
-    agent.learn(128 * T)
+    agent.learn(N * T)
     other.load_state_dict(copy.deepcopy(agent.state_dict()))
     trained = on_grid(agent, "two modes").means
     np.testing.assert_array_equal(on_grid(other, "two modes").means, trained)
     assert not np.array_equal(trained, on_grid(agent, "two modes", reference=True).means)
     for each in (agent, other):
-        each.learn(128 * T, reset_num_timesteps=False)
+        each.learn(N * T, reset_num_timesteps=False)
     np.testing.assert_array_equal(on_grid(other, "two modes").means, on_grid(agent, "two modes").means)
     assert not np.array_equal(on_grid(other, "two modes").means, trained)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from agents import PolicyGradient
 from agents.common.buffer import TrajectoryBuffer
+from agents.common.normalization import RunningStatistics
 from dpok_gym import DenoisingVectorEnv
 from tests.agents.algorithms.support import (
     DIMS,
@@ -28,6 +29,7 @@ from tests.agents.algorithms.support import (
     change,
     collect,
     expected_loss,
+    flat_weights,
     gradient,
     take_batches,
     whole_batch,
@@ -40,16 +42,16 @@ MakeEnv = Callable[..., DenoisingVectorEnv]
 @pytest.mark.parametrize("name", ["DPOK", "DDPO-IS", "GRPO"])
 @torch.no_grad()
 def test_loss_by_hand(name: str, make_agent: MakeAgent) -> None:
-    """With every combination of clipping, reduction and weights of the steps."""
+    """With every combination of clipping, ratio and weights of the steps."""
     agent = make_agent(name, clip_range=0.05)
     batch = whole_batch(agent)
     change(agent, 0.03)
     losses = []
-    for clip_type, reduction, weighting in itertools.product(
-        ("ppo", "clamp"), ("mean", "sum"), ("likelihood", "output")
+    for clip_type, ratio, weighting in itertools.product(
+        ("ppo", "clamp", "kl"), ("joint", "per-dimension", "centred"), ("likelihood", "output")
     ):
-        agent.clip_type, agent.log_prob_reduction, agent.step_weighting = clip_type, reduction, weighting
-        batch.step_weight = agent.step_weights()[batch.step]
+        agent.clip_type, agent.ratio, agent.step_weighting = clip_type, ratio, weighting
+        agent.step_weights = agent._make_step_weights()
         loss, metrics = agent.loss(batch)
         assert 0 < metrics["clip_fraction"].mean() < 1
         torch.testing.assert_close(loss.double(), expected_loss(agent, batch), rtol=1e-3, atol=1e-3)
@@ -65,25 +67,25 @@ def test_clip_range_is_in_nats_of_the_whole_latent(make_agent: MakeAgent) -> Non
     batch = whole_batch(agent)
     change(agent, 0.03)
     losses, metrics = {}, {}
-    for reduction in ("mean", "sum"):
-        agent.log_prob_reduction = reduction
-        losses[reduction], metrics[reduction] = agent.loss(batch)
-    ratio, whole = (metrics[reduction]["mean_ratio"] for reduction in ("mean", "sum"))
+    for form in ("per-dimension", "joint"):
+        agent.ratio = form
+        losses[form], metrics[form] = agent.loss(batch)
+    ratio, whole = (metrics[form]["mean_ratio"] for form in ("per-dimension", "joint"))
     torch.testing.assert_close(ratio.double().log() * DIMS, whole.double().log(), rtol=1e-2, atol=1e-4)
-    clipped = metrics["mean"]["clip_fraction"]
+    clipped = metrics["per-dimension"]["clip_fraction"]
     assert torch.equal(clipped, (whole.log().abs() > 0.05).float())
-    assert torch.equal(clipped, metrics["sum"]["clip_fraction"])
+    assert torch.equal(clipped, metrics["joint"]["clip_fraction"])
     assert 0 < clipped.mean() < 1
     bound = math.exp(0.05)
     expected = -torch.minimum(batch.advantages * whole, batch.advantages * whole.clamp(1 / bound, bound))
-    torch.testing.assert_close(losses["sum"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses["joint"] * DIMS, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_clip_types(make_agent: MakeAgent) -> None:
     """PPO's loss is a bound on the clamped one; the two differ where the ratio is clipped only."""
-    agent = make_agent("DDPO-IS", clip_range=0.05, log_prob_reduction="sum")
+    agent = make_agent("DDPO-IS", clip_range=0.05, ratio="joint")
     batch = whole_batch(agent)
     change(agent, 0.03)
     ppo, metrics = agent.loss(batch)
@@ -97,7 +99,7 @@ def test_clip_types(make_agent: MakeAgent) -> None:
 
 @pytest.mark.slow
 def test_a_clamped_ratio_has_no_gradient(make_agent: MakeAgent) -> None:
-    agent = make_agent("DDPO-IS", clip_range=1e-6, clip_type="clamp", log_prob_reduction="sum")
+    agent = make_agent("DDPO-IS", clip_range=1e-6, clip_type="clamp", ratio="joint")
     batch = whole_batch(agent)
     change(agent, 0.03)
     with torch.no_grad():
@@ -113,9 +115,9 @@ def test_a_clamped_ratio_has_no_gradient(make_agent: MakeAgent) -> None:
     [
         ({"batch_size": None}, [12]),
         ({"batch_size": 3}, [3, 3, 3, 3]),
-        ({"batch_size": 5, "n_epochs": 2}, [5, 5, 2, 5, 5, 2]),
+        ({"batch_size": 5, "n_epochs": 2}, [6, 6, 6, 6]),
         ({"batch_size": None, "timestep_fraction": 0.5}, [6]),
-        ({"batch_size": 4, "timestep_fraction": 0.5, "n_epochs": 2}, [4, 2, 4, 2]),
+        ({"batch_size": 4, "timestep_fraction": 0.5, "n_epochs": 2}, [3, 3, 3, 3]),
     ],
     ids=str,
 )
@@ -140,62 +142,161 @@ def test_batches_differ_between_iterations(make_agent: MakeAgent) -> None:
     assert not torch.equal(first.image * T + first.step, second.image * T + second.step)
 
 
+# --- The steps
+
+
+@pytest.mark.parametrize(
+    ("weighting", "skipped", "trained"),
+    [("likelihood", 0, 3), ("likelihood", 1, 2), ("output", 1, 2), ("output", 0, 3)],
+)
+def test_weights_of_the_steps(weighting: str, skipped: int, trained: int, make_agent: MakeAgent) -> None:
+    """Their mean is 1 over the steps that are trained on; the others have none."""
+    agent = make_agent("DDPO-IS", step_weighting=weighting, skip_last_steps=skipped)
+    table = agent.process.table
+    weights = (table.std / table.output_coef.abs() if weighting == "output" else torch.ones(T))[:trained]
+    expected = torch.cat([weights / weights.mean(), torch.zeros(T - trained)])
+    torch.testing.assert_close(agent.step_weights, expected)
+    assert len(expected.unique()) == (3 if weighting == "output" else 2 if skipped else 1)
+
+
+def test_auto_leaves_out_the_steps_that_explore_nothing(make_env: MakeEnv, make_agent: MakeAgent) -> None:
+    """The last two of Stable Diffusion's; a step that explores is never left out."""
+    agent = make_agent("DDPO-IS", make_env(num_inference_steps=5), skip_last_steps="auto")
+    assert agent.step_weights.tolist() == [1, 1, 1, 0, 0]
+    alike = make_agent("DDPO-IS", make_env(num_inference_steps=1), skip_last_steps="auto")
+    assert alike.step_weights.tolist() == [1]
+
+
+@torch.no_grad()
+def test_skipped_steps_are_held_by_the_first_kl_coef(make_agent: MakeAgent) -> None:
+    """They have no advantage, and the KL's weight of the beginning, whatever ``target_kl`` made of it."""
+    agent = make_agent(
+        "DPOK", kl_coef=0.3, skip_last_steps="auto", normalize_loss=False, step_weighting="output", clip_range=100.0
+    )
+    batch = whole_batch(agent)
+    change(agent, 0.05)
+    agent.kl_coef = 0.7
+    mean, std = agent.policy.transition(batch.state)
+    reference, _ = agent.policy.transition(batch.state, reference=True)
+    kl = (mean - reference).square().sum((1, 2, 3)) / (2 * std**2)
+    skipped = batch.step > 0
+    assert kl.min() > 1e-4
+    expected = torch.where(skipped, 0.3, 0.7) * kl
+    batch.advantages = torch.zeros(UPDATE)
+    torch.testing.assert_close(agent.loss(batch)[0] * DIMS, expected, rtol=1e-3, atol=1e-5)
+    batch.advantages = torch.ones(UPDATE)
+    difference = (agent.loss(batch)[0] * DIMS - expected).abs()
+    assert difference[skipped].max() < 1e-4
+    assert difference[~skipped].min() > 0.5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POLICY_GRADIENTS)
 def test_steps_are_chosen_by_their_weights(name: str, make_agent: MakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a KL beside the policy gradient half of the choice is for that, which has no weights."""
-    asked: dict[str, Any] = {}
+    """With a KL beside the policy gradient, half of the choice is for that."""
     for weighting in ("output", "likelihood"):
         agent = make_agent(name, step_weighting=weighting, timestep_fraction=0.5)
+        asked: list[Any] = []
         batches = agent.rollout_buffer.batches
 
-        def record(*args: Any, batches: Any = batches, weighting: str = weighting) -> Any:
-            asked.setdefault(weighting, args[2:])  # the critic asks later, for everything
+        def record(*args: Any, batches: Any = batches, asked: list[Any] = asked) -> Any:
+            asked.append(args[2:])  # the critic asks later, for everything
             return batches(*args)
 
         monkeypatch.setattr(agent.rollout_buffer, "batches", record)
         agent.learn(UPDATE)
-    table = agent.process.table
-    weights = table.std / table.output_coef.abs()
-    weights = weights / weights.mean()
-    fraction, importance, step_weights = asked["output"]
-    assert fraction == 0.5
-    has_kl = "DPOK" in name or name == "GRPO"
-    torch.testing.assert_close(importance, (weights + 1) / 2 if has_kl else weights)
-    torch.testing.assert_close(step_weights, weights)
-    fraction, importance, step_weights = asked["likelihood"]
-    assert importance is None
-    assert step_weights.tolist() == [1.0] * T
+        table, trained = agent.process.table, 1 if agent.skip_last_steps == "auto" else T
+        weights = (table.std / table.output_coef.abs() if weighting == "output" else torch.ones(T))[:trained]
+        # A KL has weight 1 where there is nothing beside it.
+        held = 0.5 if agent.kl_coef else 0.0
+        expected = torch.cat([weights / weights.mean(), torch.full((T - trained,), held)])
+        fraction, importance = asked[0]
+        assert fraction == 0.5
+        torch.testing.assert_close(importance, expected)
 
 
-def test_without_a_kl_grpo_chooses_for_the_reward_alone(make_agent: MakeAgent) -> None:
-    agent = make_agent("GRPO", kl_coef=0.0)
-    weights = torch.tensor([0.5, 1.0, 1.5])
-    assert torch.equal(agent.step_importance(weights), weights)
-
-
-def test_weights_of_the_steps_are_in_the_batch(make_agent: MakeAgent) -> None:
-    agent = make_agent("DDPO-IS")
-    batch = whole_batch(agent)
-    weights = agent.process.table.output_weights()
-    assert torch.equal(batch.step_weight, weights[batch.step])
-    assert len(weights.unique()) == T
+@pytest.mark.parametrize(("kl_coef", "importance"), [(0.0, [1.0, 1.0, 0.0]), (0.1, [1.0, 1.0, 0.5])])
+def test_a_step_is_chosen_for_what_it_is_trained_on(
+    kl_coef: float, importance: list[float], make_agent: MakeAgent
+) -> None:
+    agent = make_agent("GRPO", kl_coef=kl_coef, skip_last_steps=1)
+    assert agent.step_importance().tolist() == importance
+    steps = {int(step) for batch in take_batches(agent) for step in batch.step}
+    assert steps == {step for step in range(T) if importance[step]}
 
 
 @pytest.mark.slow
-def test_a_share_of_the_steps_estimates_the_whole(make_agent: MakeAgent) -> None:
-    """The mean over many choices of the weighted batches is the gradient of all transitions."""
-    agent = make_agent("DDPO-IS", timestep_fraction=0.5, batch_size=None)
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_a_share_of_the_steps_estimates_the_whole(skipped: int, make_agent: MakeAgent) -> None:
+    """The mean over many choices of the weighted batches is the gradient of all transitions that are trained on."""
+    agent = make_agent(
+        "DDPO-IS", timestep_fraction=0.5, batch_size=None, step_weighting="output", skip_last_steps=skipped
+    )
     collect(agent)
-    buffer, n = agent.rollout_buffer, 2000
-    step_weights = agent.step_weights()
+    buffer, n, trained = agent.rollout_buffer, 2000, T - skipped
     total = torch.zeros(N, T)
     rng = np.random.default_rng(0)
     for _ in range(n):
-        (batch,) = buffer.batches(None, rng, 0.5, agent.step_importance(step_weights), step_weights)
-        total[batch.image, batch.step] += batch.weight / (0.5 * UPDATE) / n
+        (batch,) = buffer.batches(None, rng, 0.5, agent.step_importance())
+        total[batch.image, batch.step] += batch.weight / (0.5 * N * trained) / n
     # The mean over the batch counts each transition, on average, as the mean over all does.
-    torch.testing.assert_close(total, torch.full((N, T), 1 / UPDATE), rtol=0.3, atol=0)
+    torch.testing.assert_close(total[:, :trained], torch.full((N, trained), 1 / (N * trained)), rtol=0.3, atol=0)
+    assert not total[:, trained:].any()
+
+
+# --- Scales
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaled", ["weights", "reward"])
+@pytest.mark.parametrize("critic", [{"use_critic": False}, {"critic_kind": "reward"}], ids=["no critic", "critic"])
+def test_units_do_not_matter(
+    scaled: str, critic: dict[str, Any], make_env: MakeEnv, make_agent: MakeAgent, fresh_models: Callable[[], None]
+) -> None:
+    """Both weights times 1000, or the reward and the KL's weight: the same update, with the default optimiser."""
+
+    def thousandfold(images: Tensor, prompts: list[str]) -> Tensor:
+        return 1000 * Brightness()(images, prompts)
+
+    changes: dict[str, Any] = {"kl_coef": 10.0} | ({"reward_weight": 1000.0} if scaled == "weights" else {})
+    learned = []
+    for reward, weights in ((Brightness(), {"kl_coef": 0.01}), (thousandfold, changes)):
+        fresh_models()
+        env = make_env(reward=reward if scaled == "reward" else Brightness())
+        agent = make_agent("DPOK", env, target_kl=None, batch_size=4, **critic | weights)
+        start = flat_weights(agent)
+        agent.learn(2 * UPDATE)
+        learned.append(flat_weights(agent) - start)
+    assert learned[0].norm() > 0.1
+    assert (learned[1] - learned[0]).norm() < 1e-4 * learned[0].norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weighting", ["likelihood", "output"])
+def test_kl_coef_means_the_same_whatever_else_is_chosen(weighting: str, make_agent: MakeAgent) -> None:
+    """Where the images were drawn, all gradients point the same way: the two terms have the same balance."""
+    agent = make_agent("DPOK", reward_weight=2.0, kl_coef=2.0, step_weighting=weighting)
+    change(agent)  # so that there is a KL
+    batch = whole_batch(agent)
+    # The same for all: centring changes the advantages, and the scale of the loss with them.
+    batch.advantages = torch.linspace(-1, 2, UPDATE)
+    directions, scales = [], set()
+    for ratio, clip_type, normalize_loss, center in itertools.product(
+        ("joint", "per-dimension", "centred"), ("ppo", "kl"), (True, False), (True, False)
+    ):
+        agent.ratio, agent.clip_type, agent.normalize_loss = ratio, clip_type, normalize_loss
+        agent.center_advantage, agent.advantage_statistics = center, RunningStatistics()
+        agent.advantages(agent.rollout_buffer)
+        slope = gradient(agent, batch)
+        directions.append(slope / slope.norm())
+        scales.add(agent.loss_scale)
+    assert len(scales) == 3
+    for direction in directions[1:]:
+        torch.testing.assert_close(direction, directions[0], rtol=0, atol=1e-4)
+    for reward_weight, kl_coef in ((2.0, 0.0), (0.0, 2.0)):  # none of the terms decides alone
+        agent.reward_weight, agent.kl_coef = reward_weight, kl_coef
+        alone = gradient(agent, batch)
+        assert directions[0] @ (alone / alone.norm()) < 0.99
 
 
 # --- Advantages
@@ -259,9 +360,12 @@ def test_a_subclass_writes_its_advantages(make_env: MakeEnv) -> None:
         ({"n_epochs": 1.5}, "n_epochs must be an integer of at least 1, got 1.5"),
         ({"timestep_fraction": 0.0}, r"timestep_fraction must lie in \(0, 1\], got 0"),
         ({"timestep_fraction": 1.5}, r"timestep_fraction must lie in \(0, 1\], got 1.5"),
-        ({"clip_type": "soft"}, "clip_type must be one of 'ppo', 'clamp', got 'soft'"),
+        ({"clip_type": "soft"}, "clip_type must be one of 'ppo', 'clamp', 'kl', got 'soft'"),
         ({"clip_range": 0.0}, "clip_range must be a number above 0, got 0"),
-        ({"log_prob_reduction": "median"}, "log_prob_reduction must be one of 'mean', 'sum', got 'median'"),
+        ({"ratio": "mean"}, "ratio must be one of 'joint', 'per-dimension', 'centred', got 'mean'"),
+        ({"skip_last_steps": -1}, r"skip_last_steps \(or 'auto'\) must be an integer of at least 0, got -1"),
+        ({"skip_last_steps": T}, f"skip_last_steps must be below the {T} denoising steps, .* got {T}"),
+        ({"skip_last_steps": "late"}, r"skip_last_steps \(or 'auto'\) must be an integer of at least 0, got 'late'"),
         ({"step_weighting": "late"}, "step_weighting must be one of 'likelihood', 'output', got 'late'"),
     ],
     ids=str,

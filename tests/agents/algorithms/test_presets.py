@@ -14,6 +14,7 @@ from agents import DPOK, GRPO, PRESETS
 from agents.algorithms.presets import default_preset
 from agents.algorithms.registry import load_algorithm
 from agents.common.arguments import describe_arguments
+from agents.common.buffer import even_sizes
 from agents.common.policy import DenoisingPolicy
 from dpok_gym import DenoisingVectorEnv
 from dpok_gym.registration import ENVIRONMENTS
@@ -21,12 +22,13 @@ from tests.agents.algorithms.support import T, is_same, weights
 
 MakeEnv = Callable[..., DenoisingVectorEnv]
 
-BUILT_IN = ("dpok", "ddpo", "grpo", "reinforce", "sft", "rwr", "best-of-n", "draft")
+BUILT_IN = ("dpok", "ddpo", "grpo", "reinforce", "sft", "rwr", "best-of-n", "diffusion-nft", "awm", "draft")
 CHOICES = [(preset, name) for preset in PRESETS for name in (PRESETS[preset].only or BUILT_IN)]
 
 
 def test_names() -> None:
-    assert list(PRESETS) == ["laptop", "exact-objective", "published-model", "paper", "official-code"]
+    tasks, published = ["laptop", "exact-objective", "published-model"], ["paper", "official-code"]
+    assert list(PRESETS) == [*tasks, *published, "ddpo", "dance-grpo", "flow-grpo"]
     assert all(preset.description and "\n" not in preset.description for preset in PRESETS.values())
     assert all(preset.images > 0 for preset in PRESETS.values())
 
@@ -45,33 +47,35 @@ def test_arguments_are_those_of_the_constructors(preset: str, name: str) -> None
 def test_an_agent_takes_them(preset: str, name: str, make_env: MakeEnv) -> None:
     """The number of environments is the environment's: it is a matter of memory."""
     kwargs = PRESETS[preset].algorithm_kwargs(name)
+    assert "n_envs" not in kwargs
     agent: Any = load_algorithm(name)(env=make_env(3), seed=0, device="cpu", **kwargs)
     assert agent.n_envs == 3
     assert len(agent.rollout_buffer) == kwargs["images_per_iteration"]
     for argument, value in kwargs.items():
-        if argument not in ("n_envs", "learning_rate"):
-            assert getattr(agent, argument) == value
-    if "learning_rate" in kwargs:
-        assert agent.lr_schedule(1) == kwargs["learning_rate"]
+        assert getattr(agent, argument) == value
 
 
 def test_an_algorithms_own_settings_come_last() -> None:
-    preset = dataclasses.replace(PRESETS["laptop"], common={"n_envs": 1, "seed": 2}, algorithms={"grpo": {"n_envs": 3}})
-    assert preset.algorithm_kwargs("grpo") == {"n_envs": 3, "seed": 2}
-    assert preset.algorithm_kwargs("dpok") == {"n_envs": 1, "seed": 2}
+    common, of_grpo = {"batch_size": 1, "seed": 2}, {"grpo": {"batch_size": 3}}
+    preset = dataclasses.replace(PRESETS["laptop"], common=common, algorithms=of_grpo)
+    assert preset.algorithm_kwargs("grpo") == {"batch_size": 3, "seed": 2}
+    assert preset.algorithm_kwargs("dpok") == common
     assert PRESETS["laptop"].algorithm_kwargs("reinforce")["images_per_iteration"] == 32
 
 
 def test_what_is_returned_can_be_changed() -> None:
     kwargs = PRESETS["laptop"].algorithm_kwargs("dpok")
-    kwargs["n_envs"] = 1
-    assert PRESETS["laptop"].algorithm_kwargs("dpok")["n_envs"] == 64
+    kwargs["images_per_iteration"] = 1
+    assert PRESETS["laptop"].algorithm_kwargs("dpok")["images_per_iteration"] == 64
 
 
-@pytest.mark.parametrize("preset", ["paper", "official-code"])
-def test_dpoks_settings_are_for_dpok(preset: str) -> None:
-    with pytest.raises(ValueError, match="this preset is for dpok only; leave it out for grpo"):
-        PRESETS[preset].algorithm_kwargs("grpo")
+@pytest.mark.parametrize(
+    ("preset", "only"),
+    [("paper", "dpok"), ("official-code", "dpok"), ("ddpo", "ddpo"), ("dance-grpo", "grpo"), ("flow-grpo", "grpo")],
+)
+def test_published_settings_are_for_their_algorithm(preset: str, only: str) -> None:
+    with pytest.raises(ValueError, match=f"this preset is for {only} only; leave it out for reinforce"):
+        PRESETS[preset].algorithm_kwargs("reinforce")
 
 
 @pytest.mark.slow
@@ -86,6 +90,19 @@ def test_settings_of_the_paper(preset: str, make_env: MakeEnv) -> None:
     assert not is_same(weights(agent), before)
     # Fifty denoising steps, as in the paper: five optimiser steps.
     assert math.ceil(kwargs["timestep_fraction"] * 10 * 50 / kwargs["batch_size"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("preset", "name", "updates"), [("ddpo", "ddpo", 4), ("dance-grpo", "grpo", 2), ("flow-grpo", "grpo", 2)]
+)
+def test_optimiser_steps_of_the_published_codes(preset: str, name: str, updates: int) -> None:
+    kwargs = PRESETS[preset].algorithm_kwargs(name)
+    trained = PRESETS[preset].env_kwargs["num_inference_steps"] - kwargs.get("skip_last_steps", 0)
+    transitions = kwargs["images_per_iteration"] * trained
+    assert even_sizes(transitions, kwargs["batch_size"]) == [transitions // updates] * updates
+    assert kwargs["images_per_iteration"] % kwargs.get("group_size", 1) == 0
+    # 1e-4 in each dimension of a latent of Stable Diffusion.
+    assert kwargs["clip_range"] == pytest.approx(1.6384)
 
 
 def test_the_preset_of_an_environment() -> None:

@@ -11,6 +11,7 @@ from agents.algorithms.registry import load_algorithm
 from agents.cli.config import Config, default_config
 from agents.cli.environments import environment_kwargs, parse_reward
 from agents.cli.train import RunOptions, parse
+from agents.common.algorithm import DEFAULT_N_ENVS
 from dpok_gym import DenoisingVectorEnv
 
 LAPTOP = PRESETS["laptop"]
@@ -35,7 +36,7 @@ def test_plain_dpok_train_is_the_laptop_preset():
     assert config.preset == "laptop"
     assert config.images == LAPTOP.images
     given = LAPTOP.algorithm_kwargs("dpok")
-    assert config.n_envs == given.pop("n_envs")
+    assert config.n_envs == DEFAULT_N_ENVS
     policy_kwargs = given.pop("policy_kwargs")
     assert {name: config.policy_kwargs[name] for name in policy_kwargs} == policy_kwargs
     assert {name: config.algo_kwargs[name] for name in given} == given
@@ -65,7 +66,7 @@ def test_settings_of_each_algorithm():
         for name, value in LAPTOP.algorithm_kwargs(algo).items():
             if name == "policy_kwargs":
                 continue
-            assert (config.n_envs if name == "n_envs" else config.algo_kwargs[name]) == value
+            assert config.algo_kwargs[name] == value
         elsewhere = default_config("DPOK-SD15-v0", algo)
         assert elsewhere.algo_kwargs["learning_rate"] == 1e-3
         assert elsewhere.images == 20_000
@@ -74,7 +75,7 @@ def test_settings_of_each_algorithm():
 @pytest.mark.slow
 def test_presets_and_options():
     paper = _config("--preset", "paper")
-    assert paper.n_envs == 10
+    assert (paper.n_envs, paper.algo_kwargs["images_per_iteration"]) == (DEFAULT_N_ENVS, 10)
     assert paper.algo_kwargs["reward_weight"] == 10
     assert paper.policy_kwargs["lora_rank"] == 4
     mine = _config(
@@ -108,7 +109,7 @@ def test_a_preset_does_not_change_a_task() -> None:
     assert _config("--env", "DPOK-Mixture-Ring-v0").preset == "exact-objective"
 
 
-#: Another value of every option; "--resume" and its like are in test_resume.py.
+#: Another value of every option, "no" for one that is on; "--resume" and its like are in test_resume.py.
 OTHER = {
     "seed": "1",
     "env": "DPOK-SD15-v0",
@@ -136,6 +137,8 @@ OTHER = {
     "reward_workers": "2",
     "reward_weight": "0.7",
     "kl_coef": "0.7",
+    "reference_info": "",
+    "reference_log_prob_coef": "0.7",
     "kl_estimator": "output-mse",
     "kl_placement": "reward",
     "target_kl": "2.5",
@@ -144,17 +147,20 @@ OTHER = {
     "vf_learning_rate": "0.7",
     "vf_batch_size": "None",
     "vf_epochs": "3",
-    "normalize_advantage": "center",
+    "center_advantage": "no",
+    "normalize_loss": "no",
     "gamma": "0.7",
     "gae_lambda": "0.7",
     "n_epochs": "3",
     "timestep_fraction": "0.7",
     "clip_range": "0.7",
     "clip_type": "clamp",
-    "log_prob_reduction": "sum",
-    "step_weighting": "likelihood",
+    "ratio": "joint",
+    "skip_last_steps": "1",
+    "step_weighting": "output",
     "learning_rate": "0.7",
     "final_lr_fraction": "0.7",
+    "warmup_fraction": "0.7",
     "images_per_iteration": "6",
     "batch_size": "None",
     "micro_batch_size": "auto",
@@ -182,7 +188,8 @@ def test_no_option_is_ignored():
     assert names == OTHER.keys()
     ignored = []
     for name, value in OTHER.items():
-        words = [f"--{name.replace('_', '-')}", value]
+        option = name.replace("_", "-")
+        words = [f"--no-{option}"] if value == "no" else [f"--{option}", value]
         if _config(*filter(None, words)) == default:
             ignored.append(name)
     assert not ignored
@@ -190,12 +197,22 @@ def test_no_option_is_ignored():
 
 def test_values_have_their_types():
     config = _config(
-        *("--kl-placement", "reward", "--use-critic", "--batch-size", "None", "--n-epochs", "3", "--target-kl", "2.5"),
-        *("--normalize-advantage", "center", "--micro-batch-size", "auto", "--max-batch-size", "8", "--eta", "0.5"),
+        *(
+            "--kl-placement",
+            "reward",
+            "--use-critic",
+            "--batch-size",
+            "None",
+            "--n-epochs",
+            "3",
+            "--target-kl",
+            "2.5",
+        ),
+        *("--skip-last-steps", "1", "--micro-batch-size", "auto", "--max-batch-size", "8", "--eta", "0.5"),
         *("--target-modules", "to_q", "to_k", "--model-kwargs", "vae_tiling=true", "revision=main"),
     )
     expected = {"kl_placement": "reward", "use_critic": True, "batch_size": None, "n_epochs": 3, "target_kl": 2.5}
-    expected |= {"normalize_advantage": "center", "micro_batch_size": "auto"}
+    expected |= {"skip_last_steps": 1, "micro_batch_size": "auto"}
     actual = {name: config.algo_kwargs[name] for name in expected}
     assert actual == expected
     assert [type(value) for value in actual.values()] == [type(value) for value in expected.values()]

@@ -78,6 +78,8 @@ def test_the_config_says_everything(finished):
         "non_finite": "error",
         "decode_batch_size": 16,
         "reward_workers": 0,
+        "reference_info": False,
+        "reference_log_prob_coef": 0.0,
     }
     assert config["policy_kwargs"]["lora_rank"] == 2
     assert config["policy_kwargs"]["target_modules"] == "all"
@@ -169,7 +171,7 @@ def _interrupt_judge(monkeypatch, number, error=KeyboardInterrupt):
     monkeypatch.setattr(DenoisingVectorEnv, "judge", interrupted)
 
 
-#: The images before training are judged first; then those of each iteration.
+#: The images before training are judged first; then those of each iteration, and what the critic looks at.
 SECOND_ITERATION = 4
 
 
@@ -177,7 +179,7 @@ SECOND_ITERATION = 4
 def test_an_interrupted_run_keeps_what_it_learned(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     with monkeypatch.context() as patched:
-        _interrupt_judge(patched, SECOND_ITERATION - 1)
+        _interrupt_judge(patched, SECOND_ITERATION)
         assert train(folder, "--images", "100", *TINY) == 130
     assert "--resume" in capsys.readouterr().out
     assert list_written(folder) == WRITTEN
@@ -272,7 +274,7 @@ def test_an_interrupted_fit_is_resumed(tmp_path, monkeypatch):
 def test_a_run_that_an_error_stops_keeps_what_it_learned(tmp_path, monkeypatch, capsys):
     error = ConnectionError("no server of the reward 'a:1' is left")
     with monkeypatch.context() as patched:
-        _interrupt_judge(patched, SECOND_ITERATION - 1, error)
+        _interrupt_judge(patched, SECOND_ITERATION, error)
         assert train(tmp_path / "run", "--images", "100", *TINY) == 2
     captured = capsys.readouterr()
     assert f"dpok train --resume --out {tmp_path / 'run'}" in " ".join(captured.out.split())
@@ -489,7 +491,12 @@ def test_help_of_an_algorithm(capsys, monkeypatch):
         assert name in texts["grpo"]
     assert "--gae-lambda" not in texts["grpo"]
     assert "(default: shapes-alignment=1.0,shapes-quality=0.2)" in texts["grpo"]
-    for name, value in (("reward-weight", "10.0"), ("lora-rank", "4"), ("learning-rate", "1e-05"), ("n-envs", "10")):
+    for name, value in (
+        ("reward-weight", "10.0"),
+        ("lora-rank", "4"),
+        ("learning-rate", "1e-05"),
+        ("images-per-iteration", "10"),
+    ):
         assert f"(default: {value})" in texts["paper"].partition(f"--{name} ")[2].partition(" --")[0]
     assert "--temperature" in texts["rwr"]
     assert "(default: image-reward=1.0)" in texts["rwr"]

@@ -43,7 +43,9 @@ def test_environments(make_env: Callable[..., Any], make_agent: Callable[..., An
         "vector environment": make_env,
         "VecEnv": lambda: GymnasiumVecEnv(make_env()),
     }[kind]()
-    agent = make_agent(env, **({"n_envs": 2} if kind == "id" else {}))
+    # A single image has no others whose mean could be subtracted.
+    plain = {"center_advantage": False, "critic_kind": "network"}
+    agent = make_agent(env, **plain, **({"n_envs": 2} if kind == "id" else {}))
     before = snapshot(agent)
     n_envs = {"id": 2, "environment": 1}.get(kind, N)
     assert agent.n_envs == agent.images_per_iteration == n_envs
@@ -52,7 +54,7 @@ def test_environments(make_env: Callable[..., Any], make_agent: Callable[..., An
     assert agent.images_drawn == n_envs
     assert agent._n_updates == 1
     after = snapshot(agent)
-    assert any(not torch.equal(value, after[name]) for name, value in before.items())
+    assert any(not torch.equal(value, after[name]) for name, value in before.items() if name.startswith("lora"))
     assert all(bool(value.isfinite().all()) for value in after.values())
 
 
@@ -72,6 +74,16 @@ def test_the_environment_keeps_its_model(make_env: Callable[..., Any], make_agen
 def test_without_environment() -> None:
     with pytest.raises(ValueError, match="an agent needs an environment: pass env='DPOK-SD15-v0'"):
         DPOK()
+
+
+def test_another_number_of_environments_is_refused(make_env: Callable[..., Any]) -> None:
+    env = make_env(2)
+    for given in (env, GymnasiumVecEnv(env)):
+        with pytest.raises(ValueError, match="n_envs=3 does not fit the environment, which has 2: leave it out"):
+            DPOK(env=given, n_envs=3, device="cpu")
+    assert DPOK(env=env, n_envs=2, device="cpu").n_envs == 2
+    with pytest.raises(ValueError, match="n_envs must be an integer of at least 1, got 0"):
+        DPOK(env="DPOK-Shapes-v0", n_envs=0, device="cpu")
 
 
 def test_another_policy_class(make_env: Callable[..., Any]) -> None:

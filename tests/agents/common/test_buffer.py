@@ -173,6 +173,22 @@ def test_weighted_means_do_not_depend_on_what_is_chosen_more_often(valid: list[b
         assert total / n_draws == pytest.approx(1 / len(entries), abs=0.03), number
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_transitions_of_no_importance_are_never_chosen(fraction: float) -> None:
+    """The others stand for themselves: on average, the weights count each of them once."""
+    buffer, importance = full_buffer(), torch.tensor([3.0, 0.0, 1.0])
+    totals, n_draws, generator = dict.fromkeys(EVERYTHING, 0.0), 1000, rng()
+    for _ in range(n_draws):
+        batches = list(buffer.batches(3, generator, fraction, importance))
+        assert abs(len(numbers(batches)) - fraction * 2 * N) < 1
+        for batch in batches:
+            for number, weight in zip(numbers([batch]), batch.weight.tolist(), strict=True):
+                totals[number] += weight / fraction / n_draws
+    for number, total in totals.items():
+        # 0.055 is a standard deviation of the rarer ones.
+        assert total == pytest.approx(0 if number % 10 == 1 else 1, abs=1e-9 if fraction == 1 else 0.2), number
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9, 1.0])
 def test_inclusion_probabilities(fraction: float) -> None:
     importance = torch.tensor([5.0, 2.0, 1.0, 0.5, 0.1])
@@ -182,6 +198,9 @@ def test_inclusion_probabilities(fraction: float) -> None:
     proportional = probability[probability < 1] / importance[probability < 1]
     torch.testing.assert_close(proportional, proportional[:1].expand_as(proportional))
     assert torch.equal(inclusion_probabilities(torch.ones(4), fraction), torch.full((4,), fraction))
+    # What has no importance is no part of the mean.
+    with_zero = inclusion_probabilities(torch.cat([importance, torch.zeros(3)]), fraction)
+    torch.testing.assert_close(with_zero, torch.cat([probability, torch.zeros(3)]))
 
 
 def test_systematic_sample_by_hand() -> None:

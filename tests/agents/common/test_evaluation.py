@@ -78,7 +78,7 @@ def test_images_and_kl_are_those_of_an_episode(make_env: Callable[..., Any], mak
     noise = ImageNoise.for_evaluation([7], (4, 8, 8), "cpu")
     options = {"prompt": PROMPTS[1], "latent": noise.initial_latents().numpy()}
     observation, _ = env.reset(options=options)
-    kl = []
+    kl, mse = [], []
     with torch.no_grad():
         for step in range(T):
             state = env.state_of(observation)
@@ -87,10 +87,15 @@ def test_images_and_kl_are_those_of_an_episode(make_env: Callable[..., Any], mak
             std = std.reshape(-1, 1, 1, 1)
             here, there = (Independent(Normal(m.double(), std.double()), 3) for m in (mean, reference))
             kl.append(float(kl_divergence(here, there)))
+            outputs = (policy.predict_output(state, reference=each) for each in (False, True))
+            mse.append(float((next(outputs) - next(outputs)).square().mean()))
             observation, rewards, _, _, infos = env.step((mean + std * noise(step)).numpy())
     assert min(kl) > 1e-3
     np.testing.assert_allclose(evaluation.step_kl, [kl], rtol=1e-4)
-    np.testing.assert_allclose(evaluation.kl, [sum(kl)], rtol=1e-4)
+    np.testing.assert_allclose(evaluation.step_mse, [mse], rtol=1e-3)
+    # The first of three steps explores.
+    np.testing.assert_allclose(evaluation.kl, kl[:1], rtol=1e-4)
+    assert evaluation.late_drift == pytest.approx(np.sqrt((mse[1] + mse[2]) / 2), rel=1e-3)
     assert (evaluation.images[0] == infos["final_info"]["image"][0]).all()
     assert evaluation.reward.tolist() == rewards.tolist()
     assert evaluation.rewards["redness"].tolist() == rewards.tolist()
@@ -227,9 +232,9 @@ def test_images_without_a_reward_do_not_count(make_env: Callable[..., Any]) -> N
     evaluation = sample_images(env.process, env, ["the moon"] * 4, 5)
     np.testing.assert_array_equal(evaluation.reward, [-1.0, np.nan, -3.0, np.nan])
     assert evaluation.mean_reward == evaluation.mean("every_other") == -2.0
-    assert np.isnan(
-        Evaluation(["a"], np.zeros(1), np.array([np.nan]), {}, *np.zeros((2, 1, 1)), np.ones(1, bool)).mean_reward
-    )
+    nothing, exploring = np.zeros((1, 1)), np.ones(1, bool)
+    alone = Evaluation(["a"], np.zeros((1, 1, 1, 3), np.uint8), np.array([np.nan]), {}, nothing, nothing, exploring)
+    assert np.isnan(alone.mean_reward)
 
 
 def test_cycle_prompts() -> None:

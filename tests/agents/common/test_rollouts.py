@@ -109,7 +109,7 @@ def test_the_reference_draws_for_those_who_learn_from_its_images(make_agent: Cal
 
 @pytest.mark.slow
 def test_images_of_a_group_have_one_prompt(make_agent: Callable[..., Any]) -> None:
-    agent = make_agent(algorithm=GRPO, group_size=2, same_noise=True, images_per_iteration=16)
+    agent = make_agent(algorithm=GRPO, group_size=2, same_noise="group", images_per_iteration=16)
     agent.images_drawn = 32
     buffer = collect(agent)
     assert buffer.prompts[::2] == buffer.prompts[1::2] == draw_prompts(agent, range(32, 48))[::2]

@@ -53,7 +53,7 @@ def test_numbers_by_hand() -> None:
     mean, other = torch.tensor([[8.0], [0.0], [1.0]]), torch.tensor([[6.0], [3.0], [1.0]])
     assert table.output_mse(step, mean, other).tolist() == [16.0, 9.0, 0.0]
     # 0.5 / 1 and 0.25 / 0.5, which are equal
-    assert table.output_weights().tolist() == [1.0, 1.0]
+    assert table.output_weights().tolist() == [0.5, 0.5]
 
 
 def test_mean_of_half_precision_is_float32() -> None:
