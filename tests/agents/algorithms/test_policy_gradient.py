@@ -268,7 +268,7 @@ def test_units_do_not_matter(
         agent.learn(2 * UPDATE)
         learned.append(flat_weights(agent) - start)
     assert learned[0].norm() > 0.1
-    assert (learned[1] - learned[0]).norm() < 1e-4 * learned[0].norm()
+    assert (learned[1] - learned[0]).norm() < 5e-5 * learned[0].norm()
 
 
 @pytest.mark.slow
