@@ -58,8 +58,8 @@ class DPOK(PolicyGradient):
         kl_estimator: "exact" is the KL of the Gaussians; "output-mse" is the squared difference of the networks'
             outputs, which lacks a factor that differs between timesteps (the published code).
         kl_placement: "loss" adds the KL of each transition to the loss (the paper; it drops a term of the gradient);
-            "reward" also charges the exact KL of later steps to the earlier actions that led there, which is the full
-            gradient of Eq. 8.
+            "reward" also charges the exact KL of later steps that explore to the earlier actions that led there, which
+            is the full gradient of Eq. 8 over these steps.
         target_kl: nats per image that ``kl_coef`` is adapted to hold, over the steps that explore. None leaves
             ``kl_coef`` as it is. See :meth:`_adapt_kl_coef`.
         use_critic: take V, which a critic learns, as the baseline.
@@ -274,3 +274,9 @@ class DPOK(PolicyGradient):
         self.advantage_statistics = RunningStatistics(*state["advantage_statistics"])
         if self.target_kl is not None:
             self.kl_coef = state["kl_coef"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, variables = super()._get_torch_save_params()
+        # It is no module, so the policy's own state does not hold it.
+        own = ["policy.critic"] if isinstance(self.policy.critic, RewardCritic) else []
+        return [*state_dicts, *own], variables

@@ -68,9 +68,9 @@ _LAPTOP = Preset(
     },
 )
 
-#: The whole gradient of the paper's Eq. 8, with large batches: noise is what keeps it from the optimum.
+#: The gradient of the paper's Eq. 8 over the steps that explore, with large batches: noise keeps it from the optimum.
 _EXACT_OBJECTIVE = Preset(
-    description="DPOK's whole objective, for models whose optimum is known",
+    description="the full gradient of DPOK's objective, for models whose optimum is known",
     images=15_360,
     common={"images_per_iteration": 256, "learning_rate": 3e-3, "final_lr_fraction": 0.05},
     algorithms={

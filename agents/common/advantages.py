@@ -37,7 +37,7 @@ def generalized_advantages(
 
 
 def center(advantages: Tensor, valid: Tensor) -> Tensor:
-    """Subtracts the mean of each denoising step: a baseline that all images share.
+    """Subtracts the mean of each denoising step: a baseline that all images share. A single image keeps its advantage.
 
     Args:
         advantages: (N, T).
@@ -46,7 +46,7 @@ def center(advantages: Tensor, valid: Tensor) -> Tensor:
     Returns:
         (N, T).
     """
-    return advantages - advantages[valid].mean(dim=0) if valid.any() else advantages
+    return advantages - advantages[valid].mean(dim=0) if valid.sum() > 1 else advantages
 
 
 def standardize_in_groups(rewards: Tensor, groups: Tensor, std_of_group: bool = True) -> Tensor:

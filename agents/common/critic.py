@@ -187,8 +187,8 @@ class RewardCritic:
         """Returns the rollouts that are kept; what was learned follows from them."""
         return {"age": self._age, "guesses": self._guesses, "returns": self._returns, "text": self._text}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what :meth:`state_dict` returned.
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
+        """Puts back what :meth:`state_dict` returned; ``strict`` has no effect, as all of it is needed.
 
         Raises:
             RuntimeError: if it is of another critic or of another number of denoising steps.

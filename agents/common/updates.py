@@ -46,7 +46,7 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
 
     @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, Metrics]:
-        """The loss of each element of a batch, (B,), and metrics to log, (B,) each."""
+        """The loss of each element of a batch, (B,), and metrics to log, (B,) each, or fewer if some have none."""
 
     @contextmanager
     def _logged_update(self, n_images: int) -> Iterator[None]:

@@ -83,9 +83,11 @@ def test_images_that_are_not_valid_have_no_part_in_the_mean() -> None:
     torch.testing.assert_close(center(plain, SOME)[SOME], center(plain[SOME], ALL[:2]))
 
 
-def test_nothing_valid() -> None:
+def test_one_image_or_none_has_nothing_to_be_compared_with() -> None:
     plain = random_advantages()
-    assert torch.equal(center(plain, ~ALL), plain)
+    one = torch.arange(4) == 2
+    for valid in (~ALL, one):
+        assert torch.equal(center(plain, valid), plain)
 
 
 # --- In groups
