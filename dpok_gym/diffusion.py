@@ -57,23 +57,22 @@ def recover_noise(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (sample - mean) / expand(std, mean)
 
 
-def log_prob(sample: Tensor, mean: Tensor, std: Tensor, reduction: Reduction = "sum") -> Tensor:
+def log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Returns log N(sample; mean, std^2 I) in nats.
 
     Args:
         sample: (B, ...) x_{t-1}.
         mean: (B, ...).
         std: (B,), above 0.
-        reduction: "sum" for the log-density itself, "mean" for its value per dimension.
 
     Returns:
         (B,).
     """
     std = expand(std, sample)
-    return reduce(-0.5 * ((sample - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi), reduction)
+    return reduce(-0.5 * ((sample - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi), "sum")
 
 
-def log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor, reduction: Reduction = "sum") -> Tensor:
+def log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
     """Returns log p(sample) - log p_old(sample) of two Gaussians with the same std, in nats.
 
     In closed form: (mean - old_mean) . (sample - (mean + old_mean) / 2) / std^2. A log-density over thousands of
@@ -84,24 +83,22 @@ def log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor, reduc
         mean: (B, ...) of the new Gaussian.
         old_mean: (B, ...) of the old one.
         std: (B,), above 0.
-        reduction: "sum" for the log-ratio itself, "mean" for its value per dimension.
 
     Returns:
         (B,), exactly 0 where the means are equal.
     """
-    return reduce((mean - old_mean) * (sample - 0.5 * (mean + old_mean)) / expand(std, sample).square(), reduction)
+    return reduce((mean - old_mean) * (sample - 0.5 * (mean + old_mean)) / expand(std, sample).square(), "sum")
 
 
-def kl_divergence(mean: Tensor, other_mean: Tensor, std: Tensor, reduction: Reduction = "sum") -> Tensor:
+def kl_divergence(mean: Tensor, other_mean: Tensor, std: Tensor) -> Tensor:
     """Returns KL( N(mean, std^2 I) || N(other_mean, std^2 I) ) = ||mean - other_mean||^2 / (2 std^2), in nats.
 
     Args:
         mean: (B, ...).
         other_mean: (B, ...).
         std: (B,), above 0.
-        reduction: "sum" for the KL itself, "mean" for its value per dimension.
 
     Returns:
         (B,), exactly 0 where the means are equal.
     """
-    return reduce(0.5 * ((mean - other_mean) / expand(std, mean)).square(), reduction)
+    return reduce(0.5 * ((mean - other_mean) / expand(std, mean)).square(), "sum")

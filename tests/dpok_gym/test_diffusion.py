@@ -28,12 +28,9 @@ def test_log_prob_and_kl_equal_torch_distributions() -> None:
     log_prob = diffusion.log_prob(sample, mean, std)
     expected = gaussian(mean, std).log_prob(sample.double())
     torch.testing.assert_close(log_prob.double(), expected, rtol=1e-5, atol=1e-3)
-    averaged = diffusion.log_prob(sample, mean, std, "mean")
-    torch.testing.assert_close(averaged * 256, log_prob, rtol=1e-5, atol=1e-3)
     expected_kl = torch_kl(gaussian(mean, std), gaussian(other, std))
     kl = diffusion.kl_divergence(mean, other, std)
     torch.testing.assert_close(kl.double(), expected_kl, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(diffusion.kl_divergence(mean, other, std, "mean") * 256, kl, rtol=1e-5, atol=1e-5)
 
 
 def test_log_ratio_is_exact_where_differences_of_sums_are_not() -> None:
@@ -49,12 +46,11 @@ def test_log_ratio_is_exact_where_differences_of_sums_are_not() -> None:
     assert (ours - exact).abs().max() < 0.1 * (naive - exact).abs().max()
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_equal_means_have_exactly_no_distance(reduction: diffusion.Reduction) -> None:
+def test_equal_means_have_exactly_no_distance() -> None:
     mean, std = 30 * randn(2, 4, 64, 64), torch.tensor([0.05, 0.9])
     sample = diffusion.sample(mean, std, randn(2, 4, 64, 64, seed=2))
-    assert diffusion.log_ratio(sample, mean, mean.clone(), std, reduction).tolist() == [0.0, 0.0]
-    assert diffusion.kl_divergence(mean, mean.clone(), std, reduction).tolist() == [0.0, 0.0]
+    assert diffusion.log_ratio(sample, mean, mean.clone(), std).tolist() == [0.0, 0.0]
+    assert diffusion.kl_divergence(mean, mean.clone(), std).tolist() == [0.0, 0.0]
 
 
 def test_numbers_by_hand() -> None:
@@ -64,10 +60,8 @@ def test_numbers_by_hand() -> None:
     assert diffusion.log_prob(sample, mean, std).item() == pytest.approx(-3.286672, abs=1e-5)
     # per dimension: (1 - 0.25) / 8 difference of squares = 0.09375
     assert diffusion.log_ratio(sample, mean, old_mean, std).item() == pytest.approx(0.1875)
-    assert diffusion.log_ratio(sample, mean, old_mean, std, "mean").item() == pytest.approx(0.09375)
     # per dimension: 0.5^2 / (2 * 4) = 0.03125
     assert diffusion.kl_divergence(mean, old_mean, std).item() == pytest.approx(0.0625)
-    assert diffusion.kl_divergence(mean, old_mean, std, "mean").item() == pytest.approx(0.03125)
     # 0.5 + 2 * 1.5
     assert diffusion.sample(mean, std, torch.full((1, 2), 1.5)).tolist() == [[3.5, 3.5]]
 
@@ -107,7 +101,5 @@ def test_gradients_equal_finite_differences() -> None:
 
 
 def test_bad_reduction() -> None:
-    mean, std = torch.zeros(1, 2), torch.ones(1)
-    for function in (diffusion.log_prob, diffusion.kl_divergence):
-        with pytest.raises(ValueError, match=r"reduction over a latent's dimensions must be one of 'mean', 'sum'.*'no"):
-            function(mean, mean, std, "none")
+    with pytest.raises(ValueError, match=r"reduction over a latent's dimensions must be one of 'mean', 'sum'.*'no"):
+        diffusion.reduce(torch.zeros(1, 2), "none")
