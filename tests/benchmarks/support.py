@@ -14,7 +14,6 @@ HERE = Path(compare.__file__).parent
 RESULTS = HERE / "results"
 SETTINGS = yaml.safe_load((HERE / "compare.yaml").read_text(encoding="utf-8"))
 KL_SETTINGS = yaml.safe_load((HERE / "kl_analysis.yaml").read_text(encoding="utf-8"))
-UNCENTRED_SETTINGS = yaml.safe_load((HERE / "kl_uncentred.yaml").read_text(encoding="utf-8"))
 
 #: A run of a few seconds, but for "algorithm" and "settings".
 TINY: dict[str, Any] = {

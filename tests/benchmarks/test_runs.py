@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import compare, kl_analysis, runs
-from tests.benchmarks.support import KL_SETTINGS, RESULTS, SETTINGS, TINY, UNCENTRED_SETTINGS
+from benchmarks import kl_analysis, runs
+from tests.benchmarks.support import KL_SETTINGS, RESULTS, TINY
 
 
 @pytest.mark.slow
@@ -89,19 +88,8 @@ def test_rows_of_images_are_found_by_their_old_names_too(tmp_path: Path) -> None
         assert runs.find_row_file(tmp_path, "count", "twice the images") == file
 
 
-@pytest.mark.parametrize(
-    ("descriptions", "file"),
-    [
-        (list(compare.descriptions(SETTINGS)), "compare/runs.jsonl"),
-        (list(compare.trials(SETTINGS)), "compare/tuning.jsonl"),
-        (list(compare.descriptions(SETTINGS, quick=True)), "compare_quick/runs.jsonl"),
-        (kl_analysis.descriptions(KL_SETTINGS), "kl_analysis/runs.jsonl"),
-        (kl_analysis.descriptions(UNCENTRED_SETTINGS), "kl_uncentred/runs.jsonl"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_every_published_run_is_found(descriptions: list[dict[str, Any]], file: str) -> None:
+def test_every_published_run_is_found() -> None:
     """By its description in the settings: none would be made again."""
-    records = runs.find_records(descriptions, RESULTS / file)
-    assert None not in records
-    assert len(records) == len(runs.read_records(RESULTS / file))
+    file = RESULTS / "kl_analysis" / "runs.jsonl"
+    found = [record for record in runs.find_records(kl_analysis.descriptions(KL_SETTINGS), file) if record]
+    assert len(found) == len(runs.read_records(file)) > 0

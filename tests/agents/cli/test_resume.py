@@ -105,7 +105,7 @@ def test_a_run_that_is_killed_in_its_fourth_update(tmp_path, algo, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n_calls", "newest"), [(10, "checkpoint-2"), (13, "checkpoint-2"), (14, "checkpoint-4")])
+@pytest.mark.parametrize(("n_calls", "newest"), [(9, "checkpoint-2"), (11, "checkpoint-2"), (12, "checkpoint-4")])
 def test_a_run_that_is_killed_while_it_saves(finished, tmp_path, n_calls, newest):
     """A file of the second checkpoint, its folder, or the run folder is not on the disk yet."""
     options = [*OPTIONS, "--checkpointing-steps", "1", "--checkpoints-total-limit", "1"]

@@ -171,8 +171,8 @@ def _interrupt_judge(monkeypatch, number, error=KeyboardInterrupt):
     monkeypatch.setattr(DenoisingVectorEnv, "judge", interrupted)
 
 
-#: The images before training are judged first; then those of each iteration, and what the critic looks at.
-SECOND_ITERATION = 4
+#: The images before training are judged first; then those of each iteration.
+SECOND_ITERATION = 3
 
 
 @pytest.mark.slow
