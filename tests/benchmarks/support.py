@@ -35,8 +35,8 @@ PROMPTS = ("training", "held_out")
 def fake_records(descriptions: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns runs in which no two figures are the same."""
     rng = np.random.default_rng(0)
-    names = ("aligned", "alignment", "quality", "reward", "kl", "diversity")
-    axes = ("images", "num_function_evaluations", "seconds", "alignment", "quality", "reward")
+    names = ("aligned", "alignment", "quality", "reward", "kl", "late_drift", "diversity")
+    axes = ("images", "num_function_evaluations", "seconds", "alignment", "quality", "reward", "kl")
     records = []
     for description in descriptions:
         scores = {}

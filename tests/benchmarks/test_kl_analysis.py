@@ -13,8 +13,7 @@ from tests.benchmarks.support import KL_SETTINGS, RESULTS, fake_records, mean_sc
 def test_descriptions() -> None:
     descriptions = kl_analysis.descriptions(KL_SETTINGS)
     assert len({json.dumps(description, sort_keys=True) for description in descriptions}) == len(descriptions)
-    twice = [description["images"] for description in descriptions if "twice" in description["label"]]
-    assert set(twice) == {2560}
+    assert {(each["images"], each["eval_images"]) for each in descriptions} == {(960, 128)}
 
 
 @pytest.mark.slow
@@ -22,8 +21,8 @@ def test_report(tmp_path: Path) -> None:
     records = fake_records(kl_analysis.descriptions(KL_SETTINGS | {"seeds": 2}))
     kl_analysis.report(records, KL_SETTINGS, tmp_path)
     text = (tmp_path / "table.md").read_text()
-    (row,) = (line for line in text.split("\n") if line.startswith("| SFT, KL-O, 2 |"))
-    of_label = [record for record in records if record["label"] == "SFT, KL-O, 2"]
+    (row,) = (line for line in text.split("\n") if line.startswith("| SFT, KL-O, 1 |"))
+    of_label = [record for record in records if record["label"] == "SFT, KL-O, 1"]
     means = [f"{mean_score(of_label, score.prompts, score.name):{score.format}}" for score in SHOWN.values()]
     assert values(row) == ["2", *means]
     for one, other in KL_SETTINGS["claims"]:
