@@ -115,13 +115,13 @@ def test_an_anchor_holds_the_policy() -> None:
 
 @pytest.mark.parametrize("name", ["diffusion-nft", "awm"])
 def test_aligns_more_images(name: str) -> None:
-    """The first three iterations of the task that ``dpok train`` learns by default."""
+    """The first four iterations of the task that ``dpok train`` learns by default."""
     preset = PRESETS["laptop"]
     env = gymnasium.make_vec("DPOK-Shapes-v0", num_envs=64, device="cpu", **preset.env_kwargs)
     settings = preset.algorithm_kwargs(name) | {"warmup_fraction": 0.0, "final_lr_fraction": 1.0}
     agent: Any = load_algorithm(name)(env=env, seed=0, device="cpu", **settings)
-    agent.learn(3 * 64 * agent.process.num_inference_steps)
-    prompts = ["three green squares"] * 96
+    agent.learn(4 * 64 * agent.process.num_inference_steps)
+    prompts = ["three green squares"] * 128
     before: Any = evaluate(agent.policy, env, prompts, 1_000_000, reference=True)
     after: Any = evaluate(agent.policy, env, prompts, 1_000_000)
     gain = after.reward - before.reward
