@@ -51,6 +51,7 @@ from agents.cli.environments import (
 from agents.cli.run_folder import load_run
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate, sample_images
 from agents.common.randomness import ImageNoise
+from agents.common.steering import BestOf
 from dpok_gym.models.lora import LoRA
 from dpok_gym.registration import TASKS
 from dpok_gym.samplers import State
@@ -79,11 +80,8 @@ def make_task(env_id: str, num_envs: int) -> DenoisingVectorEnv:
 
 
 def score_pretrained(env: DenoisingVectorEnv, prompts: Sequence[str], seed: int, best_of: int = 1) -> Evaluation:
-    """Scores the pre-trained model, or the best of its images of consecutive seeds for each prompt."""
-    repeated = [prompt for prompt in prompts for _ in range(best_of)]
-    evaluation = sample_images(env.process, env, repeated, seed)
-    rewards = np.nan_to_num(evaluation.reward, nan=-np.inf).reshape(-1, best_of)
-    return evaluation[np.arange(0, len(repeated), best_of) + rewards.argmax(axis=1)]
+    """Scores the pre-trained model, or the best of its images for each prompt."""
+    return sample_images(env.process, env, prompts, seed, steering=BestOf(best_of))
 
 
 def score_lora(env: DenoisingVectorEnv, folder: Path, prompts: Sequence[str], seed: int) -> Evaluation:

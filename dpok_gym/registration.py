@@ -98,9 +98,10 @@ FIRST_TASKS: dict[str, dict[str, Any]] = {
 
 #: The preset of :data:`agents.PRESETS` that suits an environment; "published-model" for all others.
 SUITABLE_PRESETS: dict[str, str] = {
-    env_id: {"shapes": "laptop", "mixture": "exact-objective"}[kwargs["model"]]
-    for env_id, kwargs in ENVIRONMENTS.items()
-    if kwargs["model"] in ("shapes", "mixture")
+    "DPOK-Shapes-v0": "laptop",
+    "DPOK-Mixture-v0": "exact-objective",
+    **dict.fromkeys((env_id for env_id in TASKS if env_id.startswith("DPOK-Shapes-")), "laptop"),
+    **dict.fromkeys((env_id for env_id in TASKS if env_id.startswith("DPOK-Mixture-")), "exact-objective"),
 }
 
 

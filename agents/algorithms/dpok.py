@@ -165,7 +165,7 @@ class DPOK(PolicyGradient):
 
     @property
     def loss_scale(self) -> float:
-        """What both terms of the loss are divided by: D, and the standard deviation of alpha A."""
+        """The divisor of both terms of the loss: D, times the standard deviation of alpha A if that is wanted."""
         if not self.normalize_loss:
             return super().loss_scale
         return super().loss_scale * self.advantage_statistics.std * (self.reward_weight or 1.0)
@@ -181,14 +181,12 @@ class DPOK(PolicyGradient):
             loss, metrics = loss + self.kl_coef * penalty, metrics | kl_metrics
         return batch.weight * loss / self.loss_scale, metrics
 
-    def kl_loss(self, batch: Transitions, mean: Tensor, std: Tensor) -> tuple[Tensor, Metrics]:
-        """The exact KL (Eq. 8), or the published code's estimate of it; metrics are of the exact one in any case."""
+    def divergence(self, batch: Transitions, mean: Tensor, reference: Tensor, std: Tensor) -> Tensor:
+        """The exact KL (Eq. 8), or the published code's estimate of it, (B,)."""
         if self.kl_estimator == "exact":
-            return super().kl_loss(batch, mean, std)
-        reference, _ = self.policy.reference_transition(batch.state)
-        # The sum over the dimensions, as the other terms; the mean is the published code's.
-        squared_error = mean[0].numel() * self.process.table.output_mse(batch.step, mean, reference)
-        return self.kl_step_weights[batch.step] * squared_error, self.kl_metrics(batch, mean.detach(), reference, std)
+            return super().divergence(batch, mean, reference, std)
+        # The sum over the dimensions, as in the other term; the mean is the published code's.
+        return mean[0].numel() * self.process.table.output_mse(batch.step, mean, reference)
 
     def advantages(self, buffer: TrajectoryBuffer) -> Tensor:
         """A_t = r - V(x_t, t, z) of each transition, (N, T)."""
@@ -225,24 +223,29 @@ class DPOK(PolicyGradient):
         buffer = self.rollout_buffer
         if isinstance(self.policy.critic, RewardCritic):
             self.policy.critic.fit(buffer)
-        for epoch in range(self.vf_epochs if isinstance(self.policy.critic, ValueNetwork) else 0):
-            # After the denoiser's epochs, so that no order of batches comes twice.
-            rng = make_generator(self.run_seed, Purpose.BATCHES, self.iteration, self.n_epochs + epoch)
-            for batch in buffer.batches(self.vf_batch_size, rng):
-                loss = losses.value_loss(self.policy.values(batch.state), batch.returns).mean()
-                self.policy.optimizer.zero_grad()  # to None, so the step leaves the denoiser where it is
-                loss.backward()
-                self.policy.optimizer.step()
-                self.log_metrics({"value_loss": loss})
+        else:
+            self._train_value_network()
         if buffer.valid.any():
             values = buffer.values[buffer.valid].flatten().cpu().numpy()
             returns = buffer.returns[buffer.valid].flatten().cpu().numpy()
             self.logger.record("train/explained_variance", float(explained_variance(values, returns)))
 
+    def _train_value_network(self) -> None:
+        """Passes over the rollout, with a step on || V - return ||^2 for each batch."""
+        for epoch in range(self.vf_epochs):
+            # After the denoiser's epochs, so that no order of batches comes twice.
+            rng = make_generator(self.run_seed, Purpose.BATCHES, self.iteration, self.n_epochs + epoch)
+            for batch in self.rollout_buffer.batches(self.vf_batch_size, rng):
+                loss = losses.value_loss(self.policy.values(batch.state), batch.returns).mean()
+                self.policy.optimizer.zero_grad()  # to None, so the step leaves the denoiser where it is
+                loss.backward()
+                self.policy.optimizer.step()
+                self.log_metrics({"value_loss": loss})
+
     @property
     def kl_step_weights(self) -> Tensor:
         """The steps that the policy gradient leaves out are held by the ``kl_coef`` of the beginning."""
-        held = self.initial_kl_coef / self.kl_coef if self.kl_coef else 1.0
+        held = 1.0 if self.target_kl is None else self.initial_kl_coef / self.kl_coef
         return torch.where(self.step_weights > 0, self.step_weights, held)
 
     def _adapt_kl_coef(self, target: float) -> None:

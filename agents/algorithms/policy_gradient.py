@@ -115,7 +115,7 @@ class PolicyGradient(DenoisingAlgorithm):
 
     @property
     def loss_scale(self) -> float:
-        """What the loss is divided by: D, the dimensions of a latent."""
+        """The divisor of the loss: D, the dimensions of a latent."""
         return float(math.prod(self.process.model.latent_shape))
 
     def train(self) -> None:
@@ -176,8 +176,12 @@ class PolicyGradient(DenoisingAlgorithm):
             (B,) in nats of the whole latent, and metrics.
         """
         reference, _ = self.policy.reference_transition(batch.state)
-        kl = diffusion.kl_divergence(mean, reference, std)
-        return self.kl_step_weights[batch.step] * kl, self.kl_metrics(batch, mean.detach(), reference, std)
+        penalty = self.kl_step_weights[batch.step] * self.divergence(batch, mean, reference, std)
+        return penalty, self.kl_metrics(batch, mean.detach(), reference, std)
+
+    def divergence(self, batch: Transitions, mean: Tensor, reference: Tensor, std: Tensor) -> Tensor:
+        """KL of transitions with means (B, C, h, w) and std (B,) to those of the reference, (B,), in nats."""
+        return diffusion.kl_divergence(mean, reference, std)
 
     def kl_metrics(self, batch: Transitions, mean: Tensor, reference: Tensor, std: Tensor) -> Metrics:
         """The KL to the reference in nats of a whole image, over the steps that explore; and the drift of the others.

@@ -56,7 +56,7 @@ _LAPTOP = Preset(
         "policy_kwargs": {"lora_rank": 16, "target_modules": "all"},
     },
     algorithms={
-        # A small denoiser costs less than decoding and judging an image: the critic would save images, but no time.
+        # Decoding and judging an image takes as long as four calls of this small denoiser, so looks are dear here.
         "dpok": {"use_critic": False},
         "ddpo": _LAPTOP_POLICY_GRADIENT | {"learning_rate": 1e-3},  # without a KL, a larger one ruins the images
         "grpo": _LAPTOP_POLICY_GRADIENT | {"kl_coef": 5e-3},

@@ -21,15 +21,15 @@ class SteeringOptions:
     n_particles: Annotated[int | None, default_hint("INT", "8")] = None
     """Particles of each image, 1 or more, usually 2 to 16. More cost as many times the denoiser calls."""
     temperature: Annotated[float | None, default_hint("FLOAT", "fk 0.1, svdd 0")] = None
-    """Of fk (above 0) and svdd (0 or more), in units of the reward. A lower one follows the reward more closely."""
+    """In units of the reward, for fk (above 0) and svdd (0 or more). A lower one follows the reward more closely."""
     resample_every: Annotated[int | None, default_hint("INT", "1")] = None
-    """Of fk and svdd: denoising steps from one choice to the next, 1 or more. Each choice costs rewards."""
+    """Denoising steps from one choice to the next, 1 or more, for fk and svdd. Each choice costs rewards."""
     potential: Annotated[Literal["difference", "max", "sum"] | None, default_hint("NAME", "difference")] = None
-    """Of fk: weigh by the rise of the value, by the best value so far, or by the sum of the values so far."""
+    """Weigh by the rise of the value, by the best value so far, or by the sum of the values so far; for fk."""
     ess_threshold: Annotated[float | None, default_hint("FLOAT", "1")] = None
-    """Of fk, in [0, 1]: choose where the effective share of the particles is below. 1 is always, 0 never."""
+    """Choose when the effective share of the particles is below this, in [0, 1]; 1 is always, 0 never. For fk."""
     choice: Annotated[Literal["best", "draw"] | None, default_hint("NAME", "best")] = None
-    """Of fk: take the best final particle, or draw one from the weights, for samples of p exp(r / temperature)."""
+    """Take the best final particle, or draw one from the weights, for samples of p exp(r / temperature); for fk."""
 
 
 def make_steering(options: SteeringOptions) -> Steering:

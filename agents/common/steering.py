@@ -191,7 +191,7 @@ UNSTEERED = BestOf(1)
 
 @dataclass(frozen=True)
 class _Resampling(Steering):
-    """What the methods that choose on the way have in common.
+    """The base of the methods that choose on the way.
 
     Attributes:
         n_particles: k.
