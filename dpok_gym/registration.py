@@ -64,15 +64,15 @@ class Task(NamedTuple):
 
 #: ``python -m benchmarks.score --env ID`` measures a reference score, and ``--best-of 4`` a threshold.
 TASKS: dict[str, Task] = {
-    "DPOK-Shapes-Colour-v0": Task(_SHAPES_TASK | {"prompts": "a blue triangle"}, -4.261, -3.560),
-    "DPOK-Shapes-Count-v0": Task(_SHAPES_TASK | {"prompts": "three green squares"}, 0.276, 1.283),
-    "DPOK-Shapes-Composition-v0": Task(_SHAPES_TASK | {"prompts": "a red star and a blue square"}, -2.289, -0.719),
+    "DPOK-Shapes-Colour-v0": Task(_SHAPES_TASK | {"prompts": "a blue triangle"}, -4.261, -3.579),
+    "DPOK-Shapes-Count-v0": Task(_SHAPES_TASK | {"prompts": "three green squares"}, 0.276, 1.273),
+    "DPOK-Shapes-Composition-v0": Task(_SHAPES_TASK | {"prompts": "a red star and a blue square"}, -2.289, -0.651),
     "DPOK-Shapes-Location-v0": Task(
-        _SHAPES_TASK | {"prompts": "a blue square right of an orange circle"}, -1.881, -1.004
+        _SHAPES_TASK | {"prompts": "a blue square right of an orange circle"}, -1.881, -0.975
     ),
-    "DPOK-Shapes-Many-v0": Task(_SHAPES_TASK, -1.770, -0.721),
-    "DPOK-Mixture-TwoModes-v0": Task(_MIXTURE | {"prompts": "two modes"}, 0.560, 0.933),
-    "DPOK-Mixture-Ring-v0": Task(_MIXTURE | {"prompts": "ring of six"}, 0.408, 0.752),
+    "DPOK-Shapes-Many-v0": Task(_SHAPES_TASK, -1.770, -0.751),
+    "DPOK-Mixture-TwoModes-v0": Task(_MIXTURE | {"prompts": "two modes"}, 0.560, 0.942),
+    "DPOK-Mixture-Ring-v0": Task(_MIXTURE | {"prompts": "ring of six"}, 0.408, 0.757),
 }
 
 #: The arguments of :class:`dpok_gym.env.DenoisingEnv` that each id stands for.

@@ -36,7 +36,9 @@ class Preset:
             ValueError: if the preset is for other algorithms.
         """
         if self.only and algorithm not in self.only:
-            raise ValueError(f"this preset is for {', '.join(self.only)} only; leave it out for {algorithm}")
+            raise ValueError(
+                f"this preset is for {', '.join(self.only)} only; choose another one, or none, for {algorithm}"
+            )
         return {**self.common, **self.algorithms.get(algorithm, {})}
 
 
@@ -219,3 +221,9 @@ PRESETS: dict[str, Preset] = {
 def default_preset(env_id: str) -> str:
     """Returns the name of the preset that suits an environment."""
     return SUITABLE_PRESETS.get(env_id.rpartition(":")[2], "published-model")
+
+
+def default_algorithm(preset_name: str | None) -> str:
+    """Returns the algorithm that a preset is for; "dpok" if it is for all, or there is no such preset."""
+    preset = PRESETS.get(preset_name or "")
+    return preset.only[0] if preset and preset.only else "dpok"

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from agents.algorithms.presets import PRESETS
+from agents.algorithms.presets import PRESETS, default_algorithm
 from agents.algorithms.registry import list_algorithms, load_algorithm
 from agents.cli.arguments import (
     UsageError,
@@ -127,7 +127,8 @@ def parse(argv: Sequence[str]) -> Train:
     if resumes and first.out is not None and (first.out / FILE_NAME).is_file():
         base = Config.read(first.out)
     else:
-        base = default_config(first.env or DEFAULT_ENVIRONMENT, first.algo or "dpok", first.preset)
+        algo = first.algo or default_algorithm(first.preset)
+        base = default_config(first.env or DEFAULT_ENVIRONMENT, algo, first.preset)
     parsed: Any = parse_options(_options_class(base), "dpok train", argv)
     config = _config_of(parsed, base)
     if not resumes:

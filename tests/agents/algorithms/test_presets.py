@@ -11,7 +11,7 @@ import gymnasium
 import pytest
 
 from agents import DPOK, GRPO, PRESETS
-from agents.algorithms.presets import default_preset
+from agents.algorithms.presets import default_algorithm, default_preset
 from agents.algorithms.registry import load_algorithm
 from agents.common.arguments import describe_arguments
 from agents.common.buffer import even_sizes
@@ -74,7 +74,7 @@ def test_what_is_returned_can_be_changed() -> None:
     [("paper", "dpok"), ("official-code", "dpok"), ("ddpo", "ddpo"), ("dance-grpo", "grpo"), ("flow-grpo", "grpo")],
 )
 def test_published_settings_are_for_their_algorithm(preset: str, only: str) -> None:
-    with pytest.raises(ValueError, match=f"this preset is for {only} only; leave it out for reinforce"):
+    with pytest.raises(ValueError, match=f"this preset is for {only} only; choose another one, or none, for reinforce"):
         PRESETS[preset].algorithm_kwargs("reinforce")
 
 
@@ -124,3 +124,9 @@ def test_the_laptops_task_is_the_default_environments() -> None:
     assert len(agent.rollout_buffer) == 64
     assert agent.policy.lora is not None
     assert agent.policy.lora.rank == preset.common["policy_kwargs"]["lora_rank"]
+
+
+def test_the_algorithm_of_a_preset() -> None:
+    assert default_algorithm("dance-grpo") == "grpo"
+    assert default_algorithm("ddpo") == "ddpo"
+    assert {default_algorithm(name) for name in ("paper", "laptop", None, "no such preset")} == {"dpok"}

@@ -463,7 +463,10 @@ def test_a_run_that_trains_the_whole_denoiser(tmp_path):
         (["--algo", "rwr", "--group-size", "2"], "unknown option --group-size"),
         (["--algo", "ddpo", "--kl-coef", "0.1"], "unknown option --kl-coef"),
         (["--algo", "sft", "--clip-range", "0.1"], "unknown option --clip-range"),
-        (["--algo", "grpo", "--preset", "paper"], "this preset is for dpok only; leave it out for grpo"),
+        (
+            ["--algo", "grpo", "--preset", "paper"],
+            "this preset is for dpok only; choose another one, or none, for grpo",
+        ),
         (["--algo", "grpo", "--images-per-iteration", "24"], "cannot be split into groups of 16"),
         (["--algo", "draft", "--device", "cpu"], "the reward 'shapes-alignment' has no gradient"),
     ],
