@@ -12,7 +12,7 @@ from stable_baselines3.common.utils import explained_variance
 from torch import Tensor
 
 from agents.algorithms.policy_gradient import PolicyGradient
-from agents.common import losses
+from agents.common import distributed, losses
 from agents.common.advantages import center, generalized_advantages
 from agents.common.buffer import TrajectoryBuffer, Transitions
 from agents.common.critic import CriticKind, RewardCritic, ValueNetwork
@@ -200,7 +200,7 @@ class DPOK(PolicyGradient):
         elif self.use_critic:
             with torch.no_grad():
                 for index in range(buffer.num_inference_steps):
-                    buffer.values[:, index] = self.policy.values(buffer.state_at(index))
+                    buffer.values[:, index] = buffer.gather(self.policy.values(buffer.state_at(index)))
         # Without a critic the values are 0, and the advantage is the reward itself.
         advantages, buffer.returns = generalized_advantages(rewards, buffer.values, self.gamma, self.gae_lambda)
         if self.center_advantage:
@@ -224,21 +224,22 @@ class DPOK(PolicyGradient):
         if isinstance(self.policy.critic, RewardCritic):
             self.policy.critic.fit(buffer)
         else:
-            self._train_value_network()
+            self._train_value_network(self.policy.critic)
         if buffer.valid.any():
             values = buffer.values[buffer.valid].flatten().cpu().numpy()
             returns = buffer.returns[buffer.valid].flatten().cpu().numpy()
             self.logger.record("train/explained_variance", float(explained_variance(values, returns)))
 
-    def _train_value_network(self) -> None:
+    def _train_value_network(self, critic: ValueNetwork) -> None:
         """Passes over the rollout, with a step on || V - return ||^2 for each batch."""
         for epoch in range(self.vf_epochs):
             # After the denoiser's epochs, so that no order of batches comes twice.
             rng = make_generator(self.run_seed, Purpose.BATCHES, self.iteration, self.n_epochs + epoch)
             for batch in self.rollout_buffer.batches(self.vf_batch_size, rng):
-                loss = losses.value_loss(self.policy.values(batch.state), batch.returns).mean()
+                loss = losses.value_loss(self.policy.values(batch.state), batch.returns)
                 self.policy.optimizer.zero_grad()  # to None, so the step leaves the denoiser where it is
-                loss.backward()
+                (loss.sum() / (batch.n_of_all_ranks or len(batch))).backward()
+                distributed.sum_gradients(list(critic.parameters()))
                 self.policy.optimizer.step()
                 self.log_metrics({"value_loss": loss})
 
@@ -255,8 +256,8 @@ class DPOK(PolicyGradient):
         It falls slowly, because the KL needs many iterations to grow. A target beyond what the reward leads to is not
         reached.
         """
-        if "kl_to_reference" in self._metrics:  # no image may have had a valid reward
-            kl = torch.cat(self._metrics["kl_to_reference"]).mean().item()
+        kl = self.mean_metrics().get("kl_to_reference")
+        if kl is not None:  # no image may have had a valid reward
             self.kl_coef *= min(max((kl / target) ** 0.5, 0.9), 4 / 3)
         self.logger.record("train/kl_coef", self.kl_coef)
 

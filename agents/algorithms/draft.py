@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from agents.common.algorithm import DenoisingAlgorithm
-from agents.common.buffer import Batch, select
+from agents.common.buffer import Batch, select, split_evenly, within
 from agents.common.losses import Metrics
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
@@ -29,8 +29,8 @@ class TrajectoryEnds(Batch):
     Attributes:
         latents: (B, C, h, w) K steps before x_0.
         noise: (B, K, C, h, w) of these steps.
-        image: (B,) int64, row of the image in the rollout.
-        image_conditioning: of all images of the rollout.
+        image: (B,) int64, row of the image among those of this rank.
+        image_conditioning: of the images of this rank.
     """
 
     latents: Tensor
@@ -141,19 +141,19 @@ class DRaFT(DenoisingAlgorithm):
             return
         rng = make_generator(self.run_seed, Purpose.BATCHES, self.iteration)
         images = images[torch.from_numpy(rng.permutation(len(images))).to(images.device)]
+        for batch in split_evenly(images, self.batch_size):
+            with self.optimizer_step():
+                self.backward(self._ends(within(batch, buffer.own)).as_share_of(len(batch)))
+
+    def _ends(self, images: Tensor) -> TrajectoryEnds:
+        """Returns the last K steps of some of this rank's images, (B,) int64."""
+        buffer, noise = self.rollout_buffer, []
         # The trajectories give back the noise that they were drawn with, so the images are drawn again as they were.
-        noise = []
         for index in range(self.first_step, self.process.num_inference_steps):
             std = self.process.table.std[index].expand(len(images))
             noise.append(diffusion.recover_noise(buffer.latents[images, index + 1], buffer.means[images, index], std))
         latents = buffer.latents[images, self.first_step]
-        ends = TrajectoryEnds(latents, torch.stack(noise, dim=1), images, buffer.conditioning)
-        # No image had a valid reward: there is no gradient to follow.
-        if not len(ends):
-            return
-        for batch in ends.split_evenly(self.batch_size):
-            with self.optimizer_step():
-                self.backward(batch)
+        return TrajectoryEnds(latents, torch.stack(noise, dim=1), images, buffer.conditioning)
 
     def _is_within_budget(self, max_kl: float) -> bool:
         """Compares the KL of the iteration's images with the budget; above it, puts the weights before them back."""
@@ -185,7 +185,7 @@ class DRaFT(DenoisingAlgorithm):
                 # With a gradient too: the state depends on the steps before, and both means on the state.
                 reference, _ = self.policy.transition(step.state, reference=True)
                 kl = kl + diffusion.kl_divergence(step.mean, reference, step.std)
-        prompts = [self.rollout_buffer.prompts[image] for image in batch.image.tolist()]
+        prompts = [self.rollout_buffer.own_prompts[image] for image in batch.image.tolist()]
         images = self.process.model.decode(latents)
         # The rewards of the rollout have no gradient; here the reward is computed again, through the decoder.
         reward = self.denoising_env.reward.differentiable(images, prompts).to(latents.device)

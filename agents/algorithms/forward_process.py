@@ -17,7 +17,7 @@ from agents.common import losses
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.buffer import TrajectoryBuffer
 from agents.common.losses import Metrics
-from agents.common.matching import NoisyImages, add_noise
+from agents.common.matching import NoisyImages, add_noise, draw_noise, encode_distinct
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
 from dpok_gym.samplers import Transition
@@ -125,9 +125,11 @@ class ForwardProcess(DenoisingAlgorithm):
             rng = make_generator(self.run_seed, Purpose.FIT, self._n_updates)
             chosen = rows[torch.from_numpy(rng.integers(len(rows), size=batch_size)).to(rows.device)]
             prompts = [self.image_prompts[row] for row in chosen.tolist()]
-            batch = add_noise(self.process, self.image_latents[chosen], prompts, weights[chosen], rng)
+            step, noise = draw_noise(self.process, len(chosen), rng)
+            latents, conditioning = self.image_latents[chosen], encode_distinct(self.process, prompts)
+            batch = add_noise(self.process, latents, step, noise, weights[chosen], *conditioning)
             with self.optimizer_step():
-                self.backward(batch)
+                self.backward(batch.share())
 
     @abstractmethod
     def image_weights(self, rewards: Tensor, prompts: list[str]) -> Tensor:
@@ -171,7 +173,7 @@ class ForwardProcess(DenoisingAlgorithm):
         """Adds an iteration's images to those there are; the fit starts anew, with all of them."""
         self._n_updates_before = self._n_updates
         images = torch.nonzero(buffer.valid).flatten()
-        latents, rewards = buffer.latents[images, -1], buffer.final_rewards[images]
+        latents, rewards = buffer.gather(buffer.latents[:, -1])[images], buffer.final_rewards[images]
         if self.image_prompts:
             latents = torch.cat([self.image_latents, latents])
             rewards = torch.cat([self.image_rewards, rewards])

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from agents.common import losses
 from agents.common.algorithm import DenoisingAlgorithm
-from agents.common.buffer import number_groups
+from agents.common.buffer import number_groups, split_evenly, within
 from agents.common.losses import Metrics
 from agents.common.matching import NoisyImages, add_noise, choose_steps
 from agents.common.policy import DenoisingPolicy
@@ -91,28 +92,51 @@ class OnlineForwardProcess(DenoisingAlgorithm):
         """
         if not self.rollout_buffer.valid.any():
             return  # no image had a valid reward
-        noisy_images = self.noisy_images()
+        # Every rank has the noisy images of its own images, and its share of every batch.
+        own, noisy_images = self._own_elements(), self.noisy_images()
+        n_elements = int(self.rollout_buffer.valid.sum()) * self._steps_of_an_image
         for epoch in range(self.n_epochs):
             rng = make_generator(self.run_seed, Purpose.BATCHES, self.iteration, epoch)
-            order = torch.from_numpy(rng.permutation(len(noisy_images))).to(noisy_images.noisy.device)
-            for batch in noisy_images.take(order).split_evenly(self.batch_size):
+            order = torch.from_numpy(rng.permutation(n_elements)).to(noisy_images.noisy.device)
+            for batch in split_evenly(order, self.batch_size):
                 with self.optimizer_step():
-                    self.backward(batch)
+                    self.backward(noisy_images.take(within(batch, own)).as_share_of(len(batch)))
         assert self.policy.old is not None
         self.policy.old.follow(min(self.old_decay, self.old_decay_rate * self.iteration))
 
+    @property
+    def _steps_of_an_image(self) -> int:
+        return self.steps_per_image or self.process.num_inference_steps
+
+    def _own_elements(self) -> range:
+        """Returns which noisy images belong to this rank, among those of all valid images."""
+        buffer, per_image = self.rollout_buffer, self._steps_of_an_image
+        before, end = int(buffer.valid[: buffer.own.start].sum()), int(buffer.valid[: buffer.own.stop].sum())
+        return range(before * per_image, end * per_image)
+
     def noisy_images(self) -> NoisyImages:
-        """Returns all noisy images of the iteration: each valid image at its steps, with its advantage."""
-        buffer, n_steps = self.rollout_buffer, self.process.num_inference_steps
+        """Returns the noisy images of the iteration: each valid image at its steps, with its advantage."""
+        buffer, n_steps, per_image = self.rollout_buffer, self.process.num_inference_steps, self._steps_of_an_image
         images = torch.nonzero(buffer.valid).flatten()
         prompts = [buffer.prompts[image] for image in images.tolist()]
         advantages = self.advantages(buffer.final_rewards[images], prompts)
-        per_image = self.steps_per_image or n_steps
         rng = make_generator(self.run_seed, Purpose.FIT, self.iteration)
-        step = torch.from_numpy(choose_steps(len(images), per_image, n_steps, rng)).flatten().to(images.device)
-        rows = torch.arange(len(images), device=images.device).repeat_interleave(per_image)
-        latents, repeated = buffer.latents[images[rows], -1], [prompts[row] for row in rows.tolist()]
-        return add_noise(self.process, latents, repeated, advantages[rows], rng, step)
+        step = torch.from_numpy(choose_steps(len(images), per_image, n_steps, rng)).flatten()
+        # The numbers of all images, so that an image gets the same ones with any number of ranks.
+        noise = rng.standard_normal((len(step), *self.process.model.latent_shape), np.float32)
+        own = self._own_elements()
+        rows = torch.arange(own.start, own.stop, device=images.device) // per_image
+        index = images[rows] - buffer.own.start
+        of_own = slice(own.start, own.stop)
+        return add_noise(
+            self.process,
+            buffer.latents[index, -1],
+            step[of_own].to(images.device),
+            torch.from_numpy(noise[of_own]).to(images.device),
+            advantages[rows],
+            index,
+            buffer.conditioning,
+        )
 
     def advantages(self, rewards: Tensor, prompts: list[str]) -> Tensor:
         """clip( (r - mean) / (c std), -1, 1 ): the mean is that of the prompt's images, the std that of all.

@@ -23,6 +23,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 
 import dpok_gym  # noqa: F401  (registers the environments)
+from agents.common import distributed
 from agents.common.agent_state import get_state, set_state
 from agents.common.arguments import check_arguments, show_inherited_arguments
 from agents.common.buffer import TrajectoryBuffer
@@ -62,9 +63,9 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             1 keeps the rate. A falling rate averages out the noise of the last updates.
         warmup_fraction: share of ``learn`` in which the learning rate rises linearly from 0, in [0, 1); Adam's first
             steps have the full length, whatever the gradient is, and most of it is noise.
-        images_per_iteration: images drawn between two updates, at least 1; None for as many as there are environments.
-            More give less noise in the gradient and fewer updates.
-        n_envs: images drawn side by side, at least 1; it changes memory and speed only, unless
+        images_per_iteration: images drawn between two updates by all ranks together, at least 1; None for as many as
+            there are environments. More give less noise in the gradient and fewer updates.
+        n_envs: images that each rank draws side by side, at least 1; it changes memory and speed only, unless
             ``images_per_iteration`` is None. None for 64 if ``env`` is an id, else for as many as ``env`` has.
         batch_size: elements (transitions or images) of an optimiser step, at least 1; None for all there are. Smaller
             takes more steps in each iteration.
@@ -223,7 +224,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             )
         self.n_steps = self.process.num_inference_steps
         if self.images_per_iteration is None:
-            self.images_per_iteration = self.n_envs
+            self.images_per_iteration = self.n_envs * distributed.count()
         # Before the policy is made, which would fail with an error that does not name the nearest argument.
         check_arguments(self.policy_class, self.policy_kwargs)
         with torch.random.fork_rng():  # new weights depend on the seed alone, and change no one else's numbers
@@ -242,7 +243,11 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             )
         model = self.process.model
         self.rollout_buffer = TrajectoryBuffer(
-            self.images_per_iteration, self.process.num_inference_steps, model.latent_shape, model.device
+            self.images_per_iteration,
+            self.process.num_inference_steps,
+            model.latent_shape,
+            model.device,
+            self.group_size,
         )
 
     @property

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from agents.common.matching import NoisyImages, add_noise
+from agents.common import distributed
+from agents.common.matching import NoisyImages, add_noise, draw_noise, encode_distinct
 from agents.common.randomness import ImageNoise, Purpose, make_generator
 
 if TYPE_CHECKING:
@@ -41,19 +42,19 @@ class Anchor:
     def draw(cls, agent: DenoisingAlgorithm, n_images: int) -> Anchor:
         """Draws images for the prompts of the agent's environment, as many side by side as in a rollout."""
         process, reference = agent.process, agent.policy.reference_transition
-        parts, prompts = [], []
-        for first in range(0, n_images, agent.n_envs):
-            images = range(first, min(first + agent.n_envs, n_images))
-            generators = [make_generator(agent.run_seed, Purpose.ANCHOR, image) for image in images]
-            drawn = [agent.denoising_env.prompts.sample(generator, 1)[0] for generator in generators]
-            # The prompt of an image, its x_T and its steps' noise come from one generator, one after the other.
-            noise = ImageNoise(generators, generators, process.model.latent_shape, process.model.device)
+        generators = [make_generator(agent.run_seed, Purpose.ANCHOR, image) for image in range(n_images)]
+        # The prompt of an image, its x_T and its steps' noise come from one generator, one after the other.
+        prompts = [agent.denoising_env.prompts.sample(generator, 1)[0] for generator in generators]
+        own = distributed.share(n_images)
+        parts = [torch.zeros(0, *process.model.latent_shape, device=process.model.device)]
+        for first in range(own.start, own.stop, agent.n_envs):
+            rows = slice(first, min(first + agent.n_envs, own.stop))
+            noise = ImageNoise(generators[rows], generators[rows], process.model.latent_shape, process.model.device)
             latents = noise.initial_latents()
-            for step in process.denoise(latents, process.encode(drawn), noise, reference):
+            for step in process.denoise(latents, process.encode(prompts[rows]), noise, reference):
                 latents = step.next_latents
             parts.append(latents)
-            prompts += drawn
-        return cls(torch.cat(parts), prompts)
+        return cls(distributed.gather(torch.cat(parts), n_images), prompts)
 
     def batch(self, agent: DenoisingAlgorithm) -> NoisyImages:
         """Returns some of the images, with noise, for the agent's next optimiser step."""
@@ -61,4 +62,6 @@ class Anchor:
         rows = rng.permutation(len(self.prompts))[: agent.batch_size]
         latents = self.latents[torch.from_numpy(rows).to(self.latents.device)]
         prompts = [self.prompts[row] for row in rows]
-        return add_noise(agent.process, latents, prompts, torch.ones(len(rows), device=latents.device), rng)
+        step, noise = draw_noise(agent.process, len(rows), rng)
+        weight = torch.ones(len(rows), device=latents.device)
+        return add_noise(agent.process, latents, step, noise, weight, *encode_distinct(agent.process, prompts))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.common import distributed
 from dpok_gym.models.base import Conditioning
 from dpok_gym.samplers import DenoisingStep, State
 
@@ -34,8 +35,24 @@ def even_sizes(n: int, batch_size: int | None) -> list[int]:
     return [n // count + (number < n % count) for number in range(count)]
 
 
+def split_evenly(elements: Tensor, batch_size: int | None) -> Sequence[Tensor]:
+    """Returns elements (n,) as batches of the sizes that :func:`even_sizes` gives; none of no elements."""
+    return torch.split(elements, even_sizes(len(elements), batch_size)) if len(elements) else ()
+
+
+def within(elements: Tensor, own: range) -> Tensor:
+    """Returns those of the elements (B,) that lie in a range, numbered from its beginning."""
+    return elements[(elements >= own.start) & (elements < own.stop)] - own.start
+
+
 class Batch:
-    """Tensors with a leading axis of B; subclasses are dataclasses of them. Other fields belong to all elements."""
+    """Tensors with a leading axis of B; subclasses are dataclasses of them. Other fields belong to all elements.
+
+    Attributes:
+        n_of_all_ranks: elements of the whole batch, if this is the share of one rank; None if it is all of it.
+    """
+
+    n_of_all_ranks: int | None = None
 
     def __len__(self) -> int:
         return len(next(iter(vars(self).values())))
@@ -46,12 +63,15 @@ class Batch:
         for first in range(0, len(self), size):
             yield self.take(slice(first, first + size))
 
-    def split_evenly(self, batch_size: int | None) -> Iterator[Self]:
-        """Yields the batches of optimiser steps, of the sizes that :func:`even_sizes` gives; none of no elements."""
-        first = 0
-        for size in even_sizes(len(self), batch_size) if len(self) else ():
-            yield self.take(slice(first, first + size))
-            first += size
+    def share(self) -> Self:
+        """Returns this rank's share of a batch that all ranks have."""
+        own = distributed.share(len(self))
+        return self.take(slice(own.start, own.stop)).as_share_of(len(self))
+
+    def as_share_of(self, n: int) -> Self:
+        """Notes that this is the share of one rank in a batch of ``n`` elements; returns itself."""
+        self.n_of_all_ranks = n
+        return self
 
     def take(self, rows: slice | Tensor) -> Self:
         """Returns some of the elements."""
@@ -74,13 +94,13 @@ class Transitions(Batch):
     Attributes:
         latents: (B, C, h, w) x_t.
         step: (B,) int64, the denoising step.
-        image: (B,) int64, row of the image in the rollout.
+        image: (B,) int64, row of the image among those of this rank.
         actions: (B, C, h, w) x_{t-1}.
         old_means: (B, C, h, w) of the policy that drew the actions.
         advantages: (B,).
         returns: (B,) targets of the critic.
         weight: (B,) weight that makes the mean over a random share of the rollout estimate the mean over all of it.
-        image_conditioning: of the N images of the rollout.
+        image_conditioning: of the images of this rank.
     """
 
     latents: Tensor
@@ -105,15 +125,21 @@ class TrajectoryBuffer:
     Each latent is stored once: x_{t-1} is an action and also the next state. The means of the policy that drew the
     images are stored in place of its log-probabilities, so that log-ratios have a closed form.
 
+    With several ranks, a rank has the trajectories of its own n images only, and the numbers of all N. In a single
+    process n is N.
+
     Args:
         n_images: N.
         num_inference_steps: T.
         latent_shape: (C, h, w).
         device: where the tensors are.
+        group_size: images in a row that stay on one rank.
 
     Attributes:
-        latents: (N, T + 1, C, h, w), from x_T to x_0.
-        means: (N, T, C, h, w) of each transition.
+        own: rows of this rank's images, among the N.
+        latents: (n, T + 1, C, h, w), from x_T to x_0.
+        means: (n, T, C, h, w) of each transition.
+        conditioning: of the n prompts; encoded once, for the rollout and for its update.
         kl: (N, T) nats, KL of each transition to the reference's, for algorithms that ask for it.
         rewards: (N, T), 0 but at the last step.
         values: (N, T), the critic's values of the states.
@@ -121,15 +147,23 @@ class TrajectoryBuffer:
         returns: (N, T).
         valid: (N,) bool, whether an image has a finite reward and can be learned from.
         prompts: N texts.
-        conditioning: of the N prompts; encoded once, for the rollout and for its update.
+
+    Raises:
+        ValueError: if the images cannot be shared equally among the ranks.
     """
 
     def __init__(
-        self, n_images: int, num_inference_steps: int, latent_shape: tuple[int, ...], device: torch.device | str
+        self,
+        n_images: int,
+        num_inference_steps: int,
+        latent_shape: tuple[int, ...],
+        device: torch.device | str,
+        group_size: int = 1,
     ) -> None:
         n, t = n_images, num_inference_steps
-        self.latents = torch.zeros(n, t + 1, *latent_shape, device=device)
-        self.means = torch.zeros(n, t, *latent_shape, device=device)
+        self.own = distributed.equal_share(n, group_size)
+        self.latents = torch.zeros(len(self.own), t + 1, *latent_shape, device=device)
+        self.means = torch.zeros(len(self.own), t, *latent_shape, device=device)
         self.kl, self.rewards, self.values, self.advantages, self.returns = torch.zeros(5, n, t, device=device).unbind()
         self.valid = torch.zeros(n, dtype=torch.bool, device=device)
         self.prompts = [""] * n
@@ -143,32 +177,39 @@ class TrajectoryBuffer:
         """T."""
         return self.means.shape[1]
 
-    def begin(self, rows: slice, prompts: Sequence[str], conditioning: Conditioning) -> None:
+    @property
+    def own_prompts(self) -> list[str]:
+        """The prompts of this rank's images."""
+        return self.prompts[self.own.start : self.own.stop]
+
+    def begin(self, rows: slice, conditioning: Conditioning) -> None:
         """Starts the trajectories of some images.
 
         Args:
-            rows: which images.
-            prompts: their prompts.
-            conditioning: of these prompts.
+            rows: which of this rank's images.
+            conditioning: of their prompts.
         """
-        self.prompts[rows] = list(prompts)
         for name, values in conditioning.items():
             # The shapes are the model's; they are known with the first prompt.
             if name not in self.conditioning:
-                self.conditioning[name] = values.new_zeros(len(self), *values.shape[1:])
+                self.conditioning[name] = values.new_zeros(len(self.own), *values.shape[1:])
             self.conditioning[name][rows] = values
 
     def add(self, rows: slice, step: DenoisingStep) -> None:
-        """Stores one denoising step of these images."""
+        """Stores one denoising step of some of this rank's images."""
         self.latents[rows, step.index] = step.state.latents
         self.latents[rows, step.index + 1] = step.next_latents
         self.means[rows, step.index] = step.mean
 
-    def finish(self, rows: slice, rewards: Tensor, valid: Tensor) -> None:
-        """Stores the rewards (n,) of finished images, and whether each is valid (n,)."""
-        self.rewards[rows] = 0
-        self.rewards[rows, -1] = rewards.to(self.rewards)
-        self.valid[rows] = valid.to(self.valid.device)
+    def finish(self, rewards: Tensor, valid: Tensor) -> None:
+        """Stores the rewards (N,) of all images, and whether each is valid (N,)."""
+        self.rewards.zero_()
+        self.rewards[:, -1] = rewards.to(self.rewards)
+        self.valid[:] = valid.to(self.valid.device)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Returns what all ranks know of their images, (N, ...), from what this one knows of its own, (n, ...)."""
+        return distributed.gather(values, len(self))
 
     @property
     def final_rewards(self) -> Tensor:
@@ -176,8 +217,8 @@ class TrajectoryBuffer:
         return self.rewards[:, -1]
 
     def state_at(self, index: int) -> State:
-        """Returns the N states at a denoising step, in [0, T)."""
-        step = torch.full((len(self),), index, device=self.latents.device)
+        """Returns the states of this rank's images at a denoising step, in [0, T)."""
+        step = torch.full((len(self.own),), index, device=self.latents.device)
         return State(self.latents[:, index], step, self.conditioning)
 
     def batches(
@@ -188,6 +229,9 @@ class TrajectoryBuffer:
         step_importance: Tensor | None = None,
     ) -> Iterator[Transitions]:
         """Yields random batches of the transitions of valid images, each transition at most once.
+
+        All ranks choose the same batches. Each yields its share of every batch: the transitions of its own images,
+        which may be none.
 
         Args:
             batch_size: transitions in a batch, about, see :func:`even_sizes`; None for all in one.
@@ -205,21 +249,21 @@ class TrajectoryBuffer:
         transitions = (images[:, None] * n_steps + torch.arange(n_steps, device=device)).flatten()
         transitions = transitions[torch.from_numpy(rng.permutation(len(transitions))).to(device)]
         chosen = systematic_sample(transitions, probability[transitions % n_steps], rng.random())
-        if not len(chosen):
-            return  # splitting nothing would give one batch of nothing
-        for index in torch.split(chosen, even_sizes(len(chosen), batch_size)):
-            image, t = index // n_steps, index % n_steps
-            yield Transitions(
+        for index in split_evenly(chosen, batch_size):
+            own = within(index, range(self.own.start * n_steps, self.own.stop * n_steps))
+            image, t = own // n_steps, own % n_steps
+            batch = Transitions(
                 latents=self.latents[image, t],
                 step=t,
                 image=image,
                 actions=self.latents[image, t + 1],
                 old_means=self.means[image, t],
-                advantages=self.advantages[image, t],
-                returns=self.returns[image, t],
+                advantages=self.advantages[image + self.own.start, t],
+                returns=self.returns[image + self.own.start, t],
                 weight=fraction / probability[t],
                 image_conditioning=self.conditioning,
             )
+            yield batch.as_share_of(len(index))
 
 
 def number_groups(keys: Sequence[object]) -> Tensor:

@@ -105,7 +105,7 @@ class RewardCritic:
         self._age = torch.zeros(0, dtype=torch.int64)
         self._guesses, self._returns = torch.zeros(2, 0, n_steps).unbind()
         self._text = torch.zeros(0, process.model.text_width)
-        self._latest = torch.zeros(0, n_steps)
+        self._latest, self._latest_text = torch.zeros(0, n_steps), torch.zeros(0, process.model.text_width)
         self._regression: Regression | None = None
 
     def values(self, buffer: TrajectoryBuffer) -> Tensor:
@@ -113,16 +113,18 @@ class RewardCritic:
 
         The guesses are remembered for :meth:`fit`.
         """
-        steps = torch.zeros(len(buffer), dtype=torch.int64, device=buffer.means.device)
+        steps = torch.zeros(len(buffer.own), dtype=torch.int64, device=buffer.means.device)
         guesses = [
-            self._guess(buffer.latents[:, index], steps + index, buffer.means[:, index], buffer.prompts)
+            self._guess(buffer.latents[:, index], steps + index, buffer.means[:, index], buffer.own_prompts)
             for index in range(buffer.num_inference_steps)
         ]
-        self._latest = torch.stack(guesses, dim=1).cpu()
+        # Each rank asks for the rewards of its own images' predictions; all solve the same regression.
+        self._latest = buffer.gather(torch.stack(guesses, dim=1).cpu())
+        self._latest_text = buffer.gather(self._text_of(buffer.conditioning))
         if self._regression is None:
             mean = buffer.final_rewards[buffer.valid].mean() if buffer.valid.any() else 0.0
             return torch.zeros_like(buffer.values) + mean
-        return self._regression(self._latest, self._text_of(buffer.conditioning)).to(buffer.values)
+        return self._regression(self._latest, self._latest_text).to(buffer.values)
 
     def state_values(self, state: State, mean: Tensor, prompts: Sequence[str]) -> Tensor:
         """V of B states, (B,); 0 before the first rollout.
@@ -152,7 +154,7 @@ class RewardCritic:
         if not new:
             return
         kept = self._age < self.n_rollouts - 1
-        self._text = torch.cat([self._text[kept], self._text_of(buffer.conditioning)[valid]])
+        self._text = torch.cat([self._text[kept], self._latest_text[valid]])
         self._age = torch.cat([self._age[kept] + 1, torch.zeros(new, dtype=torch.int64)])
         self._guesses = torch.cat([self._guesses[kept], self._latest[valid]])
         self._returns = torch.cat([self._returns[kept], buffer.returns.cpu()[valid]])

@@ -53,32 +53,45 @@ class NoisyImages(Batch):
 def add_noise(
     process: DenoisingProcess,
     latents: Tensor,
-    prompts: Sequence[str],
+    step: Tensor,
+    noise: Tensor,
     weight: Tensor,
-    rng: np.random.Generator,
-    step: Tensor | None = None,
+    index: Tensor,
+    conditioning: Conditioning,
 ) -> NoisyImages:
-    """Draws x_t ~ q(x_t | x_0) of finished images.
+    """Makes x_t = signal x_0 + noise eps of finished images.
 
     Args:
         process: the denoising process, whose steps the noise is that of.
         latents: (B, C, h, w) x_0.
-        prompts: their B prompts.
+        step: (B,) int64 in [0, T), the denoising step whose noise level each image gets.
+        noise: (B, C, h, w) eps.
         weight: (B,), handed on.
-        rng: decides on the noise, and on the steps if they are not given.
-        step: (B,) int64 in [0, T); None for random ones, all equally likely.
+        index: (B,) int64, handed on, as is the conditioning.
+        conditioning: of the prompts.
     """
-    table = process.table
-    if step is None:
-        step = torch.from_numpy(rng.integers(len(table), size=len(latents))).to(latents.device)
-    noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32)).to(latents.device)
-    # The same prompt may come many times: it is encoded once, and its rows are looked up.
+    noisy = process.table.add_noise(step, latents, noise)
+    target = process.table.target(step, latents, noisy)
+    return NoisyImages(latents, noisy, step, target, weight, index, conditioning)
+
+
+def encode_distinct(process: DenoisingProcess, prompts: Sequence[str]) -> tuple[Tensor, Conditioning]:
+    """Encodes each prompt once, even if it comes many times.
+
+    Returns:
+        The row of each prompt in the conditioning, (B,) int64, and the conditioning of the distinct prompts.
+    """
     distinct = list(dict.fromkeys(prompts))
     numbers = {prompt: number for number, prompt in enumerate(distinct)}
-    index = torch.tensor([numbers[prompt] for prompt in prompts], device=latents.device)
-    noisy = table.add_noise(step, latents, noise)
-    target = table.target(step, latents, noisy)
-    return NoisyImages(latents, noisy, step, target, weight, index, process.encode(distinct))
+    index = torch.tensor([numbers[prompt] for prompt in prompts], device=process.model.device)
+    return index, process.encode(distinct)
+
+
+def draw_noise(process: DenoisingProcess, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Draws random denoising steps, all equally likely, (n,) int64, and eps ~ N(0, I), (n, C, h, w)."""
+    step = rng.integers(len(process.table), size=n)
+    noise = rng.standard_normal((n, *process.model.latent_shape), np.float32)
+    return torch.from_numpy(step).to(process.model.device), torch.from_numpy(noise).to(process.model.device)
 
 
 def choose_steps(n_images: int, per_image: int, n_steps: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:

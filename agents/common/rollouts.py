@@ -1,6 +1,6 @@
 """Draws the images of one iteration with the agent's policy, and fills the buffer with their trajectories.
 
-Letters used for shapes: N images of the iteration, n of them side by side, T denoising steps.
+Letters used for shapes: N images of the iteration, n of them on this rank, T denoising steps.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
+from agents.common import distributed
 from agents.common.buffer import TrajectoryBuffer
 from agents.common.randomness import ImageNoise, Purpose, make_generator
 from dpok_gym import diffusion
-from dpok_gym.judging import Outcome, make_info
+from dpok_gym.judging import make_info
 from dpok_gym.rewards import RewardBatch
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 def draw_rollout(agent: DenoisingAlgorithm, buffer: TrajectoryBuffer, callback: BaseCallback) -> bool:
     """Draws N images and their rewards into the buffer; logs what they are like.
 
-    Image k of the run is the same whatever n is: its prompt, x_T and noise are functions of the seed and of k.
+    Image k of the run is the same, however many are drawn side by side and by however many ranks: its prompt, x_T and
+    noise are functions of the seed and of k. The ranks meet once, at the end, to gather the rewards.
 
     Args:
         agent: its ``drawing_transition`` draws.
@@ -38,16 +40,23 @@ def draw_rollout(agent: DenoisingAlgorithm, buffer: TrajectoryBuffer, callback: 
         False if the callback ended the training; the rollout is then not complete.
     """
     started = time.perf_counter()
+    timesteps = agent.num_timesteps
+    buffer.prompts = draw_prompts(agent, range(agent.images_drawn, agent.images_drawn + len(buffer)))
     batches: list[RewardBatch] = []
-    for rows in _chunks(len(buffer), agent.n_envs):
+    for rows in _chunks(len(buffer.own), agent.n_envs):
         batch = _draw_images(agent, buffer, callback, rows)
         if batch is None:
-            return False
+            break
         batches.append(batch)
-    rewards = _join(batches)
-    if agent.reward_normalizer:
-        # All at once, so that the statistics do not depend on how many images are drawn side by side.
-        buffer.rewards[:, -1] = agent.reward_normalizer(rewards).to(buffer.rewards)
+    # One rank may have been stopped, and the others not.
+    if distributed.any_of(batch is None):
+        return False
+    agent.num_timesteps = timesteps + len(buffer) * agent.process.num_inference_steps
+    rewards = _gather(buffer, _join(batches))
+    # All at once, so that the statistics do not depend on how many images are drawn side by side.
+    total = agent.reward_normalizer(rewards) if agent.reward_normalizer else rewards.total
+    buffer.finish(total, rewards.valid)
+    _note_episodes(agent, rewards)
     seconds = time.perf_counter() - started
     agent.logger.record("rollout/images", agent.images_drawn + len(buffer))
     agent.logger.record("rollout/valid_share", buffer.valid.float().mean().item())
@@ -64,50 +73,57 @@ def _draw_images(
 ) -> RewardBatch | None:
     """Draws n images side by side; returns their rewards, or None if the callback ended the training."""
     process, policy, env = agent.process, agent.policy, agent.denoising_env
-    images = range(agent.images_drawn + rows.start, agent.images_drawn + rows.stop)
-    prompts = draw_prompts(agent, images)
+    first = agent.images_drawn + buffer.own.start
+    images, prompts = range(first + rows.start, first + rows.stop), buffer.own_prompts[rows]
     # Once for the whole episode; the update finds it in the buffer.
     conditioning = process.encode(prompts)
     noise = ImageNoise.for_training(
         agent.run_seed, images, process.model.latent_shape, process.model.device, agent.initial_noise_of(images)
     )
     latents = noise.initial_latents()
-    buffer.begin(rows, prompts, conditioning)
+    buffer.begin(rows, conditioning)
     for step in process.denoise(latents, conditioning, noise, agent.drawing_transition):
         latents = step.next_latents
         buffer.add(rows, step)
         if agent.records_reference_kl:
             reference_mean, _ = policy.reference_transition(step.state)
-            buffer.kl[rows, step.index] = diffusion.kl_divergence(step.mean, reference_mean, step.std)
-        agent.num_timesteps += len(images)
-        is_last = step.index == process.num_inference_steps - 1
-        if is_last:
+            of_all = slice(buffer.own.start + rows.start, buffer.own.start + rows.stop)
+            buffer.kl[of_all, step.index] = diffusion.kl_divergence(step.mean, reference_mean, step.std)
+        agent.num_timesteps += len(images) * distributed.count()
+        infos: list[dict[str, Any]] = [{} for _ in images]
+        rewards, dones = np.zeros(len(images), np.float32), np.zeros(len(images), bool)
+        if step.index == process.num_inference_steps - 1:
             outcome = env.judge(latents, prompts)
-            infos = _finish(agent, buffer, rows, outcome)
-        else:
-            infos = [{} for _ in images]
-        rewards, dones = buffer.rewards[rows, -1] * is_last, np.full(len(images), is_last)
+            infos = _episodes(agent, outcome.rewards, [make_info(outcome, i, text) for i, text in enumerate(prompts)])
+            rewards, dones = outcome.rewards.total.numpy(), ~dones
         # Here the LoRA is off: callbacks find the pre-trained model where they look for it.
-        callback.update_locals({"infos": infos, "rewards": rewards.cpu().numpy(), "dones": dones})
+        callback.update_locals({"infos": infos, "rewards": rewards, "dones": dones})
         if not callback.on_step():
             return None
     return outcome.rewards
 
 
-def _finish(agent: DenoisingAlgorithm, buffer: TrajectoryBuffer, rows: slice, outcome: Outcome) -> list[dict[str, Any]]:
-    """Stores the rewards of finished images; returns their infos, with SB3's ``episode`` entry."""
-    rewards = outcome.rewards
-    buffer.finish(rows, rewards.total, rewards.valid)
-    infos = [make_info(outcome, i, prompt) for i, prompt in enumerate(buffer.prompts[rows])]
+def _episodes(agent: DenoisingAlgorithm, rewards: RewardBatch, infos: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns infos of finished images with SB3's ``episode`` entry."""
+    seconds = time.time() - agent.start_time / 1e9
     for info, reward in zip(infos, rewards.total.tolist(), strict=True):
-        info["episode"] = {
-            "r": reward,
-            "l": agent.process.num_inference_steps,
-            "t": time.time() - agent.start_time / 1e9,
-        }
-    # SB3 logs the mean reward from these.
-    agent._update_info_buffer([info for info in infos if info["reward_valid"]])
+        info["episode"] = {"r": reward, "l": agent.process.num_inference_steps, "t": seconds}
     return infos
+
+
+def _note_episodes(agent: DenoisingAlgorithm, rewards: RewardBatch) -> None:
+    """Notes the images of an iteration, those of all ranks: SB3 logs the mean reward of the latest ones."""
+    infos = _episodes(agent, rewards, [{} for _ in rewards.total])
+    agent._update_info_buffer([info for info, valid in zip(infos, rewards.valid.tolist(), strict=True) if valid])
+
+
+def _gather(buffer: TrajectoryBuffer, own: RewardBatch) -> RewardBatch:
+    """Returns the rewards of all ranks' images; the KLs of the buffer become those of all images too."""
+    if distributed.count() > 1:
+        of_all = slice(buffer.own.start, buffer.own.stop)
+        buffer.kl = buffer.gather(buffer.kl[of_all])
+    components = {name: buffer.gather(values) for name, values in own.components.items()}
+    return RewardBatch(buffer.gather(own.total), components, buffer.gather(own.valid), own.weights)
 
 
 def draw_prompts(agent: DenoisingAlgorithm, images: range) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor, nn
 
-from agents.common import losses
+from agents.common import distributed, losses
 from agents.common.anchor import Anchor
 from agents.common.buffer import Batch
 from agents.common.losses import Metrics
@@ -55,8 +55,7 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
         started = time.perf_counter()
         self._update_learning_rate(self.policy.optimizer)
         yield
-        columns = {name: torch.cat(values) for name, values in self._metrics.items()}
-        self.latest_metrics = {name: values.mean().item() for name, values in columns.items() if len(values)}
+        self.latest_metrics = self.mean_metrics()
         for name, mean in self.latest_metrics.items():
             self.logger.record(f"train/{name}", mean)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -67,6 +66,18 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
         for name, values in metrics.items():
             self._metrics[name].append(values.detach().reshape(-1))
 
+    def mean_metrics(self) -> dict[str, float]:
+        """Returns the means of the metrics of this update so far, over the elements of all ranks."""
+        columns = {name: torch.cat(values) for name, values in self._metrics.items()}
+        if distributed.count() == 1:
+            return {name: values.mean().item() for name, values in columns.items() if len(values)}
+        # A rank without images in a batch lacks some names.
+        names = sorted({name for text in distributed.gather_texts("\n".join(columns)) for name in text.split("\n")})
+        own = [columns.get(name, torch.zeros(0)).double() for name in names]
+        sums = torch.tensor([[values.sum().item(), len(values)] for values in own], dtype=torch.float64)
+        sums = distributed.total(sums)
+        return {name: (value / n).item() for name, (value, n) in zip(names, sums, strict=True) if n}
+
     @contextmanager
     def optimizer_step(self) -> Iterator[None]:
         """Around the backward passes of a batch: sets gradients to zero before, clips and takes the step after."""
@@ -74,6 +85,7 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
         yield
         if self.anchor_coef:
             self._add_anchor_gradient()
+        distributed.sum_gradients(self.policy.denoiser_parameters())
         # Only the denoiser's: the critic learns by itself, and its gradients must not shrink the policy's.
         norm = nn.utils.clip_grad_norm_(self.policy.denoiser_parameters(), self.max_grad_norm)
         self.log_metrics({"grad_norm": norm})
@@ -81,7 +93,10 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
         self._n_updates += 1
 
     def backward(self, batch: Batch) -> None:
-        """Adds up the gradient of the batch's mean loss, one micro-batch at a time."""
+        """Adds up the gradient of the batch's mean loss, one micro-batch at a time.
+
+        With several ranks it is the share that this one has of the gradient; :meth:`optimizer_step` adds the shares.
+        """
 
         def attempt(micro_batch_size: int) -> list[Metrics]:
             self.policy.optimizer.zero_grad()  # again, as memory may have run out in the middle
@@ -99,7 +114,7 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
     def _add_anchor_gradient(self) -> None:
         if self._anchor is None:
             self._anchor = Anchor.draw(self, self.anchor_images)  # type: ignore[arg-type]
-        batch = self._anchor.batch(self)  # type: ignore[arg-type]
+        batch = self._anchor.batch(self).share()  # type: ignore[arg-type]
         # The algorithm's own loss has found the micro-batch that fits into memory.
         for metrics in self._add_gradient(self.anchor_loss, batch, self._micro_batches.size):
             self.log_metrics(metrics)
@@ -113,6 +128,6 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
             with self.policy.adapter_enabled():
                 loss, metrics = loss_function(part)
                 # Divided by the whole batch, so that the parts add up to the gradient of its mean.
-                (loss.sum() / len(batch)).backward()
+                (loss.sum() / (batch.n_of_all_ranks or len(batch))).backward()
             collected.append(metrics)
         return collected

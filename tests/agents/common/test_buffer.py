@@ -14,7 +14,9 @@ from agents.common.buffer import (
     inclusion_probabilities,
     number_groups,
     select,
+    split_evenly,
     systematic_sample,
+    within,
 )
 from dpok_gym.samplers import DenoisingStep, State
 from tests.support import assert_same
@@ -34,19 +36,20 @@ def add_images(buffer: TrajectoryBuffer, rows: slice, shift: int = 0) -> None:
     """Stores trajectories whose numbers tell the image n and the step t that they belong to."""
     n = torch.arange(N)[rows]
     conditioning = {"embedding": filled(n), "pooled": n[:, None].to(torch.bfloat16)}
-    buffer.begin(rows, PROMPTS[rows], conditioning)
+    buffer.begin(rows, conditioning)
     for t in range(T):
         number = 10 * n + t + shift
         state = State(filled(number), torch.full((len(n),), t), conditioning)
         buffer.add(rows, DenoisingStep(t, state, filled(-number), torch.ones(len(n)), filled(number + 1)))
-    buffer.finish(rows, REWARDS[rows], torch.ones(len(n), dtype=torch.bool))
 
 
 def full_buffer(valid: list[bool] | None = None) -> TrajectoryBuffer:
     """Returns two images from each of two chunks."""
     buffer = TrajectoryBuffer(N, T, SHAPE, "cpu")
+    buffer.prompts = list(PROMPTS)
     for rows in (slice(0, 2), slice(2, 4)):
         add_images(buffer, rows)
+    buffer.finish(REWARDS, torch.ones(N, dtype=torch.bool))
     number = 10 * torch.arange(N)[:, None] + torch.arange(T)
     buffer.advantages, buffer.returns = number / 100, number / 1000
     if valid is not None:
@@ -86,7 +89,9 @@ def test_a_new_rollout_replaces_the_old_one() -> None:
         add_images(buffer, rows, shift=5)
     expected = TrajectoryBuffer(N, T, SHAPE, "cpu")
     add_images(expected, slice(0, N), shift=5)
-    for name in ("latents", "means", "rewards", "valid", "prompts", "conditioning"):
+    for each in (buffer, expected):
+        each.finish(REWARDS, torch.tensor([True, False, True, True]))
+    for name in ("latents", "means", "rewards", "valid", "conditioning"):
         assert_same(getattr(buffer, name), getattr(expected, name), name)
 
 
@@ -252,11 +257,15 @@ def test_a_remainder_is_spread(n: int, batch_size: int | None, sizes: list[int])
 
 @pytest.mark.parametrize(("size", "sizes"), [(5, [6, 6]), (8, [6, 6]), (2, [2] * 6), (None, [12])])
 def test_split_evenly(size: int | None, sizes: list[int]) -> None:
-    (batch,) = full_buffer().batches(None, rng())
-    parts = list(batch.split_evenly(size))
+    elements = torch.arange(12)
+    parts = split_evenly(elements, size)
     assert [len(part) for part in parts] == sizes
-    assert [number for part in parts for number in numbers([part])] == numbers([batch])
-    assert list(batch.take(slice(0, 0)).split_evenly(size)) == []
+    assert torch.equal(torch.cat(list(parts)), elements)
+    assert split_evenly(elements[:0], size) == ()
+
+
+def test_within() -> None:
+    assert within(torch.tensor([5, 2, 4, 3, 7]), range(3, 6)).tolist() == [2, 1, 0]
 
 
 def test_take() -> None:

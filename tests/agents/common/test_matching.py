@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents.common.matching import add_noise, choose_steps
+from agents.common.matching import add_noise, choose_steps, draw_noise, encode_distinct
 from tests.support import assert_same, make_process
 
 T = 3
@@ -19,8 +19,8 @@ def test_noise_and_target_by_hand(tiny_sd_folder: Path) -> None:
     latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     step = torch.tensor([0, 1, 2, 0, 1])
     prompts = ["a rabbit", "the moon", "a rabbit", "a rabbit", "the moon"]
-    batch = add_noise(process, latents, prompts, torch.arange(5.0), np.random.default_rng(3), step)
-    eps = torch.from_numpy(np.random.default_rng(3).standard_normal(latents.shape, np.float32))
+    eps = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    batch = add_noise(process, latents, step, eps, torch.arange(5.0), *encode_distinct(process, prompts))
     signal, noise = process.table.signal[step], process.table.noise[step]
     expected = signal[:, None, None, None] * latents + noise[:, None, None, None] * eps
     torch.testing.assert_close(batch.noisy, expected)
@@ -32,11 +32,12 @@ def test_noise_and_target_by_hand(tiny_sd_folder: Path) -> None:
     assert torch.equal(batch.state.step, step)
 
 
-def test_steps_are_random_unless_given(tiny_sd_folder: Path) -> None:
-    process = make_process(tiny_sd_folder, T)
-    latents = torch.zeros(600, 4, 8, 8)
-    batch = add_noise(process, latents, ["a rabbit"] * 600, torch.ones(600), np.random.default_rng(0))
-    assert (batch.step.bincount(minlength=T) / 600).tolist() == pytest.approx([1 / T] * T, abs=0.06)
+def test_random_steps_and_noise(tiny_sd_folder: Path) -> None:
+    step, noise = draw_noise(make_process(tiny_sd_folder, T), 600, np.random.default_rng(0))
+    assert (step.bincount(minlength=T) / 600).tolist() == pytest.approx([1 / T] * T, abs=0.06)
+    assert noise.shape == (600, 4, 8, 8)
+    assert noise.mean().item() == pytest.approx(0, abs=0.02)
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_chosen_steps_differ() -> None:

@@ -1,0 +1,106 @@
+"""Several ranks train as one process does, and end together."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agents.common import distributed
+from tests.agents.common import ranks
+
+#: One algorithm of each kind of update, among them DPOK with either critic.
+NAMES = ["DPOK", "DPOK, critic on rewards", "DDPO-IS", "GRPO", "SFT, KL-O", "DiffusionNFT", "AWM", "DRaFT"]
+
+
+def start_ranks(n_ranks: int, *words: str) -> list[subprocess.Popen[str]]:
+    """Starts the processes as a launcher does."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(n_ranks):
+        of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks)}
+        env = os.environ | of_rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.agents.common.ranks", *words]
+        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    return processes
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_sd_folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """What one process learns."""
+    return {name: ranks.train(name, tiny_sd_folder) for name in NAMES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_ranks_learn_what_one_process_learns(
+    alone: dict[str, dict[str, torch.Tensor]], tiny_sd_folder: Path, tmp_path: Path, n_ranks: int
+) -> None:
+    """The same images, and the same weights, optimiser, critic and log, after three iterations."""
+    for process in start_ranks(n_ranks, str(tiny_sd_folder), str(tmp_path), *NAMES):
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors
+    for name in NAMES:
+        together, expected = load_file(tmp_path / f"{name}.safetensors"), alone[name]
+        assert together.keys() == expected.keys()
+        assert 0 < expected["valid"].sum() <= ranks.N
+        for key, values in expected.items():
+            # The weights move by 1e-3 in each step; the critic on rewards solves a regression of its own.
+            limit = 1e-6 if key.startswith(("lora", "old", "optimizer")) else 1e-4
+            torch.testing.assert_close(together[key], values, rtol=1e-4, atol=limit, equal_nan=True, msg=f"{name} {key}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raise", r"rank 1 ended with ZeroDivisionError: the reward is broken"),
+        ("kill", r"rank 1 has ended without a word|rank 1 has given no sign of life"),
+    ],
+)
+def test_a_rank_that_dies_ends_the_others(tiny_sd_folder: Path, tmp_path: Path, how: str, message: str) -> None:
+    started = time.monotonic()
+    processes = start_ranks(3, str(tiny_sd_folder), str(tmp_path), f"{how}: DDPO-IS")
+    for rank, process in enumerate(processes):
+        errors = process.communicate(timeout=90)[1]
+        assert process.returncode != 0
+        if rank != 1:
+            assert re.search(message, errors), errors
+    assert time.monotonic() - started < 60
+
+
+def test_a_single_process_is_all_there_is() -> None:
+    values = torch.arange(6.0)
+    assert (distributed.count(), distributed.index(), distributed.is_main()) == (1, 0, True)
+    assert distributed.share(6) == range(6)
+    assert distributed.equal_share(7, group_size=2) == range(7)  # the last group is half: that is not the ranks' matter
+    assert distributed.gather(values, 6) is values
+    assert distributed.total(values) is values
+    assert distributed.any_of(True)
+    assert not distributed.any_of(False)
+    assert distributed.gather_texts("a") == ["a"]
+    distributed.start()
+    distributed.check_equal([values])
+    distributed.stop()
+
+
+def test_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "count", lambda: 4)
+    shares = []
+    for rank in range(4):
+        monkeypatch.setattr(distributed, "index", lambda rank=rank: rank)
+        shares.append(list(distributed.share(10)))
+        assert list(distributed.equal_share(16, group_size=4)) == [4 * rank + i for i in range(4)]
+    assert sum(shares, []) == list(range(10))
+    assert {len(share) for share in shares} == {2, 3}
+    with pytest.raises(ValueError, match="16 images .* 4 ranks in groups of 3: .* multiple of 12"):
+        distributed.equal_share(16, group_size=3)
