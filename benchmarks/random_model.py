@@ -32,6 +32,11 @@ def save_random_sd15(folder: Path) -> Path:
     return folder
 
 
+def make_sd15_unet() -> UNet2DConditionModel:
+    """Makes the denoiser of Stable Diffusion 1.5 with random weights."""
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the other defaults are those of 1.5
+
+
 def _make_tokenizer() -> CLIPTokenizer:
     # Each letter once as a whole word and once as the start of one.
     starts = [f"{letter}a" for letter in string.ascii_lowercase]
@@ -56,7 +61,7 @@ def _make_pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
         ),
         text_encoder=CLIPTextModel(text_config),
         tokenizer=tokenizer,
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),  # the other defaults are those of 1.5
+        unet=make_sd15_unet(),
         scheduler=PNDMScheduler(
             beta_start=0.00085,
             beta_end=0.012,

@@ -94,13 +94,16 @@ class OnlineForwardProcess(DenoisingAlgorithm):
             return  # no image had a valid reward
         # Every rank has the noisy images of its own images, and its share of every batch.
         own, noisy_images = self._own_elements(), self.noisy_images()
-        n_elements = int(self.rollout_buffer.valid.sum()) * self._steps_of_an_image
+        image_of = torch.nonzero(self.rollout_buffer.valid).flatten().repeat_interleave(self._steps_of_an_image)
         for epoch in range(self.n_epochs):
             rng = make_generator(self.run_seed, Purpose.BATCHES, self.iteration, epoch)
-            order = torch.from_numpy(rng.permutation(n_elements)).to(noisy_images.noisy.device)
+            order = torch.from_numpy(rng.permutation(len(image_of))).to(noisy_images.noisy.device)
             for batch in split_evenly(order, self.batch_size):
                 with self.optimizer_step():
-                    self.backward(noisy_images.take(within(batch, own)).as_share_of(len(batch)))
+                    share, spare = noisy_images.take(within(batch, own)), noisy_images.take(slice(0, 1))
+                    self.backward(
+                        share.as_share_of(len(batch), self.rollout_buffer.largest_share(image_of[batch]), spare)
+                    )
         assert self.policy.old is not None
         self.policy.old.follow(min(self.old_decay, self.old_decay_rate * self.iteration))
 

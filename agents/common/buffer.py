@@ -50,9 +50,13 @@ class Batch:
 
     Attributes:
         n_of_all_ranks: elements of the whole batch, if this is the share of one rank; None if it is all of it.
+        n_of_largest_share: elements of the rank that has the most of them; None if this is all of the batch.
+        spare: a batch of one element that counts for nothing, for ranks that must compute as often as the others.
     """
 
     n_of_all_ranks: int | None = None
+    n_of_largest_share: int | None = None
+    spare: Self | None = None
 
     def __len__(self) -> int:
         return len(next(iter(vars(self).values())))
@@ -65,12 +69,12 @@ class Batch:
 
     def share(self) -> Self:
         """Returns this rank's share of a batch that all ranks have."""
-        own = distributed.share(len(self))
-        return self.take(slice(own.start, own.stop)).as_share_of(len(self))
+        own, spare = distributed.share(len(self)), self.take(slice(0, 1))
+        return self.take(slice(own.start, own.stop)).as_share_of(len(self), -(-len(self) // distributed.count()), spare)
 
-    def as_share_of(self, n: int) -> Self:
-        """Notes that this is the share of one rank in a batch of ``n`` elements; returns itself."""
-        self.n_of_all_ranks = n
+    def as_share_of(self, n: int, largest: int, spare: Self) -> Self:
+        """Notes that this is the share of one rank in a batch of ``n`` elements, and what the others have."""
+        self.n_of_all_ranks, self.n_of_largest_share, self.spare = n, largest, spare
         return self
 
     def take(self, rows: slice | Tensor) -> Self:
@@ -251,19 +255,27 @@ class TrajectoryBuffer:
         chosen = systematic_sample(transitions, probability[transitions % n_steps], rng.random())
         for index in split_evenly(chosen, batch_size):
             own = within(index, range(self.own.start * n_steps, self.own.stop * n_steps))
-            image, t = own // n_steps, own % n_steps
-            batch = Transitions(
-                latents=self.latents[image, t],
-                step=t,
-                image=image,
-                actions=self.latents[image, t + 1],
-                old_means=self.means[image, t],
-                advantages=self.advantages[image + self.own.start, t],
-                returns=self.returns[image + self.own.start, t],
-                weight=fraction / probability[t],
-                image_conditioning=self.conditioning,
-            )
-            yield batch.as_share_of(len(index))
+            largest, spare = self.largest_share(index // n_steps), self._transitions(own.new_zeros(1), probability)
+            yield self._transitions(own, fraction / probability).as_share_of(len(index), largest, spare)
+
+    def largest_share(self, images: Tensor) -> int:
+        """Returns how many of some elements the rank has that has the most, from the row of each one's image, (B,)."""
+        return int((images // len(self.own)).bincount().max())
+
+    def _transitions(self, numbers: Tensor, weight: Tensor) -> Transitions:
+        """Returns transitions of this rank: (B,) image x T + step; and the weight of each step (T,)."""
+        image, t = numbers // self.num_inference_steps, numbers % self.num_inference_steps
+        return Transitions(
+            latents=self.latents[image, t],
+            step=t,
+            image=image,
+            actions=self.latents[image, t + 1],
+            old_means=self.means[image, t],
+            advantages=self.advantages[image + self.own.start, t],
+            returns=self.returns[image + self.own.start, t],
+            weight=weight[t],
+            image_conditioning=self.conditioning,
+        )
 
 
 def number_groups(keys: Sequence[object]) -> Tensor:

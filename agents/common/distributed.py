@@ -33,6 +33,8 @@ GRACE = 20.0
 _BEAT = 2.0
 _FAILED = "dpok/failed"
 
+#: Bytes that this rank has put into exchanges so far, for benchmarks.
+bytes_given = 0
 _watch: _Watch | None = None
 
 
@@ -127,7 +129,7 @@ def gather(values: Tensor, n: int) -> Tensor:
     padded = values.new_zeros(largest, *values.shape[1:])
     padded[: len(values)] = values
     parts = [torch.empty_like(padded) for _ in range(count())]
-    _call(lambda: dist.all_gather(parts, padded))
+    _call(lambda: dist.all_gather(parts, padded), padded)
     sizes = [n * (rank + 1) // count() - n * rank // count() for rank in range(count())]
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
@@ -137,7 +139,7 @@ def total(values: Tensor) -> Tensor:
     if count() == 1:
         return values
     summed = values.clone()
-    _call(lambda: dist.all_reduce(summed))
+    _call(lambda: dist.all_reduce(summed), summed)
     return summed
 
 
@@ -202,8 +204,10 @@ def report(error: BaseException) -> None:
         _watch.report(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def _call(exchange: Callable[[], Result]) -> Result:
+def _call(exchange: Callable[[], Result], values: Tensor) -> Result:
     """Exchanges tensors; an error of the network becomes one that names the rank that has ended."""
+    global bytes_given
+    bytes_given += values.nbytes
     try:
         return exchange()
     except RuntimeError as error:

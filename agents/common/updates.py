@@ -22,6 +22,7 @@ from agents.common.buffer import Batch
 from agents.common.losses import Metrics
 from agents.common.matching import NoisyImages
 from agents.common.policy import DenoisingPolicy
+from dpok_gym.models.sharding import is_sharded
 from dpok_gym.utils.batching import BatchSize
 
 
@@ -130,4 +131,12 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
                 # Divided by the whole batch, so that the parts add up to the gradient of its mean.
                 (loss.sum() / (batch.n_of_all_ranks or len(batch))).backward()
             collected.append(metrics)
+        # The ranks call a network that is spread over them together, so all of them call it as often.
+        if is_sharded(self.policy.model.denoiser) and batch.n_of_largest_share:
+            size = micro_batch_size or batch.n_of_largest_share
+            missing = -(-batch.n_of_largest_share // size) - len(collected)
+            for _ in range(missing):
+                with self.policy.adapter_enabled():
+                    loss, _ = loss_function(batch.spare)
+                    loss.backward(torch.zeros_like(loss))
         return collected

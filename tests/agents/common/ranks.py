@@ -1,6 +1,6 @@
 """What each rank of the tests runs: short trainings, whose results rank 0 writes.
 
-    torchrun --nproc-per-node 2 -m tests.agents.common.ranks MODEL FOLDER NAME ...
+torchrun --nproc-per-node 2 -m tests.agents.common.ranks MODEL FOLDER NAME ...
 """
 
 from __future__ import annotations
