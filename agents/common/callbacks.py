@@ -31,7 +31,7 @@ class ProgressCallback(BaseCallback):
             total=self._images, initial=self._drawn(), unit=" images", disable=self._disable, dynamic_ncols=True
         )
         self._started = time.perf_counter()
-        if self._seconds:
+        if self._seconds and self.model.num_timesteps:
             # SB3 computes the seconds and the speed that it logs from these.
             self.model.start_time -= int(self._seconds * 1e9)
             self.model._num_timesteps_at_start = 0
