@@ -83,22 +83,23 @@ def locked(folder: Path) -> Iterator[None]:
         WriteError: if another process holds the folder, or it cannot be made.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = FileLock(folder / _LOCK, timeout=0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK, timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise WriteError(
-            f"another process is writing to {folder}; wait for its end, or choose another folder"
-        ) from None
-    except OSError as error:
-        raise WriteError(f"the folder {folder} cannot be written: {error.strerror}; choose another one") from error
-    try:
-        yield
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise WriteError(
+                f"another process is writing to {folder}; wait for its end, or choose another folder"
+            ) from None
+        except OSError as error:
+            raise WriteError(f"the folder {folder} cannot be written: {error.strerror}; choose another one") from error
+        try:
+            yield
+        finally:
+            (folder / _LOCK).unlink(missing_ok=True)  # before the release, or it might be the next process's
+            lock.release()
     finally:
-        (folder / _LOCK).unlink(missing_ok=True)  # before the release, or it might be the next process's
-        lock.release()
         for path in made:
-            if any(path.iterdir()):
-                break
-            path.rmdir()
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()

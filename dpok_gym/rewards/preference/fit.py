@@ -286,7 +286,10 @@ def _restore(
     path: Path, settings: dict[str, Any], network: PreferenceNetwork, optimizer: Optimizer
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Puts back what :func:`_save` wrote; returns the state and the best weights."""
-    tensors, state = load_tensors(path)
+    try:
+        tensors, state = load_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it, and the fit begins anew") from error
     if state.get("settings") != settings:
         raise ValueError(
             f"{str(path)!r} is the checkpoint of a fit with other settings, {state.get('settings')}; continue with "
