@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,11 @@ import tyro
 from agents.cli.arguments import default_hint, given, parse_options
 
 if TYPE_CHECKING:
+    from dpok_gym.rewards.preference.fit import Measured
     from dpok_gym.rewards.preference.network import PreferenceNetwork
+
+#: Files that the folder gets beside the reward.
+_CHECKPOINT, _FIGURE, _SUMMARY = "checkpoint.safetensors", "calibration.png", "fit.json"
 
 
 @dataclass
@@ -21,7 +26,7 @@ class FitReward:
 
     The folder gets the reward (config.json and model.safetensors), and its agreement with choices that are held out:
     fit.json and calibration.png. Ctrl-C keeps the best weights so far. The same command continues a fit that was
-    killed.
+    interrupted or killed.
     """
 
     choices: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
@@ -57,15 +62,44 @@ def parse(argv: Sequence[str]) -> FitReward:
 def run(options: FitReward) -> int:
     """Fits a reward to choices and measures it; returns the exit code."""
     # These load torch; the help does not need it.
-    from rich.console import Console
-
-    from agents.cli import plots
-    from agents.cli.tables import calibration_table, write_json
-    from dpok_gym.rewards.preference.data import load_comparisons
-    from dpok_gym.rewards.preference.fit import fit
+    from dpok_gym.utils.files import locked
     from dpok_gym.utils.validation import check_integer
 
     check_integer("--seed", options.seed, minimum=0)
+    with locked(options.out):
+        return 0 if _is_fitted(options.out) else _fit(options)
+
+
+def _is_fitted(folder: Path) -> bool:
+    """Returns whether the folder holds a reward that lacked its figure only, which is drawn then.
+
+    Raises:
+        FileExistsError: if the folder holds a reward.
+    """
+    from agents.cli import plots
+    from dpok_gym.rewards.preference.fit import Measured
+    from dpok_gym.rewards.preference.reward import CONFIG
+
+    # The checkpoint is removed last: a fit that still has one goes on.
+    if (folder / _CHECKPOINT).exists() or not (folder / CONFIG).exists():
+        return False
+    if (folder / _FIGURE).exists() or not (folder / _SUMMARY).exists():
+        raise FileExistsError(f"{folder} already holds a reward; choose another --out")
+    held_out = Measured(**json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))["held_out"])
+    plots.calibration(held_out, folder / _FIGURE, _title(held_out))
+    print(f"{folder} holds a reward already; its {_FIGURE} is drawn again")
+    return True
+
+
+def _fit(options: FitReward) -> int:
+    from rich.console import Console
+
+    from agents.cli import plots
+    from agents.cli.signals import exit_code
+    from agents.cli.tables import calibration_table, say, write_json
+    from dpok_gym.rewards.preference.data import load_comparisons
+    from dpok_gym.rewards.preference.fit import fit
+
     console = Console()
     network, image_size = _starting_point(options)
     comparisons = load_comparisons(options.choices, image_size)
@@ -75,7 +109,7 @@ def run(options: FitReward) -> int:
         numbers = f"loss {row['loss']:.3f}, held-out {row['held_out_loss']:.3f}, agreement {row['agreement']:.1%}"
         console.print(f"epoch {row['epoch']}: {numbers}", highlight=False)
 
-    checkpoint = options.out / "checkpoint.pt"
+    checkpoint = options.out / _CHECKPOINT
     result = fit(
         comparisons,
         network=network,
@@ -84,26 +118,32 @@ def run(options: FitReward) -> int:
         log=log,
     )
     result.reward.save(options.out)
-    checkpoint.unlink()  # last, so that an interrupted command can be repeated
     held_out = result.held_out
-    summary = {"choices": str(options.choices), "trained_on": result.trained_on, "epoch": result.epoch}
-    write_json(options.out / "fit.json", summary | {"held_out": asdict(held_out)})
-    plots.calibration(held_out, options.out / "calibration.png", f"{held_out.choices:,} choices held out")
+    plots.calibration(held_out, options.out / _FIGURE, _title(held_out))
+    summary: dict[str, Any] = {"choices": str(options.choices), "trained_on": result.trained_on, "epoch": result.epoch}
+    summary |= {"interrupted": result.interrupted is not None, "held_out": asdict(held_out)}
+    write_json(options.out / _SUMMARY, summary)
     console.print(calibration_table(held_out))
     console.print(
         f"agreement {held_out.agreement:.1%}, loss {held_out.loss:.3f} nats, expected calibration error "
         f"{held_out.calibration_error:.3f}; use it with: dpok train --reward {options.out}",
         highlight=False,
     )
-    return 130 if result.interrupted else 0  # 130 is the shells' code for Ctrl-C
+    if result.interrupted is not None:
+        say(console, "interrupted: this is the best reward so far; the same command goes on")
+        return exit_code(result.interrupted)
+    checkpoint.unlink()  # last: a fit without one is complete
+    return 0
+
+
+def _title(held_out: Measured) -> str:
+    return f"{held_out.choices:,} choices held out"
 
 
 def _starting_point(options: FitReward) -> tuple[PreferenceNetwork | None, int]:
     """Returns the network to start from, None for an untrained one, and the size of the images in pixels."""
-    from dpok_gym.rewards.preference.reward import CONFIG, PreferenceReward
+    from dpok_gym.rewards.preference.reward import PreferenceReward
 
-    if (options.out / CONFIG).exists():
-        raise FileExistsError(f"{options.out} already holds a reward; choose another --out")
     if options.start is None:
         return None, options.image_size or 64
     network = PreferenceReward.load(options.start).network

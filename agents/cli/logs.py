@@ -1,109 +1,123 @@
-"""The logs of a run: ``progress.csv`` and TensorBoard's files. A resumed run appends to the rows of its checkpoint."""
+"""The logs of a run: ``progress.csv`` and TensorBoard's files. A resumed run goes on after the rows of its checkpoint.
+
+Each checkpoint holds a copy of ``progress.csv``, from which a resumed run makes both logs anew. So no row is lost or
+doubled, whatever has happened to the files.
+"""
 
 from __future__ import annotations
 
 import csv
+import socket
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.logger import KVWriter, Logger
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-from agents.common.checkpoint import flush_to_disk
-from dpok_gym.utils.files import replacing
+from dpok_gym.utils.files import naming, replacing
 
 
 class CSVLog(KVWriter):
     """A row of ``progress.csv`` for each iteration.
 
-    A new row is appended. Any other change is written into a copy of the file, which then replaces it. So a crash
-    never loses a row.
+    A new row is appended. A new column is written into a copy of the file, which then replaces it. So a crash never
+    loses a row.
 
     Args:
-        path: the file.
-        n_rows: the rows to keep of a file that is there already; later ones are cut off.
+        path: the file. If it is there, rows are added to it.
     """
 
-    def __init__(self, path: Path, n_rows: int = 0) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._columns, rows = _read_cells(path)
-        #: Rows in the file.
-        self.n_rows = min(n_rows, len(rows))
-        if self.n_rows < n_rows:
-            warnings.warn(
-                f"{path} has {self.n_rows} of the {n_rows} rows that the run had logged; the others are lost",
-                stacklevel=2,
-            )
-        if n_rows == 0:  # a new run may log other columns
-            self._columns = []
-        if path.is_file():
-            self._replace(rows[: self.n_rows])
+        self._columns = _read_cells(path)[0]
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        """Appends a row; a new column is empty in the rows before it."""
+        """Appends a row; a new column is empty in the rows before it.
+
+        Raises:
+            WriteError: if the file cannot be written.
+        """
         values = _included(key_values, key_excluded, "csv")
         new = sorted(values.keys() - set(self._columns))
         # Not all columns are there in the first row: the first update comes after it, for example.
         if new:
             rows = _read_cells(self._path)[1]
             self._columns += new
-            self._replace(rows)
-        with open(self._path, "a", newline="", encoding="utf-8") as file:
+            _write_rows(self._path, self._columns, rows)
+        with naming(self._path), open(self._path, "a", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow([values.get(name, "") for name in self._columns])
-        self.n_rows += 1
-
-    def flush(self) -> None:
-        """Waits until the rows are on the disk."""
-        if self._path.is_file():
-            flush_to_disk(self._path)
 
     def close(self) -> None:
         """Does nothing: the file is open only while a row is written."""
 
-    def _replace(self, rows: Sequence[Sequence[str]]) -> None:
-        """Puts these rows, padded to the number of columns, in place of those in the file."""
-        with replacing(self._path) as part, open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if self._columns:
-                writer.writerow(self._columns)
-            for row in rows:
-                writer.writerow([*row, *[""] * (len(self._columns) - len(row))])
-
 
 class TensorBoardLog(KVWriter):
-    """The same rows for TensorBoard.
+    """The same rows for TensorBoard, in one file.
 
     The step of a row in TensorBoard is its number, counted from 1. The number of images would not do: it stays the same
     while a forward-process algorithm fits.
 
     Args:
-        folder: the folder of the event files.
-        n_rows: the rows to keep of those that are there already; TensorBoard drops later ones.
+        folder: the folder of the file; files of TensorBoard that are there already are removed.
+        rows: the rows that are logged already.
+
+    Attributes:
+        path: the file.
+
+    Raises:
+        WriteError: if the file cannot be written.
     """
 
-    def __init__(self, folder: Path, n_rows: int = 0) -> None:
-        purge_step = None
-        # TensorBoard hides the older rows from this step on, so that a resumed run shows no row twice.
-        if folder.is_dir() and any(folder.iterdir()):
-            purge_step = n_rows + 1
-            _wait_for_another_second(folder)
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
-        self._n_rows = n_rows
+    def __init__(self, folder: Path, rows: Sequence[Mapping[str, float]] = ()) -> None:
+        self._n_rows, now = 0, time.time()
+        self.path = folder / f"events.out.tfevents.{now:.6f}.{socket.gethostname()}"
+        with naming(self.path):
+            folder.mkdir(exist_ok=True)
+            for old in folder.glob("*tfevents*"):
+                old.unlink()
+            self._file = open(self.path, "wb")  # noqa: SIM115 (open until close())
+            self._records = RecordWriter(self._file)
+        self._write(Event(file_version="brain.Event:2", source_metadata=SourceMetadata(writer="dpok")), now)
+        # A TensorBoard that is running forgets the points that it has read.
+        self._write(Event(session_log=SessionLog(status=SessionLog.START), step=1), now)
+        seconds = [row.get("time/time_elapsed", 0.0) for row in rows]
+        for row, elapsed in zip(rows, seconds, strict=True):
+            self._add(row, now - seconds[-1] + elapsed)
+        self._flush()
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        """Adds the row's numbers."""
-        self._n_rows += 1
-        for name, value in _included(key_values, key_excluded, "tensorboard").items():
-            if not isinstance(value, str):
-                self._writer.add_scalar(name, value, self._n_rows)
-        self._writer.flush()  # a killed run shows its last row too
+        """Adds the row's numbers.
+
+        Raises:
+            WriteError: if the file cannot be written.
+        """
+        # What progress.csv has and no more, since the file is made from it when the run is resumed.
+        values = _included(key_values, key_excluded, "csv")
+        self._add({name: value for name, value in values.items() if not isinstance(value, str)}, time.time())
+        self._flush()  # a killed run shows its last row too
 
     def close(self) -> None:
         """Ends the file."""
-        self._writer.close()
+        with naming(self.path):
+            self._file.close()
+
+    def _add(self, row: Mapping[str, float], wall_time: float) -> None:
+        self._n_rows += 1
+        scalars = [Summary.Value(tag=name, simple_value=float(value)) for name, value in row.items()]
+        self._write(Event(summary=Summary(value=scalars), step=self._n_rows), wall_time)
+
+    def _write(self, event: Event, wall_time: float) -> None:
+        event.wall_time = wall_time
+        with naming(self.path):
+            self._records.write(event.SerializeToString())
+
+    def _flush(self) -> None:
+        with naming(self.path):
+            self._records.flush()
 
 
 def make_logger(folder: Path, csv_log: CSVLog, tensorboard_log: TensorBoardLog) -> Logger:
@@ -121,15 +135,14 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
     return log
 
 
-def _wait_for_another_second(folder: Path) -> None:
-    """Waits if the newest event file was made in this second.
-
-    The name of an event file has the second in which it was made. TensorBoard reads the files in the order of their
-    names, and must read the new one last.
-    """
-    made = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
-    if str(int(time.time())) in made:
-        time.sleep(1)
+def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Puts these rows, padded to the number of columns, in place of those in the file."""
+    with replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if columns:
+            writer.writerow(columns)
+        for row in rows:
+            writer.writerow([*row, *[""] * (len(columns) - len(row))])
 
 
 def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:

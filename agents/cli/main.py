@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from agents.cli.signals import SIGNALS, exit_code
+
 #: The module of each command, and its line in the help.
 COMMANDS = {
     "train": ("agents.cli.train", "Fine-tune a text-to-image model with a reward, and compare it with the original."),
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``dpok``; None for those of the process.
 
     Returns:
-        The exit code: 0, 2 after an error in the input, 130 after Ctrl-C.
+        The exit code: 0, 2 after an error in the input, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -45,11 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dpok {__version__}")
         return 0
     try:
-        command, options = parse(words)
-        return _module(command).run(options)
-    except KeyboardInterrupt:
+        with SIGNALS.installed():
+            command, options = parse(words)
+            return _module(command).run(options)
+    except KeyboardInterrupt as error:
         print("dpok: interrupted", file=sys.stderr)
-        return 130
+        return exit_code(error)
     except BrokenPipeError:  # the reader of a pipe has gone, as head does
         sys.stderr.close()
         return 0

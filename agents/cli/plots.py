@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from agents.common.evaluation import Evaluation
 from dpok_gym.rewards.preference.fit import Measured
+from dpok_gym.utils.files import replacing
 
 INK, FAINT = "#262626", "#8c8c8c"
 #: Blue, orange and (for aligned images) green of the Okabe-Ito palette, which colour-blind people can tell apart.
@@ -293,5 +294,7 @@ def _curve(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> No
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
-    figure.savefig(path, dpi=160, facecolor="white")
-    return Path(path)
+    path = Path(path)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=160, facecolor="white")
+    return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import shutil
 import zipfile
@@ -16,153 +15,209 @@ import numpy as np
 from rich.console import Console
 
 from agents.cli import plots
-from agents.cli.config import Config
+from agents.cli.config import FILE_NAME, Config
 from agents.cli.environments import EVALUATION_BATCH_SIZE, evaluation_rewards
 from agents.cli.interrupts import InterruptCallback
 from agents.cli.logs import CSVLog, TensorBoardLog, make_logger, read_log
+from agents.cli.signals import SIGNALS
 from agents.cli.tables import say, scores_of, scores_table, write_json
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.callbacks import ProgressCallback
 from agents.common.checkpoint import (
     CheckpointCallback,
     find_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     remove_later_checkpoints,
+    remove_leftovers,
     save_checkpoint,
 )
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
-from dpok_gym.utils.files import replacing
+from dpok_gym.models.lora import FILE_NAME as LORA_FILE
+from dpok_gym.utils.files import WriteError, flush_to_disk, replacing
 from dpok_gym.vector_env import DenoisingVectorEnv
 
 SUMMARY, LOG, TENSORBOARD, LORA = "summary.json", "progress.csv", "tensorboard", "lora"
-EVALUATION_BEFORE = "evaluation_before.npz"
+EVALUATION_BEFORE, LEARNING_CURVE, BEFORE_AFTER = "evaluation_before.npz", "learning_curve.png", "before_after.png"
 
 
 class Run:
-    """One training in its folder.
+    """One training in its folder, which this process has locked.
 
     Args:
-        folder: the run folder; :meth:`begin` makes it.
+        folder: the run folder.
         config: the settings.
         checkpoint: the checkpoint to resume from; None for a new training.
 
     Raises:
-        ValueError: if the run is complete already.
+        ValueError: if the run is complete already, or the checkpoint is of another environment or algorithm.
     """
 
     def __init__(self, folder: Path, config: Config, checkpoint: Path | None = None) -> None:
         self.folder, self.config, self.console = folder, config, Console()
         self.env = config.make_env(config.n_envs)
         self.agent = config.make_agent(self.env)
-        # What a checkpoint keeps of the run itself: the length of its log, and the seconds of training so far.
-        self._extra_state: dict[str, Any] = {"log_rows": 0, "seconds": 0.0}
-        self._checkpoint = checkpoint
+        self._checkpoint, seconds = checkpoint, 0.0
         if checkpoint is not None:
-            self._extra_state |= load_checkpoint(self.agent, checkpoint)
+            seconds = self._load(checkpoint)
         self.prompts = cycle_prompts(self.env.prompts.train, config.eval_images)
-        self.progress = ProgressCallback(self._total_images())
+        self.progress = ProgressCallback(self._total_images(), seconds=seconds)
         self.interrupts = InterruptCallback()
-        self.interrupted = False
         #: The command that resumes this run, for messages.
         self.resume_command = f"dpok train --resume --out {shlex.quote(str(folder))}"
-        summary = _read_summary(folder)
-        # A run that was killed between its last image and its evaluation is not complete yet.
-        is_evaluated = summary.get("pictures") == self.agent.images_drawn and not summary["interrupted"]
-        if is_evaluated and self.agent.is_done(self._total_timesteps()):
+        if self.agent.is_done(self._total_timesteps()) and self._is_evaluated():
             raise ValueError(
                 f"the run in {folder} has drawn its {self.agent.images_drawn} images; ask for more with --images"
             )
 
-    def begin(self) -> None:
-        """Makes the folder, and removes from it what is newer than the checkpoint."""
+    def _load(self, checkpoint: Path) -> float:
+        """Puts the agent into the state of a checkpoint; returns the seconds of training until then."""
+        state = load_checkpoint(self.agent, checkpoint)
+        for name in ("env", "algo"):
+            if state[name] != getattr(self.config, name):
+                raise ValueError(
+                    f"{self.folder / FILE_NAME} says {name}: {getattr(self.config, name)}, but the checkpoint "
+                    f"{checkpoint} is of {state[name]}; set it back, or train anew in another folder"
+                )
+        return state["seconds"]
+
+    def _is_evaluated(self) -> bool:
+        """Returns whether the summary, which is written last, is of this agent, and all other files are there."""
+        summary = self._read_summary()
+        if summary.get("interrupted") is not False or summary.get("pictures") != self.agent.images_drawn:
+            return False
+        names = [LOG, TENSORBOARD, EVALUATION_BEFORE, LEARNING_CURVE, BEFORE_AFTER]
+        if self.agent.policy.lora is not None:
+            names.append(f"{LORA}/{LORA_FILE}")
+        return all((self.folder / name).exists() for name in names)
+
+    def _read_summary(self) -> dict[str, Any]:
+        path = self.folder / SUMMARY
+        if not path.is_file():
+            return {}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(
-                f"the run folder {self.folder} cannot be made ({error.strerror}); choose another --out"
-            ) from error
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            say(self.console, f"{path} is damaged; it is written anew")
+            return {}
+
+    def begin(self) -> None:
+        """Writes the config, starts the logs, and removes from the folder what is newer than the checkpoint."""
         self.config.write(self.folder)
         say(self.console, f"writing to {self.folder}")
+        log = self.folder / LOG
         if self._checkpoint is None:
-            # It may be of an earlier run with other settings, which was killed before its first checkpoint.
-            (self.folder / EVALUATION_BEFORE).unlink(missing_ok=True)
+            # They may be of an earlier run with other settings, which was killed before its first checkpoint.
+            for name in (EVALUATION_BEFORE, LOG):
+                (self.folder / name).unlink(missing_ok=True)
         else:
             say(self.console, f"resuming from {self._checkpoint}, with {self.agent.images_drawn} images drawn")
+            if (self._checkpoint / LOG).is_file():
+                with replacing(log) as part:
+                    shutil.copyfile(self._checkpoint / LOG, part)
+        remove_leftovers(self.folder)
         remove_later_checkpoints(self.folder, self.agent)
-        n_rows = self._extra_state["log_rows"]
-        self._csv = CSVLog(self.folder / LOG, n_rows)
-        self._tensorboard = TensorBoardLog(self.folder / TENSORBOARD, n_rows)
+        if self._checkpoint is not None:  # which may be in another folder
+            save_checkpoint(self.agent, self.folder, self._state(), extra_files=[log])
+        self._csv = CSVLog(log)
+        self._tensorboard = TensorBoardLog(self.folder / TENSORBOARD, read_log(log))
 
-    def evaluate_before(self, n_images: int | None = None) -> Evaluation:
-        """Evaluates the pre-trained model; reads the evaluation instead if the run folder has it.
-
-        Args:
-            n_images: number of images, the first ones of the evaluation; None for all.
-        """
-        n_images = n_images or len(self.prompts)
+    def evaluate_before(self) -> Evaluation:
+        """Evaluates the pre-trained model; reads the evaluation instead if the run folder has it."""
         path = self.folder / EVALUATION_BEFORE
         if path.is_file():
-            known = load_evaluation(path)
-            # --eval-images may have changed since.
-            if known.prompts == self.prompts:
-                return known[:n_images]
-        evaluation = self._evaluate(n_images, "pre-trained")
-        if n_images == len(self.prompts):  # only a whole evaluation is worth keeping
-            save_evaluation(evaluation, path)
+            try:
+                known = load_evaluation(path)
+                # --eval-images may have changed since.
+                if known.prompts == self.prompts:
+                    return known
+            except ValueError as error:
+                say(self.console, f"{error}; the pre-trained model is evaluated again")
+        evaluation = self._evaluate("pre-trained")
+        save_evaluation(evaluation, path)
         return evaluation
 
-    def evaluate_after(self, n_images: int | None = None) -> Evaluation:
-        """Evaluates the fine-tuned model; see :meth:`evaluate_before`."""
-        return self._evaluate(n_images or len(self.prompts), "fine-tuned")
+    def evaluate_after(self) -> Evaluation:
+        """Evaluates the fine-tuned model."""
+        return self._evaluate("fine-tuned")
 
-    def _evaluate(self, n_images: int, model: str) -> Evaluation:
-        say(self.console, f"drawing {n_images} images with the {model} model")
+    def _evaluate(self, model: str) -> Evaluation:
+        say(self.console, f"drawing {len(self.prompts)} images with the {model} model")
         # An environment of its own: it also computes the judge's rewards, which training may not have.
         reward = evaluation_rewards(self.env.world, self.config.env_kwargs["reward"])
-        env = self.config.make_env(min(n_images, EVALUATION_BATCH_SIZE), reward=reward)
-        prompts, seed = self.prompts[:n_images], self.config.evaluation_seed
-        return evaluate(self.agent.policy, env, prompts, seed, reference=model == "pre-trained")
+        env = self.config.make_env(min(len(self.prompts), EVALUATION_BATCH_SIZE), reward=reward)
+        return evaluate(
+            self.agent.policy, env, self.prompts, self.config.evaluation_seed, reference=model == "pre-trained"
+        )
 
     def learn(self) -> None:
         """Trains until all images are drawn and learned from."""
-        steps, total = self.config.checkpointing_steps, self._total_timesteps()
-        save = CheckpointCallback(self.folder, steps, self.config.checkpoints_total_limit, self._state)
+        config, total = self.config, self._total_timesteps()
+        save = CheckpointCallback(
+            self.folder,
+            config.checkpointing_steps,
+            config.checkpoints_total_limit,
+            self._state,
+            [self.folder / LOG],
+        )
         self.agent.set_logger(make_logger(self.folder, self._csv, self._tensorboard))
-        with self.interrupts:
-            # The checkpoint callback comes before the interrupts: Ctrl-C must not cost a checkpoint that is due.
+        try:
+            # The checkpoint callback comes before the interrupts: a signal must not cost a checkpoint that is due.
             # learn() counts the steps of this call; num_timesteps those of the whole run.
             self.agent.learn(
                 max(total - self.agent.num_timesteps, 0),
                 [self.progress, save, self.interrupts],
                 reset_num_timesteps=not self.agent.num_timesteps,
             )
+        finally:
+            SIGNALS.deferred = False
 
     def save(self) -> None:
-        """Saves a checkpoint, the LoRA, the learning curve, and a summary without evaluations."""
+        """Saves a checkpoint."""
         self.progress.close()
-        save_checkpoint(self.agent, self.folder, self._state(), self.config.checkpoints_total_limit)
-        if self.agent.policy.lora is not None:
-            # Written beside its place and then moved, so that the folder never has half a LoRA.
-            part = self.folder / f"{LORA}.part"
-            written = self.agent.save_lora(part)
-            (self.folder / LORA).mkdir(exist_ok=True)
-            os.replace(written, self.folder / LORA / written.name)
-            shutil.rmtree(part)
-        self._write_summary(None, None)
-        plots.learning_curve(read_log(self.folder / LOG), self.folder / "learning_curve.png", self._title)
+        limit = self.config.checkpoints_total_limit
+        save_checkpoint(self.agent, self.folder, self._state(), limit, [self.folder / LOG])
 
-    def report(self, before: Evaluation, after: Evaluation) -> None:
-        """Writes the summary and the images before and after, and prints a table."""
-        summary = self._write_summary(before, after)
-        labels = ("pre-trained", f"{self.config.algo.upper()},\n{self.agent.images_drawn:,} images")
-        plots.before_after(before, after, self.folder / "before_after.png", self._title, labels)
-        table = scores_table(f"{self._title} (means of {len(before)} images)", summary)
-        table.add_section()
-        table.add_row("images drawn in training", "", f"{self.agent.images_drawn:,}")
-        table.add_row("seconds of training", "", f"{summary['seconds']:,}")
-        self.console.print(table)
-        if self.interrupted:
-            say(self.console, f"interrupted; resume with: {self.resume_command}")
+    def keep(self) -> str:
+        """Saves what was learned when the training cannot go on; returns a line that says what was kept.
+
+        Nothing is evaluated: the reward may be the reason why the training cannot go on.
+        """
+        if self.is_sound:
+            try:
+                self.save()
+                self.write_results()
+                return f"the run is saved, resume with: {self.resume_command}"
+            except WriteError as error:  # a full disk, for example
+                say(self.console, f"the run could not be saved: {error}")
+        checkpoints = list_checkpoints(self.folder)
+        kept = f"{checkpoints[-1]} is kept" if checkpoints else "there is no checkpoint yet"
+        return f"{kept}, resume with: {self.resume_command}"
+
+    def write_results(self, before: Evaluation | None = None, after: Evaluation | None = None) -> None:
+        """Writes the LoRA, the figures and the summary, and prints a table.
+
+        Args:
+            before: the evaluation of the pre-trained model; None if the run has not come to its end.
+            after: that of the fine-tuned model.
+        """
+        if self.agent.policy.lora is not None:
+            self.agent.save_lora(self.folder / LORA)
+        plots.learning_curve(read_log(self.folder / LOG), self.folder / LEARNING_CURVE, self._title)
+        if before and after:
+            labels = ("pre-trained", f"{self.config.algo.upper()},\n{self.agent.images_drawn:,} images")
+            plots.before_after(before, after, self.folder / BEFORE_AFTER, self._title, labels)
+        for path in (self.folder / LOG, self._tensorboard.path):
+            if path.is_file():
+                flush_to_disk(path)
+        summary = self._summarise(before, after)
+        write_json(self.folder / SUMMARY, summary)  # last: a run that has it is complete
+        if after:
+            table = scores_table(f"{self._title} (means of {len(after)} images)", summary)
+            table.add_section()
+            table.add_row("images drawn in training", "", f"{self.agent.images_drawn:,}")
+            table.add_row("seconds of training", "", f"{summary['seconds']:,}")
+            self.console.print(table)
 
     @property
     def is_sound(self) -> bool:
@@ -189,21 +244,14 @@ class Run:
         return self.config.images * self.env.process.num_inference_steps
 
     def _state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps of the run beside the agent."""
-        # The rows must be on the disk before a checkpoint says that they are.
-        self._csv.flush()
-        return {"log_rows": self._csv.n_rows, "seconds": self._seconds}
-
-    @property
-    def _seconds(self) -> float:
-        # Those before the checkpoint, and those of this process.
-        return self._extra_state["seconds"] + self.progress.seconds_so_far
+        """Returns what a checkpoint keeps of the run beside the agent and the log."""
+        return {"env": self.config.env, "algo": self.config.algo, "seconds": self.progress.seconds}
 
     @property
     def _title(self) -> str:
         return f"{self.config.algo.upper()} on {self.config.env}, seed {self.config.seed}"
 
-    def _write_summary(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+    def _summarise(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
         config, prompts = self.config, self.env.prompts
         summary = {
             "env": config.env,
@@ -213,13 +261,11 @@ class Run:
             "model": config.env_kwargs["model"],
             "seed": config.seed,
             "pictures": self.agent.images_drawn,
-            "seconds": round(self._seconds, 1),
-            "interrupted": self.interrupted or after is None,
+            "seconds": round(self.progress.seconds, 1),
+            "interrupted": after is None,
         }
         # A summary without evaluations has None for every score, so its keys are always the same.
-        summary |= scores_of(before, after)
-        write_json(self.folder / SUMMARY, summary)
-        return summary
+        return summary | scores_of(before, after)
 
 
 def load_run(folder: str | Path, device: str = "auto", model: str | Path | None = None) -> DenoisingAlgorithm:
@@ -271,9 +317,7 @@ def load_evaluation(path: Path) -> Evaluation:
     try:
         return _read_evaluation(path)
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path} is damaged; remove it, and the pre-trained model is evaluated again when the run is resumed"
-        ) from error
+        raise ValueError(f"{path} is damaged") from error
 
 
 def _read_evaluation(path: Path) -> Evaluation:
@@ -291,8 +335,3 @@ def _read_evaluation(path: Path) -> Evaluation:
             alignment_reward=alignment,
             quality_reward=quality,
         )
-
-
-def _read_summary(folder: Path) -> dict[str, Any]:
-    path = folder / SUMMARY
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from agents.common.evaluation import Evaluation
 from dpok_gym.rewards.preference.fit import Measured
-from dpok_gym.utils.files import replacing
+from dpok_gym.utils.files import write_text
 
 
 def scores_of(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
@@ -81,5 +81,4 @@ def say(console: Console, text: str) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file that is whole or not there."""
-    with replacing(path) as file:
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -26,15 +26,14 @@ from agents.cli.arguments import (
 )
 from agents.cli.config import FILE_NAME, Config, default_config, describe_settings, find_paths
 from agents.cli.environments import environment_class
-from agents.cli.run_folder import Run
+from agents.cli.run_folder import SUMMARY, Run
+from agents.cli.signals import exit_code
 from agents.cli.tables import say
 from agents.common.arguments import describe_arguments
 from agents.common.checkpoint import find_checkpoint, list_checkpoints
 from agents.common.policy import DenoisingPolicy
 from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
-
-#: Images of each evaluation of a run that was interrupted.
-_FEW_IMAGES = 16
+from dpok_gym.utils.files import locked
 
 #: Options that may change when a run is resumed.
 _CHANGEABLE = ("images", "device", "checkpointing_steps", "checkpoints_total_limit")
@@ -141,51 +140,47 @@ def parse(argv: Sequence[str]) -> Train:
 
 def run(options: Train) -> int:
     """Trains, evaluates before and after, and writes the run folder; returns the exit code."""
-    run = _prepare(options)
-    run.begin()
-    try:
-        # The pre-trained model comes first: if its evaluation fails, no training is lost.
-        before = run.evaluate_before()
-        run.learn()
-        run.save()
-        after = run.evaluate_after()
-    except KeyboardInterrupt:
-        run.interrupted = True
-        if run.interrupts.updating:
-            say(run.console, f"interrupted in an update, which is lost; resume with: {run.resume_command}")
-            return 130
-        say(run.console, "interrupted: saving the run (Ctrl-C again leaves at once)")
-        # What was learned is saved first, in case of a second Ctrl-C.
-        run.save()
-        n_images = min(_FEW_IMAGES, run.config.eval_images)
-        before, after = run.evaluate_before(n_images), run.evaluate_after(n_images)
-    except Exception:
-        # A reward's server that cannot be reached any more, for example. What was learned until then is kept.
-        run.interrupted = True
-        if run.is_sound:
+    folder = options.out or _new_folder(options.config)
+    if options.resume_from is not None:
+        Config.read(folder)  # raises an error if this is no run folder
+    with locked(folder):
+        run = _prepare(folder, options)
+        run.begin()
+        try:
+            # The pre-trained model comes first: if its evaluation fails, no training is lost.
+            before = run.evaluate_before()
+            run.learn()
             run.save()
-            say(run.console, f"stopped by an error; the run is saved, resume with: {run.resume_command}")
-        raise
-    finally:
-        run.close()
-    run.report(before, after)
-    return 130 if run.interrupted else 0
+            run.write_results(before, run.evaluate_after())
+        except KeyboardInterrupt as error:
+            say(run.console, "interrupted: saving the run (a second signal leaves at once)")
+            say(run.console, f"interrupted: {run.keep()}")
+            return exit_code(error)
+        except Exception:
+            # A reward's server that cannot be reached any more, for example. What was learned until then is kept.
+            say(run.console, f"stopped by an error: {run.keep()}")
+            raise
+        finally:
+            run.close()
+    return 0
 
 
-def _prepare(options: Train) -> Run:
+def _prepare(folder: Path, options: Train) -> Run:
     """Makes a new run, or loads the one to resume."""
-    config, folder = options.config, options.out or _new_folder(options.config)
-    if options.resume_from is None:
-        if list_checkpoints(folder):
+    config, which = options.config, options.resume_from
+    if which is None:
+        if list_checkpoints(folder) or (folder / SUMMARY).exists():
             raise FileExistsError(
                 f"{folder} already holds a run; choose another --out, or resume it: "
                 f"dpok train --resume --out {shlex.quote(str(folder))}"
             )
         return Run(folder, config)
-    Config.read(folder)  # raises an error if this is no run folder
-    if options.resume_from == "latest" and not list_checkpoints(folder):
-        return Run(folder, config)  # it was killed before the first checkpoint
-    return Run(folder, config, find_checkpoint(folder, options.resume_from))
+    if which == "latest" and not list_checkpoints(folder):
+        if (folder / SUMMARY).exists():
+            raise FileNotFoundError(f"{folder} has no checkpoint any more; train anew, in another --out")
+        print(f"{folder} has no checkpoint yet: the run begins anew")
+        return Run(folder, config)
+    return Run(folder, config, find_checkpoint(folder, which))
 
 
 def _new_folder(config: Config) -> Path:

@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from dpok_gym.samplers import SamplerConfig
+from dpok_gym.utils.tensors import flatten_optimizer, load_optimizer
 
 if TYPE_CHECKING:
     from agents.common.algorithm import DenoisingAlgorithm
@@ -61,8 +61,7 @@ def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
     SamplerConfig.from_dict(state["sampler"]).check_equal(agent.sampler_config)
     policy = agent.policy
     expected = get_state(agent)["tensors"]
-    # An optimiser that has taken no step yet has no tensors.
-    missing = sorted((expected.keys() - {"optimizer"}) - tensors.keys())
+    missing = sorted(expected.keys() - tensors.keys())
     if missing:
         raise ValueError(f"the state has no {' and no '.join(missing)}: the agent was made with other settings")
     try:
@@ -89,29 +88,3 @@ def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
     agent.ep_info_buffer = deque(recent, maxlen=agent._stats_window_size)
     agent.ep_success_buffer = deque(maxlen=agent._stats_window_size)  # SB3 makes both or none
     agent.load_algorithm_state(state["algorithm_state"])
-
-
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns the optimiser's state as tensors named ``<number of the parameter>.<name>``."""
-    flat = {}
-    for number, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            flat[f"{number}.{name}"] = torch.as_tensor(value)
-    return flat
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
-    """Puts back what :func:`flatten_optimizer` returned.
-
-    Raises:
-        ValueError: if it is of other parameters.
-    """
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in flat.items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = value.clone()  # or the step of one agent would change the other
-    n_parameters = sum(len(group["params"]) for group in optimizer.param_groups)
-    if state and max(state) >= n_parameters:
-        raise ValueError(f"the optimiser's state is of {max(state) + 1} parameters, and there are {n_parameters}")
-    # Learning rates and the like stay those of the constructor; only moments and step counts come back.
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

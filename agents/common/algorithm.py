@@ -9,6 +9,7 @@ import pathlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -310,18 +311,18 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
 
     @contextmanager
     def _whole_iteration(self) -> Iterator[None]:
-        """Around an iteration: if it does not come to its end, it counts no images and no steps.
+        """Around an iteration: if it does not come to its end, it counts no images, no steps and no rewards.
 
         They are drawn again when the agent goes on.
         """
         assert self.ep_info_buffer is not None  # learn() has made it
-        before = self.num_timesteps, self.ep_info_buffer.copy()
+        before = self.num_timesteps, self.ep_info_buffer.copy(), deepcopy(self.reward_normalizer)
         iteration = self.iteration
         try:
             yield
         finally:
             if self.iteration == iteration:
-                self.num_timesteps, self.ep_info_buffer = before
+                self.num_timesteps, self.ep_info_buffer, self.reward_normalizer = before
 
     def _finish_iteration(self, log_interval: int) -> None:
         self.iteration += 1

@@ -16,21 +16,25 @@ class ProgressCallback(BaseCallback):
     Args:
         images: number of images that the training will have drawn in the end.
         disable: True for no bar; None shows it in a terminal only.
+        seconds: seconds that the training has taken before, in another process; the log goes on from them.
     """
 
-    def __init__(self, images: int, disable: bool | None = None) -> None:
+    def __init__(self, images: int, disable: bool | None = None, seconds: float = 0.0) -> None:
         super().__init__()
         self._bar: tqdm | None = None
         self._images, self._disable = images, disable
         self._started: float | None = None
-        #: Seconds of training, known once the bar is closed.
-        self.seconds = 0.0
+        self._seconds = seconds
 
     def _on_training_start(self) -> None:
         self._bar = tqdm(
             total=self._images, initial=self._drawn(), unit=" images", disable=self._disable, dynamic_ncols=True
         )
         self._started = time.perf_counter()
+        if self._seconds and self.model.num_timesteps:
+            # SB3 computes the seconds and the speed that it logs from these.
+            self.model.start_time -= int(self._seconds * 1e9)
+            self.model._num_timesteps_at_start = 0
 
     def _on_step(self) -> bool:
         return True
@@ -52,16 +56,16 @@ class ProgressCallback(BaseCallback):
         self.close()
 
     @property
-    def seconds_so_far(self) -> float:
+    def seconds(self) -> float:
         """Seconds of training until now."""
         running = 0.0 if self._started is None else time.perf_counter() - self._started
-        return self.seconds + running
+        return self._seconds + running
 
     def close(self) -> None:
         """Ends the bar where it is, also after an interruption."""
         if self._bar is not None:
             self._bar.close()
-        self.seconds, self._started = self.seconds_so_far, None
+        self._seconds, self._started = self.seconds, None
 
     def _drawn(self) -> int:
         return self.model.num_timesteps // self.model.process.num_inference_steps  # type: ignore[attr-defined]

@@ -7,27 +7,29 @@ A checkpoint is a folder ``checkpoint-<images drawn>`` in the run folder; once a
   trained;
 - a file of tensors for every other part of the agent: ``critic``, ``old`` (weights that follow the trained ones),
   ``optimizer``, ``images`` (of algorithms that learn from a fixed set);
-- ``trainer_state.json``: the agent's counters and statistics, and what the run itself needs to resume.
+- files of the run itself, such as its log so far;
+- ``trainer_state.json``: the agent's counters and statistics, what the run itself needs to resume, and the names of the
+  other files.
 
-It is written into a folder beside it, which is renamed when all is on the disk. So a checkpoint is whole or not there.
+It is written into a folder beside it, which is renamed when all is on the disk. So a checkpoint is whole or not there,
+and one that lacks a file was damaged later.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from dpok_gym.models.lora import FILE_NAME as LORA_FILE
+from dpok_gym.utils.files import flush_to_disk, naming, replacing, write_text
+from dpok_gym.utils.tensors import load_tensors, save_tensors
 from dpok_gym.utils.validation import check_integer, suggest
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def save_checkpoint(
     run_folder: str | Path,
     extra_state: Mapping[str, Any] | None = None,
     total_limit: int | None = None,
+    extra_files: Iterable[Path] = (),
 ) -> Path:
     """Saves an agent between two iterations.
 
@@ -56,17 +59,19 @@ def save_checkpoint(
         run_folder: the folder that gets the checkpoint; it must exist.
         extra_state: JSON-able values of the run, which :func:`load_checkpoint` returns.
         total_limit: number of checkpoints to keep, at least 1; None keeps all.
+        extra_files: files of the run that are copied into the checkpoint; those that are not there are left out.
 
     Returns:
         The checkpoint's folder. If one of the same state is there already, nothing is written.
 
     Raises:
         ValueError: if the limit is below 1.
+        WriteError: if a file cannot be written; the checkpoints that there are stay.
     """
     if total_limit is not None:
         check_integer("checkpoints_total_limit", total_limit)
     run_folder = Path(run_folder)
-    _remove_leftovers(run_folder)
+    remove_leftovers(run_folder)
     saved = agent.state_dict()
     state: dict[str, Any] = saved["state"]
     images_drawn, n_fitted = _progress(agent)
@@ -74,7 +79,18 @@ def save_checkpoint(
     if n_fitted:
         folder = run_folder / f"{folder.name}-{n_fitted}"
     if not _has_state(folder, state):
-        _write(agent, saved["tensors"], {"agent": state, "run": dict(extra_state or {})}, folder)
+        part = folder.with_name(folder.name + _PART)
+        try:
+            with naming(folder):
+                part.mkdir()
+                _write(agent, saved["tensors"], {"agent": state, "run": dict(extra_state or {})}, extra_files, part)
+                if folder.is_dir():
+                    remove_checkpoint(folder)
+                part.rename(folder)
+                flush_to_disk(run_folder)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)  # it may have filled the disk
+            raise
     if total_limit is not None:
         for old in list_checkpoints(run_folder)[:-total_limit]:
             remove_checkpoint(old)
@@ -82,26 +98,24 @@ def save_checkpoint(
 
 
 def _write(
-    agent: DenoisingAlgorithm, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], folder: Path
+    agent: DenoisingAlgorithm,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: dict[str, Any],
+    extra_files: Iterable[Path],
+    folder: Path,
 ) -> None:
-    """Writes a checkpoint beside its place, and moves it there when all of it is on the disk."""
-    part = folder.with_name(folder.name + _PART)
-    part.mkdir()
+    """Writes the files of a checkpoint."""
     for group, named in tensors.items():
         if group == "lora":
-            agent.save_lora(part)
+            agent.save_lora(folder)
         else:
-            on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-            save_file(on_cpu, part / f"{group}.safetensors")
-    (part / TRAINER_STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    # A rename can reach the disk before the content does. After a power cut the checkpoint would then be empty.
-    for file in part.iterdir():
-        flush_to_disk(file)
-    flush_to_disk(part)
-    if folder.is_dir():
-        remove_checkpoint(folder)
-    part.rename(folder)
-    flush_to_disk(folder.parent)
+            save_tensors(folder / f"{group}.safetensors", named)
+    for file in extra_files:
+        if file.is_file():
+            with replacing(folder / file.name) as copy:
+                shutil.copyfile(file, copy)
+    state["files"] = sorted(file.name for file in folder.iterdir())
+    write_text(folder / TRAINER_STATE, json.dumps(state, indent=2) + "\n")
 
 
 def list_checkpoints(run_folder: str | Path) -> list[Path]:
@@ -129,7 +143,7 @@ def find_checkpoint(run_folder: str | Path, which: str | Path = "latest") -> Pat
             )
         return known[-1]
     for candidate in (Path(run_folder) / which, Path(which)):
-        if (candidate / TRAINER_STATE).is_file():
+        if candidate.is_dir():
             return candidate
     advice = suggest(str(which), [path.name for path in known]) if known else "it has none"
     raise FileNotFoundError(f"{run_folder} has no checkpoint {str(which)!r}; {advice}")
@@ -146,40 +160,40 @@ def load_checkpoint(agent: DenoisingAlgorithm, folder: str | Path) -> dict[str, 
         The ``extra_state`` that was saved with it.
 
     Raises:
-        FileNotFoundError: if the folder is no checkpoint.
-        ValueError: if a file in it is damaged.
+        FileNotFoundError: if the folder lacks a file; the message names it.
+        ValueError: if a file in it is damaged, or it is of another agent.
     """
     folder = Path(folder)
-    if not (folder / TRAINER_STATE).is_file():
-        raise FileNotFoundError(
-            f"{folder} is no checkpoint: it has no {TRAINER_STATE}; give a folder checkpoint-<images> of a run"
-        )
+    _check_files(folder, [TRAINER_STATE])
     try:
         saved = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-        state, extra_state = saved["agent"], saved["run"]
-        tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise _damaged(folder, error) from error
-    # The file has the names of diffusers, with the denoiser's prefix; the agent's state has them without it.
-    lora = tensors.pop(Path(LORA_FILE).stem, None)
-    if lora is not None:
-        prefix = agent.process.model.lora_prefix
-        tensors["lora"] = {name.removeprefix(prefix): values for name, values in lora.items()}
-    try:
+        state, extra_state, files = saved["agent"], saved["run"], saved["files"]
+        _check_files(folder, files)
+        tensors = {Path(name).stem: load_tensors(folder / name)[0] for name in files if name.endswith(".safetensors")}
+        # The file has the names of diffusers, with the denoiser's prefix; the agent's state has them without it.
+        lora = tensors.pop(Path(LORA_FILE).stem, None)
+        if lora is not None:
+            prefix = agent.process.model.lora_prefix
+            tensors["lora"] = {name.removeprefix(prefix): values for name, values in lora.items()}
         agent.load_state_dict({"tensors": tensors, "state": state})
-    except (KeyError, TypeError) as error:
-        raise _damaged(folder, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"the checkpoint {folder} cannot be loaded: {reason}; {_advice(folder)}") from error
     return extra_state
 
 
-def _damaged(folder: Path, error: Exception) -> ValueError:
-    """Returns the error for a checkpoint that cannot be read; it names the older ones."""
-    reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+def _check_files(folder: Path, names: Iterable[str]) -> None:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"the checkpoint {folder} has no {' and no '.join(missing)}; {_advice(folder)}")
+
+
+def _advice(folder: Path) -> str:
+    """Returns what to do without a checkpoint; it names the older ones."""
     older = [path.name for path in list_checkpoints(folder.parent) if path.name != folder.name]
-    advice = "there is no other one in its run, which has to begin anew"
     if older:
-        advice = f"resume from another one: --resume-from-checkpoint {' or '.join(older)}"
-    return ValueError(f"the checkpoint {folder} is damaged: {reason}; {advice}")
+        return f"resume from another one: --resume-from-checkpoint {' or '.join(older)}"
+    return "there is no other one in its run, which has to begin anew"
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -204,15 +218,6 @@ def remove_later_checkpoints(run_folder: str | Path, agent: DenoisingAlgorithm) 
             remove_checkpoint(folder)
 
 
-def flush_to_disk(path: Path) -> None:
-    """Waits until the content of a file, or the entries of a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class CheckpointCallback(BaseCallback):
     """Saves a checkpoint before an iteration begins, when nothing is half done.
 
@@ -221,6 +226,7 @@ class CheckpointCallback(BaseCallback):
         every: iterations between two checkpoints, at least 1.
         total_limit: number of checkpoints to keep, at least 1; None keeps all.
         extra_state: returns what is saved beside the agent; see :func:`save_checkpoint`.
+        extra_files: files that are copied into each checkpoint; see there.
 
     Raises:
         ValueError: if one of the numbers is below 1.
@@ -232,24 +238,25 @@ class CheckpointCallback(BaseCallback):
         every: int = 10,
         total_limit: int | None = 2,
         extra_state: Callable[[], Mapping[str, Any]] = dict,
+        extra_files: Iterable[Path] = (),
     ) -> None:
         super().__init__()
         self._folder, self._every = Path(run_folder), check_integer("checkpointing_steps", every)
         if total_limit is not None:
             check_integer("checkpoints_total_limit", total_limit)
-        self._total_limit, self._extra_state = total_limit, extra_state
+        self._total_limit, self._extra_state, self._extra_files = total_limit, extra_state, tuple(extra_files)
 
     def _on_rollout_start(self) -> None:
         agent: Any = self.model
         # At iteration 0 there is nothing to save yet.
         if agent.iteration and agent.iteration % self._every == 0:
-            save_checkpoint(agent, self._folder, self._extra_state(), self._total_limit)
+            save_checkpoint(agent, self._folder, self._extra_state(), self._total_limit, self._extra_files)
 
     def _on_step(self) -> bool:
         return True
 
 
-def _remove_leftovers(run_folder: Path) -> None:
+def remove_leftovers(run_folder: Path) -> None:
     """Removes what a killed process left half written or half removed."""
     for ending in (_PART, _OLD):
         for folder in run_folder.glob(f"checkpoint-*{ending}"):
@@ -257,7 +264,7 @@ def _remove_leftovers(run_folder: Path) -> None:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return _NAME.fullmatch(folder.name) is not None and (folder / TRAINER_STATE).is_file()
+    return _NAME.fullmatch(folder.name) is not None and folder.is_dir()
 
 
 def _progress(agent: DenoisingAlgorithm) -> tuple[int, int]:
@@ -276,7 +283,8 @@ def _has_state(folder: Path, state: Mapping[str, Any]) -> bool:
     """Returns whether a checkpoint holds the agent in this state."""
     try:
         saved = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        is_whole = all((folder / name).is_file() for name in saved["files"])
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     # As text, since nan is not equal to itself.
-    return json.dumps(saved.get("agent"), sort_keys=True) == json.dumps(state, sort_keys=True)
+    return is_whole and json.dumps(saved.get("agent"), sort_keys=True) == json.dumps(state, sort_keys=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from dpok_gym.rewards.preference.data import Comparisons
 from dpok_gym.rewards.preference.network import PreferenceConfig, PreferenceNetwork, split_words
 from dpok_gym.rewards.preference.reward import PreferenceReward
-from dpok_gym.utils.files import replacing
+from dpok_gym.utils.tensors import flatten_optimizer, load_optimizer, load_tensors, save_tensors
 from dpok_gym.utils.validation import check_integer, check_positive
 
 _WARMUP = 100  # optimiser steps
@@ -68,14 +67,14 @@ class Fit:
             with new choices may be a little lower.
         trained_on: number of choices that it learned from.
         epoch: epoch of the weights, from 1.
-        interrupted: True if Ctrl-C ended the fit early.
+        interrupted: what ended the fit early, such as Ctrl-C; None if all epochs are done.
     """
 
     reward: PreferenceReward
     held_out: Measured
     trained_on: int
     epoch: int
-    interrupted: bool
+    interrupted: KeyboardInterrupt | None
 
 
 def bradley_terry_loss(preferred: Tensor, other: Tensor) -> Tensor:
@@ -158,11 +157,13 @@ def fit(
         batch_size: choices in each optimiser step, 1 or more.
         learning_rate: the highest learning rate, above 0; usually 5e-4 to 3e-3.
         device: "auto" (a GPU if there is one), or any torch device.
-        checkpoint: file to write after each epoch, and to resume from if it exists; None for none.
+        checkpoint: safetensors file to write after each epoch, and to resume from if it exists; None for none.
         log: called after each epoch with its number, the mean training loss, and the held-out loss and agreement.
 
     Raises:
-        ValueError: if an argument is out of range, the choices cannot be split, or the checkpoint is another fit's.
+        ValueError: if an argument is out of range, the choices cannot be split, or the checkpoint is damaged or
+            another fit's.
+        WriteError: if the checkpoint cannot be written.
         KeyboardInterrupt: if Ctrl-C comes before the end of the first epoch.
     """
     check_integer("epochs", epochs)
@@ -173,48 +174,46 @@ def fit(
     start = network or make_network(train.prompts, comparisons.images.shape[-1])
     reward = PreferenceReward(copy.deepcopy(start), device)
     network = reward.network.requires_grad_(True)
-    optimizer, schedule = _make_optimizer(network, learning_rate, epochs * math.ceil(len(train) / batch_size))
-    parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    steps_per_epoch = math.ceil(len(train) / batch_size)
     settings: dict[str, Any] = {"epochs": epochs, "held_out": held_out, "seed": seed, "batch_size": batch_size}
     settings |= {"learning_rate": learning_rate, "image_size": network.config.image_size, "choices": len(train)}
     settings["content"] = _digest(network.state_dict(), train)
-    state: dict[str, Any] = {"settings": settings, "epoch": 0, "best_epoch": 0, "best_loss": math.inf, "best": {}}
+    state: dict[str, Any] = {"settings": settings, "epoch": 0, "best_epoch": 0, "best_loss": math.inf}
+    best: dict[str, Tensor] = {}
     if checkpoint is not None and checkpoint.exists():
-        state = _restore(checkpoint, settings, parts)
-    interrupted = False
+        state, best = _restore(checkpoint, settings, network, optimizer)
+    interrupted = None
     try:
         for epoch in range(state["epoch"] + 1, epochs + 1):
             # Each epoch has a generator of its own, so that a resumed fit draws the same batches.
             batches = _batches(train, batch_size, torch.Generator().manual_seed(1_000_000 * seed + epoch))
-            loss = _fit_epoch(network, batches, optimizer, schedule)
+            first = (epoch - 1) * steps_per_epoch
+            factors = [_rate_factor(first + step, epochs * steps_per_epoch) for step in range(steps_per_epoch)]
+            loss = _fit_epoch(network, batches, optimizer, [learning_rate * factor for factor in factors])
             measured = measure(log_odds(reward, test))
             state["epoch"] = epoch
             if measured.loss < state["best_loss"]:
-                weights = {name: weight.clone() for name, weight in network.state_dict().items()}
-                state |= {"best_epoch": epoch, "best_loss": measured.loss, "best": weights}
+                best = {name: weight.clone() for name, weight in network.state_dict().items()}
+                state |= {"best_epoch": epoch, "best_loss": measured.loss}
             if checkpoint is not None:
-                _save(checkpoint, state, parts)
+                _save(checkpoint, state, best, network, optimizer)
             log({"epoch": epoch, "loss": loss, "held_out_loss": measured.loss, "agreement": measured.agreement})
-    except KeyboardInterrupt:
-        if not state["best"]:
+    except KeyboardInterrupt as error:
+        if not best:
             raise
-        interrupted = True
-    if not state["best"]:
+        interrupted = error
+    if not best:
         raise ValueError("the held-out loss was not finite after any epoch; try a smaller learning rate")
     # Rounded to half precision as in the folder, so that the measured weights are the saved ones.
-    network.load_state_dict({name: weight.half().float() for name, weight in state["best"].items()})
+    network.load_state_dict({name: weight.half().float() for name, weight in best.items()})
     network.eval().requires_grad_(False)
     return Fit(reward, measure(log_odds(reward, test)), len(train), state["best_epoch"], interrupted)
 
 
-def _make_optimizer(network: nn.Module, learning_rate: float, n_steps: int) -> tuple[Optimizer, LambdaLR]:
-    """Makes AdamW, and a schedule that warms the learning rate up and then lowers it linearly to 0."""
-
-    def factor(step: int) -> float:
-        return min((step + 1) / _WARMUP, max(1 - step / n_steps, 0.0))
-
-    optimizer = torch.optim.AdamW(network.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    return optimizer, LambdaLR(optimizer, factor)
+def _rate_factor(step: int, n_steps: int) -> float:
+    """Returns the share of the highest learning rate at a step: it warms up and then falls linearly to 0."""
+    return min((step + 1) / _WARMUP, max(1 - step / n_steps, 0.0))
 
 
 def _digest(first_weights: dict[str, Tensor], choices: Comparisons) -> str:
@@ -252,39 +251,54 @@ def _scores(network: PreferenceNetwork, batch: Comparisons) -> tuple[Tensor, Ten
 
 
 def _fit_epoch(
-    network: PreferenceNetwork, batches: Iterable[Comparisons], optimizer: Optimizer, schedule: LambdaLR
+    network: PreferenceNetwork, batches: Iterable[Comparisons], optimizer: Optimizer, rates: Sequence[float]
 ) -> float:
     """Makes an optimiser step for each batch; returns the mean loss, and leaves the network in evaluation mode."""
     network.train()
-    losses = [_step(network, batch, optimizer, schedule) for batch in batches]
+    losses = [_step(network, batch, optimizer, rate) for batch, rate in zip(batches, rates, strict=True)]
     network.eval()
     return fmean(losses)
 
 
-def _step(network: PreferenceNetwork, batch: Comparisons, optimizer: Optimizer, schedule: LambdaLR) -> float:
+def _step(network: PreferenceNetwork, batch: Comparisons, optimizer: Optimizer, rate: float) -> float:
     """Makes one optimiser step, and returns the loss before it."""
     loss = bradley_terry_loss(*_scores(network, batch)).mean()
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
     optimizer.step()
-    schedule.step()
     return loss.item()
 
 
-def _restore(path: Path, settings: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if saved["settings"] != settings:
-        raise ValueError(
-            f"{str(path)!r} is the checkpoint of a fit with other settings, {saved['settings']}; continue with those, "
-            "or remove it"
-        )
-    for name, part in parts.items():
-        part.load_state_dict(saved.pop(name))
-    return saved
-
-
-def _save(path: Path, state: dict[str, Any], parts: dict[str, Any]) -> None:
+def _save(
+    path: Path, state: dict[str, Any], best: dict[str, Tensor], network: PreferenceNetwork, optimizer: Optimizer
+) -> None:
+    """Writes a checkpoint: one file, whose tensors are named ``<group>/<name>``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        torch.save(state | {name: part.state_dict() for name, part in parts.items()}, file)
+    groups = {"best": best, "network": network.state_dict(), "optimizer": flatten_optimizer(optimizer)}
+    tensors = {f"{group}/{name}": value for group, named in groups.items() for name, value in named.items()}
+    save_tensors(path, tensors, state)
+
+
+def _restore(
+    path: Path, settings: dict[str, Any], network: PreferenceNetwork, optimizer: Optimizer
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Puts back what :func:`_save` wrote; returns the state and the best weights."""
+    try:
+        tensors, state = load_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it, and the fit begins anew") from error
+    if state.get("settings") != settings:
+        raise ValueError(
+            f"{str(path)!r} is the checkpoint of a fit with other settings, {state.get('settings')}; continue with "
+            "those, or remove it"
+        )
+    groups: dict[str, dict[str, Tensor]] = {"best": {}, "network": {}, "optimizer": {}}
+    for key, value in tensors.items():
+        group, _, name = key.partition("/")
+        groups[group][name] = value
+    network.load_state_dict(groups["network"])
+    load_optimizer(optimizer, groups["optimizer"])
+    return state, groups["best"]

@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dpok_gym.rewards.networks.base import NetworkReward
 from dpok_gym.rewards.preference.network import PreferenceConfig, PreferenceNetwork, resize
+from dpok_gym.utils.files import write_text
+from dpok_gym.utils.tensors import save_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -64,9 +66,8 @@ class PreferenceReward(NetworkReward):
         """Writes a folder that :meth:`load` reads, with the weights in half precision."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps(asdict(self.network.config), indent=2) + "\n", encoding="utf-8")
-        state = {name: weights.half().contiguous().cpu() for name, weights in self.network.state_dict().items()}
-        save_file(state, folder / WEIGHTS)
+        write_text(folder / CONFIG, json.dumps(asdict(self.network.config), indent=2) + "\n")
+        save_tensors(folder / WEIGHTS, {name: weights.half() for name, weights in self.network.state_dict().items()})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], **options: Any) -> PreferenceReward:

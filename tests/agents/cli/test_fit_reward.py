@@ -11,6 +11,7 @@ from PIL import Image
 from agents.cli import plots
 from agents.cli.fit_reward import FitReward
 from agents.cli.main import main
+from benchmarks.kill import fingerprint, make_choices
 from dpok_gym.rewards import make_reward
 from dpok_gym.rewards.preference.fit import Measured, fit
 from tests.agents.cli.support import check_texts, read_summary, train
@@ -22,16 +23,7 @@ WRITTEN = {"config.json", "model.safetensors", "fit.json", "calibration.png"}
 @pytest.fixture
 def choices(tmp_path):
     """Forty choices of the brighter image of two."""
-    rng, rows = np.random.default_rng(0), []
-    for k in range(40):
-        names = [f"{k}-{side}.png" for side in "ab"]
-        levels = rng.integers(256, size=2)
-        for name, level in zip(names, levels, strict=True):
-            Image.new("RGB", (20, 16), (int(level),) * 3).save(tmp_path / name)
-        rows.append({"prompt": "a bright day", "images": names, "preferred": int(levels.argmax())})
-    path = tmp_path / "choices.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+    return make_choices(tmp_path)
 
 
 @pytest.mark.slow
@@ -85,11 +77,40 @@ def test_ctrl_c_keeps_the_best_so_far(choices, tmp_path, monkeypatch):
 
         return fit(*args, log=log_and_stop, **settings)
 
-    monkeypatch.setattr("dpok_gym.rewards.preference.fit.fit", interrupted)
+    out, words = tmp_path / "reward", ["fit-reward", str(choices), *QUICK]
+    with monkeypatch.context() as patched:
+        patched.setattr("dpok_gym.rewards.preference.fit.fit", interrupted)
+        assert main([*words, "--out", str(out)]) == 130
+    assert {path.name for path in out.iterdir()} == WRITTEN | {"checkpoint.safetensors"}
+    fitted = json.loads((out / "fit.json").read_text())
+    assert (fitted["epoch"], fitted["interrupted"]) == (1, True)
+    make_reward(str(out))  # it can be used
+    # The same command goes on, and ends as a fit that was not interrupted.
+    assert main([*words, "--out", str(out)]) == 0
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    assert fingerprint(out) == fingerprint(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_figure_that_is_missing_is_drawn(choices, tmp_path):
     out = tmp_path / "reward"
-    assert main(["fit-reward", str(choices), "--out", str(out), *QUICK]) == 130
-    assert {path.name for path in out.iterdir()} == WRITTEN
-    assert json.loads((out / "fit.json").read_text())["epoch"] == 1
+    words = ["fit-reward", str(choices), "--out", str(out), *QUICK]
+    assert main(words) == 0
+    whole = fingerprint(out)
+    (out / "calibration.png").unlink()
+    assert main(words) == 0
+    assert fingerprint(out) == whole
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint(choices, tmp_path, capsys):
+    out = tmp_path / "reward"
+    out.mkdir()
+    (out / "checkpoint.safetensors").write_bytes(bytes(1000))
+    assert main(["fit-reward", str(choices), "--out", str(out), *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint.safetensors is damaged" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """The logs of a run: nothing is lost or doubled when a killed run is resumed."""
 
 import builtins
+import errno
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.cli.logs import CSVLog, TensorBoardLog, make_logger, read_log
+from dpok_gym.utils.files import WriteError
 
 
 def _write(log, **values):
@@ -21,30 +23,21 @@ def test_rows_are_read_back(tmp_path):
     assert rows[0] == {"a": 1.0, "b": 0.5}
     assert np.isnan(rows[1].pop("b"))
     assert rows[1] == {"c": 0.1}
-    assert log.n_rows == 2
     assert read_log(tmp_path / "nothing.csv") == []
 
 
-def test_a_log_goes_on_after_the_rows_of_a_checkpoint(tmp_path):
+def test_a_log_goes_on(tmp_path):
     path = tmp_path / "progress.csv"
-    log = CSVLog(path)
-    for k in range(4):
-        _write(log, a=k)
-    _write(log, a=4, late=1)  # the new column moves every byte after the first line
+    for k in range(3):
+        _write(CSVLog(path), a=k)
+    _write(CSVLog(path), a=3, late=7)
+    assert read_log(path) == [{"a": 0.0}, {"a": 1.0}, {"a": 2.0}, {"a": 3.0, "late": 7.0}]
     with open(path, "a") as file:
-        file.write("5,")  # the process was killed in the middle of a row
-    log = CSVLog(path, n_rows=3)
-    assert read_log(path) == [{"a": 0.0}, {"a": 1.0}, {"a": 2.0}]
-    _write(log, a=3, late=7)
-    assert read_log(path)[3] == {"a": 3.0, "late": 7.0}
-    assert log.n_rows == 4
-    log = CSVLog(path)  # from the beginning
-    assert (read_log(path), log.n_rows) == ([], 0)
-    _write(log, b=1)
-    assert read_log(path) == [{"b": 1.0}]
+        file.write("4,")  # the process was killed in the middle of a row
+    assert read_log(path)[-1] == {"a": 4.0}
 
 
-def test_the_log_is_never_empty_while_it_is_cut(tmp_path, monkeypatch):
+def test_the_log_is_never_empty_while_a_column_is_added(tmp_path, monkeypatch):
     path = tmp_path / "progress.csv"
     _write(CSVLog(path), a=1)
     opened, real = [], builtins.open
@@ -54,7 +47,7 @@ def test_the_log_is_never_empty_while_it_is_cut(tmp_path, monkeypatch):
         return real(file, mode, **kwargs)
 
     monkeypatch.setattr(builtins, "open", watch)
-    _write(CSVLog(path, 1), a=2, b=3)
+    _write(CSVLog(path), a=2, b=3)
     assert not [mode for file, mode in opened if file == str(path) and "w" in mode]
     assert (str(path), "a") in opened
     monkeypatch.undo()
@@ -75,33 +68,52 @@ def _tensorboard(folder, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [0, 2])
-def test_tensorboard_goes_on(tmp_path, kept):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_tensorboard_is_made_anew(tmp_path, kept, damaged):
+    """Whatever has happened to its files, it has the rows of the log and those that follow."""
     log = TensorBoardLog(tmp_path / "tensorboard")
     for value in (1.0, 2.0, 3.0):
         _write(log, a=value)
     log.close()
-    log = TensorBoardLog(tmp_path / "tensorboard", n_rows=kept)
+    if damaged:
+        log.path.write_bytes(bytes(log.path.stat().st_size))
+    log = TensorBoardLog(tmp_path / "tensorboard", [{"a": 1.0}, {"a": 2.0, "time/time_elapsed": 3.0}][:kept])
     for value in (30.0, 40.0):
         _write(log, a=value)
     log.close()
     before = [(1, 1.0), (2, 2.0)][:kept]
     expected = [*before, (kept + 1, 30.0), (kept + 2, 40.0)]
     assert _tensorboard(tmp_path / "tensorboard", "a") == expected
+    assert list((tmp_path / "tensorboard").iterdir()) == [log.path]
 
 
 @pytest.mark.slow
-def test_tensorboard_goes_on_in_the_same_second(tmp_path):
-    """Then the process's number would decide on the order of the files."""
-    log = TensorBoardLog(tmp_path / "tensorboard")
-    _write(log, a=1.0)
+def test_the_times_of_older_points(tmp_path):
+    log = TensorBoardLog(tmp_path, [{"a": 1.0, "time/time_elapsed": 10.0}, {"a": 2.0, "time/time_elapsed": 25.0}])
     log.close()
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    second, *rest = path.name.removeprefix("events.out.tfevents.").split(".")
-    path.rename(path.with_name(".".join(["events.out.tfevents", second, "zzz", *rest])))  # sorts last
-    log = TensorBoardLog(tmp_path / "tensorboard", n_rows=0)
-    _write(log, a=2.0)
-    log.close()
-    assert _tensorboard(tmp_path / "tensorboard", "a") == [(1, 2.0)]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    first, second = events.Scalars("a")
+    assert second.wall_time - first.wall_time == pytest.approx(15.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("make", [lambda path: CSVLog(path), lambda path: TensorBoardLog(path)])
+def test_a_full_disk(tmp_path, monkeypatch, make):
+    """The message names the file, which Python's does not."""
+    log = make(tmp_path / "log")
+    _write(log, a=1)
+
+    class Full:
+        def __getattr__(self, name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        __enter__ = __exit__ = lambda self, *args: self.write
+
+    monkeypatch.setattr("builtins.open", lambda *args, **kwargs: Full())
+    if isinstance(log, TensorBoardLog):
+        log._records._writer = Full()
+    with pytest.raises(WriteError, match=r"log.* cannot be written: No space left on device"):
+        _write(log, a=2)
 
 
 def test_the_logger_writes_both(tmp_path):

@@ -1,66 +1,55 @@
 """A killed run that is resumed ends with the same bits: weights, log and summary of an uninterrupted run."""
 
+import errno
+import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents import load_run
+from agents import load_run, register_algorithm
 from agents.cli.logs import read_log
+from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.checkpoint import find_checkpoint, list_checkpoints
-from tests.agents.cli.support import TINY, list_written, read_summary, train
+from benchmarks.kill import (
+    Case,
+    Outcome,
+    differences,
+    fingerprint,
+    in_child,
+    kill_at_operation,
+    operations_of,
+    try_kill,
+)
+from dpok_gym.utils import files
+from dpok_gym.utils.files import locked
+from dpok_gym.vector_env import DenoisingVectorEnv
+from tests.agents.cli.support import TINY, read_summary, train
 from tests.support import assert_same
 
 OPTIONS = [*TINY, "--images", "8", "--checkpointing-steps", "2", "--seed", "3", "--target-modules", "attention"]
 FIT = ["--n-gradient-steps", "5", "--log-every", "1", "--batch-size", "2"]
 
-#: Runs the command line, and kills itself without any warning at the n-th call of a function.
-KILLED = """
-import os, signal, sys
-import torch
-from agents.cli.main import main
-from agents.common import checkpoint
-from agents.common.algorithm import DenoisingAlgorithm
 
-torch.set_num_threads(1)  # as the tests have it
-place, n, words = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-owner = {"optimizer_step": DenoisingAlgorithm, "flush_to_disk": checkpoint}[place]
-function, calls = getattr(owner, place), []
+def _kill_in_update(number, *words):
+    """Trains in a child, which is killed without any warning in an update."""
+    step, calls = DenoisingAlgorithm.optimizer_step, []
 
-def killed(*args):
-    calls.append(0)
-    if len(calls) == n:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return function(*args)
+    def killed(self):
+        calls.append(0)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self)
 
-setattr(owner, place, killed)
-main(words)
-"""
+    def training():
+        DenoisingAlgorithm.optimizer_step = killed
+        return train(*words)
 
-
-def _kill(place, n_calls, folder, *options):
-    words = ["train", "--out", str(folder), *options]
-    ended = subprocess.run([sys.executable, "-c", KILLED, place, str(n_calls), *words], check=False)
-    assert ended.returncode == -signal.SIGKILL
-
-
-def _without_times(rows):
-    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
-
-
-def _tensorboard(folder):
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    scalars = {}
-    for name in events.Tags()["scalars"]:
-        if not name.startswith("time/"):
-            scalars[name] = [(event.step, event.value) for event in events.Scalars(name)]
-    return scalars
+    assert in_child(training) == -signal.SIGKILL
 
 
 def _tensors(folder):
@@ -69,12 +58,7 @@ def _tensors(folder):
 
 def assert_same_run(one, other):
     """Asserts that two runs ended alike, but for the times."""
-    assert find_checkpoint(one).name == find_checkpoint(other).name
-    assert_same(_tensors(one), _tensors(other))
-    assert_same(_without_times(read_log(one / "progress.csv")), _without_times(read_log(other / "progress.csv")))
-    assert _tensorboard(one) == _tensorboard(other)
-    assert read_summary(one) | {"seconds": 0} == read_summary(other) | {"seconds": 0}
-    assert list_written(one) == list_written(other)
+    assert not differences(fingerprint(one), fingerprint(other))
 
 
 @pytest.mark.slow
@@ -87,10 +71,10 @@ def assert_same_run(one, other):
         ("sft", FIT),
     ],
 )
-def test_a_run_that_is_killed_in_its_fourth_update(tmp_path, algo, options):
+def test_a_run_that_is_killed_in_its_fourth_update(tmp_path, fresh_models, algo, options):
     words = ["--algo", algo, *OPTIONS, "--batch-size", "64", *options]
+    _kill_in_update(4, tmp_path / "killed", *words)
     assert train(tmp_path / "whole", *words) == 0
-    _kill("optimizer_step", 4, tmp_path / "killed", *words)
     checkpoint = find_checkpoint(tmp_path / "killed")
     assert checkpoint.name == {"dpok": "checkpoint-4", "ddpo": "checkpoint-4", "sft": "checkpoint-8-2"}[algo]
     n_rows = len(read_log(tmp_path / "killed" / "progress.csv"))
@@ -104,17 +88,35 @@ def test_a_run_that_is_killed_in_its_fourth_update(tmp_path, algo, options):
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+#: File operations at which a run is killed: one of each kind, and those that were once not survived.
+_KILLS = (
+    "write config.yaml.part",
+    "rename evaluation_before.npz.part",
+    "write progress.csv",
+    "mkdir checkpoint-4.part",
+    "write checkpoint-4.part/optimizer.safetensors.part",
+    "rename checkpoint-4.part",
+    "rename checkpoint-2",
+    "write lora/pytorch_lora_weights.safetensors.part",
+    "write learning_curve.png.part",
+    "rename summary.json.part",
+    "remove .lock",
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("n_calls", "newest"), [(9, "checkpoint-2"), (11, "checkpoint-2"), (12, "checkpoint-4")])
-def test_a_run_that_is_killed_while_it_saves(finished, tmp_path, n_calls, newest):
-    """A file of the second checkpoint, its folder, or the run folder is not on the disk yet."""
-    options = [*OPTIONS, "--checkpointing-steps", "1", "--checkpoints-total-limit", "1"]
-    assert train(tmp_path / "whole", *options) == 0
-    _kill("flush_to_disk", n_calls, tmp_path / "killed", *options)
-    assert find_checkpoint(tmp_path / "killed").name == newest
-    assert train(tmp_path / "killed", "--resume") == 0
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
-    assert_same(_tensors(tmp_path / "killed"), _tensors(finished))  # saving more often changes nothing
+@pytest.mark.usefixtures("fresh_models")
+def test_a_run_that_is_killed_at_a_file_operation(tmp_path):
+    """All operations, all algorithms and random moments are in ``benchmarks.kill``."""
+    options = [*OPTIONS, "--images", "4", "--checkpointing-steps", "1", "--checkpoints-total-limit", "1"]
+    case, whole = Case("killed", ["train", *options]), tmp_path / "whole"
+    operations, outcome = operations_of(case, whole), Outcome("killed", len(_KILLS), 0)
+    for operation in _KILLS:
+        number = 1 + operations.index(operation)
+        kill = partial(kill_at_operation, case, tmp_path / "run", number)
+        try_kill(outcome, case, tmp_path / "run", whole, kill, operation)
+    assert outcome.failures == []
+    assert outcome.killed == outcome.equal == len(_KILLS)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,12 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "finished"
     assert train(folder, *OPTIONS) == 0
     return folder
+
+
+def _tensorboard(folder):
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 @pytest.mark.slow
@@ -225,33 +233,164 @@ def test_load_run(finished, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["optimizer.safetensors", "pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "trainer_state.json", "progress.csv"])
 def test_a_checkpoint_that_lacks_a_file(finished, tmp_path, capsys, name):
-    """The message names the checkpoints that are still whole."""
+    """The message names the file and the checkpoints that are still whole; nothing starts anew in silence."""
     folder = shutil.copytree(finished, tmp_path / "run")
     newest, older = list_checkpoints(folder)[-1], list_checkpoints(folder)[0]
     (newest / name).unlink()
     assert train(folder, "--resume", "--images", "10") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"--resume-from-checkpoint {older.name}" in error or "no lora" in error
+    assert f"{newest} has no {name}; resume from another one: --resume-from-checkpoint {older.name}" in error
     assert train(folder, "--resume-from-checkpoint", older.name, "--images", "10") == 0
 
 
 @pytest.mark.slow
-def test_a_damaged_evaluation_of_the_pre_trained_model(finished, tmp_path, capsys):
+def test_checkpoints_that_were_removed(finished, tmp_path, capsys):
     folder = shutil.copytree(finished, tmp_path / "run")
-    (folder / "evaluation_before.npz").write_bytes(b"junk")
-    assert train(folder, "--resume", "--images", "10") == 2
-    assert "evaluation_before.npz is damaged; remove it" in capsys.readouterr().err
-    (folder / "evaluation_before.npz").unlink()
-    assert train(folder, "--resume") == 0
-    assert read_summary(folder)["pictures"] == 10
+    for checkpoint in list_checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    assert train(folder, "--resume") == 2
+    assert "has no checkpoint any more" in capsys.readouterr().err
+    assert train(folder, *OPTIONS) == 2
+    assert "already holds a run" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_rows_that_are_lost_are_reported(finished, tmp_path):
+@pytest.mark.parametrize("zeros", [False, True])
+def test_what_learning_does_not_need_is_made_anew(finished, tmp_path, capsys, zeros):
+    """Logs, evaluation, figures and summary are cut off, or full of zeros as after a power cut."""
     folder = shutil.copytree(finished, tmp_path / "run")
-    (folder / "progress.csv").write_text("")
-    with pytest.warns(UserWarning, match="has 0 of the 4 rows that the run had logged"):
-        assert train(folder, "--resume", "--images", "10") == 0
+    names = ["progress.csv", "summary.json", "evaluation_before.npz", "learning_curve.png", "before_after.png"]
+    paths = [folder / name for name in names] + list((folder / "tensorboard").iterdir())
+    for path in paths:
+        content = path.read_bytes()
+        path.write_bytes(bytes(len(content)) if zeros else content[: len(content) // 2])
+    assert train(folder, "--resume") == 0
+    printed = capsys.readouterr().out
+    assert f"{folder / 'summary.json'} is damaged; it is written anew\n" in printed
+    assert f"{folder / 'evaluation_before.npz'} is damaged; the pre-trained model is evaluated again\n" in printed
+    assert_same_run(folder, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["before_after.png", "learning_curve.png", "lora", "tensorboard"])
+def test_a_result_that_is_missing_is_made_anew(finished, tmp_path, name):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    path = folder / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert train(folder, "--resume") == 0
+    assert_same_run(folder, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("old", "new"), [("DPOK-Shapes-v0", "DPOK-Shapes-Many-v0"), ("algo: dpok", "algo: dpok2")])
+def test_a_config_of_another_run(finished, tmp_path, capsys, old, new):
+    """Its settings fit the agent, but it learns something else."""
+    register_algorithm("dpok2", "agents:DPOK")
+    folder = shutil.copytree(finished, tmp_path / "run")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(old, new))
+    before = fingerprint(folder)
+    assert train(folder, "--resume", "--images", "10") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{config} says {'algo: dpok2' if 'algo' in new else 'env: ' + new}, but the checkpoint" in error
+    assert fingerprint(folder) == before
+
+
+@pytest.mark.slow
+def test_two_processes_do_not_share_a_folder(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    with locked(folder):
+        assert train(folder, "--resume", "--images", "10") == 2
+    captured = capsys.readouterr()
+    assert f"another process is writing to {folder}" in captured.err
+    assert "drawing" not in captured.out
+    assert_same_run(folder, finished)
+
+
+@pytest.mark.slow
+def test_the_seconds_and_the_iterations_go_on(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    state = find_checkpoint(folder) / "trainer_state.json"
+    saved = json.loads(state.read_text())
+    state.write_text(json.dumps(saved | {"run": saved["run"] | {"seconds": 1000.0}}))
+    assert train(folder, "--resume", "--images", "10") == 0
+    rows = read_log(folder / "progress.csv")
+    assert [row["time/iterations"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[-1]["time/time_elapsed"] >= 1000
+    assert read_summary(folder)["seconds"] > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_models")
+def test_images_of_an_iteration_that_was_interrupted_are_not_counted(tmp_path, monkeypatch):
+    """Interrupted and resumed again and again, a run learns from as many images as it counts."""
+    folder, judge = tmp_path / "run", DenoisingVectorEnv.judge
+    words = ["--normalize-rewards", *OPTIONS, "--images", "12"]
+    for number in range(4):
+        calls = []
+
+        def interrupted(self, latents, prompts, calls=calls, number=number):
+            calls.append(0)
+            if len(calls) == 2 + (not number):  # the first process evaluates
+                raise KeyboardInterrupt
+            return judge(self, latents, prompts)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(DenoisingVectorEnv, "judge", interrupted)
+            assert train(folder, *(["--resume"] if number else words)) == 130
+        summary = read_summary(folder)
+        assert (summary["pictures"], summary["interrupted"]) == (2 * (number + 1), True)
+    assert train(folder, "--resume") == 0
+    assert train(tmp_path / "whole", *words) == 0
+    assert_same(_tensors(folder), _tensors(tmp_path / "whole"))
+    assert read_log(folder / "progress.csv")[-1]["train/n_updates"] == 6
+
+
+@pytest.mark.slow
+def test_checkpoints_do_not_grow_with_the_number_of_environments(tmp_path):
+    """But for a few of the latest rewards, which the log's mean goes over."""
+    sizes = []
+    for n_envs in (2, 64):
+        folder = tmp_path / str(n_envs)
+        words = ["--env", "DPOK-Mixture-v0", "--n-envs", str(n_envs), "--images", "1", "--num-inference-steps", "2"]
+        assert train(folder, *words, "--eval-images", "1", "--device", "cpu") == 0
+        sizes.append({path.name: path.stat().st_size for path in find_checkpoint(folder).glob("*.safetensors")})
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.slow
+def test_a_full_disk(tmp_path, monkeypatch, capsys):
+    """The error names the file; a line says what is kept, and the run can be resumed."""
+    folder, flush = tmp_path / "run", files.flush_to_disk
+
+    def fails(path):
+        if "checkpoint-4" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "flush_to_disk", fails)
+        assert train(folder, *OPTIONS, "--checkpointing-steps", "1") == 2
+    captured = capsys.readouterr()
+    assert f"{folder / 'checkpoint-2'} is kept, resume with: dpok train --resume" in captured.out
+    assert "checkpoint-4.part/" in captured.err
+    assert "cannot be written: No space left on device" in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(folder.glob("*.part"))
+    assert train(folder, "--resume") == 0
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files.FileLock, "acquire", refuse)
+    assert train(tmp_path / "run", *OPTIONS) == 2
+    assert capsys.readouterr().err == (
+        f"dpok: error: the folder {tmp_path / 'run'} cannot be written: Permission denied; choose another one\n"
+    )
+    assert not list(tmp_path.iterdir())

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from agents import DDPO, DPOK, GRPO, DiffusionNFT, RewardWeightedSFT
-from agents.common.agent_state import flatten_optimizer, load_optimizer
 from tests.agents.common.support import Watch, snapshot
 from tests.support import assert_same
 
@@ -162,50 +161,6 @@ def test_a_state_of_another_network_is_refused(
 def test_a_state_without_a_critic_is_refused(make_agent: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="the state has no critic"):
         make_agent().load_state_dict(make_agent(use_critic=False).state_dict())
-
-
-# --- The optimiser
-
-
-@pytest.mark.parametrize(
-    "optimizer_class",
-    [torch.optim.AdamW, torch.optim.RMSprop, lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)],
-)
-def test_optimizers_go_on(optimizer_class: Callable[..., torch.optim.Optimizer]) -> None:
-    parameters = [
-        torch.nn.Parameter(torch.ones(3)),
-        torch.nn.Parameter(torch.ones(2, 2)),
-        torch.nn.Parameter(torch.ones(1)),
-    ]
-    others = copy.deepcopy(parameters)
-    optimizer, other = optimizer_class(parameters), optimizer_class(others)
-
-    def step(optimizer: torch.optim.Optimizer, values: list[torch.nn.Parameter]) -> None:
-        optimizer.zero_grad()
-        (values[0].square().sum() + values[1].pow(3).sum()).backward()  # the third one has no gradient
-        optimizer.step()
-
-    step(optimizer, parameters)
-    flat = flatten_optimizer(optimizer)
-    assert {name.partition(".")[0] for name in flat} == {"0", "1"}
-    assert all(isinstance(value, Tensor) for value in flat.values())
-    load_optimizer(other, {name: value.clone() for name, value in flat.items()})
-    assert_same(flatten_optimizer(other), flat)
-    with torch.no_grad():
-        for value, mine in zip(others, parameters, strict=True):
-            value.copy_(mine)
-    for _ in range(2):
-        step(optimizer, parameters)
-        step(other, others)
-    assert_same([value.data for value in others], [value.data for value in parameters])
-
-
-def test_an_optimizers_state_of_more_parameters_is_refused() -> None:
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
-    with pytest.raises(ValueError, match="the optimiser's state is of 3 parameters, and there are 1"):
-        load_optimizer(optimizer, {"2.exp_avg": torch.zeros(3)})
-    load_optimizer(optimizer, {})
-    assert flatten_optimizer(optimizer) == {}
 
 
 @pytest.mark.slow

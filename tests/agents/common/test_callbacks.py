@@ -77,15 +77,25 @@ def test_the_bar_shows_a_fit_too(make_agent: Callable[..., Any]) -> None:
 @pytest.mark.slow
 def test_seconds_of_training(make_agent: Callable[..., Any]) -> None:
     agent, bar = make_agent(), ProgressCallback(2 * N, disable=True)
-    assert bar.seconds_so_far == 0
+    assert bar.seconds == 0
     seen: list[float] = []
     started = time.perf_counter()
-    agent.learn(UPDATE, [bar, Watch(lambda _: seen.append(bar.seconds_so_far))])
+    agent.learn(UPDATE, [bar, Watch(lambda _: seen.append(bar.seconds))])
     assert 0 < seen[0] < seen[-1] < bar.seconds <= time.perf_counter() - started
-    assert bar.seconds_so_far == bar.seconds
     first = bar.seconds
     agent.learn(UPDATE, bar)  # a second training adds to it
     assert bar.seconds > first
+
+
+@pytest.mark.slow
+def test_the_seconds_go_on(make_agent: Callable[..., Any]) -> None:
+    """The log of a resumed training counts the seconds and the images of all its processes."""
+    agent = make_agent()
+    agent.learn(UPDATE)
+    agent.learn(UPDATE, ProgressCallback(2 * N, disable=True, seconds=100.0), reset_num_timesteps=False)
+    elapsed = (time.time_ns() - agent.start_time) / 1e9
+    assert 100 < elapsed < 160
+    assert agent._num_timesteps_at_start == 0
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Checkpoints of a stand-in for an agent: what is written, what is kept, and what a killed process leaves."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from agents.common import checkpoint
 from agents.common.checkpoint import (
     CheckpointCallback,
     find_checkpoint,
@@ -20,6 +20,8 @@ from agents.common.checkpoint import (
     remove_later_checkpoints,
     save_checkpoint,
 )
+from dpok_gym.utils import files
+from dpok_gym.utils.files import WriteError
 from tests.support import assert_same
 
 
@@ -87,20 +89,24 @@ def test_old_checkpoints_are_removed(tmp_path):
         save_checkpoint(Agent(140), tmp_path, total_limit=0)
 
 
-def test_the_old_checkpoint_stays_until_the_new_one_is_in_place(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "critic.safetensors", "progress.csv"])
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, name):
+    (tmp_path / "progress.csv").write_text("a\n1\n")
     save_checkpoint(Agent(10), tmp_path, total_limit=1)
+    flush = files.flush_to_disk
 
-    def fails(*args):
-        raise OSError("the disk is full")
+    def fails(path):
+        if path.name.startswith(name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(path)
 
-    monkeypatch.setattr(checkpoint, "flush_to_disk", fails)
-    with pytest.raises(OSError, match="full"):
-        save_checkpoint(Agent(20), tmp_path, total_limit=1)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10"]
-    assert find_checkpoint(tmp_path).name == "checkpoint-10"
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "flush_to_disk", fails)
+        with pytest.raises(WriteError, match=f"{name} cannot be written: No space left on device"):
+            save_checkpoint(Agent(20), tmp_path, total_limit=1, extra_files=[tmp_path / "progress.csv"])
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "progress.csv"]  # the new one takes no space
     save_checkpoint(Agent(20), tmp_path, total_limit=1)
-    assert os.listdir(tmp_path) == ["checkpoint-20"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-20", "progress.csv"]
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
@@ -165,22 +171,56 @@ def test_find_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.safetensors"])
-def test_a_damaged_checkpoint_is_refused(tmp_path, name):
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_damaged_checkpoint_is_refused(tmp_path, name, zeros):
     folder = save_checkpoint(Agent(10), tmp_path)
-    (folder / name).write_bytes((folder / name).read_bytes()[:20])
-    with pytest.raises(ValueError, match="checkpoint-10 is damaged"):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(bytes(len(content)) if zeros else content[:20])
+    with pytest.raises(ValueError, match="checkpoint-10 cannot be loaded"):
         load_checkpoint(Agent(), folder)
-    (folder / "trainer_state.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"is no checkpoint: it has no trainer_state\.json"):
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "trainer_state.json",
+        "optimizer.safetensors",
+        "critic.safetensors",
+        "pytorch_lora_weights.safetensors",
+        "progress.csv",
+    ],
+)
+def test_a_file_that_is_missing_is_named(tmp_path, name):
+    """It is the newest checkpoint all the same: nothing goes on from an older one, or from 0, in silence."""
+    (tmp_path / "progress.csv").write_text("a\n1\n")
+    for images in (10, 20):
+        folder = save_checkpoint(Agent(images), tmp_path, extra_files=[tmp_path / "progress.csv"])
+    (folder / name).unlink()
+    assert find_checkpoint(tmp_path) == folder
+    with pytest.raises(
+        FileNotFoundError, match=rf"checkpoint-20 has no {name}; .*--resume-from-checkpoint checkpoint-10"
+    ):
         load_checkpoint(Agent(), folder)
-    assert not list_checkpoints(tmp_path)
+    assert save_checkpoint(Agent(20), tmp_path) == folder  # written again
+    load_checkpoint(Agent(), folder)
+
+
+def test_a_state_of_another_agent(tmp_path):
+    folder = save_checkpoint(Agent(10), tmp_path)
+
+    class Other(Agent):
+        def load_state_dict(self, saved):
+            raise ValueError("the state is of Agent, and the agent is Other")
+
+    with pytest.raises(ValueError, match="checkpoint-10 cannot be loaded: the state is of Agent"):
+        load_checkpoint(Other(), folder)
 
 
 def test_no_file_can_run_code(tmp_path):
     """No pickle: every file is safetensors or JSON."""
     for path in save_checkpoint(Agent(10), tmp_path).iterdir():
         if path.suffix == ".json":
-            assert set(json.loads(path.read_text())) == {"agent", "run"}
+            assert set(json.loads(path.read_text())) == {"agent", "run", "files"}
         else:
             assert load_file(path)
 

@@ -1,0 +1,71 @@
+"""Tensors and plain values in files, without pickle: nothing can run by being read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dpok_gym.utils.files import replacing
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
+    """Writes a safetensors file, which is whole or not there.
+
+    Args:
+        path: the file.
+        tensors: by name, on any device.
+        state: JSON-able values, which the file's header keeps.
+
+    Raises:
+        WriteError: if the file cannot be written.
+    """
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as part:
+        save_file(on_cpu, part, None if state is None else {"state": json.dumps(state)})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what :func:`save_tensors` wrote: the tensors, on the CPU, and the state, {} if there is none.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            return tensors, json.loads((file.metadata() or {}).get("state", "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns the optimiser's state as tensors named ``<number of the parameter>.<name>``."""
+    flat = {}
+    for number, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            flat[f"{number}.{name}"] = torch.as_tensor(value)
+    return flat
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
+    """Puts back what :func:`flatten_optimizer` returned.
+
+    Raises:
+        ValueError: if it is of other parameters.
+    """
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value.clone()  # or the step of one agent would change the other
+    n_parameters = sum(len(group["params"]) for group in optimizer.param_groups)
+    if state and max(state) >= n_parameters:
+        raise ValueError(f"the optimiser's state is of {max(state) + 1} parameters, and there are {n_parameters}")
+    # Learning rates and the like stay those of the constructor; only moments and step counts come back.
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
