@@ -5,13 +5,15 @@ from __future__ import annotations
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.cli.signals import SIGNALS
+from agents.common import distributed
 
 
 class InterruptCallback(BaseCallback):
     """Lets signals wait while an update is under way.
 
     Half an update can be neither saved nor undone, so the update is completed first. While images are drawn, a signal
-    raises at once: the iteration is drawn again when the run is resumed.
+    raises at once: the iteration is drawn again when the run is resumed. Several ranks agree between two iterations, so
+    that a signal to one of them ends all.
 
     Attributes:
         updating: True while an update may be under way.
@@ -29,13 +31,16 @@ class InterruptCallback(BaseCallback):
         SIGNALS.allow()
 
     def _on_rollout_start(self) -> None:
+        if distributed.count() > 1:
+            SIGNALS.share(distributed.largest(SIGNALS.received or 0))
         self._allow()
         # Policy gradients now draw images, and _on_step() sets this back. Forward-process algorithms that have drawn
         # all their images fit at once, and take no step.
         self._defer()
 
     def _on_step(self) -> bool:
-        self._allow()  # images are being drawn
+        if distributed.count() == 1:
+            self._allow()  # images are being drawn
         return True
 
     def _on_rollout_end(self) -> None:

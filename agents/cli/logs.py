@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.logger import KVWriter
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -118,11 +118,6 @@ class TensorBoardLog(KVWriter):
     def _flush(self) -> None:
         with naming(self.path):
             self._records.flush()
-
-
-def make_logger(folder: Path, csv_log: CSVLog, tensorboard_log: TensorBoardLog) -> Logger:
-    """Returns a logger for :meth:`agents.DPOK.set_logger` that writes both logs."""
-    return Logger(str(folder), [csv_log, tensorboard_log])
 
 
 def read_log(path: str | Path) -> list[dict[str, float]]:

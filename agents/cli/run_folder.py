@@ -8,19 +8,22 @@ import shlex
 import shutil
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from stable_baselines3.common.logger import Logger
 
 from agents.cli import plots
 from agents.cli.config import FILE_NAME, Config
 from agents.cli.environments import EVALUATION_BATCH_SIZE, evaluation_rewards
 from agents.cli.interrupts import InterruptCallback
-from agents.cli.logs import CSVLog, TensorBoardLog, make_logger, read_log
+from agents.cli.logs import CSVLog, TensorBoardLog, read_log
 from agents.cli.signals import SIGNALS
 from agents.cli.tables import say, scores_of, scores_table, write_json
+from agents.common import distributed
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.callbacks import ProgressCallback
 from agents.common.checkpoint import (
@@ -44,6 +47,8 @@ EVALUATION_BEFORE, LEARNING_CURVE, BEFORE_AFTER = "evaluation_before.npz", "lear
 class Run:
     """One training in its folder, which this process has locked.
 
+    With several ranks all of them make the same calls. Rank 0 alone writes and prints, and knows what is in the folder.
+
     Args:
         folder: the run folder.
         config: the settings.
@@ -54,18 +59,19 @@ class Run:
     """
 
     def __init__(self, folder: Path, config: Config, checkpoint: Path | None = None) -> None:
-        self.folder, self.config, self.console = folder, config, Console()
+        self.folder, self.config, self.console = folder, config, Console(quiet=not distributed.is_main())
         self.env = config.make_env(config.n_envs)
         self.agent = config.make_agent(self.env)
         self._checkpoint, seconds = checkpoint, 0.0
         if checkpoint is not None:
             seconds = self._load(checkpoint)
         self.prompts = cycle_prompts(self.env.prompts.train, config.eval_images)
-        self.progress = ProgressCallback(self._total_images(), seconds=seconds)
+        self.progress = ProgressCallback(self._total_images(), None if distributed.is_main() else True, seconds)
         self.interrupts = InterruptCallback()
         #: The command that resumes this run, for messages.
         self.resume_command = f"dpok train --resume --out {shlex.quote(str(folder))}"
-        if self.agent.is_done(self._total_timesteps()) and self._is_evaluated():
+        is_evaluated = distributed.any_of(distributed.is_main() and self._is_evaluated())
+        if self.agent.is_done(self._total_timesteps()) and is_evaluated:
             raise ValueError(
                 f"the run in {folder} has drawn its {self.agent.images_drawn} images; ask for more with --images"
             )
@@ -103,6 +109,10 @@ class Run:
 
     def begin(self) -> None:
         """Writes the config, starts the logs, and removes from the folder what is newer than the checkpoint."""
+        distributed.barrier()  # the others may still read what is there
+        self._csv = self._tensorboard = None
+        if not distributed.is_main():
+            return
         self.config.write(self.folder)
         say(self.console, f"writing to {self.folder}")
         log = self.folder / LOG
@@ -122,33 +132,49 @@ class Run:
         self._csv = CSVLog(log)
         self._tensorboard = TensorBoardLog(self.folder / TENSORBOARD, read_log(log))
 
-    def evaluate_before(self) -> Evaluation:
-        """Evaluates the pre-trained model; reads the evaluation instead if the run folder has it."""
-        path = self.folder / EVALUATION_BEFORE
-        if path.is_file():
-            try:
-                known = load_evaluation(path)
-                # --eval-images may have changed since.
-                if known.prompts == self.prompts:
-                    return known
-            except ValueError as error:
-                say(self.console, f"{error}; the pre-trained model is evaluated again")
+    def evaluate_before(self) -> Evaluation | None:
+        """Evaluates the pre-trained model; reads the evaluation instead if the run folder has it.
+
+        Returns:
+            The evaluation; None on other ranks than rank 0 if it was read.
+        """
+        known = self._known_evaluation() if distributed.is_main() else None
+        if distributed.any_of(known is not None):
+            return known
         evaluation = self._evaluate("pre-trained")
-        save_evaluation(evaluation, path)
+        if distributed.is_main():
+            save_evaluation(evaluation, self.folder / EVALUATION_BEFORE)
         return evaluation
+
+    def _known_evaluation(self) -> Evaluation | None:
+        """Returns the evaluation of the pre-trained model that is in the folder, if it is whole and of these images."""
+        path = self.folder / EVALUATION_BEFORE
+        if not path.is_file():
+            return None
+        try:
+            known = load_evaluation(path)
+        except ValueError as error:
+            say(self.console, f"{error}; the pre-trained model is evaluated again")
+            return None
+        return known if known.prompts == self.prompts else None  # --eval-images may have changed since
 
     def evaluate_after(self) -> Evaluation:
         """Evaluates the fine-tuned model."""
         return self._evaluate("fine-tuned")
 
     def _evaluate(self, model: str) -> Evaluation:
-        say(self.console, f"drawing {len(self.prompts)} images with the {model} model")
+        """Draws images with a model; each rank draws its share."""
+        n = len(self.prompts)
+        say(self.console, f"drawing {n} images with the {model} model")
+        own, largest = distributed.share(n), -(-n // distributed.count())
+        # As many on every rank: they may have to call the model together. Those at the end are left out again.
+        prompts = [self.prompts[min(number, n - 1)] for number in range(own.start, own.start + largest)]
         # An environment of its own: it also computes the judge's rewards, which training may not have.
         reward = evaluation_rewards(self.env.world, self.config.env_kwargs["reward"])
-        env = self.config.make_env(min(len(self.prompts), EVALUATION_BATCH_SIZE), reward=reward)
-        return evaluate(
-            self.agent.policy, env, self.prompts, self.config.evaluation_seed, reference=model == "pre-trained"
-        )
+        env = self.config.make_env(min(largest, EVALUATION_BATCH_SIZE), reward=reward)
+        seed = self.config.evaluation_seed + own.start
+        drawn = evaluate(self.agent.policy, env, prompts, seed, reference=model == "pre-trained")
+        return replace(drawn[: len(own)].gather(n), prompts=self.prompts)
 
     def learn(self) -> None:
         """Trains until all images are drawn and learned from."""
@@ -160,7 +186,8 @@ class Run:
             self._state,
             [self.folder / LOG],
         )
-        self.agent.set_logger(make_logger(self.folder, self._csv, self._tensorboard))
+        logs = [log for log in (self._csv, self._tensorboard) if log is not None]
+        self.agent.set_logger(Logger(None, logs))
         try:
             # The checkpoint callback comes before the interrupts: a signal must not cost a checkpoint that is due.
             # learn() counts the steps of this call; num_timesteps those of the whole run.
@@ -175,6 +202,10 @@ class Run:
     def save(self) -> None:
         """Saves a checkpoint."""
         self.progress.close()
+        distributed.check_equal(list(self.agent.policy.parameters()))
+        self._save()
+
+    def _save(self) -> None:
         limit = self.config.checkpoints_total_limit
         save_checkpoint(self.agent, self.folder, self._state(), limit, [self.folder / LOG])
 
@@ -185,7 +216,7 @@ class Run:
         """
         if self.is_sound:
             try:
-                self.save()
+                self._save()
                 self.write_results()
                 return f"the run is saved, resume with: {self.resume_command}"
             except WriteError as error:  # a full disk, for example
@@ -201,6 +232,8 @@ class Run:
             before: the evaluation of the pre-trained model; None if the run has not come to its end.
             after: that of the fine-tuned model.
         """
+        if self._tensorboard is None:
+            return  # rank 0 writes
         if self.agent.policy.lora is not None:
             self.agent.save_lora(self.folder / LORA)
         plots.learning_curve(read_log(self.folder / LOG), self.folder / LEARNING_CURVE, self._title)
@@ -232,8 +265,9 @@ class Run:
     def close(self) -> None:
         """Ends the progress bar and the logs."""
         self.progress.close()
-        self._csv.close()
-        self._tensorboard.close()
+        for log in (self._csv, self._tensorboard):
+            if log is not None:
+                log.close()
 
     def _total_images(self) -> int:
         """Returns the images of the whole training: the budget, rounded up to whole iterations."""

@@ -6,6 +6,7 @@ import secrets
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import partial
@@ -29,6 +30,7 @@ from agents.cli.environments import environment_class
 from agents.cli.run_folder import SUMMARY, Run
 from agents.cli.signals import exit_code
 from agents.cli.tables import say
+from agents.common import distributed
 from agents.common.arguments import describe_arguments
 from agents.common.checkpoint import find_checkpoint, list_checkpoints
 from agents.common.policy import DenoisingPolicy
@@ -139,11 +141,25 @@ def parse(argv: Sequence[str]) -> Train:
 
 
 def run(options: Train) -> int:
-    """Trains, evaluates before and after, and writes the run folder; returns the exit code."""
-    folder = options.out or _new_folder(options.config)
+    """Trains, evaluates before and after, and writes the run folder; returns the exit code.
+
+    Several ranks train together if torchrun or accelerate launch has started them; rank 0 alone writes.
+    """
+    distributed.start()
+    try:
+        code = _train(options)
+    except BaseException as error:
+        distributed.report(error)
+        raise
+    distributed.stop()
+    return code
+
+
+def _train(options: Train) -> int:
+    folder = Path(distributed.gather_texts(str(options.out or _new_folder(options.config)))[0])
     if options.resume_from is not None:
         Config.read(folder)  # raises an error if this is no run folder
-    with locked(folder):
+    with locked(folder) if distributed.is_main() else nullcontext():
         run = _prepare(folder, options)
         run.begin()
         try:

@@ -24,7 +24,6 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 
 import dpok_gym  # noqa: F401  (registers the environments)
-from agents.common import distributed
 from agents.common.agent_state import get_state, set_state
 from agents.common.arguments import check_arguments, show_inherited_arguments
 from agents.common.buffer import TrajectoryBuffer
@@ -64,9 +63,9 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             1 keeps the rate. A falling rate averages out the noise of the last updates.
         warmup_fraction: share of ``learn`` in which the learning rate rises linearly from 0, in [0, 1); Adam's first
             steps have the full length, whatever the gradient is, and most of it is noise.
-        images_per_iteration: images drawn between two updates by all ranks together, at least 1; None for as many as
+        images_per_iteration: images drawn between two updates, by all ranks together, at least 1; None for as many as
             there are environments. More give less noise in the gradient and fewer updates.
-        n_envs: images that each rank draws side by side, at least 1; it changes memory and speed only, unless
+        n_envs: images that a rank draws side by side, at least 1; it changes memory and speed only, unless
             ``images_per_iteration`` is None. None for 64 if ``env`` is an id, else for as many as ``env`` has.
         batch_size: elements (transitions or images) of an optimiser step, at least 1; None for all there are. Smaller
             takes more steps in each iteration.
@@ -225,7 +224,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             )
         self.n_steps = self.process.num_inference_steps
         if self.images_per_iteration is None:
-            self.images_per_iteration = self.n_envs * distributed.count()
+            self.images_per_iteration = self.n_envs
         # Before the policy is made, which would fail with an error that does not name the nearest argument.
         check_arguments(self.policy_class, self.policy_kwargs)
         with torch.random.fork_rng():  # new weights depend on the seed alone, and change no one else's numbers

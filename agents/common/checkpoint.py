@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
+from agents.common import distributed
 from dpok_gym.models.lora import FILE_NAME as LORA_FILE
 from dpok_gym.utils.files import flush_to_disk, naming, replacing, write_text
 from dpok_gym.utils.tensors import load_tensors, save_tensors
@@ -50,7 +51,7 @@ def save_checkpoint(
     total_limit: int | None = None,
     extra_files: Iterable[Path] = (),
 ) -> Path:
-    """Saves an agent between two iterations.
+    """Saves an agent between two iterations. Every rank must call this; rank 0 writes.
 
     Old checkpoints beyond the limit are removed once the new one is in place.
 
@@ -71,13 +72,15 @@ def save_checkpoint(
     if total_limit is not None:
         check_integer("checkpoints_total_limit", total_limit)
     run_folder = Path(run_folder)
-    remove_leftovers(run_folder)
-    saved = agent.state_dict()
+    saved = agent.state_dict()  # on every rank, as a model that is spread over the ranks is gathered here
     state: dict[str, Any] = saved["state"]
     images_drawn, n_fitted = _progress(agent)
     folder = run_folder / f"checkpoint-{images_drawn}"
     if n_fitted:
         folder = run_folder / f"{folder.name}-{n_fitted}"
+    if not distributed.is_main():
+        return folder
+    remove_leftovers(run_folder)
     if not _has_state(folder, state):
         part = folder.with_name(folder.name + _PART)
         try:
@@ -250,6 +253,7 @@ class CheckpointCallback(BaseCallback):
         agent: Any = self.model
         # At iteration 0 there is nothing to save yet.
         if agent.iteration and agent.iteration % self._every == 0:
+            distributed.check_equal(list(agent.policy.parameters()))
             save_checkpoint(agent, self._folder, self._extra_state(), self._total_limit, self._extra_files)
 
     def _on_step(self) -> bool:

@@ -148,6 +148,11 @@ def any_of(flag: bool) -> bool:
     return bool(total(torch.tensor(float(flag))) > 0)
 
 
+def largest(number: int) -> int:
+    """Returns the largest of the ranks' numbers."""
+    return int(gather(torch.tensor([number]), count()).max())
+
+
 def gather_texts(text: str) -> list[str]:
     """Returns the texts of all ranks, in their order."""
     if count() == 1:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from agents.common import distributed
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import ImageNoise, Purpose, make_generator
 from agents.common.steering import UNSTEERED, ParticleFilter, Steering
@@ -99,6 +100,27 @@ class Evaluation:
             rewards={name: values[rows] for name, values in self.rewards.items()},
             step_kl=self.step_kl[rows],
             step_mse=self.step_mse[rows],
+        )
+
+    def gather(self, n: int) -> Evaluation:
+        """Returns the images of all ranks, of which this is the share of one; see :func:`distributed.gather`.
+
+        Args:
+            n: images of all ranks.
+        """
+        if distributed.count() == 1:
+            return self
+
+        def gathered(values: NDArray[Any]) -> NDArray[Any]:
+            return distributed.gather(torch.from_numpy(values), n).numpy()
+
+        return replace(
+            self,
+            images=gathered(self.images),
+            reward=gathered(self.reward),
+            rewards={name: gathered(values) for name, values in self.rewards.items()},
+            step_kl=gathered(self.step_kl),
+            step_mse=gathered(self.step_mse),
         )
 
     @property

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.cli.logs import CSVLog, TensorBoardLog, make_logger, read_log
+from agents.cli.logs import CSVLog, TensorBoardLog, read_log
 from dpok_gym.utils.files import WriteError
 
 
@@ -117,7 +117,7 @@ def test_a_full_disk(tmp_path, monkeypatch, make):
 
 
 def test_the_logger_writes_both(tmp_path):
-    logger = make_logger(tmp_path, CSVLog(tmp_path / "progress.csv"), TensorBoardLog(tmp_path / "tensorboard"))
+    logger = Logger(None, [CSVLog(tmp_path / "progress.csv"), TensorBoardLog(tmp_path / "tensorboard")])
     logger.record("train/loss", 0.25)
     logger.dump(10)
     logger.close()
