@@ -5,6 +5,7 @@ import errno
 
 import numpy as np
 import pytest
+from stable_baselines3.common.logger import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.cli.logs import CSVLog, TensorBoardLog, read_log
