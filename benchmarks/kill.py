@@ -148,7 +148,7 @@ class FileOperations:
             self._begin_write(str(path))
             write(tensors, path, metadata=metadata)
 
-        safetensors.torch.serialize_file = serialize
+        setattr(safetensors.torch, "serialize_file", serialize)  # noqa: B010 (mypy refuses an assignment)
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
@@ -218,32 +218,35 @@ def _wait(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def fingerprint(folder: Path) -> dict[str, Any]:
+def fingerprint(folder: Path) -> dict[str, str]:
     """Returns what two folders must have in common: the content of each file, without times."""
-    found: dict[str, Any] = {}
+    found = {}
     for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if "tfevents" in name:
-            continue
-        if path.is_dir():
-            found[name] = _scalars(path) if name == "tensorboard" else "folder"
-        elif path.suffix == ".csv":
-            rows = read_log(path)
-            found[name] = str([{key: row[key] for key in sorted(row) if not key.startswith("time/")} for row in rows])
-        elif path.name == "trainer_state.json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found[name] = json.dumps(content["agent"], sort_keys=True)
-        elif path.name == "summary.json":
-            found[name] = json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"seconds": 0})
-        elif path.suffix == ".png":
-            found[name] = _digest(np.asarray(Image.open(path)))
-        elif path.suffix == ".npz":
-            evaluation = load_evaluation(path)
-            arrays = [value for value in vars(evaluation).values() if isinstance(value, np.ndarray)]
-            found[name] = [_digest(array) for array in (*arrays, *evaluation.rewards.values())]
-        else:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        if "tfevents" not in path.name:  # read as a whole, with the folder
+            try:
+                found[str(path.relative_to(folder))] = _content(path)
+            except (OSError, ValueError, KeyError) as error:
+                found[str(path.relative_to(folder))] = f"damaged: {error}"
     return found
+
+
+def _content(path: Path) -> str:
+    if path.is_dir():
+        return _scalars(path) if path.name == "tensorboard" else "folder"
+    if path.suffix == ".csv":
+        rows = read_log(path)
+        return str([{key: row[key] for key in sorted(row) if not key.startswith("time/")} for row in rows])
+    if path.name == "trainer_state.json":
+        return json.dumps(json.loads(path.read_text(encoding="utf-8"))["agent"], sort_keys=True)
+    if path.name == "summary.json":
+        return json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"seconds": 0})
+    if path.suffix == ".png":
+        return _digest(np.asarray(Image.open(path)))
+    if path.suffix == ".npz":
+        evaluation = load_evaluation(path)
+        arrays = [value for value in vars(evaluation).values() if isinstance(value, np.ndarray)]
+        return str([_digest(array) for array in (*arrays, *evaluation.rewards.values())])
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _digest(array: np.ndarray) -> str:
@@ -260,7 +263,7 @@ def _scalars(folder: Path) -> str:
     return str({name: [(event.step, event.value) for event in events.Scalars(name)] for name in names})
 
 
-def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def differences(one: dict[str, str], other: dict[str, str]) -> list[str]:
     """Returns the names under which two fingerprints differ."""
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 

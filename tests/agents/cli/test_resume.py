@@ -46,8 +46,9 @@ def _kill_in_update(number, *words):
         return step(self)
 
     def training():
-        DenoisingAlgorithm.optimizer_step = killed
-        return train(*words)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(DenoisingAlgorithm, "optimizer_step", killed)
+            return train(*words)
 
     assert in_child(training) == -signal.SIGKILL
 
@@ -331,7 +332,7 @@ def test_images_of_an_iteration_that_was_interrupted_are_not_counted(tmp_path, m
     folder, judge = tmp_path / "run", DenoisingVectorEnv.judge
     words = ["--normalize-rewards", *OPTIONS, "--images", "12"]
     for number in range(4):
-        calls = []
+        calls: list[int] = []
 
         def interrupted(self, latents, prompts, calls=calls, number=number):
             calls.append(0)

@@ -17,10 +17,14 @@ ALL = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 @pytest.mark.parametrize(("number", "code"), ALL)
 def test_the_first_signal_raises(number, code):
+    def wait():
+        with SIGNALS.installed():
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted) as raised, SIGNALS.installed():
-        os.kill(os.getpid(), number)
-        time.sleep(10)
+    with pytest.raises(Interrupted) as raised:
+        wait()
     assert exit_code(raised.value) == code
     assert signal.getsignal(number) == before
 

@@ -89,7 +89,7 @@ def test_old_checkpoints_are_removed(tmp_path):
         save_checkpoint(Agent(140), tmp_path, total_limit=0)
 
 
-@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "critic.safetensors", "progress.csv"])
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "critic.safetensors", "progress.csv"])
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, name):
     (tmp_path / "progress.csv").write_text("a\n1\n")
     save_checkpoint(Agent(10), tmp_path, total_limit=1)
