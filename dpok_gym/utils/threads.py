@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -17,7 +18,7 @@ class DaemonExecutor(Executor):
     """Runs functions in daemon threads.
 
     ``concurrent.futures.ThreadPoolExecutor`` waits at Python's end for what still runs, even after
-    ``shutdown(wait=False)``. A request that hangs would delay the end by its time-out.
+    ``shutdown(wait=False)``. A request that hangs would delay the end by its time-out. Here it is a second at most.
 
     Args:
         max_workers: number of threads, at least 1.
@@ -56,15 +57,26 @@ class DaemonExecutor(Executor):
                 thread.join()
 
 
+_running: set[Future[Any]] = set()
+
+
 def _run(work: Work) -> None:
     while item := work.get():
         future, call = item
         if future.set_running_or_notify_cancel():
+            _running.add(future)
             try:
                 future.set_result(call())
             except BaseException as error:
                 future.set_exception(error)
+            _running.discard(future)
         del item, future, call  # a thread that waits must not keep images in memory
+
+
+@atexit.register
+def _let_end() -> None:
+    # Python stops daemon threads by force, and code in C++ that is stopped so may abort the process.
+    wait(set(_running), timeout=1)
 
 
 def _end(work: Work, n_threads: int) -> None:

@@ -276,7 +276,9 @@ class RemoteReward:
             logger.warning("the reward server %s answers again", url)
 
     def _no_answer(self, last_error: Mapping[str, str]) -> str:
-        each = "; ".join(f"{url} failed {self.attempts} times in a row, last: {last_error[url]}" for url in self.urls)
+        each = "; ".join(
+            f"{url} failed {self.attempts} times in a row, last: {last_error[url].rstrip('.')}" for url in self.urls
+        )
         return (
             f"no server of the reward {self.__name__!r} is left: {each}. Check that it runs and can be reached from "
             f"here, or give it more time (timeout={self.timeout:g}, attempts={self.attempts})"
