@@ -226,7 +226,7 @@ def test_large_images_are_refused_before_they_are_decoded(start, monkeypatch) ->
     large = file(Image.new("RGB", (2048, 1024)))
     assert len(large) < 10_000
     status, reply = post(start(ones), asked(64, images=[large] * 64))
-    assert (status, reply["error"][:40]) == (413, "64 images of 2097152 pixels are too larg")
+    assert (status, reply["error"][:41]) == (413, "64 images of 2097152 pixels are too large")
 
 
 def test_the_token(start, monkeypatch) -> None:
