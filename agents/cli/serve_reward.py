@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -49,6 +51,7 @@ def run(options: ServeReward) -> int:
     # These load torch; the help does not need it.
     from agents.cli.environments import parse_reward
     from dpok_gym.rewards.remote.server import serve
+    from dpok_gym.utils.threads import is_busy
 
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port must be from 0 to {2**16 - 1}, got {options.port}")
@@ -60,4 +63,8 @@ def run(options: ServeReward) -> int:
         token=options.token,
         allowed_hosts=options.allowed_host,
     )
+    if is_busy():
+        # The reward hangs. Python would stop its thread by force, and torch may abort the process then.
+        sys.stderr.flush()
+        os._exit(0)
     return 0

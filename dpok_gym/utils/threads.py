@@ -73,6 +73,11 @@ def _run(work: Work) -> None:
         del item, future, call  # a thread that waits must not keep images in memory
 
 
+def is_busy() -> bool:
+    """Returns whether a thread of a :class:`DaemonExecutor` is at work."""
+    return bool(_running)
+
+
 @atexit.register
 def _let_end() -> None:
     # Python stops daemon threads by force, and code in C++ that is stopped so may abort the process.

@@ -468,7 +468,7 @@ def test_bad_arguments(urls, kwargs, message) -> None:
     ],
 )
 def test_an_address_holds_no_secret(urls) -> None:
-    specs = [lambda: RemoteReward(urls)]
+    specs: list[Callable[[], Any]] = [lambda: RemoteReward(urls)]
     if isinstance(urls, str):
         specs += [lambda: make_reward(urls), lambda: make_reward({urls: {"timout": 1}})]
     for make in specs:

@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -316,34 +317,61 @@ def test_bad_arguments(monkeypatch) -> None:
         make_app(JPEG_SIZE)
 
 
+@contextmanager
+def command(folder: Path, module: str, *words: str) -> Iterator[tuple[subprocess.Popen, str, Callable[[], str]]]:
+    """Runs ``dpok serve-reward mine:reward``; yields the process, its address, and how to read its next line."""
+    (folder / "mine.py").write_text(textwrap.dedent(module))
+    path = os.pathsep.join([str(Path(__file__).parents[4]), os.environ.get("PYTHONPATH", "")])
+    arguments = [sys.executable, "-m", "agents", "serve-reward", "mine:reward", "--port", "0", *words]
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": path}
+    ) as process:
+        assert process.stdout is not None
+        try:
+            address = re.search(r"http://\S+(?=;)", process.stdout.readline())
+            assert address is not None
+            yield process, address.group(), process.stdout.readline
+        finally:
+            process.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command(tmp_path, number) -> None:
-    """From the shell, with a reward of one's own and a token. The end waits for a request that is being scored."""
-    (tmp_path / "mine.py").write_text(
-        "import time\n\n"
-        "def redness(images, prompts):\n"
-        "    print('scoring', flush=True)\n"
-        "    time.sleep(0.5)\n"
-        "    return images[:, 0].mean((1, 2))\n"
-    )
-    command = [sys.executable, "-m", "agents", "serve-reward", "mine:redness=2", "--port", "0", "--token", "SECRET"]
-    path = os.pathsep.join([str(Path(__file__).parents[4]), os.environ.get("PYTHONPATH", "")])
-    with (
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}
-        ) as process,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        try:
-            assert process.stdout is not None
-            address = re.search(r"http://\S+(?=;)", process.stdout.readline())
-            assert address is not None
-            reward = make_reward(RemoteReward(address.group(), token="SECRET"))
-            answered = pool.submit(reward, torch.ones(2, 3, 8, 8), PROMPTS[:2])
-            assert process.stdout.readline() == "scoring\n"
-            process.send_signal(number)
-            assert answered.result().total.tolist() == [2.0, 2.0]
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
+    """With a reward of one's own and a token. The end waits for a request that is being scored."""
+    module = """
+        import time
+
+        def reward(images, prompts):
+            print("scoring", flush=True)
+            time.sleep(0.5)
+            return 2 * images[:, 0].mean((1, 2))
+        """
+    with command(tmp_path, module, "--token", "SECRET") as (process, url, line), ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(make_reward(RemoteReward(url, token="SECRET")), torch.ones(2, 3, 8, 8), PROMPTS[:2])
+        assert line() == "scoring\n"
+        process.send_signal(number)
+        assert answered.result().total.tolist() == [2.0, 2.0]
+        assert process.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_the_end_does_not_wait_for_a_reward_that_hangs(tmp_path) -> None:
+    module = """
+        import torch
+        from dpok_gym.rewards.remote import server
+
+        server.GRACE = 0
+        ones = torch.ones(500, 500)
+
+        def reward(images, prompts):
+            print("scoring", flush=True)
+            while True:
+                ones @ ones
+        """
+    with command(tmp_path, module) as (process, url, line), ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(httpx2.post, url, json=asked(), timeout=30)
+        assert line() == "scoring\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert answered.exception() or answered.result().status_code == 500
