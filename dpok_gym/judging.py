@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from dpok_gym.models import TextToImageModel
 from dpok_gym.rewards import Reward, RewardBatch, judge_chunks
 from dpok_gym.utils.batching import BatchSize
 from dpok_gym.utils.images import to_uint8
+from dpok_gym.utils.threads import DaemonExecutor
 from dpok_gym.utils.validation import check_integer
 
 
@@ -57,7 +57,7 @@ class ImageJudge:
         self.model, self.reward = model, reward
         self.reward_workers = check_integer("reward_workers", reward_workers, minimum=0)
         self._decoding = BatchSize("decode_batch_size", decode_batch_size)
-        self._executor = ThreadPoolExecutor(reward_workers, "reward") if reward_workers else None
+        self._executor = DaemonExecutor(reward_workers, "reward") if reward_workers else None
 
     def __call__(self, latents: Tensor, prompts: Sequence[str]) -> Outcome:
         """Returns the images of latents (B, C, h, w) x_0 and their rewards for B prompts.

@@ -12,7 +12,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 import dpok_gym  # noqa: F401  (registers the environments)
 from agents.common.arguments import describe_arguments
 from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
-from dpok_gym.rewards.remote.client import is_address
+from dpok_gym.rewards.remote.access import check_no_secret
 from dpok_gym.vector_env import DenoisingVectorEnv
 from dpok_gym.worlds import World
 
@@ -84,7 +84,7 @@ def parse_reward(text: Any) -> dict[str, Any]:
     """Reads ``NAME=WEIGHT,NAME=WEIGHT``; a weight that is left out is 1.
 
     A name may be an address, or several with spaces between them: ``http://a:8000 http://b:8000=0.5``. An address with
-    a query needs its weight, as that follows the last "=". An address with a comma cannot be written so.
+    a comma or "=" cannot be written so.
 
     Args:
         text: the text; a mapping is returned as a dict.
@@ -94,11 +94,10 @@ def parse_reward(text: Any) -> dict[str, Any]:
     """
     if not isinstance(text, str):
         return dict(text)
+    check_no_secret(text)  # before an error shows a part of it
     weights: dict[str, Any] = {}
     for entry in text.split(","):
-        # An address may have "=" in its query, so its weight follows the last one.
-        split = entry.rpartition if is_address(entry) and "=" in entry else entry.partition
-        name, equals, weight = (part.strip() for part in split("="))
+        name, equals, weight = (part.strip() for part in entry.partition("="))
         if not name or name in weights:
             raise ValueError(f"a reward is written NAME or NAME=WEIGHT,NAME=WEIGHT with each name once, not {text!r}")
         try:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from dpok_gym.rewards.base import Part, Reward
 from dpok_gym.rewards.normalization import check_normalize
 from dpok_gym.rewards.registry import RewardFunction, load_reward
-from dpok_gym.rewards.remote.client import RemoteReward, is_address
+from dpok_gym.rewards.remote.access import TOKEN_VARIABLE, check_no_secret, is_address
+from dpok_gym.rewards.remote.client import RemoteReward
 
 
 def make_reward(
@@ -39,7 +40,7 @@ def make_reward(
             - a callable ``(images, prompts) -> {component: (B,)}``: the total is the sum of the entries;
             - ``{name: weight}``, with any of these in place of the name, and the finite number that it is multiplied
               by. In place of the number may be ``{"weight": 1.0, "normalize": [mean, std]}`` (or None in place of the
-              pair), and for an address RemoteReward's arguments too, such as ``"timeout": 300``;
+              pair), and for an address RemoteReward's arguments too, such as ``"timeout": 300``, but no token;
             - a :class:`Reward`, returned as it is.
         non_finite: what happens to an image that contains NaN or infinity, or whose reward does: ``"error"`` raises a
             ValueError that names the reward and the prompt; ``"mask"`` gives it a total of 0 and ``valid = False``.
@@ -71,6 +72,12 @@ def _identify(key: Any, settings: Mapping[str, Any]) -> tuple[str, Callable[[], 
     """Returns the name of a reward, and a function that loads it."""
     key = os.fspath(key) if isinstance(key, os.PathLike) else key
     if isinstance(key, str) and is_address(key):
+        check_no_secret(key)
+        if "token" in settings:
+            raise ValueError(
+                f"the settings of a reward are written into files: put the token into the environment variable "
+                f"{TOKEN_VARIABLE}, or make a RemoteReward(address, token=...)"
+            )
         try:
             inspect.signature(RemoteReward).bind(key, **settings)
         except TypeError as error:

@@ -10,8 +10,11 @@ image without a reward gets ``null``.
 
     {"rewards": [0.25, ...]}    or    {"rewards": {"colour": [0.25, ...], "shape": [0.5, ...]}}
 
-Any other status is a failure, with the reason in ``{"error": "..."}``. After status 429 and 5xx the client tries again,
-after ``Retry-After`` seconds if the server says so.
+Status 413 (too large) and 422 (the reward cannot read a prompt or an image) refuse the request, with the reason in
+``{"error": "..."}``. Any other status, and an answer that is not as above, is a failure of the server. The client then
+asks another one, or the same one later: after ``Retry-After`` seconds if the server says so.
+
+A request has at most 2**24 pixels in all. A token is sent as ``Authorization: Bearer TOKEN``.
 """
 
 from __future__ import annotations
@@ -27,16 +30,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpok_gym.rewards.remote.access import check_address, check_no_secret, find_token
 from dpok_gym.utils.images import to_uint8
+from dpok_gym.utils.threads import DaemonExecutor
 from dpok_gym.utils.validation import check_choice, check_integer
 
 if TYPE_CHECKING:
@@ -49,6 +53,11 @@ RETRY_SHARE = 0.1
 #: Seconds to wait for a connection; a machine that runs accepts one in far less.
 CONNECT_TIMEOUT = 10.0
 JPEG_QUALITY = 95
+#: Most pixels of a request, all images together: 16 images of 1024x1024.
+MAX_REQUEST_PIXELS = 2**24
+#: Most bytes of an answer; a thousand numbers have 20 kB.
+MAX_ANSWER_BYTES = 2**24
+MAX_REWARD = torch.finfo(torch.float32).max
 
 Reply = dict[str, list[float]]  # by component; "" stands for the rewards of a reply without names
 
@@ -57,29 +66,32 @@ class RemoteReward:
     """Sends images and prompts to servers, and returns their rewards; for the protocol see the module.
 
     A batch is cut into requests. An endpoint (the address of a server) gets its next request when it has answered the
-    one before. If a request fails, the next free endpoint takes it over. The endpoint that failed rests, longer after
-    each failure in a row. Later batches ask it again in one of ten cases, and whenever no other endpoint is left. So a
-    dead endpoint costs its share of the speed, and in one batch of ten the wait for its failure. Images are sent with 8
-    bits per channel. The extra ``reward-client`` must be installed.
+    one before. If a request fails, the next free endpoint takes it over: each image has one reward, whatever fails. The
+    endpoint that failed rests, longer after each failure in a row. Later batches ask it again in one of ten cases, and
+    whenever no other endpoint is left. So a bad endpoint costs its share of the speed, and in one batch of ten the wait
+    for its failure. Images are sent with 8 bits per channel. The extra ``reward-client`` must be installed.
+
+    The token is no attribute, and pickles do not hold it. A pickled copy takes that of its environment.
 
     Args:
-        urls: the address of one endpoint, or of several that compute the same reward; with http:// or https://.
+        urls: the address of one endpoint, or of several that compute the same reward; with http:// or https://, and
+            without user, password and query, because addresses are written into logs and files.
         name: name of the reward; None for the first address without http:// ("localhost:8000"). If the reply has names,
             the components are called "name/theirs".
         timeout: longest time for one answer, seconds, above 0. If it is too short, servers that are only busy count as
             failed.
-        attempts: failures in a row after which this batch asks an endpoint no more, 1 or more. Failures to connect,
-            timeouts, and status 429 and 5xx count; any other failure is an error at once.
+        attempts: failures in a row after which this batch asks an endpoint no more, 1 or more. The eight of the default
+            take a minute, in which a server can start anew.
         backoff: seconds, 0 or more, that an endpoint rests after its first failure. The rest doubles with each further
             failure. It varies at random by a half, so that many clients do not come back at the same time.
         batch_size: largest number of images in a request, 1 or more.
         image_format: "png", which is exact, or "jpeg" of quality 95, which is smaller, for slow networks.
-        headers: further headers of each request, such as ``{"Authorization": "Bearer ..."}``.
+        token: what the servers ask for; None for the environment variable ``DPOK_REWARD_TOKEN``, if it is set.
 
     Raises:
         ImportError: if the extra ``reward-client`` is not installed.
-        ValueError: if an argument is out of range; in a call, if an endpoint refuses the images, or its answer breaks
-            the protocol.
+        ValueError: if an argument is out of range; in a call, if a server refuses the images or the prompts (status 413
+            or 422), or two servers answer with different names.
         ConnectionError: in a call, when no endpoint is left. The message names each, its attempts and its last failure.
     """
 
@@ -89,17 +101,19 @@ class RemoteReward:
         *,
         name: str | None = None,
         timeout: float = 120.0,
-        attempts: int = 5,
+        attempts: int = 8,
         backoff: float = 0.5,
         batch_size: int = 16,
         image_format: Literal["png", "jpeg"] = "png",
-        headers: Mapping[str, str] | None = None,
+        token: str | None = None,
     ) -> None:
         self.urls = [urls] if isinstance(urls, str) else list(urls)
         if not self.urls or len(set(self.urls)) < len(self.urls):
             raise ValueError(f"a remote reward needs one address or several different ones, not {self.urls}")
+        check_no_secret(" ".join(map(str, self.urls)))  # a password with a space would look like two addresses
         for url in self.urls:
-            _check_address(url)
+            check_address(url)
+        find_token(token)
         attempts, batch_size = check_integer("attempts", attempts), check_integer("batch_size", batch_size)
         if not (0 < timeout < math.inf and 0 <= backoff < math.inf):
             raise ValueError(f"timeout must be positive and backoff at least 0 seconds, got {timeout} and {backoff}")
@@ -114,7 +128,7 @@ class RemoteReward:
             ) from error
         self.__name__ = name or self.urls[0].split("://", 1)[1].rstrip("/")
         self.timeout, self.attempts, self.backoff = timeout, attempts, backoff
-        self.batch_size, self.image_format, self.headers = batch_size, image_format, dict(headers or {})
+        self.batch_size, self.image_format, self._token = batch_size, image_format, token
         self._failing: set[str] = set()
         self._random = random.Random()  # its own, because a reward must not change the state of seeded generators
 
@@ -124,6 +138,7 @@ class RemoteReward:
             return torch.zeros(0)
         pixels = to_uint8(images)
         size = min(self.batch_size, math.ceil(len(prompts) / len(self.urls)))
+        size = max(1, min(size, MAX_REQUEST_PIXELS // math.prod(pixels.shape[1:3])))
         chunks = [slice(first, first + size) for first in range(0, len(prompts), size)]
         replies = self._share([(pixels[chunk], list(prompts[chunk])) for chunk in chunks])
         names = list(replies[0])
@@ -141,15 +156,21 @@ class RemoteReward:
         return {f"{self.__name__}/{name}": values for name, values in rewards.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Gymnasium copies an environment's arguments. Open connections cannot be copied; the copy opens its own.
-        return {name: value for name, value in self.__dict__.items() if name != "_client"}
+        # Open connections cannot be pickled, and the token must not be.
+        return {name: value for name, value in self.__dict__.items() if name != "_client"} | {"_token": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteReward:
+        return self  # Gymnasium copies an environment's arguments; the copy shares the connections
 
     @functools.cached_property
     def _client(self) -> httpx2.Client:
         import httpx2
 
         timeout = httpx2.Timeout(self.timeout, connect=min(self.timeout, CONNECT_TIMEOUT))
-        return httpx2.Client(timeout=timeout, headers={**self.headers, "content-type": "application/json"})
+        headers = {"content-type": "application/json"}
+        if token := find_token(self._token):
+            headers["authorization"] = f"Bearer {token}"
+        return httpx2.Client(timeout=timeout, headers=headers)
 
     def _share(self, jobs: Sequence[tuple[NDArray[np.uint8], list[str]]]) -> list[Reply]:
         """Sends the jobs to the endpoints in parallel, and returns the replies in the order of the jobs."""
@@ -161,7 +182,7 @@ class RemoteReward:
         failures, last_error = dict.fromkeys(self.urls, 0), dict.fromkeys(self.urls, "")
         running: dict[Future[Any], tuple[str, int | None]] = {}  # the endpoint and its job; None while it rests
         client, over = self._client, threading.Event()
-        pool = ThreadPoolExecutor(len(self.urls), "remote-reward")
+        pool = DaemonExecutor(len(self.urls), "remote-reward")
         try:
             while len(replies) < len(jobs):
                 while free and waiting:
@@ -176,7 +197,7 @@ class RemoteReward:
                     url, done = running.pop(future)
                     try:
                         result = future.result()
-                    except _TemporaryError as error:
+                    except _FailureError as error:
                         assert done is not None
                         waiting.appendleft(done)  # another endpoint, or this one after its rest, takes it
                         failures[url] += 1
@@ -195,7 +216,7 @@ class RemoteReward:
             return [replies[job] for job in range(len(jobs))]
         finally:
             over.set()
-            # Requests that still run after an error or Ctrl-C are not waited for here, only when Python ends.
+            # Requests that still run after an error or Ctrl-C are not waited for.
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _send(self, client: httpx2.Client, url: str, pixels: NDArray[np.uint8], prompts: list[str]) -> Reply:
@@ -208,39 +229,33 @@ class RemoteReward:
             prompts: B texts.
 
         Raises:
-            _TemporaryError: if another attempt makes sense.
-            ValueError: if the endpoint refuses the images, or its answer breaks the protocol.
+            _FailureError: if the endpoint fails; another one, or this one later, may not.
+            ValueError: if it refuses the images or prompts.
         """
         import httpx2
 
         images = [base64.b64encode(self._encode(image)).decode() for image in pixels]
-        content, body = json.dumps({"prompts": prompts, "images": images}).encode(), b""
+        content, body = json.dumps({"prompts": prompts, "images": images}).encode(), bytearray()
         deadline = time.monotonic() + self.timeout
         try:
             with client.stream("POST", url, content=content) as response:
                 for part in response.iter_bytes():
                     body += part
+                    if len(body) > MAX_ANSWER_BYTES:
+                        raise _FailureError(f"its answer has more than {MAX_ANSWER_BYTES} bytes")
                     if time.monotonic() > deadline:  # the client's own timeout starts again with each part
                         raise httpx2.ReadTimeout("timed out")
         except httpx2.TimeoutException as error:
-            raise _TemporaryError(f"no answer in {self.timeout:g} seconds ({type(error).__name__})") from error
-        except httpx2.TransportError as error:
-            raise _TemporaryError(f"{type(error).__name__}: {error}") from error
+            raise _FailureError(f"no answer in {self.timeout:g} seconds ({type(error).__name__})") from error
         except httpx2.RequestError as error:
-            raise ValueError(f"the reward server {url} sent an answer that cannot be decoded: {error}") from error
-        if response.status_code == 429 or response.status_code >= 500:
-            after = response.headers.get("retry-after", "")
-            reason = f"status {response.status_code}{_reason(body)}"
-            retry_after = float(after) if after.isdecimal() else 0.0  # it may be a date too, which is not read
-            raise _TemporaryError(reason, retry_after)
-        if response.status_code != 200:
-            raise ValueError(f"the reward server {url} refused: status {response.status_code}{_reason(body)}")
-        try:
-            return _read_reply(body, len(prompts))
-        except ValueError as error:
-            raise ValueError(
-                f"the reward server {url} breaks the protocol of dpok_gym.rewards.remote.client: {error}"
-            ) from error
+            raise _FailureError(f"{type(error).__name__}: {error}") from error
+        status, reason = response.status_code, _reason(body)
+        if status in (413, 422):
+            raise ValueError(f"the reward server {url} refused the images or prompts: status {status}{reason}")
+        if status != 200:
+            after = response.headers.get("retry-after", "")  # it may be a date too, which is not read
+            raise _FailureError(f"status {status}{reason}", float(after) if after.isdecimal() else 0.0)
+        return _read_reply(body, len(prompts))
 
     def _encode(self, image: NDArray[np.uint8]) -> bytes:
         from PIL import Image
@@ -261,68 +276,59 @@ class RemoteReward:
             logger.warning("the reward server %s answers again", url)
 
     def _no_answer(self, last_error: Mapping[str, str]) -> str:
-        each = "; ".join(f"{url} failed {self.attempts} times in a row, last: {last_error[url]}" for url in self.urls)
+        each = "; ".join(
+            f"{url} failed {self.attempts} times in a row, last: {last_error[url].rstrip('.')}" for url in self.urls
+        )
         return (
             f"no server of the reward {self.__name__!r} is left: {each}. Check that it runs and can be reached from "
             f"here, or give it more time (timeout={self.timeout:g}, attempts={self.attempts})"
         )
 
 
-class _TemporaryError(Exception):
-    """A failure after which another attempt makes sense."""
+class _FailureError(Exception):
+    """A failure of an endpoint: another one, or the same one later, may not fail."""
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
 
-def is_address(name: str) -> bool:
-    """Returns True if a reward's name is an address, or several with spaces between them."""
-    return name.strip().lower().startswith(("http://", "https://"))
-
-
-def _check_address(url: Any) -> None:
-    try:
-        parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except (ValueError, TypeError, AttributeError):  # the port is no number, or the address no text
-        sound = False
-    if not sound:
-        raise ValueError(f"the address of a reward server is written http://host:port, not {url!r}")
-
-
-def _reason(body: bytes) -> str:
+def _reason(body: bytes | bytearray) -> str:
     """Returns the reason that a server gives for its failure, in short; "" for none."""
     try:
         text = str(json.loads(body)["error"])
     except (ValueError, TypeError, LookupError, RecursionError):
-        text = body[:200].decode(errors="replace")
-    return f" ({' '.join(text.split())})" if text.strip() else ""
+        text = body.decode(errors="replace")
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text[:200]).split())
+    return f" ({text})" if text else ""
 
 
-def _read_reply(body: bytes, n_images: int) -> Reply:
+def _read_reply(body: bytes | bytearray, n_images: int) -> Reply:
     """Returns the rewards in a reply, with NaN for null.
 
     Raises:
-        ValueError: if the reply breaks the protocol.
+        _FailureError: if the reply breaks the protocol.
     """
     try:
-        reply = json.loads(body, parse_int=float)
+        reply = json.loads(body, parse_int=float, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
-        raise ValueError(f"its answer is no JSON but {body[:100]!r}") from None
+        raise _FailureError(f"its answer is no JSON but {bytes(body[:100])!r}") from None
     rewards = reply.get("rewards") if isinstance(reply, dict) else None
     by_name = {"": rewards} if isinstance(rewards, list) else rewards
     if not isinstance(by_name, dict) or not by_name:
-        raise ValueError(f"its answer has no list or mapping 'rewards': {body[:100]!r}")
+        raise _FailureError(f"its answer has no list or mapping 'rewards': {bytes(body[:100])!r}")
+    replies: Reply = {}
     for name, values in by_name.items():
         where = f"the rewards {name!r}" if name else "the rewards"
         if not isinstance(values, list) or len(values) != n_images:
             count = len(values) if isinstance(values, list) else "no list"
-            raise ValueError(f"{where} must be {n_images} numbers for as many images, got {count}")
+            raise _FailureError(f"{where} must be {n_images} numbers for as many images, got {count}")
         for value in values:
-            if not (value is None or isinstance(value, float)):
-                raise ValueError(f"{where} must be numbers or null, got {value!r}")
-    replies: Reply = {}
-    for name, values in by_name.items():
+            if not (value is None or (isinstance(value, float) and abs(value) <= MAX_REWARD)):
+                raise _FailureError(f"{where} must be numbers within float32's range or null, got {value!r}")
         replies[name] = [math.nan if value is None else value for value in values]
     return replies
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"JSON has no {name}")  # Python's reader takes NaN and Infinity, which are not JSON

@@ -318,9 +318,9 @@ def test_rewards_are_read():
     assert parse_reward("shapes-alignment") == {"shapes-alignment": 1.0}
     assert parse_reward("a=2, b=-0.5,c") == {"a": 2.0, "b": -0.5, "c": 1.0}
     assert parse_reward({"a": 3}) == {"a": 3}
-    assert parse_reward("http://a:1 https://b=0.5,http://c?d=e=2,mine:f=3,http://g") == {
+    assert parse_reward("http://a:1 https://b=0.5,http://c/d=2,mine:f=3,http://g") == {
         "http://a:1 https://b": 0.5,
-        "http://c?d=e": 2.0,
+        "http://c/d": 2.0,
         "mine:f": 3.0,
         "http://g": 1.0,
     }

@@ -403,7 +403,7 @@ def test_remote_rewards(tmp_path, capsys, monkeypatch):
     defaults = RemoteReward.__init__.__kwdefaults__ or {}
     monkeypatch.setattr(RemoteReward.__init__, "__kwdefaults__", defaults | {"backoff": 0})
     assert main(["evaluate", str(tmp_path / "run"), "--images", "1", "--device", "cpu"]) == 2
-    assert f"{endpoint.url} failed 5 times in a row" in capsys.readouterr().err
+    assert f"{endpoint.url} failed 8 times in a row" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -6,7 +6,10 @@ import io
 import json
 import math
 import pickle
+import re
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -121,11 +124,11 @@ def after(seconds: float, answer: Any) -> Any:
 
 def test_images_and_prompts_arrive_as_they_are(start, images) -> None:
     endpoint = start(brightness)
-    rewards = remote(endpoint.url, batch_size=3, headers={"X-Key": "secret"})(images, PROMPTS)
+    rewards = remote(endpoint.url, batch_size=3)(images, PROMPTS)
     assert rewards.tolist() == locally(images)
     assert [len(request["prompts"]) for request in endpoint.requests] == [3, 3, 2]
     assert [prompt for request in endpoint.requests for prompt in request["prompts"]] == PROMPTS
-    assert endpoint.headers["X-Key"] == "secret"
+    assert "authorization" not in {name.lower() for name in endpoint.headers}
     assert endpoint.headers["content-type"] == "application/json"
     arrived = [image for request in endpoint.requests for image in opened(request)]
     assert {image.format for image in arrived} == {"PNG"}
@@ -221,20 +224,77 @@ def test_an_endpoint_that_failed_is_spared(start, images, monkeypatch) -> None:
     assert len(first.requests) > 1
 
 
-@pytest.mark.parametrize("failure", [(503, b"busy"), (500, {"error": "out of memory"}), (429, b""), "dropped", "slow"])
-def test_what_may_pass_is_tried_again(start, images, failure, caplog) -> None:
-    def twice(request: dict, number: int) -> Any:
-        if number > 2:
-            return brightness(request)
+#: What a bad server may answer, and what is said of it.
+FAILURES: dict[str, tuple[Any, str]] = {
+    "busy": ((503, b"busy"), r"status 503 \(busy\)"),
+    "too many": ((429, b""), "status 429"),
+    "error": ((500, {"error": "out of\nmemory"}), r"status 500 \(out of memory\)"),
+    "bad request": ((400, {"error": "no"}), r"status 400 \(no\)"),
+    "token": ((401, {"error": "the token is wrong"}), r"status 401 \(the token is wrong\)"),
+    "elsewhere": ((404, b"<html>\x1b[31mnone</html>"), r"status 404 \(<html> \[31mnone</html>\)"),
+    "redirect": ((307, b"", ("location", "http://127.0.0.1:1/")), "status 307"),
+    "created": ((201, {"rewards": [1.0] * N}), "status 201"),
+    "html": (b"<html>hello</html>", "its answer is no JSON but b'<html>hello</html>'"),
+    "no text": (b"\xff\xfe", "no JSON"),
+    "nested": (b"[" * 100_000, "no JSON"),
+    "cut off": (b'{"rewards": [1.0, 2.', "no JSON"),
+    "NaN": (b'{"rewards": [' + b"NaN, " * (N - 1) + b"1.0]}", "no JSON"),
+    "infinity": (b'{"rewards": [' + b"-Infinity, " * (N - 1) + b"1.0]}", "no JSON"),
+    "overflow": ({"rewards": [1e39] * N}, r"within float32's range or null, got 1e\+39"),
+    "list": ([1.0] * N, "no list or mapping 'rewards'"),
+    "misnamed": ({"reward": [1.0] * N}, "no list or mapping 'rewards'"),
+    "empty": ({"rewards": {}}, "no list or mapping 'rewards'"),
+    "scalar": ({"rewards": 1.0}, "no list or mapping 'rewards'"),
+    "few": ({"rewards": [1.0] * (N - 1)}, "the rewards must be 8 numbers for as many images, got 7"),
+    "many": ({"rewards": {"sharp": [1.0] * (N + 1)}}, "the rewards 'sharp' must be 8 numbers .* got 9"),
+    "no list": ({"rewards": {"sharp": 1.0}}, "the rewards 'sharp' must be 8 numbers .* got no list"),
+    "text": ({"rewards": ["1.0"] * N}, "must be numbers .* got '1.0'"),
+    "bool": ({"rewards": [True] * N}, "must be numbers .* got True"),
+    "lists": ({"rewards": [[1.0]] * N}, r"must be numbers .* got \[1.0\]"),
+    "no gzip": ((200, b"not zipped", ("content-encoding", "gzip")), "DecodingError"),
+    "long": (b" " * (client.MAX_ANSWER_BYTES + 1), "its answer has more than 16777216 bytes"),
+    "dropped": ("dropped", "RemoteProtocolError"),
+    "slow": ("slow", r"no answer in 0.7 seconds \(ReadTimeout\)"),
+}
+
+
+def bad(failure: str) -> Answer:
+    def answer(request: dict, number: int) -> Any:
         if failure == "dropped":
             raise ConnectionAbortedError  # the connection ends without an answer
-        return after(1.2, {}) if failure == "slow" else failure
+        return after(1.2, {}) if failure == "slow" else FAILURES[failure][0]
 
-    endpoint = start(twice)
+    return answer
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failure_is_tried_again(start, images, failure, caplog) -> None:
+    endpoint = start(lambda request, number: bad(failure)(request, number) if number < 2 else brightness(request))
     rewards = remote(endpoint.url, timeout=0.7 if failure == "slow" else 20)(images, PROMPTS)
     assert rewards.tolist() == locally(images)
-    assert len(endpoint.requests) == 3
+    assert len(endpoint.requests) == 2
+    assert re.search(f"{endpoint.url} failed and will be tried again: .*{FAILURES[failure][1]}", caplog.text)
     assert f"{endpoint.url} answers again" in caplog.text
+
+
+@pytest.mark.parametrize("failure", ["elsewhere", "cut off", "few", "NaN", "dropped", "slow"])
+def test_one_bad_server_of_two_does_not_end_the_batch(start, images, failure) -> None:
+    good = start(brightness)
+    reward = remote(start(bad(failure)).url, good.url, batch_size=2, timeout=0.7 if failure == "slow" else 20)
+    assert reward(images, PROMPTS).tolist() == locally(images)
+    scored = [prompt for request in good.requests for prompt in request["prompts"]]
+    assert sorted(scored) == PROMPTS  # each image once
+
+
+def test_the_last_failure_of_each_server_is_said(start, images) -> None:
+    few, none = start(lambda request, number: {"rewards": [1.0]}), start(lambda request, number: (404, b""))
+    with pytest.raises(ConnectionError) as raised:
+        remote(few.url, none.url, attempts=2)(images, PROMPTS)
+    for part in (
+        f"{few.url} failed 2 times in a row, last: the rewards must be 4 numbers for as many images, got 1",
+        f"{none.url} failed 2 times in a row, last: status 404",
+    ):
+        assert part in str(raised.value)
 
 
 def test_rests_grow_and_vary(start, images, monkeypatch) -> None:
@@ -309,43 +369,20 @@ def test_drop_by_drop(images) -> None:
         thread.join()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (b"<html>hello</html>", "its answer is no JSON but b'<html>hello</html>'"),
-        (b"\xff\xfe", "no JSON"),
-        (b"[" * 100_000, "no JSON"),
-        ([1.0] * N, "no list or mapping 'rewards'"),
-        ({"reward": [1.0] * N}, "no list or mapping 'rewards'"),
-        ({"rewards": {}}, "no list or mapping 'rewards'"),
-        ({"rewards": 1.0}, "no list or mapping 'rewards'"),
-        ({"rewards": [1.0] * (N - 1)}, "the rewards must be 8 numbers for as many images, got 7"),
-        ({"rewards": {"sharp": [1.0] * (N + 1)}}, "the rewards 'sharp' must be 8 numbers .* got 9"),
-        ({"rewards": {"sharp": 1.0}}, "the rewards 'sharp' must be 8 numbers .* got no list"),
-        ({"rewards": ["1.0"] * N}, "must be numbers or null, got '1.0'"),
-        ({"rewards": [True] * N}, "must be numbers or null, got True"),
-        ({"rewards": [[1.0]] * N}, r"must be numbers or null, got \[1.0\]"),
-        ((400, {"error": "no such\nprompt"}), r"refused: status 400 \(no such prompt\)"),
-        ((404, b""), "refused: status 404"),
-        ((307, b"", ("location", "http://127.0.0.1:1/")), "refused: status 307"),
-        ((200, b"not zipped", ("content-encoding", "gzip")), "cannot be decoded"),
-    ],
-)
-def test_what_will_not_pass_is_an_error_at_once(start, images, answer, message) -> None:
-    endpoint = start(lambda request, number: answer)
-    with pytest.raises(ValueError, match=message) as raised:
+@pytest.mark.parametrize("status", [413, 422])
+def test_a_refusal_is_an_error_at_once(start, images, status) -> None:
+    """No other server would take such images or prompts."""
+    endpoint = start(lambda request, number: (status, {"error": "no such\nprompt"}))
+    message = rf"{endpoint.url} refused the images or prompts: status {status} \(no such prompt\)"
+    with pytest.raises(ValueError, match=message):
         remote(endpoint.url)(images, PROMPTS)
-    assert endpoint.url in str(raised.value)
     assert len(endpoint.requests) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("value", "shown"), [(None, "nan"), (math.nan, "nan"), (-math.inf, "-inf")])
-def test_no_finite_number(start, images, value, shown) -> None:
-    endpoint = start(lambda request, number: {"rewards": [1, value] + [3.0] * (N - 2)})
+def test_an_image_without_a_reward(start, images) -> None:
+    endpoint = start(lambda request, number: {"rewards": [1, None] + [3.0] * (N - 2)})
     with pytest.raises(
-        ValueError, match=rf"reward '{endpoint.name}' for the prompt 'prompt 1' is not finite \({shown}; 1 of 8"
+        ValueError, match=rf"reward '{endpoint.name}' for the prompt 'prompt 1' is not finite \(nan; 1 of 8"
     ):
         make_reward(endpoint.url)(images, PROMPTS)
     batch = make_reward(endpoint.url, non_finite="mask")(images, PROMPTS)
@@ -363,8 +400,8 @@ def test_endpoints_that_compute_something_else(start, images) -> None:
 
 def test_an_error_does_not_wait_for_the_other_endpoints(start, images) -> None:
     release = threading.Event()
-    slow, wrong = start(lambda request, number: release.wait(20) and {}), start(lambda request, number: (400, b""))
-    with pytest.raises(ValueError, match="status 400"):
+    slow, wrong = start(lambda request, number: release.wait(20) and {}), start(lambda request, number: (422, b""))
+    with pytest.raises(ValueError, match="status 422"):
         remote(slow.url, wrong.url)(images, PROMPTS)
     assert not release.is_set()
     release.set()
@@ -403,6 +440,9 @@ def test_seeded_generators_are_left_alone(start, images, dead) -> None:
         ("http://", {}, "written http://host:port"),
         ("http://host:many", {}, "written http://host:port"),
         ([3], {}, "written http://host:port, not 3"),
+        ("http://a b", {}, "written http://host:port, not 'http://a b'"),
+        ("http://[::", {}, "written http://host:port"),
+        ("http://a", {"token": ""}, "the token must be one or more visible ASCII characters"),
         ("http://a", {"attempts": 0}, "attempts must be an integer of at least 1, got 0"),
         ("http://a", {"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),
         ("http://a", {"timeout": 0}, "timeout must be positive"),
@@ -414,6 +454,70 @@ def test_seeded_generators_are_left_alone(start, images, dead) -> None:
 def test_bad_arguments(urls, kwargs, message) -> None:
     with pytest.raises(ValueError, match=message):
         RemoteReward(urls, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "urls",
+    [
+        "http://ada:SECRET@host:1",
+        "https://SECRET@host",
+        "http://ada:SEC RET@host",
+        "http://host/score?key=SECRET",
+        "http://host/#SECRET",
+        ["http://host", "HTTP://ada:SECRET@other"],
+    ],
+)
+def test_an_address_holds_no_secret(urls) -> None:
+    specs: list[Callable[[], Any]] = [lambda: RemoteReward(urls)]
+    if isinstance(urls, str):
+        specs += [lambda: make_reward(urls), lambda: make_reward({urls: {"timout": 1}})]
+    for make in specs:
+        with pytest.raises(ValueError, match=r"no user, password or query.*DPOK_REWARD_TOKEN") as raised:
+            make()
+        assert "SEC" not in str(raised.value)
+
+
+def test_the_token_is_sent_and_kept_nowhere(start, images, monkeypatch, caplog) -> None:
+    endpoint = start(lambda request, number: (401, b"") if number < 2 else brightness(request))
+    explicit, by_name = remote(endpoint.url, token="SECRET"), make_reward(endpoint.url)
+    monkeypatch.setenv("DPOK_REWARD_TOKEN", "SECRET-2")
+    for reward, token in ((explicit, "SECRET"), (remote(endpoint.url), "SECRET-2"), (by_name, "SECRET-2")):
+        reward(images, PROMPTS)
+        assert endpoint.headers["authorization"] == f"Bearer {token}"
+    assert copy.deepcopy(explicit) is explicit
+    public = {name: value for name, value in vars(explicit).items() if not name.startswith("_")}
+    for written in (pickle.dumps(explicit), repr(explicit).encode(), repr(public).encode(), caplog.text.encode()):
+        assert b"SECRET" not in written
+    pickle.loads(pickle.dumps(explicit))(images, PROMPTS)
+    assert endpoint.headers["authorization"] == "Bearer SECRET-2"
+    with pytest.raises(ValueError, match="put the token into the environment variable DPOK_REWARD_TOKEN") as raised:
+        make_reward({endpoint.url: {"token": "SECRET"}})
+    assert "SECRET" not in str(raised.value)
+    monkeypatch.setenv("DPOK_REWARD_TOKEN", "SECRET\n")
+    with pytest.raises(ValueError, match="DPOK_REWARD_TOKEN must be one or more visible ASCII") as raised:
+        RemoteReward("http://a")
+    assert "SECRET" not in str(raised.value)
+
+
+def test_large_images_go_in_small_requests(start, images, monkeypatch) -> None:
+    monkeypatch.setattr(client, "MAX_REQUEST_PIXELS", 3 * 6 * 4 + 1)
+    endpoint = start(brightness)
+    assert remote(endpoint.url)(images, PROMPTS).tolist() == locally(images)
+    assert [len(request["prompts"]) for request in endpoint.requests] == [3, 3, 2]
+
+
+@pytest.mark.slow
+def test_a_hanging_request_does_not_delay_the_end_of_python(start) -> None:
+    asked = threading.Event()
+    hanging = start(lambda request, number: asked.set() or after(60, {}))
+    code = f"import torch, dpok_gym; dpok_gym.RemoteReward({hanging.url!r})(torch.zeros(1, 3, 4, 4), ['a'])"
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as python:
+        try:
+            assert asked.wait(40)
+            python.send_signal(signal.SIGINT)
+            assert "KeyboardInterrupt" in python.communicate(timeout=20)[1]
+        finally:
+            python.kill()
 
 
 def test_the_extra_is_missing(monkeypatch) -> None:

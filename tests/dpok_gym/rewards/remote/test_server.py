@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ import uvicorn
 from PIL import Image
 
 from dpok_gym.rewards import RemoteReward, make_reward
-from dpok_gym.rewards.remote.server import MAX_PIXELS, make_app, serve
+from dpok_gym.rewards.remote import connections, server
+from dpok_gym.rewards.remote.connections import RewardConnection
+from dpok_gym.rewards.remote.server import MAX_BODY_BYTES, MAX_PIXELS, make_app, serve
 
 PROMPTS = ["a red circle", "three blue stars", "a green square"]
 JPEG_SIZE = "jpeg-incompressibility"
@@ -36,7 +39,8 @@ def start() -> Iterator[Callable[..., str]]:
 
         def started(*args: Any, **kwargs: Any) -> str:
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            server = uvicorn.Server(uvicorn.Config(make_app(*args, **kwargs), log_level="critical"))
+            config = uvicorn.Config(make_app(*args, **kwargs), log_level="critical", http=RewardConnection)
+            server = uvicorn.Server(config)
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
             thread.start()
             stack.callback(thread.join)
@@ -52,9 +56,9 @@ def images() -> torch.Tensor:
     return torch.randint(256, (3, 3, 64, 64), generator=torch.Generator().manual_seed(0)) / 255
 
 
-def file(image: Any = None, kind: str = "PNG") -> str:
+def file(image: Any = None, kind: str = "PNG", **options: Any) -> str:
     buffer = io.BytesIO()
-    (Image.new("RGB", (4, 4)) if image is None else image).save(buffer, kind)
+    (Image.new("RGB", (4, 4)) if image is None else image).save(buffer, kind, **options)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -62,10 +66,27 @@ def asked(n: int = 1, **changes: Any) -> dict[str, Any]:
     return {"prompts": ["a red circle"] * n, "images": [file()] * n} | changes
 
 
-def post(url: str, request: Any, path: str = "/") -> tuple[int, Any]:
+def post(url: str, request: Any, path: str = "/", **headers: str) -> tuple[int, Any]:
     kwargs = {"content": request} if isinstance(request, bytes) else {"json": request}
-    response = httpx2.post(url + path, timeout=30, **kwargs)
+    response = httpx2.post(url + path, timeout=30, headers=headers, **kwargs)
     return response.status_code, response.json()
+
+
+def ones(images: torch.Tensor, prompts: list[str]) -> list[float]:
+    return [1.0] * len(prompts)
+
+
+def say(url: str, words: bytes) -> socket.socket:
+    """Opens a connection and sends a part of a request."""
+    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20)
+    connection.sendall(words)
+    return connection
+
+
+def answer_of(connection: socket.socket) -> bytes:
+    """Returns all that the server sends until it closes the connection."""
+    with connection:
+        return b"".join(iter(lambda: connection.recv(2**16), b""))
 
 
 def test_rewards_are_the_same_as_without_it(start, images) -> None:
@@ -132,7 +153,7 @@ def test_health_is_answered_while_it_scores_one_request_at_a_time(start, images)
         assert [future.result()[0] for future in pending] == [200] * 3
     assert most == [True] * 3
     assert health.status_code == 200
-    assert health.json() == {"status": "ok", "rewards": ["slow"], "max_batch": 5}
+    assert health.json() == {"status": "ok"}
 
 
 @pytest.mark.slow
@@ -147,15 +168,20 @@ def test_health_is_answered_while_it_scores_one_request_at_a_time(start, images)
         (asked(images="x"), 400, "'images' must be a list of texts"),
         (asked(prompts=[3]), 400, "'prompts' must be a list of texts"),
         (asked(prompts=["a", "b"]), 400, "as many prompts as images, not 2 and 1"),
-        (asked(images=["!"]), 400, "image 0 cannot be read"),
+        (asked(images=["!"]), 400, "image 0 is neither PNG nor JPEG in base64"),
         (asked(images=["AAAA"]), 400, "image 0 is neither PNG nor JPEG"),
         (asked(images=[file(kind="GIF")]), 400, "image 0 is neither PNG nor JPEG"),
-        (asked(images=[file()[:64]]), 400, "image 0"),
-        (asked(2, images=[file(), file(Image.new("RGB", (4, 5)))]), 400, r"one size, not \[\(4, 4\), \(5, 4\)\]"),
+        (asked(images=[file()[:64]]), 400, "^image 0 is damaged$"),
+        (asked(images=[file(kind="JPEG", progressive=True)]), 400, "image 0 is a progressive JPEG"),
+        (asked(2, images=[file(), file(Image.new("RGB", (4, 5)))]), 400, r"one size, not \[\(4, 4\), \(4, 5\)\]"),
         (asked(5), 413, "5 images in one request are too many, at most 4"),
-        (asked(images=[file(Image.new("1", (MAX_PIXELS // 8 + 1, 8)))]), 413, f"at most {MAX_PIXELS} in all"),
-        (b" " * (16 * MAX_PIXELS + 1), 413, "the request is too large; at most 4 images"),
-        (asked(prompts=["a purple cow"]), 422, "a purple cow"),
+        (asked(images=[file(Image.new("1", (MAX_PIXELS // 8 + 1, 8)))]), 413, f"at most {MAX_PIXELS} pixels in each"),
+        (b" " * (MAX_BODY_BYTES + 1), 413, "the request is too large; at most 16777216 pixels in all"),
+        (
+            asked(prompts=["a purple cow"]),
+            422,
+            "^the reward cannot read a prompt or an image; the server's log says why$",
+        ),
     ],
 )
 def test_bad_requests(start, request_, status, message) -> None:
@@ -168,53 +194,184 @@ def test_bad_requests(start, request_, status, message) -> None:
 
 def test_no_such_path(start) -> None:
     url = start(JPEG_SIZE)
-    assert post(url, asked(), "/rewards") == (404, {"error": "Not Found: there are POST / and GET /health"})
+    assert post(url, asked(), "/rewards") == (404, {"error": "there are POST / and GET /health"})
     assert httpx2.get(url, timeout=30).status_code == 405
 
 
-def test_a_reward_that_fails(start, images) -> None:
+def test_a_reward_that_fails(start, images, caplog) -> None:
     calls = []
 
     def failing(images: torch.Tensor, prompts: list[str]) -> list[float]:
         calls.append(0)
         if len(calls) < 3:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("out of memory in /home/ada")
         return [1.0] * len(prompts)
 
     url = start(failing)
-    assert post(url, asked()) == (500, {"error": "the reward failed: RuntimeError: out of memory"})
+    assert post(url, asked()) == (500, {"error": "the reward failed; the server's log says why"})
+    assert "out of memory in /home/ada" in caplog.text
     # The client takes that for something that may pass.
     assert make_reward(RemoteReward(url, backoff=0.001))(images, PROMPTS).total.tolist() == [1.0] * 3
     assert len(calls) == 3
 
 
+def test_the_path_of_a_reward_is_not_told(start, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(server, "make_reward", lambda spec, non_finite: make_reward(ones, non_finite))
+    monkeypatch.setattr(ones, "__name__", str(tmp_path / "my_reward"))
+    assert post(start("any"), asked()) == (200, {"rewards": {"my_reward": [1.0]}})
+
+
+def test_large_images_are_refused_before_they_are_decoded(start, monkeypatch) -> None:
+    """64 files of 6 kB, which decode to 400 MB."""
+    monkeypatch.setattr(server, "_decode", lambda image, index: pytest.fail("decoded"))
+    large = file(Image.new("RGB", (2048, 1024)))
+    assert len(large) < 10_000
+    status, reply = post(start(ones), asked(64, images=[large] * 64))
+    assert (status, reply["error"][:41]) == (413, "64 images of 2097152 pixels are too large")
+
+
+def test_the_token(start, monkeypatch) -> None:
+    url = start(ones, token="SECRET")
+    refused = (401, {"error": "the token is missing or wrong; the client takes it from DPOK_REWARD_TOKEN"})
+    for headers in (
+        {},
+        {"Authorization": "SECRET"},
+        {"Authorization": "Bearer SECRE"},
+        {"Authorization": "Basic SECRET"},
+    ):
+        assert post(url, asked(), **headers) == refused
+    assert post(url, asked(), "/other") == refused
+    assert post(url, asked(), Authorization="Bearer SECRET")[0] == 200
+    assert httpx2.get(url + "/health").json() == {"status": "ok"}
+    monkeypatch.setenv("DPOK_REWARD_TOKEN", "SECRET-2")
+    of_variable = start(ones)
+    assert post(of_variable, asked()) == refused
+    assert make_reward(of_variable)(torch.zeros(1, 3, 4, 4), ["a"]).total.tolist() == [1.0]
+
+
+def test_the_host_is_checked(start) -> None:
+    """A page of another server, whose name was pointed here, must not use this one."""
+    url = start(ones, allowed_hosts=["gpu-box"])
+    for name in ("localhost:8000", "127.0.0.1", "[::1]:80", "10.0.0.7:8000", "GPU-box:1", socket.gethostname()):
+        assert post(url, asked(), Host=name)[0] == 200, name
+    for name in ("evil.example", "localhost.evil.example:8000", "", "[", "gpu-box.evil"):
+        for path in ("/", "/health"):
+            status, reply = post(url, asked(), path, Host=name)
+            assert (status, "the Host header names another server" in reply["error"]) == (400, True), name
+
+
+def test_slow_senders_are_timed_out(start, monkeypatch) -> None:
+    monkeypatch.setattr(server, "RECEIVE_TIMEOUT", 0.3)
+    monkeypatch.setattr(connections, "HEADER_TIMEOUT", 0.6)
+    url = start(ones)
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+    half, silent, mumbling = say(url, head + b"100\r\n\r\n{"), say(url, b""), say(url, head)
+    endless = say(url, b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+    assert post(url, asked())[0] == 200
+    reply = answer_of(half)
+    assert reply.startswith(b"HTTP/1.1 408 ")
+    assert b"the request did not come within 0.3 seconds" in reply
+    assert answer_of(silent) == answer_of(mumbling) == b""
+    assert answer_of(endless).startswith(b"HTTP/1.1 404 ")
+
+
+def test_too_many_requests_are_sent_away(start, monkeypatch) -> None:
+    monkeypatch.setattr(server, "MAX_REQUESTS", 2)
+    release = threading.Event()
+
+    def slow(images: torch.Tensor, prompts: list[str]) -> list[float]:
+        release.wait(20)
+        return ones(images, prompts)
+
+    url = start(slow)
+    with ThreadPoolExecutor(3) as pool:
+        pending = [pool.submit(httpx2.post, url, json=asked(), timeout=20) for _ in range(3)]
+        busy = next(as_completed(pending)).result()
+        assert (busy.status_code, busy.headers["retry-after"], busy.json()) == (
+            503,
+            "1",
+            {"error": "the server is busy"},
+        )
+        release.set()
+        assert sorted(future.result().status_code for future in pending) == [200, 200, 503]
+    assert post(url, asked())[0] == 200
+    monkeypatch.setattr(server, "MAX_BYTES", 100)
+    assert post(url, asked())[0] == 503
+    assert post(url, b"{}")[0] == 400  # the bytes of the last request are no longer counted
+
+
 def test_bad_arguments(monkeypatch) -> None:
     with pytest.raises(ValueError, match="max_batch must be an integer of at least 1, got 0"):
         make_app(JPEG_SIZE, max_batch=0)
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match=r"cannot listen on .* in use"):
         serve(JPEG_SIZE, port=taken.getsockname()[1])
+    with pytest.raises(OSError, match="cannot listen on nowhere port 8000"):
+        serve(JPEG_SIZE, "nowhere")
+    for host in ("", " "):
+        with pytest.raises(ValueError, match="must name a network interface"):
+            serve(JPEG_SIZE, host)
+    with pytest.raises(ValueError, match="the token must be one or more visible ASCII characters"):
+        make_app(JPEG_SIZE, token="")
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
     with pytest.raises(ImportError, match=r"this needs the extra 'serve' .*: pip install 'dpok-gym\[serve\]'"):
         make_app(JPEG_SIZE)
 
 
-@pytest.mark.slow
-def test_the_command(tmp_path, images) -> None:
-    """From the shell, with a reward of one's own, until Ctrl-C."""
-    (tmp_path / "mine.py").write_text("def redness(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
-    command = [sys.executable, "-m", "agents", "serve-reward", "mine:redness=2", "--port", "0"]
+@contextmanager
+def command(folder: Path, module: str, *words: str) -> Iterator[tuple[subprocess.Popen, str, Callable[[], str]]]:
+    """Runs ``dpok serve-reward mine:reward``; yields the process, its address, and how to read its next line."""
+    (folder / "mine.py").write_text(textwrap.dedent(module))
     path = os.pathsep.join([str(Path(__file__).parents[4]), os.environ.get("PYTHONPATH", "")])
+    arguments = [sys.executable, "-m", "agents", "serve-reward", "mine:reward", "--port", "0", *words]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}
-    ) as server:
+        arguments, stdout=subprocess.PIPE, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": path}
+    ) as process:
+        assert process.stdout is not None
         try:
-            assert server.stdout is not None
-            address = re.search(r"http://\S+(?=;)", server.stdout.readline())
+            address = re.search(r"http://\S+(?=;)", process.stdout.readline())
             assert address is not None
-            url = address.group()
-            answered = make_reward(url)(images, PROMPTS)
-            np.testing.assert_allclose(answered.total, 2 * images[:, 0].mean((1, 2)), rtol=1e-6)
-            server.send_signal(signal.SIGINT)
-            assert server.wait(30) == 130
+            yield process, address.group(), process.stdout.readline
         finally:
-            server.kill()
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command(tmp_path, number) -> None:
+    """With a reward of one's own and a token. The end waits for a request that is being scored."""
+    module = """
+        import time
+
+        def reward(images, prompts):
+            print("scoring", flush=True)
+            time.sleep(0.5)
+            return 2 * images[:, 0].mean((1, 2))
+        """
+    with command(tmp_path, module, "--token", "SECRET") as (process, url, line), ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(make_reward(RemoteReward(url, token="SECRET")), torch.ones(2, 3, 8, 8), PROMPTS[:2])
+        assert line() == "scoring\n"
+        process.send_signal(number)
+        assert answered.result().total.tolist() == [2.0, 2.0]
+        assert process.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_the_end_does_not_wait_for_a_reward_that_hangs(tmp_path) -> None:
+    module = """
+        import torch
+        from dpok_gym.rewards.remote import server
+
+        server.GRACE = 0
+        ones = torch.ones(500, 500)
+
+        def reward(images, prompts):
+            print("scoring", flush=True)
+            while True:
+                ones @ ones
+        """
+    with command(tmp_path, module) as (process, url, line), ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(httpx2.post, url, json=asked(), timeout=30)
+        assert line() == "scoring\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert answered.exception() or answered.result().status_code == 500
