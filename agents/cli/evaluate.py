@@ -35,6 +35,8 @@ class Evaluate:
     """Seed of the images, 0 or more."""
     reward: Annotated[str | None, default_hint("NAME,...", "the world's; for other models the JPEG size")] = None
     """Further rewards to score with, which the run was not trained on."""
+    trust: bool = False
+    """Run the code that the run's config names: rewards, algorithms, models and environments of modules."""
     device: str = "auto"
     """Device of the networks: auto, cpu, cuda, cuda:1, ..."""
     steer: Annotated[SteeringOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=SteeringOptions)
@@ -57,7 +59,7 @@ def run(options: Evaluate) -> int:
     from agents.common.evaluation import evaluate as evaluate_policy
     from dpok_gym.utils.validation import check_integer
 
-    config = Config.read(options.run)
+    config = Config.read(options.run, options.trust)
     check_integer("--images", options.images)
     steering = make_steering(options.steer)
     config = replace(config, **given(options, "seed"))

@@ -80,8 +80,10 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     Raises:
         ValueError: if the command or an option is unknown, or a value cannot be read.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for --reward module:name and --algo module:Class, as python -m does
+    # For --reward module:name and the like, as python -m does. Not always, since the current folder may be somebody
+    # else's run, with a module in it that a library looks for.
+    if os.getcwd() not in sys.path and ("--trust" in argv or any(":" in word for word in argv)):
+        sys.path.append(os.getcwd())
     command = argv[0]
     if command not in COMMANDS:
         from dpok_gym.utils.validation import suggest

@@ -64,7 +64,7 @@ class Run:
         self.interrupts = InterruptCallback()
         self.interrupted = False
         #: The command that resumes this run, for messages.
-        self.resume_command = f"dpok train --resume --out {shlex.quote(str(folder))}"
+        self.resume_command = f"dpok train --resume --out {shlex.quote(str(folder))}{' --trust' * bool(config.code())}"
         summary = _read_summary(folder)
         # A run that was killed between its last image and its evaluation is not complete yet.
         is_evaluated = summary.get("pictures") == self.agent.images_drawn and not summary["interrupted"]
@@ -222,22 +222,26 @@ class Run:
         return summary
 
 
-def load_run(folder: str | Path, device: str = "auto", model: str | Path | None = None) -> DenoisingAlgorithm:
+def load_run(
+    folder: str | Path, device: str = "auto", model: str | Path | None = None, trust: bool = False
+) -> DenoisingAlgorithm:
     """Loads the agent of a run from its newest checkpoint.
 
     Args:
         folder: a run folder of ``dpok train``.
         device: device of the networks: "auto", "cpu", "cuda", ...
         model: the folder of the run's model, if it has moved; None for the model in the run's config.
+        trust: whether modules that the run's config names may be imported, which runs their code; their names are
+            printed. Nothing else in the folder can run code.
 
     Returns:
         The agent. Its ``env`` is the run's environment.
 
     Raises:
         FileNotFoundError: if the folder is no run folder, or has no checkpoint.
-        ValueError: if a file in the folder is damaged.
+        ValueError: if a file in the folder is damaged, or its config names code and is not trusted.
     """
-    config = Config.read(Path(folder))
+    config = Config.read(Path(folder), trust)
     find_checkpoint(folder)  # for its error, before a model is loaded
     changes = {} if model is None else {"model": str(model)}
     return load_agent(Path(folder), config, config.make_env(config.n_envs, device=device, **changes), device)

@@ -50,6 +50,8 @@ class Sample:
     """Pixels of a side, or height and width. Images get worse far from the size that the model was trained with."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_hint("NAME", "float32")] = None
     """Precision of the frozen weights: float32, or bfloat16 or float16 for half of the memory."""
+    trust: bool = False
+    """Run the code that the config of a run in --lora names: models, rewards and the like of modules."""
     device: str = "auto"
     """Device of the networks: auto, cpu, cuda, cuda:1, ..."""
     reward: Annotated[str | None, default_hint("NAME[=WEIGHT],...", "the run's, or the environment's")] = None
@@ -85,7 +87,7 @@ def run(options: Sample) -> int:
         holders = [folder for folder in (lora, lora.parent) if (folder / FILE_NAME).is_file()]
         run_folder = holders[0] if holders else None
         lora = lora / "lora" if run_folder == lora else lora
-    config = None if run_folder is None else Config.read(run_folder)
+    config = None if run_folder is None else Config.read(run_folder, options.trust)
     env = _make_env(options, config)
     evaluation = _draw(options, env, lora, run_folder, steering)
     labels = [f"seed {options.seed + k}" for k in range(options.n)]
@@ -153,10 +155,9 @@ def _load_denoiser(run_folder: Path, env: DenoisingVectorEnv) -> nn.Module:
     Raises:
         FileNotFoundError: if there is no checkpoint, or none with a denoiser.
     """
-    from safetensors.torch import load_file
-
     from agents.common.checkpoint import find_checkpoint
     from dpok_gym.models.lora import reference_copy
+    from dpok_gym.utils.reading import read_tensors
 
     path = find_checkpoint(run_folder) / "denoiser.safetensors"
     if not path.is_file():
@@ -165,7 +166,10 @@ def _load_denoiser(run_folder: Path, env: DenoisingVectorEnv) -> nn.Module:
         )
     # A copy, because other environments share the model's own denoiser.
     denoiser = reference_copy(env.process.model.denoiser)
-    denoiser.load_state_dict(load_file(path))
+    try:
+        denoiser.load_state_dict(read_tensors(path))
+    except RuntimeError as error:  # torch's, for tensors of other names or shapes
+        raise ValueError(f"{path} is of another model: {error}; train anew") from error
     return denoiser
 
 

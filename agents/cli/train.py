@@ -24,7 +24,7 @@ from agents.cli.arguments import (
     parse_some_options,
     to_command_line,
 )
-from agents.cli.config import FILE_NAME, Config, default_config, describe_settings, find_paths
+from agents.cli.config import FILE_NAME, Config, config_file, default_config, describe_settings, find_paths
 from agents.cli.environments import environment_class
 from agents.cli.run_folder import Run
 from agents.cli.tables import say
@@ -81,6 +81,8 @@ class RunOptions:
     """Go on with the run in --out, with its own settings; --images asks for more images in all."""
     resume_from_checkpoint: Annotated[str | None, default_hint("latest|NAME|PATH", "latest, with --resume")] = None
     """Go on from this checkpoint; later ones are removed. It implies --resume."""
+    trust: bool = False
+    """Run the code that the config of a resumed run names: rewards, algorithms, models, environments of modules."""
 
 
 @dataclass
@@ -94,6 +96,7 @@ class _FirstOptions:
     out: Path | None = None
     resume: bool = False
     resume_from_checkpoint: str | None = None
+    trust: bool = False
 
 
 @dataclass
@@ -125,7 +128,7 @@ def parse(argv: Sequence[str]) -> Train:
     if resumes and first.out is None:
         raise UsageError("--resume needs the run folder: --out FOLDER")
     if resumes and first.out is not None and (first.out / FILE_NAME).is_file():
-        base = Config.read(first.out)
+        base = Config.read(first.out, first.trust)
     else:
         algo = first.algo or default_algorithm(first.preset)
         base = default_config(first.env or DEFAULT_ENVIRONMENT, algo, first.preset)
@@ -182,7 +185,7 @@ def _prepare(options: Train) -> Run:
                 f"dpok train --resume --out {shlex.quote(str(folder))}"
             )
         return Run(folder, config)
-    Config.read(folder)  # raises an error if this is no run folder
+    config_file(folder)  # raises an error if this is no run folder
     if options.resume_from == "latest" and not list_checkpoints(folder):
         return Run(folder, config)  # it was killed before the first checkpoint
     return Run(folder, config, find_checkpoint(folder, options.resume_from))

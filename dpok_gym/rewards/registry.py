@@ -61,6 +61,14 @@ def list_rewards() -> list[str]:
     return REWARDS.names()
 
 
+def is_place(name: str) -> bool:
+    """Returns whether the name of a reward is ``"module:name"``, which is imported: no registered name or folder."""
+    from dpok_gym.rewards.remote.client import is_address
+
+    is_written_so = all(name.partition(":")) and not is_address(name)
+    return is_written_so and name not in REWARDS and not os.path.isdir(name)
+
+
 def load_reward(name: str) -> RewardFunction:
     """Loads a registered reward, the reward in a folder, or the reward at ``"module:name"``.
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterable
+import reprlib
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
 
-def check_integer(name: str, value: int, minimum: int = 1) -> int:
+#: The largest count of anything, unless a smaller one makes sense: what takes longer or more than this is a mistake.
+MAX_COUNT = 10**9
+
+
+def check_integer(name: str, value: int, minimum: int = 1, maximum: int = MAX_COUNT) -> int:
     """Checks a count, which may be a NumPy integer.
 
     Raises:
-        ValueError: if the value is no integer, or is below the minimum.
+        ValueError: if the value is no integer, or is below the minimum or above the maximum.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {shorten(value)}")
+    if value > maximum:
+        raise ValueError(f"{name} must be an integer of at most {maximum:,}, got {shorten(value)}")
     return int(value)
 
 
@@ -68,6 +75,17 @@ def check_choice(name: str, value: Any, *allowed: str | bool) -> Any:
     return value
 
 
+def check_mapping(name: str, value: Any) -> Mapping[str, Any]:
+    """Checks a mapping of names to values.
+
+    Raises:
+        TypeError: if the value is no mapping, or a key is no text.
+    """
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"{name} must be a mapping of names to values, got {shorten(value)}")
+    return value
+
+
 def check_names(what: str, names: Iterable[str], known: Collection[str]) -> None:
     """Checks that every name is known.
 
@@ -89,3 +107,8 @@ def suggest(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     names = ", ".join(sorted(known))
     return f"did you mean {close[0]!r}? There are: {names}" if close else f"there are: {names}"
+
+
+def shorten(value: Any) -> str:
+    """Returns what a value looks like, for an error message, at most 80 characters of it."""
+    return reprlib.repr(value)

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dpok_gym.rewards.networks.base import NetworkReward
+from dpok_gym.rewards.networks.checkpoints import build
 from dpok_gym.rewards.preference.network import PreferenceConfig, PreferenceNetwork, resize
+from dpok_gym.utils.reading import read_json, read_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -88,10 +89,13 @@ class PreferenceReward(NetworkReward):
                 "writes them"
             )
         try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            network = PreferenceNetwork(PreferenceConfig(**config | {"words": tuple(config["words"])}))
-            network.load_state_dict({name: weights.float() for name, weights in load_file(folder / WEIGHTS).items()})
-        except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            config = read_json(folder / CONFIG)
+            if not isinstance(config, dict):
+                raise ValueError(f"{folder / CONFIG} is no mapping of keys to values")
+            made = PreferenceConfig(**config | {"words": tuple(config["words"])})
+            weights = {name: values.float() for name, values in read_tensors(folder / WEIGHTS).items()}
+            network = build(folder / WEIGHTS, lambda: PreferenceNetwork(made), weights)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise ValueError(
                 f"the reward in {str(folder)!r} is damaged, or of another version: {error}; fit it again with dpok "
                 "fit-reward"

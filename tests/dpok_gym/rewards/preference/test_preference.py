@@ -71,7 +71,7 @@ def test_choices_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("{\n", r"line 2 of '.*choices.jsonl': Expecting"),
+        ("{\n", r"line 2 of '.*choices.jsonl': it is no JSON: Expecting"),
         ("[1]\n", r"line 2 .* an object"),
         ({"prompt": None}, r"line 2 .* 'prompt' must be a text that is not blank, not None"),
         ({"prompt": " "}, r"line 2 .* 'prompt' must be a text that is not blank"),
