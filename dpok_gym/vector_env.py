@@ -32,7 +32,7 @@ from dpok_gym.reset_options import read_reset_mask, read_reset_options
 from dpok_gym.rewards import Reward, make_reward
 from dpok_gym.samplers import DenoisingProcess, State
 from dpok_gym.utils.images import to_uint8
-from dpok_gym.utils.validation import check_integer, check_non_negative, check_positive, suggest
+from dpok_gym.utils.validation import check_bool, check_integer, check_non_negative, check_positive, suggest
 from dpok_gym.worlds import World, find_world
 
 Observation = dict[str, NDArray[Any]]
@@ -40,6 +40,9 @@ Observation = dict[str, NDArray[Any]]
 #: Bound of each latent dimension in the action space. Stable-Baselines3 asks for one; a latent has a standard deviation
 #: of about 1, so no action reaches it.
 LATENT_BOUND = 100.0
+
+#: More images at once are drawn by more processes; and ten times as many would fill the memory of a large machine.
+MAX_ENVS = 2**17
 
 #: Prompts that are encoded when the environment is made; a longer list is encoded as its prompts are drawn.
 _MAX_PROMPTS_ENCODED_AHEAD = 512
@@ -129,9 +132,10 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         **unknown: Any,
     ) -> None:
         _check_no_unknown(unknown)
-        self.num_envs = check_integer("num_envs", num_envs)
-        self.max_prompt_bytes = check_integer("max_prompt_bytes", max_prompt_bytes)
-        self.reward_workers = check_integer("reward_workers", reward_workers, minimum=0)
+        self.num_envs = check_integer("num_envs", num_envs, maximum=MAX_ENVS)
+        self.max_prompt_bytes = check_integer("max_prompt_bytes", max_prompt_bytes, maximum=2**16)
+        self.reward_workers = check_integer("reward_workers", reward_workers, minimum=0, maximum=256)
+        check_bool("reference_info", reference_info)
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.render_mode = render_mode

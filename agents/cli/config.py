@@ -24,8 +24,8 @@ from dpok_gym.registration import TASKS
 from dpok_gym.rewards.registry import is_place, list_rewards
 from dpok_gym.utils.files import replacing
 from dpok_gym.utils.reading import read_yaml
-from dpok_gym.utils.validation import check_integer, check_mapping, check_names, suggest
-from dpok_gym.vector_env import DenoisingVectorEnv
+from dpok_gym.utils.validation import MAX_COUNT, MAX_SEED, check_integer, check_mapping, check_names, suggest
+from dpok_gym.vector_env import MAX_ENVS, DenoisingVectorEnv
 
 FILE_NAME = "config.yaml"
 
@@ -43,6 +43,16 @@ _NOT_SETTINGS = (
 )
 #: Arguments of a policy that the algorithm sets, or that a text cannot express.
 _NOT_POLICY_SETTINGS = ("use_sde", "use_critic", "critic_kind", "keep_old", "optimizer_class")
+
+
+#: An evaluation holds all of its images in memory.
+_MAXIMA = {
+    "images": MAX_COUNT,
+    "n_envs": MAX_ENVS,
+    "eval_images": 10**6,
+    "checkpointing_steps": MAX_COUNT,
+    "checkpoints_total_limit": MAX_COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -83,9 +93,9 @@ class Config:
     policy_kwargs: dict[str, Any]
 
     def __post_init__(self) -> None:
-        for name in ("images", "n_envs", "eval_images", "checkpointing_steps", "checkpoints_total_limit"):
-            check_integer(name, getattr(self, name))
-        check_integer("the seed", self.seed, minimum=0)
+        for name, maximum in _MAXIMA.items():
+            check_integer(name, getattr(self, name), maximum=maximum)
+        check_integer("the seed", self.seed, minimum=0, maximum=MAX_SEED)
         for name in ("env", "algo", "preset", "device"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a text, got {getattr(self, name)!r}")
@@ -194,7 +204,8 @@ class Config:
         algorithm: Callable[..., DenoisingAlgorithm] = load_algorithm(self.algo)
         # None would mean "as many as there are environments". But dpok evaluate makes the agent in an environment that
         # may draw fewer images side by side than the one for training.
-        per_iteration = self.algo_kwargs["images_per_iteration"] or self.n_envs
+        per_iteration = self.algo_kwargs["images_per_iteration"]
+        per_iteration = self.n_envs if per_iteration is None else per_iteration
         settings = self.algo_kwargs | {"images_per_iteration": per_iteration, "policy_kwargs": self.policy_kwargs}
         return algorithm("DenoisingPolicy", env, seed=self.seed, device=device or self.device, **settings)
 
@@ -222,7 +233,7 @@ def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Co
     """
     algorithm = load_algorithm(algo)
     env_class = environment_class(env_id)
-    preset_name = preset_name or default_preset(env_id)
+    preset_name = default_preset(env_id) if preset_name is None else preset_name
     if preset_name not in PRESETS:
         raise ValueError(f"unknown preset {preset_name!r}; {suggest(preset_name, PRESETS)}")
     preset = PRESETS[preset_name]

@@ -72,10 +72,12 @@ def run(options: Sample) -> int:
     from agents.cli import plots
     from agents.cli.config import FILE_NAME, Config
     from agents.cli.tables import say
-    from dpok_gym.utils.validation import check_integer
+    from dpok_gym.utils.validation import MAX_SEED, check_integer
 
-    check_integer("--n", options.n)
-    check_integer("--seed", options.seed, minimum=0)
+    check_integer("--n", options.n, maximum=10**6)
+    check_integer("--seed", options.seed, minimum=0, maximum=MAX_SEED)
+    if not options.prompt.strip():
+        raise ValueError("--prompt is blank; give the text to draw, in quotation marks")
     if options.reward is not None and options.steer.steering is None:
         raise UsageError("--reward is what --steering chooses by; give both, or neither")
     steering = make_steering(options.steer)
@@ -115,7 +117,8 @@ def _make_env(options: Sample, config: Config | None) -> DenoisingVectorEnv:
     else:
         env_id = options.env or DEFAULT_ENVIRONMENT
         kwargs = environment_kwargs(env_id)
-    wanted = parse_reward(options.reward or kwargs["reward"]) if options.steer.steering else {}
+    reward = kwargs["reward"] if options.reward is None else options.reward
+    wanted = parse_reward(reward) if options.steer.steering else {}
     changes = ("model", "num_inference_steps", "guidance_scale", "negative_prompt", "image_size", "dtype")
     kwargs |= given(options, *changes) | {"device": options.device, "prompts": [options.prompt], "reward": _no_reward}
     n_envs = min(options.n, EVALUATION_BATCH_SIZE)

@@ -35,7 +35,8 @@ from agents.common.updates import UpdatingAlgorithm
 from agents.common.vec_env import GymnasiumVecEnv, find_denoising_env
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig, Transition
 from dpok_gym.utils.batching import BatchSize
-from dpok_gym.utils.validation import check_fraction, check_integer, check_non_negative, check_positive
+from dpok_gym.utils.device import find_device
+from dpok_gym.utils.validation import MAX_SEED, check_fraction, check_integer, check_non_negative, check_positive
 from dpok_gym.vector_env import DenoisingVectorEnv
 
 #: Images that an algorithm draws side by side, if it makes the environment itself.
@@ -154,6 +155,10 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
                 f"n_envs={n_envs} does not fit the environment, which has {find_denoising_env(env).num_envs}: leave it "
                 "out, or make the environment with as many"
             )
+        if device != "auto":  # SB3 would take the CPU without a word where there is no such GPU
+            device = find_device(str(device))
+            if env is not None and device != find_denoising_env(env).process.model.device:
+                raise ValueError(f"the environment's model is not on {device}: make it with device={str(device)!r}")
         if not callable(learning_rate):
             check_non_negative("learning_rate (or a function of the remaining progress)", learning_rate)
         self.final_lr_fraction = check_fraction("final_lr_fraction", final_lr_fraction)
@@ -174,7 +179,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         #: The environment's sampler, kept so that a saved agent can be loaded without an environment.
         self.sampler_config: SamplerConfig | None = None
         new_seed = np.random.SeedSequence().generate_state(1)[0]  # from the operating system
-        self.run_seed = check_integer("seed", new_seed if seed is None else seed, minimum=0)
+        self.run_seed = check_integer("seed", new_seed if seed is None else seed, minimum=0, maximum=MAX_SEED)
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]
@@ -188,7 +193,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             max_grad_norm=check_positive("max_grad_norm", max_grad_norm),
             use_sde=False,
             sde_sample_freq=-1,
-            stats_window_size=stats_window_size,
+            stats_window_size=check_integer("stats_window_size", stats_window_size),
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             verbose=verbose,
@@ -393,7 +398,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         Raises:
             ValueError: if the environment has another model, number of steps or latent shape than the agent.
         """
-        check_arguments(cls, kwargs.keys() - {"custom_objects", "print_system_info", "force_reset"})
+        of_sb3 = ("custom_objects", "print_system_info", "force_reset")
+        check_arguments(cls, {name: value for name, value in kwargs.items() if name not in of_sb3})
         if env is not None:
             env = cls._wrap_env(env)
             data, _, _ = load_from_zip_file(path, load_data=True, device="cpu")

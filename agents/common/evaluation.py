@@ -182,7 +182,7 @@ def sample_images(
         raise ValueError(f"the prompts to evaluate on are a list of texts; give at least one, not {prompts!r}")
     if not isinstance(steering, Steering):
         raise TypeError(f"steering must be BestOf(n), FKSteering(...) or SVDD(...), not {steering!r}")
-    check_integer("seed", seed, minimum=0)
+    check_integer("seed", seed, minimum=0, maximum=2**62)
     env = find_denoising_env(env)
     process.model.check_prompts(prompts)
     parts, size = [], max(env.num_envs // steering.n_particles, 1)

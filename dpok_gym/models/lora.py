@@ -21,10 +21,13 @@ from torch import Tensor, nn
 
 from dpok_gym.utils.files import replacing
 from dpok_gym.utils.reading import check_tensors, parse_json
-from dpok_gym.utils.validation import check_integer, check_non_negative
+from dpok_gym.utils.validation import check_integer, check_non_negative, shorten
 
 #: The file that diffusers' ``load_lora_weights`` looks for.
 FILE_NAME = "pytorch_lora_weights.safetensors"
+
+#: The largest rank: that of the widest layers of published denoisers, with which nothing is low-rank any more.
+MAX_RANK = 5120
 
 _numbers = itertools.count()
 
@@ -56,10 +59,10 @@ class LoRA:
     """
 
     def __init__(self, network: nn.Module, rank: int, target_modules: Sequence[str]) -> None:
-        self.rank = check_integer("the LoRA rank", rank)
-        if isinstance(target_modules, str):
+        self.rank = check_integer("the LoRA rank", rank, maximum=MAX_RANK)
+        if isinstance(target_modules, str) or not all(isinstance(name, str) for name in target_modules):
             raise ValueError(
-                f"target_modules must be a list of endings of layer names, got the text {target_modules!r}; the usual "
+                f"target_modules must be a list of endings of layer names, got {shorten(target_modules)}; the usual "
                 "lists are in model.lora_layers"
             )
         _remove_forgotten(network)

@@ -9,9 +9,12 @@ from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-
-#: The largest count of anything, unless a smaller one makes sense: what takes longer or more than this is a mistake.
+#: The largest count of anything, unless a smaller one makes sense. No training yet drew or repeated so much.
 MAX_COUNT = 10**9
+#: The largest coefficient or limit: its square is still a number in float32.
+MAX_NUMBER = 1e18
+#: The largest seed that all random number generators take.
+MAX_SEED = 2**32 - 1
 
 
 def check_integer(name: str, value: int, minimum: int = 1, maximum: int = MAX_COUNT) -> int:
@@ -28,25 +31,39 @@ def check_integer(name: str, value: int, minimum: int = 1, maximum: int = MAX_CO
 
 
 def check_non_negative(name: str, value: float) -> float:
-    """Checks a coefficient: finite and at least 0.
+    """Checks a coefficient: at least 0, finite, and not so large that sums of float32 overflow.
 
     Raises:
         ValueError: if it is not.
     """
     if not _is_number(value) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-    return value
+        raise ValueError(f"{name} must be a number of at least 0, got {shorten(value)}")
+    return _check_size(name, value)
 
 
 def check_positive(name: str, value: float) -> float:
-    """Checks a limit: above 0, and perhaps infinite.
+    """Checks a limit: above 0, and perhaps infinite. A finite one must not be so large that sums of float32 overflow.
 
     Raises:
         ValueError: if it is not.
     """
     if not _is_number(value) or not value > 0:
-        raise ValueError(f"{name} must be a number above 0, got {value!r}")
-    return value
+        raise ValueError(f"{name} must be a number above 0, got {shorten(value)}")
+    return value if value == math.inf else _check_size(name, value)
+
+
+def check_finite(name: str, value: float) -> float:
+    """Checks a number of any sign: finite, and not so large that sums of float32 overflow.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is not finite, or too large.
+    """
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number, not {shorten(value)}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be finite, not {value!r}")
+    return _check_size(name, value)
 
 
 def check_fraction(name: str, value: float) -> float:
@@ -56,12 +73,31 @@ def check_fraction(name: str, value: float) -> float:
         ValueError: if it is outside.
     """
     if not _is_number(value) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+        raise ValueError(f"{name} must lie in [0, 1], got {shorten(value)}")
     return value
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_size(name: str, value: float) -> float:
+    if abs(value) > MAX_NUMBER:
+        raise ValueError(
+            f"{name} must be at most {MAX_NUMBER:g}, for which float32 is large enough, got {shorten(value)}"
+        )
+    return value
+
+
+def check_bool(name: str, value: bool) -> bool:
+    """Checks a switch. A text such as "false" would count as true.
+
+    Raises:
+        TypeError: if the value is neither True nor False.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {shorten(value)}")
+    return value
 
 
 def check_choice(name: str, value: Any, *allowed: str | bool) -> Any:
@@ -70,8 +106,8 @@ def check_choice(name: str, value: Any, *allowed: str | bool) -> Any:
     Raises:
         ValueError: if it is not.
     """
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if not isinstance(value, (str, bool)) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shorten(value)}")
     return value
 
 
@@ -99,7 +135,7 @@ def check_names(what: str, names: Iterable[str], known: Collection[str]) -> None
     """
     for name in names:
         if name not in known:
-            raise ValueError(f"unknown {what} {name!r}; {suggest(name, known)}")
+            raise ValueError(f"unknown {what} {shorten(name)}; {suggest(str(name), known)}")
 
 
 def suggest(name: str, known: Collection[str]) -> str:

@@ -79,7 +79,7 @@ def test_choices_are_read(tmp_path):
         ({"images": ["a.png"]}, r"line 2 .* two different paths"),
         ({"images": ["a.png", "a.png"]}, r"line 2 .* two different paths"),
         ({"images": ["a.png", "c.png"]}, r"line 2 .* there is no image '.*c.png'"),
-        ({"images": ["a.png", "damaged.png"]}, r"line 2 .*damaged.png' cannot be read"),
+        ({"images": ["a.png", "damaged.png"]}, r"line 2 .*damaged.png cannot be read"),
         ({"preferred": 2}, r"line 2 .* 'preferred' must be 0 .* not 2"),
         ({"preferred": True}, r"line 2 .* 'preferred' must be 0"),
         ({"who": 3}, r"line 2 .* 'who' must be a text"),
