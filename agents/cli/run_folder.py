@@ -32,6 +32,7 @@ from agents.common.checkpoint import (
 )
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
 from dpok_gym.utils.files import replacing
+from dpok_gym.utils.validation import check_path
 from dpok_gym.vector_env import DenoisingVectorEnv
 
 SUMMARY, LOG, TENSORBOARD, LORA = "summary.json", "progress.csv", "tensorboard", "lora"
@@ -241,10 +242,11 @@ def load_run(
         FileNotFoundError: if the folder is no run folder, or has no checkpoint.
         ValueError: if a file in the folder is damaged, or its config names code and is not trusted.
     """
-    config = Config.read(Path(folder), trust)
+    folder = check_path("the run folder", folder)
+    config = Config.read(folder, trust)
     find_checkpoint(folder)  # for its error, before a model is loaded
     changes = {} if model is None else {"model": str(model)}
-    return load_agent(Path(folder), config, config.make_env(config.n_envs, device=device, **changes), device)
+    return load_agent(folder, config, config.make_env(config.n_envs, device=device, **changes), device)
 
 
 def load_agent(folder: Path, config: Config, env: DenoisingVectorEnv, device: str) -> DenoisingAlgorithm:

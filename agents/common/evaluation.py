@@ -22,7 +22,7 @@ from agents.common.vec_env import find_denoising_env
 from dpok_gym import diffusion
 from dpok_gym.rewards import RewardBatch
 from dpok_gym.samplers import DenoisingProcess, State, Transition
-from dpok_gym.utils.validation import check_integer
+from dpok_gym.utils.validation import check_integer, shorten
 from dpok_gym.vector_env import DenoisingVectorEnv
 
 
@@ -183,6 +183,8 @@ def sample_images(
     if not isinstance(steering, Steering):
         raise TypeError(f"steering must be BestOf(n), FKSteering(...) or SVDD(...), not {steering!r}")
     check_integer("seed", seed, minimum=0, maximum=2**62)
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError(f"the prompts to evaluate on must be texts, got {shorten(prompts)}")
     env = find_denoising_env(env)
     process.model.check_prompts(prompts)
     parts, size = [], max(env.num_envs // steering.n_particles, 1)

@@ -108,6 +108,8 @@ class DenoisingPolicy(ActorCriticPolicy):
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs or DEFAULT_OPTIMIZER_KWARGS,
         )
+        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+            raise TypeError(f"optimizer_class must be a class of torch.optim, got {optimizer_class!r}")
         if isinstance(process, Mapping):
             process = DenoisingProcess.from_config(SamplerConfig.from_dict(process))
         self.process = process

@@ -15,7 +15,7 @@ from dpok_gym.models.base import TextToImageModel
 from dpok_gym.models.registry import ModelFactory, find_source, is_factory
 from dpok_gym.utils.device import find_device
 from dpok_gym.utils.registry import import_attribute
-from dpok_gym.utils.validation import check_bool, check_choice, check_mapping, check_names, shorten
+from dpok_gym.utils.validation import check_bool, check_choice, check_mapping, check_names, check_path, shorten
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,11 @@ def load_model(
             raise ValueError(f"{name} must be a text or None, got {text!r}")
     for name, switch in {"allow_pickle": allow_pickle, "vae_tiling": vae_tiling, "compile": compile}.items():
         check_bool(name, switch)
-    name = _check_path("the model", name_or_path)
+    check_path("the model", name_or_path)
+    name = os.fspath(name_or_path)
     if config is not None:
-        config = _check_path("config", config)
+        check_path("config", config)
+        config = os.fspath(config)
     spec = ModelSpec(
         name,
         find_source(name),
@@ -158,10 +160,10 @@ def find_model(
         ValueError: if ``model_kwargs`` has an argument of the environment, or an argument or another device is given
             beside a loaded model; further errors as :func:`load_model`.
     """
+    check_mapping("model_kwargs", model_kwargs)
     for name in model_kwargs:
         if name in (*own, "device", "dtype"):
             raise ValueError(f"{name} is an argument of the environment: leave it out of model_kwargs")
-    check_mapping("model_kwargs", model_kwargs)
     options = {**own, **model_kwargs}
     if isinstance(model, (str, os.PathLike)):
         return load_model(model, device, dtype, **options)
@@ -184,20 +186,16 @@ def clear_model_cache() -> None:
     _models.clear()
 
 
-def _check_path(what: str, path: Any) -> str:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{what} must be a name or a path, got {shorten(path)}")
-    text = str(os.fspath(path))
-    if not text.strip() or "\0" in text:
-        raise ValueError(f"{what} must be a name or a path that is not blank, got {text!r}")
-    return text
-
-
 def _hashable_size(image_size: Any) -> Any:
-    """Returns an integer or a tuple; what is neither is left for the model to refuse."""
+    """Returns an integer or a tuple; what is neither is left for the model to refuse, unless it has no hash."""
     if isinstance(image_size, Integral):
         return int(image_size)
-    return tuple(image_size) if isinstance(image_size, list | tuple) else image_size
+    image_size = tuple(image_size) if isinstance(image_size, list | tuple) else image_size
+    try:
+        hash(image_size)
+    except TypeError:
+        raise TypeError(f"image_size must be one or two numbers of pixels, got {shorten(image_size)}") from None
+    return image_size
 
 
 def _load_networks(spec: ModelSpec) -> TextToImageModel:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dpok_gym.utils.files import replacing
 from dpok_gym.utils.reading import check_tensors, parse_json
-from dpok_gym.utils.validation import check_integer, check_non_negative, shorten
+from dpok_gym.utils.validation import check_integer, check_non_negative, check_path, shorten
 
 #: The file that diffusers' ``load_lora_weights`` looks for.
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -60,7 +60,8 @@ class LoRA:
 
     def __init__(self, network: nn.Module, rank: int, target_modules: Sequence[str]) -> None:
         self.rank = check_integer("the LoRA rank", rank, maximum=MAX_RANK)
-        if isinstance(target_modules, str) or not all(isinstance(name, str) for name in target_modules):
+        is_list = isinstance(target_modules, Sequence) and not isinstance(target_modules, str)
+        if not (is_list and all(isinstance(name, str) for name in target_modules)):
             raise ValueError(
                 f"target_modules must be a list of endings of layer names, got {shorten(target_modules)}; the usual "
                 "lists are in model.lora_layers"
@@ -144,7 +145,7 @@ class LoRA:
             The file's path.
         """
         state = {prefix + key: value.cpu().contiguous() for key, value in self.state_dict().items()}
-        path = Path(folder) / FILE_NAME
+        path = check_path("the folder of the LoRA", folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             save_file(state, part)
@@ -275,7 +276,7 @@ def _switch(states: list[_State]) -> None:
 
 def _read(folder: str | Path, prefix: str) -> dict[str, Tensor]:
     """Reads a LoRA file: the tensors by their names without the prefix."""
-    path = Path(folder)
+    path = check_path("the LoRA", folder)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"there is no LoRA at {folder}: expected a file {FILE_NAME}, as save_lora() writes it")

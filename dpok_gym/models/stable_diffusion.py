@@ -114,6 +114,8 @@ class StableDiffusion(TextToImageModel):
         other._conditioning = ConditioningCache(CONDITIONING_CACHE_BYTES)
         other._unconditional = None
         other.negative_prompt = negative_prompt
+        if negative_prompt is not None:
+            other.check_prompts([negative_prompt])
         if image_size is not None:
             factor = self.vae_scale_factor
             size: tuple[Any, ...] = (image_size, image_size)

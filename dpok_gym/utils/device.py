@@ -14,6 +14,8 @@ def find_device(name: str) -> torch.device:
     Raises:
         ValueError: if the device cannot be used here.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"device {name!r} cannot be used here: it is no text; use 'auto' or 'cpu'")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 #: The largest count of anything, unless a smaller one makes sense. No training yet drew or repeated so much.
@@ -66,14 +68,20 @@ def check_finite(name: str, value: float) -> float:
     return _check_size(name, value)
 
 
-def check_fraction(name: str, value: float) -> float:
+def check_fraction(name: str, value: float, *, zero: bool = True, one: bool = True) -> float:
     """Checks a share or a discount, in [0, 1].
+
+    Args:
+        name: what it is.
+        value: the share.
+        zero: whether it may be 0.
+        one: whether it may be 1.
 
     Raises:
         ValueError: if it is outside.
     """
-    if not _is_number(value) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie in [0, 1], got {shorten(value)}")
+    if not _is_number(value) or not 0 <= value <= 1 or (value == 0 and not zero) or (value == 1 and not one):
+        raise ValueError(f"{name} must lie in {'[' if zero else '('}0, 1{']' if one else ')'}, got {shorten(value)}")
     return value
 
 
@@ -109,6 +117,21 @@ def check_choice(name: str, value: Any, *allowed: str | bool) -> Any:
     if not isinstance(value, (str, bool)) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shorten(value)}")
     return value
+
+
+def check_path(name: str, path: str | os.PathLike[str]) -> Path:
+    """Checks the path of a file or a folder.
+
+    Raises:
+        TypeError: if it is neither a text nor a path.
+        ValueError: if it is blank, or has a NUL.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {shorten(path)}")
+    text = str(path)
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"{name} must be a path that is not blank, got {text!r}")
+    return Path(path)
 
 
 def check_mapping(name: str, value: Any) -> Mapping[str, Any]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dpok_gym.rewards.preference.network import resize
 from dpok_gym.utils.reading import parse_json, read_image
+from dpok_gym.utils.validation import check_fraction
 
 #: With fewer choices, neither the fit nor its measurement means anything.
 LEAST_CHOICES = 20
@@ -99,8 +100,7 @@ class Comparisons:
         Raises:
             ValueError: if the share is out of range, or all choices are one component.
         """
-        if not 0 < held_out < 1:
-            raise ValueError(f"the held-out share must lie between 0 and 1, got {held_out}")
+        check_fraction("the held-out share", held_out, zero=False, one=False)
         component = self.components()
         sizes = component.bincount()
         shuffled = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))

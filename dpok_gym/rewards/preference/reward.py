@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from dpok_gym.rewards.networks.base import NetworkReward
 from dpok_gym.rewards.networks.checkpoints import build
 from dpok_gym.rewards.preference.network import PreferenceConfig, PreferenceNetwork, resize
 from dpok_gym.utils.reading import read_json, read_tensors
+from dpok_gym.utils.validation import check_path
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -63,7 +63,7 @@ class PreferenceReward(NetworkReward):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes a folder that :meth:`load` reads, with the weights in half precision."""
-        folder = Path(folder)
+        folder = check_path("the folder of the reward", folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps(asdict(self.network.config), indent=2) + "\n", encoding="utf-8")
         state = {name: weights.half().contiguous().cpu() for name, weights in self.network.state_dict().items()}
@@ -81,7 +81,7 @@ class PreferenceReward(NetworkReward):
             FileNotFoundError: if the folder does not hold a reward.
             ValueError: if a file in it is damaged.
         """
-        folder = Path(folder)
+        folder = check_path("the folder of the reward", folder)
         missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(

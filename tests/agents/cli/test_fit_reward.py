@@ -95,7 +95,7 @@ def test_ctrl_c_keeps_the_best_so_far(choices, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--held-out", "1"], "held-out share must lie between 0 and 1"),
+        (["--held-out", "1"], "held-out share must lie in (0, 1)"),
         (["--image-size", "20"], "image size must be a multiple of 8"),
         (["--epochs", "0"], "epochs must be an integer of at least 1"),
         (["--seed", "-1"], "--seed must be an integer of at least 0"),
