@@ -5,13 +5,14 @@ Letters used for shapes: n environments, C x h x w a latent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpok_gym.prompts import load_prompts
+from dpok_gym.utils.validation import check_mapping
 
 
 def read_reset_options(
@@ -29,7 +30,7 @@ def read_reset_options(
     Raises:
         ValueError: if an option is unknown, a prompt is blank or missing, or x_T has another shape or is not finite.
     """
-    given = dict(options or {})
+    given = {} if options is None else dict(check_mapping("options", options))
     prompts, latents = given.pop("prompt", None), given.pop("latent", None)
     if given:
         raise ValueError(f"unknown reset options {sorted(given)}; there are 'prompt' and 'latent'")
@@ -60,6 +61,8 @@ def read_reset_mask(mask: Any, n: int) -> NDArray[np.bool_]:
 
 
 def _read_prompts(prompts: Any, n: int) -> list[str]:
+    if not isinstance(prompts, (str, Sequence, np.ndarray)):
+        raise ValueError(f"the option 'prompt' takes one text or {n}, got {prompts!r}")
     texts = [prompts] * n if isinstance(prompts, str) else list(prompts)
     if len(texts) != n:
         raise ValueError(f"the option 'prompt' takes one text or {n}, got {len(texts)}")

@@ -7,7 +7,6 @@ image.
 from __future__ import annotations
 
 import inspect
-import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -32,7 +31,16 @@ from dpok_gym.reset_options import read_reset_mask, read_reset_options
 from dpok_gym.rewards import Reward, make_reward
 from dpok_gym.samplers import DenoisingProcess, State
 from dpok_gym.utils.images import to_uint8
-from dpok_gym.utils.validation import check_integer, check_non_negative, check_positive, suggest
+from dpok_gym.utils.validation import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_mapping,
+    check_non_negative,
+    check_positive,
+    shorten,
+    suggest,
+)
 from dpok_gym.worlds import World, find_world
 
 Observation = dict[str, NDArray[Any]]
@@ -40,6 +48,9 @@ Observation = dict[str, NDArray[Any]]
 #: Bound of each latent dimension in the action space. Stable-Baselines3 asks for one; a latent has a standard deviation
 #: of about 1, so no action reaches it.
 LATENT_BOUND = 100.0
+
+#: More images at once are drawn by more processes; and ten times as many would fill the memory of a large machine.
+MAX_ENVS = 2**17
 
 #: Prompts that are encoded when the environment is made; a longer list is encoded as its prompts are drawn.
 _MAX_PROMPTS_ENCODED_AHEAD = 512
@@ -129,11 +140,12 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         **unknown: Any,
     ) -> None:
         _check_no_unknown(unknown)
-        self.num_envs = check_integer("num_envs", num_envs)
-        self.max_prompt_bytes = check_integer("max_prompt_bytes", max_prompt_bytes)
-        self.reward_workers = check_integer("reward_workers", reward_workers, minimum=0)
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
+        self.num_envs = check_integer("num_envs", num_envs, maximum=MAX_ENVS)
+        self.max_prompt_bytes = check_integer("max_prompt_bytes", max_prompt_bytes, maximum=2**16)
+        self.reward_workers = check_integer("reward_workers", reward_workers, minimum=0, maximum=256)
+        check_bool("reference_info", reference_info)
+        if not isinstance(render_mode, str | None) or render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode must be None or 'rgb_array', got {shorten(render_mode)}")
         self.render_mode = render_mode
         self.autoreset_mode = _read_autoreset_mode(autoreset_mode)
         self.metadata = type(self).metadata | {"autoreset_mode": self.autoreset_mode}
@@ -141,7 +153,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self.reference_info, self.reference_log_prob_coef = reference_info, reference_log_prob_coef
 
         own = {"negative_prompt": negative_prompt, "image_size": image_size}
-        self.model = find_model(model, device, dtype, own, model_kwargs or {})
+        self.model = find_model(model, device, dtype, own, {} if model_kwargs is None else model_kwargs)
+        if negative_prompt is not None and guidance_scale == 1:
+            raise ValueError("a negative prompt has no effect with guidance_scale=1; use another one, usually 5 to 7.5")
         self.process = DenoisingProcess(self.model, "ddim", num_inference_steps, eta, guidance_scale)
         self.prompts = load_prompts(prompts)
         # An error now is better than one in the middle of a long run.
@@ -212,13 +226,14 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             ValueError: if the number of seeds is not n, an option is unknown or wrong, or the model cannot read a
                 prompt.
         """
-        if seed is None or isinstance(seed, (int, np.integer)):
-            seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
-        else:
-            seeds = [None if each is None else operator.index(each) for each in seed]
+        seeds: list[int | None] = [None] * self.num_envs
+        if isinstance(seed, Sequence):
+            seeds = [None if each is None else check_integer("a seed", each, 0, 2**64) for each in seed]
+        elif seed is not None:
+            seeds = [check_integer("the seed", seed, 0, 2**64) + i for i in range(self.num_envs)]
         if len(seeds) != self.num_envs:
             raise ValueError(f"expected a seed for each of the {self.num_envs} environments, got {len(seeds)}")
-        options = dict(options or {})
+        options = {} if options is None else dict(check_mapping("options", options))
         where = read_reset_mask(options.pop("reset_mask", None), self.num_envs)
         self._seed([each if begins else None for each, begins in zip(seeds, where, strict=True)])
         observation, infos = self.begin_episodes(self._generators, options, where)
@@ -341,7 +356,10 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         n_steps = self.process.num_inference_steps
         if not self.running[moves].all():
             raise gymnasium.error.ResetNeeded("the episode has not begun or is over: call reset() before step()")
-        actions = np.array(actions, np.float32)
+        try:
+            actions = np.array(actions, np.float32)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"an action must be an array of numbers: {error}") from None
         if actions.shape != self._latents.shape:
             raise ValueError(
                 f"an action is the next latent x_(t-1), of shape {self._latents.shape[1:]}: expected an array of shape "
@@ -485,6 +503,4 @@ def _check_no_unknown(unknown: Mapping[str, Any]) -> None:
 
 def _read_autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
     known = [each.value for each in AutoresetMode]
-    if not isinstance(mode, AutoresetMode) and mode not in known:
-        raise ValueError(f"autoreset_mode must be one of {', '.join(map(repr, known))}, got {mode!r}")
-    return AutoresetMode(mode)
+    return mode if isinstance(mode, AutoresetMode) else AutoresetMode(check_choice("autoreset_mode", mode, *known))

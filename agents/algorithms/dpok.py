@@ -20,7 +20,13 @@ from agents.common.losses import ClipType, Metrics, Ratio
 from agents.common.normalization import RunningStatistics
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
-from dpok_gym.utils.validation import check_choice, check_fraction, check_integer, check_non_negative
+from dpok_gym.utils.validation import (
+    check_choice,
+    check_fraction,
+    check_integer,
+    check_non_negative,
+    check_positive,
+)
 
 
 class DPOK(PolicyGradient):
@@ -114,11 +120,8 @@ class DPOK(PolicyGradient):
         self.kl_coef = self.initial_kl_coef = check_non_negative("kl_coef", kl_coef)
         self.kl_estimator = check_choice("kl_estimator", kl_estimator, "exact", "output-mse")
         self.kl_placement = check_choice("kl_placement", kl_placement, "loss", "reward")
-        if target_kl is not None and not (target_kl > 0 and kl_coef > 0):
-            raise ValueError(
-                "target_kl must be a number of nats above 0, with a kl_coef above 0 to begin with, got "
-                f"{target_kl} and {kl_coef}"
-            )
+        if target_kl is not None and not check_positive("target_kl, in nats,", target_kl) * kl_coef:
+            raise ValueError("target_kl needs a kl_coef above 0 to begin with, got 0")
         if kl_placement == "reward" and reward_weight == 0:
             raise ValueError(
                 "kl_placement='reward' charges kl_coef / reward_weight of the KL, so reward_weight must be above 0"

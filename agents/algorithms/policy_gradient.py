@@ -18,7 +18,7 @@ from agents.common.losses import ClipType, Metrics, Ratio
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
 from dpok_gym import diffusion
-from dpok_gym.utils.validation import check_choice, check_integer, check_positive
+from dpok_gym.utils.validation import check_choice, check_fraction, check_integer, check_positive
 
 
 class PolicyGradient(DenoisingAlgorithm):
@@ -73,10 +73,9 @@ class PolicyGradient(DenoisingAlgorithm):
         **kwargs: Any,
     ) -> None:
         self.n_epochs = check_integer("n_epochs", n_epochs)
-        if not 0 < timestep_fraction <= 1:
-            raise ValueError(f"timestep_fraction must lie in (0, 1], got {timestep_fraction}")
+        check_fraction("timestep_fraction", timestep_fraction, zero=False)
         self.timestep_fraction = timestep_fraction
-        if skip_last_steps != "auto":
+        if not (isinstance(skip_last_steps, str) and skip_last_steps == "auto"):
             check_integer("skip_last_steps (or 'auto')", skip_last_steps, minimum=0)
         self.skip_last_steps = skip_last_steps
         self.ratio: Ratio = check_choice("ratio", ratio, "joint", "per-dimension", "centred")

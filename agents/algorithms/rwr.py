@@ -11,7 +11,7 @@ from torch import Tensor
 from agents.algorithms.forward_process import ForwardProcess
 from agents.common.buffer import number_groups
 from agents.common.policy import DenoisingPolicy
-from dpok_gym.utils.validation import check_positive
+from dpok_gym.utils.validation import check_fraction, check_positive
 
 
 class RWR(ForwardProcess):
@@ -42,8 +42,8 @@ class RWR(ForwardProcess):
         sparse_fraction: float | None = None,
         **kwargs: Any,
     ) -> None:
-        if sparse_fraction is not None and not 0 < sparse_fraction <= 1:
-            raise ValueError(f"sparse_fraction must lie in (0, 1], or be None, got {sparse_fraction}")
+        if sparse_fraction is not None:
+            check_fraction("sparse_fraction (unless None)", sparse_fraction, zero=False)
         self.temperature = check_positive("temperature", temperature)
         self.sparse_fraction = sparse_fraction
         super().__init__(policy, env, **kwargs)

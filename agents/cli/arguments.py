@@ -28,9 +28,18 @@ Options = TypeVar("Options")
 #: also be objects.
 _TEXTS = {"model": "NAME|FOLDER|HUB-ID", "prompts": "TEXT|SET|FILE", "reward": "NAME[=WEIGHT],..."}
 
-#: The box that tyro draws around its messages, and the rule above its advice.
+#: The box that tyro draws around its messages, and the rules in it. For a terminal without such characters it draws no
+#: box, and rules of hyphens.
 _BOX = re.compile(r"[╭╮╰╯│]")
-_RULE = re.compile(r"─{5,}")
+_RULE = re.compile(r"[─-]{5,}")
+
+#: tyro's messages for a value of the wrong type, and ours.
+_WRONG_VALUES = (
+    (r"invalid literal for int\(\) with base 10: (?P<value>.*)", "takes an integer, not {value}"),
+    (r"could not convert string to float: (?P<value>.*)", "takes a number, not {value}"),
+    (r"no type matching (?P<kinds>.*) could be instantiated from \[(?P<value>.*?)\].*", "takes {kinds}, not {value}"),
+    (r"(?P<message>.*)", "cannot be read: {message}"),
+)
 
 
 class UsageError(ValueError):
@@ -172,11 +181,27 @@ def _first_message(box: str) -> str:
     """Returns the message in one of tyro's boxes, without the advice that follows it."""
     lines = [_BOX.sub("", line).strip() for line in box.splitlines()]
     lines = [line for line in lines[1:] if line]  # the first line is the box's heading
-    for number, line in enumerate(lines):
-        if _RULE.match(line):
-            lines = lines[:number]
-            break
-    return " ".join(lines)
+    if lines and _RULE.match(lines[0]):
+        lines = lines[1:]
+    ends = [number for number, line in enumerate(lines) if _RULE.match(line)]
+    return _reword(" ".join(lines[: ends[0] if ends else None]))
+
+
+def _reword(message: str) -> str:
+    """Returns one of tyro's messages in our words, without the names of Python's types."""
+    if wrong := re.fullmatch(r"Error parsing (--\S+|\w+): (.*)", message):
+        for pattern, ours in _WRONG_VALUES:
+            if found := re.fullmatch(pattern, wrong[2]):
+                parts = found.groupdict()
+                kinds = re.sub(r"[{}]", "", parts.get("kinds", "")).split("|")
+                parts["kinds"] = " or ".join(sorted(kinds, key="None".__eq__))
+                return f"{wrong[1]} {ours.format_map(parts)}"
+    if wrong := re.fullmatch(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.", message):
+        choices = [choice.strip().strip("'") for choice in wrong[3].split(",")]
+        return f"{wrong[2]} cannot be {wrong[1]!r}; {suggest(wrong[1], [choice for choice in choices if choice])}"
+    if wrong := re.match(r"Missing value for argument '(.*?)'", message):
+        return f"{wrong[1]} needs a value"
+    return message
 
 
 def _describe_unknown(words: Sequence[str], known: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,18 +13,19 @@ from typing import Any
 import yaml
 
 from agents.algorithms.presets import PRESETS, default_preset
-from agents.algorithms.registry import load_algorithm
+from agents.algorithms.registry import ALGORITHMS, load_algorithm
 from agents.cli.environments import environment_class, environment_kwargs, make_env, parse_reward
 from agents.common.algorithm import DEFAULT_N_ENVS, DenoisingAlgorithm
 from agents.common.arguments import Argument, describe_arguments
 from agents.common.policy import DenoisingPolicy
-from dpok_gym.models.registry import list_models
+from dpok_gym.models.registry import is_factory, list_models
 from dpok_gym.prompts import list_prompt_sets
 from dpok_gym.registration import TASKS
-from dpok_gym.rewards.registry import list_rewards
+from dpok_gym.rewards.registry import is_place, list_rewards
 from dpok_gym.utils.files import replacing
-from dpok_gym.utils.validation import check_integer, check_names, suggest
-from dpok_gym.vector_env import DenoisingVectorEnv
+from dpok_gym.utils.reading import read_yaml
+from dpok_gym.utils.validation import MAX_COUNT, MAX_SEED, check_integer, check_mapping, check_names, suggest
+from dpok_gym.vector_env import MAX_ENVS, DenoisingVectorEnv
 
 FILE_NAME = "config.yaml"
 
@@ -41,6 +43,16 @@ _NOT_SETTINGS = (
 )
 #: Arguments of a policy that the algorithm sets, or that a text cannot express.
 _NOT_POLICY_SETTINGS = ("use_sde", "use_critic", "critic_kind", "keep_old", "optimizer_class")
+
+
+#: An evaluation holds all of its images in memory.
+_MAXIMA = {
+    "images": MAX_COUNT,
+    "n_envs": MAX_ENVS,
+    "eval_images": 10**6,
+    "checkpointing_steps": MAX_COUNT,
+    "checkpoints_total_limit": MAX_COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -81,25 +93,38 @@ class Config:
     policy_kwargs: dict[str, Any]
 
     def __post_init__(self) -> None:
-        for name in ("images", "n_envs", "eval_images", "checkpointing_steps", "checkpoints_total_limit"):
-            check_integer(name, getattr(self, name))
-        check_integer("the seed", self.seed, minimum=0)
+        for name, maximum in _MAXIMA.items():
+            check_integer(name, getattr(self, name), maximum=maximum)
+        check_integer("the seed", self.seed, minimum=0, maximum=MAX_SEED)
+        for name in ("env", "algo", "preset", "device"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a text, got {getattr(self, name)!r}")
+        for name in ("env_kwargs", "algo_kwargs", "policy_kwargs"):
+            check_mapping(name, getattr(self, name))
+        if "reward" in self.env_kwargs:
+            check_mapping("the reward", self.env_kwargs["reward"])
+        if self.env_kwargs.get("model_kwargs") is not None:
+            check_mapping("model_kwargs", self.env_kwargs["model_kwargs"])
 
     @classmethod
-    def read(cls, folder: Path) -> Config:
-        """Reads the config of a run.
+    def read(cls, folder: Path, trust: bool = False) -> Config:
+        """Reads the config of a run. Nothing that it names is imported without ``trust``.
+
+        Args:
+            folder: the run folder.
+            trust: whether modules that the config names may be imported, which runs their code. Their names are printed
+                to standard error.
 
         Raises:
             FileNotFoundError: if the folder has none.
-            ValueError: if the file is damaged, or a key is unknown or missing.
+            ValueError: if the file is damaged, a key is unknown or missing, a value is out of range, or the file names
+                code and is not trusted.
         """
-        path = folder / FILE_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} is no run folder: it has no {FILE_NAME}, as dpok train writes it")
+        path = config_file(folder)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is damaged: {error}; mend it, or train anew") from error
+            values = read_yaml(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; mend it, or train anew") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} is damaged: it is no mapping of keys to values; mend it, or train anew")
         known = [field.name for field in fields(cls)]
@@ -108,23 +133,47 @@ class Config:
         for name in known:
             if name not in values:
                 raise ValueError(f"{path} lacks the key {name!r}; add it, or train anew with this version")
-        config = cls(**values)
         try:
+            config = cls(**values)
+            code = config.code()
+            if code and not trust:
+                raise ValueError(
+                    f"it names code that would run: {', '.join(code)}; if you trust who wrote it, add --trust (in "
+                    "Python, trust=True)"
+                )
+            if code:
+                print(f"trusting {path}, which runs {', '.join(code)}", file=sys.stderr)
             config.check_keys()  # the file may have been edited by hand, or be of another version
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
         return config
 
+    def code(self) -> list[str]:
+        """Returns what in the config makes Python run other code than this package: modules to import, and pickles."""
+        named = []
+        if ":" in self.env:
+            named.append(f"the environment {self.env!r}")
+        if self.algo not in ALGORITHMS and ":" in self.algo:
+            named.append(f"the algorithm {self.algo!r}")
+        model = self.env_kwargs.get("model")
+        if isinstance(model, str) and model not in list_models() and is_factory(model):
+            named.append(f"the model {model!r}")
+        named += [f"the reward {name!r}" for name in self.env_kwargs.get("reward", {}) if is_place(name)]
+        if (self.env_kwargs.get("model_kwargs") or {}).get("allow_pickle"):
+            named.append("the model's allow_pickle")
+        return named
+
     def check_keys(self) -> None:
-        """Checks that environment, algorithm and policy have the arguments.
+        """Checks that environment, algorithm and policy have exactly these arguments.
 
         Raises:
-            ValueError: if they lack one; the message names the nearest one.
+            ValueError: if one is unknown, or missing.
         """
         algorithm = load_algorithm(self.algo)
-        check_names(f"argument of {self.env}", self.env_kwargs, environment_kwargs(self.env))
-        check_names(f"argument of {self.algo}", self.algo_kwargs, settings_of(algorithm))
-        check_names("argument of the policy", self.policy_kwargs, settings_of(DenoisingPolicy))
+        # The device is a field of the config itself.
+        _check_settings(self.env, self.env_kwargs, environment_kwargs(self.env).keys() - {"device"})
+        _check_settings(self.algo, self.algo_kwargs, settings_of(algorithm))
+        _check_settings("the policy", self.policy_kwargs, settings_of(DenoisingPolicy))
 
     def write(self, folder: Path) -> None:
         """Writes the config into a run folder."""
@@ -155,9 +204,17 @@ class Config:
         algorithm: Callable[..., DenoisingAlgorithm] = load_algorithm(self.algo)
         # None would mean "as many as there are environments". But dpok evaluate makes the agent in an environment that
         # may draw fewer images side by side than the one for training.
-        per_iteration = self.algo_kwargs["images_per_iteration"] or self.n_envs
+        per_iteration = self.algo_kwargs["images_per_iteration"]
+        per_iteration = self.n_envs if per_iteration is None else per_iteration
         settings = self.algo_kwargs | {"images_per_iteration": per_iteration, "policy_kwargs": self.policy_kwargs}
         return algorithm("DenoisingPolicy", env, seed=self.seed, device=device or self.device, **settings)
+
+
+def _check_settings(owner: str, settings: Mapping[str, Any], known: Collection[str]) -> None:
+    check_names(f"argument of {owner}", settings, known)
+    missing = [name for name in known if name not in settings]
+    if missing:
+        raise ValueError(f"the argument {missing[0]!r} of {owner} is missing; add it, or train anew with this version")
 
 
 def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Config:
@@ -176,7 +233,7 @@ def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Co
     """
     algorithm = load_algorithm(algo)
     env_class = environment_class(env_id)
-    preset_name = preset_name or default_preset(env_id)
+    preset_name = default_preset(env_id) if preset_name is None else preset_name
     if preset_name not in PRESETS:
         raise ValueError(f"unknown preset {preset_name!r}; {suggest(preset_name, PRESETS)}")
     preset = PRESETS[preset_name]
@@ -206,6 +263,18 @@ def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Co
         algo_kwargs=own | chosen,
         policy_kwargs=policy_kwargs,
     )
+
+
+def config_file(folder: Path) -> Path:
+    """Returns the path of a run's config.
+
+    Raises:
+        FileNotFoundError: if the folder has none.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no run folder: it has no {FILE_NAME}, as dpok train writes it")
+    return path
 
 
 def settings_of(owner: type) -> dict[str, Any]:

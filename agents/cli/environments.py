@@ -13,6 +13,7 @@ import dpok_gym  # noqa: F401  (registers the environments)
 from agents.common.arguments import describe_arguments
 from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
 from dpok_gym.rewards.remote.access import check_no_secret
+from dpok_gym.utils.validation import check_finite
 from dpok_gym.vector_env import DenoisingVectorEnv
 from dpok_gym.worlds import World
 
@@ -101,9 +102,10 @@ def parse_reward(text: Any) -> dict[str, Any]:
         if not name or name in weights:
             raise ValueError(f"a reward is written NAME or NAME=WEIGHT,NAME=WEIGHT with each name once, not {text!r}")
         try:
-            weights[name] = float(weight) if equals else 1.0
+            number = float(weight) if equals else 1.0
         except ValueError:
             raise ValueError(f"the weight of the reward {name!r} must be a number, not {weight!r}") from None
+        weights[name] = check_finite(f"the weight of the reward {name!r}", number)
     return weights
 
 

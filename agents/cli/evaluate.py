@@ -35,6 +35,8 @@ class Evaluate:
     """Seed of the images, 0 or more."""
     reward: Annotated[str | None, default_hint("NAME,...", "the world's; for other models the JPEG size")] = None
     """Further rewards to score with, which the run was not trained on."""
+    trust: bool = False
+    """Run the code that the run's config names: rewards, algorithms, models and environments of modules."""
     device: str = "auto"
     """Device of the networks: auto, cpu, cuda, cuda:1, ..."""
     steer: Annotated[SteeringOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=SteeringOptions)
@@ -55,10 +57,12 @@ def run(options: Evaluate) -> int:
     from agents.cli.tables import say, scores_of, scores_table, write_json
     from agents.common.evaluation import cycle_prompts
     from agents.common.evaluation import evaluate as evaluate_policy
-    from dpok_gym.utils.validation import check_integer
+    from dpok_gym.utils.validation import MAX_SEED, check_integer
 
-    config = Config.read(options.run)
-    check_integer("--images", options.images)
+    config = Config.read(options.run, options.trust)
+    check_integer("--images", options.images, maximum=10**6)
+    if options.seed is not None:
+        check_integer("--seed", options.seed, minimum=0, maximum=MAX_SEED)
     steering = make_steering(options.steer)
     config = replace(config, **given(options, "seed"))
     env = _make_env(options, config)
@@ -100,8 +104,10 @@ def _make_env(options: Evaluate, config: Config) -> DenoisingVectorEnv:
     # The world is known only from an environment. A second one costs little, as the two share their networks.
     world = config.make_env(n_envs, **changes).world
     also: Sequence[str]
-    if options.reward:
+    if options.reward is not None:
         also = tuple(parse_reward(options.reward))
+        if "=" in options.reward and any(weight != 1 for weight in parse_reward(options.reward).values()):
+            raise ValueError(f"--reward takes names without weights here, since nothing is summed: {', '.join(also)}")
     elif world is not None:
         also = world.held_out_rewards
     elif any(name.startswith("jpeg-") for name in reward):  # one would only be minus the other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,13 +78,14 @@ def _is_fitted(folder: Path) -> bool:
     from agents.cli import plots
     from dpok_gym.rewards.preference.fit import Measured
     from dpok_gym.rewards.preference.reward import CONFIG
+    from dpok_gym.utils.reading import read_json
 
     # The checkpoint is removed last: a fit that still has one goes on.
     if (folder / _CHECKPOINT).exists() or not (folder / CONFIG).exists():
         return False
     if (folder / _FIGURE).exists() or not (folder / _SUMMARY).exists():
         raise FileExistsError(f"{folder} already holds a reward; choose another --out")
-    held_out = Measured(**json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))["held_out"])
+    held_out = Measured(**read_json(folder / _SUMMARY)["held_out"])
     plots.calibration(held_out, folder / _FIGURE, _title(held_out))
     print(f"{folder} holds a reward already; its {_FIGURE} is drawn again")
     return True

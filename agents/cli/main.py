@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,10 @@ COMMANDS = {
 }
 
 
+#: What torch says if the memory of the CPU does not suffice: it has no class of errors for it.
+_MEMORY_IS_FULL = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
@@ -33,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``dpok``; None for those of the process.
 
     Returns:
-        The exit code: 0, 2 after an error in the input, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+        The exit code: 0, 1 after an error of a user's reward, 2 after one in the input, 130 after Ctrl-C, 143 after
+        SIGTERM, 129 after SIGHUP.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -56,19 +62,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has gone, as head does
         sys.stderr.close()
         return 0
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get("DPOK_DEBUG"):
+    except Exception as error:
+        message = _describe(error)
+        if message is None or os.environ.get("DPOK_DEBUG"):
             raise
-        # These are the classes of the errors that users cause. Their messages say what to do, without a traceback.
-        print(f"dpok: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        # Compared by name, because importing torch for its class would take seconds.
-        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("DPOK_DEBUG"):
-            raise
-        advice = "training takes less with --micro-batch-size auto, --gradient-checkpointing and --dtype bfloat16"
-        print(f"dpok: error: the device's memory is full; {advice}", file=sys.stderr)
-        return 2
+        print(f"dpok: error: {' '.join(message.split())}", file=sys.stderr)
+        if not _is_of_reward(error):
+            return 2
+        traceback.print_exception(error)
+        return 1
+
+
+def _describe(error: Exception) -> str | None:
+    """Returns what a user can do about an error; None for one that users do not cause."""
+    if _is_of_reward(error):
+        return f"a reward raised {type(error).__name__}: {error} {error.__notes__[0]} Its own traceback follows"
+    # Compared by name, because importing torch for its class would take seconds.
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if is_memory or (isinstance(error, RuntimeError) and any(text in str(error) for text in _MEMORY_IS_FULL)):
+        return (
+            "the device's memory is full; take fewer or smaller images at once; training also takes less with "
+            "--micro-batch-size auto, --gradient-checkpointing and --dtype bfloat16"
+        )
+    # The classes of the errors that users cause. Their messages say what to do, without a traceback.
+    return str(error) if isinstance(error, (ValueError, TypeError, OSError, ImportError)) else None
+
+
+def _is_of_reward(error: Exception) -> bool:
+    """Returns whether a user's reward raised the error."""
+    return any(note.startswith("It was raised by the reward") for note in getattr(error, "__notes__", ()))
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:
@@ -83,8 +105,10 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     Raises:
         ValueError: if the command or an option is unknown, or a value cannot be read.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for --reward module:name and --algo module:Class, as python -m does
+    # For --reward module:name and the like, as python -m does. Not always, since the current folder may be somebody
+    # else's run, with a module in it that a library looks for.
+    if os.getcwd() not in sys.path and ("--trust" in argv or any(":" in word for word in argv)):
+        sys.path.append(os.getcwd())
     command = argv[0]
     if command not in COMMANDS:
         from dpok_gym.utils.validation import suggest

@@ -7,8 +7,9 @@ import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from tyro.constructors import PrimitiveConstructorSpec
+
+from dpok_gym.utils.reading import parse_yaml
 
 #: Types that a command line can express as they are.
 _SIMPLE = (bool, int, float, str, types.NoneType)
@@ -143,8 +144,8 @@ def parse_mapping(words: Sequence[str]) -> dict[str, Any]:
 
 def _read_yaml(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text, "it")
+    except ValueError:
         raise ValueError(f"{text!r} cannot be read: write a number, true, false, null or a word") from None
     if isinstance(value, str):
         with contextlib.suppress(ValueError):

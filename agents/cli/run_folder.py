@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import shutil
-import zipfile
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +35,8 @@ from agents.common.checkpoint import (
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
 from dpok_gym.models.lora import FILE_NAME as LORA_FILE
 from dpok_gym.utils.files import WriteError, flush_to_disk, replacing
+from dpok_gym.utils.reading import read_arrays, read_json
+from dpok_gym.utils.validation import check_path
 from dpok_gym.vector_env import DenoisingVectorEnv
 
 SUMMARY, LOG, TENSORBOARD, LORA = "summary.json", "progress.csv", "tensorboard", "lora"
@@ -69,7 +68,7 @@ class Run:
         self.progress = ProgressCallback(self._total_images(), None if distributed.is_main() else True, seconds)
         self.interrupts = InterruptCallback()
         #: The command that resumes this run, for messages.
-        self.resume_command = f"dpok train --resume --out {shlex.quote(str(folder))}"
+        self.resume_command = f"dpok train --resume --out {shlex.quote(str(folder))}{' --trust' * bool(config.code())}"
         is_evaluated = distributed.any_of(distributed.is_main() and self._is_evaluated())
         if self.agent.is_done(self._total_timesteps()) and is_evaluated:
             raise ValueError(
@@ -102,7 +101,7 @@ class Run:
         if not path.is_file():
             return {}
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            return dict(read_json(path))
         except (ValueError, TypeError):
             say(self.console, f"{path} is damaged; it is written anew")
             return {}
@@ -302,25 +301,30 @@ class Run:
         return summary | scores_of(before, after)
 
 
-def load_run(folder: str | Path, device: str = "auto", model: str | Path | None = None) -> DenoisingAlgorithm:
+def load_run(
+    folder: str | Path, device: str = "auto", model: str | Path | None = None, trust: bool = False
+) -> DenoisingAlgorithm:
     """Loads the agent of a run from its newest checkpoint.
 
     Args:
         folder: a run folder of ``dpok train``.
         device: device of the networks: "auto", "cpu", "cuda", ...
         model: the folder of the run's model, if it has moved; None for the model in the run's config.
+        trust: whether modules that the run's config names may be imported, which runs their code; their names are
+            printed. Nothing else in the folder can run code.
 
     Returns:
         The agent. Its ``env`` is the run's environment.
 
     Raises:
         FileNotFoundError: if the folder is no run folder, or has no checkpoint.
-        ValueError: if a file in the folder is damaged.
+        ValueError: if a file in the folder is damaged, or its config names code and is not trusted.
     """
-    config = Config.read(Path(folder))
+    folder = check_path("the run folder", folder)
+    config = Config.read(folder, trust)
     find_checkpoint(folder)  # for its error, before a model is loaded
     changes = {} if model is None else {"model": str(model)}
-    return load_agent(Path(folder), config, config.make_env(config.n_envs, device=device, **changes), device)
+    return load_agent(folder, config, config.make_env(config.n_envs, device=device, **changes), device)
 
 
 def load_agent(folder: Path, config: Config, env: DenoisingVectorEnv, device: str) -> DenoisingAlgorithm:
@@ -349,14 +353,8 @@ def load_evaluation(path: Path) -> Evaluation:
         ValueError: if the file is damaged.
     """
     try:
-        return _read_evaluation(path)
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged") from error
-
-
-def _read_evaluation(path: Path) -> Evaluation:
-    with np.load(path, allow_pickle=False) as arrays:
-        rewards = {name.removeprefix("rewards/"): arrays[name] for name in arrays.files if name.startswith("rewards/")}
+        arrays = read_arrays(path)
+        rewards = {name.removeprefix("rewards/"): arrays[name] for name in arrays if name.startswith("rewards/")}
         alignment, quality = (str(name) or None for name in arrays["judge"])
         return Evaluation(
             prompts=arrays["prompts"].tolist(),
@@ -369,3 +367,5 @@ def _read_evaluation(path: Path) -> Evaluation:
             alignment_reward=alignment,
             quality_reward=quality,
         )
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{path} is damaged") from error

@@ -50,6 +50,8 @@ class Sample:
     """Pixels of a side, or height and width. Images get worse far from the size that the model was trained with."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_hint("NAME", "float32")] = None
     """Precision of the frozen weights: float32, or bfloat16 or float16 for half of the memory."""
+    trust: bool = False
+    """Run the code that the config of a run in --lora names: models, rewards and the like of modules."""
     device: str = "auto"
     """Device of the networks: auto, cpu, cuda, cuda:1, ..."""
     reward: Annotated[str | None, default_hint("NAME[=WEIGHT],...", "the run's, or the environment's")] = None
@@ -70,10 +72,12 @@ def run(options: Sample) -> int:
     from agents.cli import plots
     from agents.cli.config import FILE_NAME, Config
     from agents.cli.tables import say
-    from dpok_gym.utils.validation import check_integer
+    from dpok_gym.utils.validation import MAX_SEED, check_integer
 
-    check_integer("--n", options.n)
-    check_integer("--seed", options.seed, minimum=0)
+    check_integer("--n", options.n, maximum=10**6)
+    check_integer("--seed", options.seed, minimum=0, maximum=MAX_SEED)
+    if not options.prompt.strip():
+        raise ValueError("--prompt is blank; give the text to draw, in quotation marks")
     if options.reward is not None and options.steer.steering is None:
         raise UsageError("--reward is what --steering chooses by; give both, or neither")
     steering = make_steering(options.steer)
@@ -85,7 +89,7 @@ def run(options: Sample) -> int:
         holders = [folder for folder in (lora, lora.parent) if (folder / FILE_NAME).is_file()]
         run_folder = holders[0] if holders else None
         lora = lora / "lora" if run_folder == lora else lora
-    config = None if run_folder is None else Config.read(run_folder)
+    config = None if run_folder is None else Config.read(run_folder, options.trust)
     env = _make_env(options, config)
     evaluation = _draw(options, env, lora, run_folder, steering)
     labels = [f"seed {options.seed + k}" for k in range(options.n)]
@@ -113,7 +117,8 @@ def _make_env(options: Sample, config: Config | None) -> DenoisingVectorEnv:
     else:
         env_id = options.env or DEFAULT_ENVIRONMENT
         kwargs = environment_kwargs(env_id)
-    wanted = parse_reward(options.reward or kwargs["reward"]) if options.steer.steering else {}
+    reward = kwargs["reward"] if options.reward is None else options.reward
+    wanted = parse_reward(reward) if options.steer.steering else {}
     changes = ("model", "num_inference_steps", "guidance_scale", "negative_prompt", "image_size", "dtype")
     kwargs |= given(options, *changes) | {"device": options.device, "prompts": [options.prompt], "reward": _no_reward}
     n_envs = min(options.n, EVALUATION_BATCH_SIZE)
@@ -153,10 +158,9 @@ def _load_denoiser(run_folder: Path, env: DenoisingVectorEnv) -> nn.Module:
     Raises:
         FileNotFoundError: if there is no checkpoint, or none with a denoiser.
     """
-    from safetensors.torch import load_file
-
     from agents.common.checkpoint import find_checkpoint
     from dpok_gym.models.lora import reference_copy
+    from dpok_gym.utils.reading import read_tensors
 
     path = find_checkpoint(run_folder) / "denoiser.safetensors"
     if not path.is_file():
@@ -165,7 +169,10 @@ def _load_denoiser(run_folder: Path, env: DenoisingVectorEnv) -> nn.Module:
         )
     # A copy, because other environments share the model's own denoiser.
     denoiser = reference_copy(env.process.model.denoiser)
-    denoiser.load_state_dict(load_file(path))
+    try:
+        denoiser.load_state_dict(read_tensors(path))
+    except RuntimeError as error:  # torch's, for tensors of other names or shapes
+        raise ValueError(f"{path} is of another model: {error}; train anew") from error
     return denoiser
 
 

@@ -25,7 +25,7 @@ from agents.cli.arguments import (
     parse_some_options,
     to_command_line,
 )
-from agents.cli.config import FILE_NAME, Config, default_config, describe_settings, find_paths
+from agents.cli.config import FILE_NAME, Config, config_file, default_config, describe_settings, find_paths
 from agents.cli.environments import environment_class
 from agents.cli.run_folder import SUMMARY, Run
 from agents.cli.signals import exit_code
@@ -82,6 +82,8 @@ class RunOptions:
     """Go on with the run in --out, with its own settings; --images asks for more images in all."""
     resume_from_checkpoint: Annotated[str | None, default_hint("latest|NAME|PATH", "latest, with --resume")] = None
     """Go on from this checkpoint; later ones are removed. It implies --resume."""
+    trust: bool = False
+    """Run the code that the config of a resumed run names: rewards, algorithms, models, environments of modules."""
 
 
 @dataclass
@@ -95,6 +97,7 @@ class _FirstOptions:
     out: Path | None = None
     resume: bool = False
     resume_from_checkpoint: str | None = None
+    trust: bool = False
 
 
 @dataclass
@@ -126,7 +129,7 @@ def parse(argv: Sequence[str]) -> Train:
     if resumes and first.out is None:
         raise UsageError("--resume needs the run folder: --out FOLDER")
     if resumes and first.out is not None and (first.out / FILE_NAME).is_file():
-        base = Config.read(first.out)
+        base = Config.read(first.out, first.trust)
     else:
         algo = first.algo or default_algorithm(first.preset)
         base = default_config(first.env or DEFAULT_ENVIRONMENT, algo, first.preset)
@@ -158,7 +161,7 @@ def run(options: Train) -> int:
 def _train(options: Train) -> int:
     folder = Path(distributed.gather_texts(str(options.out or _new_folder(options.config)))[0])
     if options.resume_from is not None:
-        Config.read(folder)  # raises an error if this is no run folder
+        config_file(folder)  # raises an error if this is no run folder
     with locked(folder) if distributed.is_main() else nullcontext():
         run = _prepare(folder, options)
         run.begin()

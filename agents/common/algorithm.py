@@ -36,7 +36,8 @@ from agents.common.updates import UpdatingAlgorithm
 from agents.common.vec_env import GymnasiumVecEnv, find_denoising_env
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig, Transition
 from dpok_gym.utils.batching import BatchSize
-from dpok_gym.utils.validation import check_fraction, check_integer, check_non_negative, check_positive
+from dpok_gym.utils.device import find_device
+from dpok_gym.utils.validation import MAX_SEED, check_fraction, check_integer, check_non_negative, check_positive
 from dpok_gym.vector_env import DenoisingVectorEnv
 
 #: Images that an algorithm draws side by side, if it makes the environment itself.
@@ -149,18 +150,30 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         if isinstance(env, str):
             # Gymnasium's own vectorisation would run a model for each environment.
             n_envs = DEFAULT_N_ENVS if n_envs is None else check_integer("n_envs", n_envs)
-            env = gymnasium.make_vec(env, num_envs=n_envs, vectorization_mode="vector_entry_point")
-        elif env is not None and n_envs not in (None, find_denoising_env(env).num_envs):
+            try:
+                env = gymnasium.make_vec(env, num_envs=n_envs, vectorization_mode="vector_entry_point")
+            except gymnasium.error.Error as error:
+                raise ValueError(f"there is no environment {env!r}: {error}") from error
+        elif (
+            env is not None
+            and n_envs is not None
+            and check_integer("n_envs", n_envs) != find_denoising_env(env).num_envs
+        ):
             raise ValueError(
                 f"n_envs={n_envs} does not fit the environment, which has {find_denoising_env(env).num_envs}: leave it "
                 "out, or make the environment with as many"
             )
+        is_policy = isinstance(policy, type) and issubclass(policy, DenoisingPolicy)
+        if not (is_policy or (isinstance(policy, str) and policy in self.policy_aliases)):
+            raise TypeError(f"the policy must be {' or '.join(self.policy_aliases)} or a class of it, got {policy!r}")
+        if str(device) != "auto":  # SB3 would take the CPU without a word where there is no such GPU
+            device = find_device(str(device))
+            if env is not None and device != find_denoising_env(env).process.model.device:
+                raise ValueError(f"the environment's model is not on {device}: make it with device={str(device)!r}")
         if not callable(learning_rate):
             check_non_negative("learning_rate (or a function of the remaining progress)", learning_rate)
         self.final_lr_fraction = check_fraction("final_lr_fraction", final_lr_fraction)
-        if not 0 <= warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction must lie in [0, 1), got {warmup_fraction}")
-        self.warmup_fraction = warmup_fraction
+        self.warmup_fraction = check_fraction("warmup_fraction", warmup_fraction, one=False)
         self.batch_size = None if batch_size is None else check_integer("batch_size", batch_size)
         self.micro_batch_size = micro_batch_size
         self.anchor_coef = check_non_negative("anchor_coef", anchor_coef)
@@ -175,7 +188,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         #: The environment's sampler, kept so that a saved agent can be loaded without an environment.
         self.sampler_config: SamplerConfig | None = None
         new_seed = np.random.SeedSequence().generate_state(1)[0]  # from the operating system
-        self.run_seed = check_integer("seed", new_seed if seed is None else seed, minimum=0)
+        self.run_seed = check_integer("seed", new_seed if seed is None else seed, minimum=0, maximum=MAX_SEED)
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]
@@ -189,10 +202,10 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             max_grad_norm=check_positive("max_grad_norm", max_grad_norm),
             use_sde=False,
             sde_sample_freq=-1,
-            stats_window_size=stats_window_size,
+            stats_window_size=check_integer("stats_window_size", stats_window_size),
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
-            verbose=verbose,
+            verbose=check_integer("verbose", verbose, minimum=0, maximum=2),
             seed=None if seed is None else self.run_seed,
             device=device,
             _init_setup_model=_init_setup_model,
@@ -295,7 +308,13 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             progress_bar: whether to show SB3's progress bar.
         """
         name = tb_log_name or type(self).__name__
-        total, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, name, progress_bar)
+        total, callback = self._setup_learn(
+            int(check_non_negative("total_timesteps", total_timesteps)),
+            callback,
+            reset_num_timesteps,
+            name,
+            progress_bar,
+        )
         callback.on_training_start(locals(), globals())
         while not self.is_done(total):
             with self._whole_iteration():
@@ -398,7 +417,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         Raises:
             ValueError: if the environment has another model, number of steps or latent shape than the agent.
         """
-        check_arguments(cls, kwargs.keys() - {"custom_objects", "print_system_info", "force_reset"})
+        of_sb3 = ("custom_objects", "print_system_info", "force_reset")
+        check_arguments(cls, {name: value for name, value in kwargs.items() if name not in of_sb3})
         if env is not None:
             env = cls._wrap_env(env)
             data, _, _ = load_from_zip_file(path, load_data=True, device="cpu")

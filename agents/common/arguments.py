@@ -9,13 +9,13 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from docstring_parser import google
 
-from dpok_gym.utils.validation import suggest
+from dpok_gym.utils.validation import check_bool, check_mapping, suggest
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,19 @@ def show_inherited_arguments(cls: type) -> None:
     cls.__doc__ = doc[: section.start()] + "\n".join(lines) + "\n\n" + doc[section.end() :]
 
 
-def check_arguments(cls: type, names: Iterable[str]) -> None:
-    """Checks the names of keyword arguments before a class is made of them.
+def check_arguments(cls: type, given: Mapping[str, Any]) -> None:
+    """Checks keyword arguments before a class is made of them: their names, and that switches are no texts.
 
     Raises:
-        TypeError: if the constructor has no such argument; the message has the nearest one.
+        TypeError: if the constructor has no such argument (the message has the nearest one), or a value is of another
+            type.
     """
     known = describe_arguments(cls)
-    for name in names:
+    for name, value in given.items():
+        if name in known and known[name].annotation is bool:
+            check_bool(name, value)
+        if name in known and name.endswith("_kwargs") and value is not None:
+            check_mapping(name, value)
         if name not in known and not name.startswith("_"):
             # Arguments without a default are given by whoever makes the object, not by the user.
             choices = [name for name, argument in known.items() if argument.default is not inspect.Parameter.empty]

@@ -30,6 +30,7 @@ from torch import Tensor
 from agents.common import distributed
 from dpok_gym.models.lora import FILE_NAME as LORA_FILE
 from dpok_gym.utils.files import flush_to_disk, naming, replacing, write_text
+from dpok_gym.utils.reading import read_json
 from dpok_gym.utils.tensors import load_tensors, save_tensors
 from dpok_gym.utils.validation import check_integer, suggest
 
@@ -169,7 +170,7 @@ def load_checkpoint(agent: DenoisingAlgorithm, folder: str | Path) -> dict[str, 
     folder = Path(folder)
     _check_files(folder, [TRAINER_STATE])
     try:
-        saved = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+        saved = read_json(folder / TRAINER_STATE)
         state, extra_state, files = saved["agent"], saved["run"], saved["files"]
         _check_files(folder, files)
         tensors = {Path(name).stem: load_tensors(folder / name)[0] for name in files if name.endswith(".safetensors")}
@@ -286,7 +287,7 @@ def _age(folder: Path) -> tuple[int, int]:
 def _has_state(folder: Path, state: Mapping[str, Any]) -> bool:
     """Returns whether a checkpoint holds the agent in this state."""
     try:
-        saved = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+        saved = read_json(folder / TRAINER_STATE)
         is_whole = all((folder / name).is_file() for name in saved["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return False

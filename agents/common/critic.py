@@ -95,8 +95,7 @@ class RewardCritic:
         n_steps = process.num_inference_steps
         n_looks = math.ceil(check_fraction("look_fraction", look_fraction) * n_steps)
         self.n_rollouts = check_integer("n_rollouts", n_rollouts)
-        if not 0 < forgetting <= 1:
-            raise ValueError(f"forgetting must lie in (0, 1], got {forgetting}; 1 forgets nothing")
+        check_fraction("forgetting (1 forgets nothing)", forgetting, zero=False)
         self.forgetting = forgetting
         self.prompt_strength = check_positive("prompt_strength", prompt_strength)
         self.process = process

@@ -73,8 +73,8 @@ def start() -> None:
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             raise ValueError(
-                f"rank {os.environ['RANK']} has no GPU of its own: there are {torch.cuda.device_count()}; start as many "
-                "processes"
+                f"rank {os.environ['RANK']} has no GPU of its own: there are {torch.cuda.device_count()} here; start "
+                "as many processes"
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"

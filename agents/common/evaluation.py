@@ -23,7 +23,7 @@ from agents.common.vec_env import find_denoising_env
 from dpok_gym import diffusion
 from dpok_gym.rewards import RewardBatch
 from dpok_gym.samplers import DenoisingProcess, State, Transition
-from dpok_gym.utils.validation import check_integer
+from dpok_gym.utils.validation import check_integer, shorten
 from dpok_gym.vector_env import DenoisingVectorEnv
 
 
@@ -204,7 +204,9 @@ def sample_images(
         raise ValueError(f"the prompts to evaluate on are a list of texts; give at least one, not {prompts!r}")
     if not isinstance(steering, Steering):
         raise TypeError(f"steering must be BestOf(n), FKSteering(...) or SVDD(...), not {steering!r}")
-    check_integer("seed", seed, minimum=0)
+    check_integer("seed", seed, minimum=0, maximum=2**62)
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError(f"the prompts to evaluate on must be texts, got {shorten(prompts)}")
     env = find_denoising_env(env)
     process.model.check_prompts(prompts)
     parts, size = [], max(env.num_envs // steering.n_particles, 1)

@@ -22,11 +22,11 @@ from agents.common.critic import CriticKind, RewardCritic, ValueNetwork
 from agents.common.slow_copy import SlowCopy
 from dpok_gym import diffusion
 from dpok_gym.models.base import GuidanceGradient
-from dpok_gym.models.lora import LoRA, reference_copy
+from dpok_gym.models.lora import MAX_RANK, LoRA, reference_copy
 from dpok_gym.prompts import prompts_from_bytes
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig, State
 from dpok_gym.utils.batching import BatchSize
-from dpok_gym.utils.validation import check_choice
+from dpok_gym.utils.validation import check_choice, check_integer
 
 #: An eps far below any gradient: a step of AdamW then does not depend on the scale of the loss.
 DEFAULT_OPTIMIZER_KWARGS = {"weight_decay": 0.0, "eps": 1e-15}
@@ -108,6 +108,8 @@ class DenoisingPolicy(ActorCriticPolicy):
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs or DEFAULT_OPTIMIZER_KWARGS,
         )
+        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+            raise TypeError(f"optimizer_class must be a class of torch.optim, got {optimizer_class!r}")
         if isinstance(process, Mapping):
             process = DenoisingProcess.from_config(SamplerConfig.from_dict(process))
         self.process = process
@@ -118,6 +120,8 @@ class DenoisingPolicy(ActorCriticPolicy):
         self._batch_size = BatchSize("max_batch_size", max_batch_size)
         # Resolved here, so that a saved policy does not depend on the default of a later version.
         rank = self.model.default_lora_rank if lora_rank is None else lora_rank
+        check_integer("lora_rank", rank, minimum=0, maximum=MAX_RANK)
+        check_integer("critic_hidden", critic_hidden, maximum=2**16)
         self._constructor = {
             "process": process.config.to_dict(),
             "guidance_gradient": guidance_gradient,
@@ -173,6 +177,8 @@ class DenoisingPolicy(ActorCriticPolicy):
         """Returns the ends of the names of the layers that get a LoRA."""
         if not isinstance(target_modules, str):
             return target_modules
+        if not self.model.lora_layers:
+            raise ValueError(f"the model {self.model.name!r} has no layers for a LoRA; use lora_rank=0")
         check_choice("target_modules", target_modules, *self.model.lora_layers)
         return self.model.lora_layers[target_modules]
 

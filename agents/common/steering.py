@@ -128,7 +128,7 @@ class Steering:
     n_particles: int = 8
 
     def __post_init__(self) -> None:
-        check_integer("n_particles", self.n_particles)
+        check_integer("n_particles", self.n_particles, maximum=1024)
 
     def is_due(self, step: int) -> bool:
         """Returns whether particles are valued and chosen before a denoising step, 0 for the first one."""
@@ -283,7 +283,7 @@ class SVDD(_Resampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature != math.inf:
+        if not (isinstance(self.temperature, float) and self.temperature == math.inf):
             check_non_negative("temperature", self.temperature)
 
     def resample(self, weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

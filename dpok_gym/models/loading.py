@@ -15,7 +15,7 @@ from dpok_gym.models.base import TextToImageModel
 from dpok_gym.models.registry import ModelFactory, find_source, is_factory
 from dpok_gym.utils.device import find_device
 from dpok_gym.utils.registry import import_attribute
-from dpok_gym.utils.validation import check_choice, check_names
+from dpok_gym.utils.validation import check_bool, check_choice, check_mapping, check_names, check_path, shorten
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def load_model(
         unknown: always empty: an unknown keyword argument is an error that names the nearest known one.
 
     Raises:
+        TypeError: if a name or a switch is of another type.
         ValueError: if an argument's name, the device, the dtype, the image size or the family of the model is unknown,
             or if files are damaged.
         FileNotFoundError: if the model is found nowhere; the message lists the ways to get it.
@@ -108,8 +109,12 @@ def load_model(
     for name, text in {"negative_prompt": negative_prompt, "revision": revision, "variant": variant}.items():
         if text is not None and not isinstance(text, str):
             raise ValueError(f"{name} must be a text or None, got {text!r}")
+    for name, switch in {"allow_pickle": allow_pickle, "vae_tiling": vae_tiling, "compile": compile}.items():
+        check_bool(name, switch)
+    check_path("the model", name_or_path)
     name = os.fspath(name_or_path)
     if config is not None:
+        check_path("config", config)
         config = os.fspath(config)
     spec = ModelSpec(
         name,
@@ -151,15 +156,21 @@ def find_model(
         model_kwargs: further arguments of :func:`load_model`.
 
     Raises:
-        ValueError: if ``model_kwargs`` has an argument of the environment, or an argument is given beside a loaded
-            model; further errors as :func:`load_model`.
+        TypeError: if the model is neither, or ``model_kwargs`` no mapping.
+        ValueError: if ``model_kwargs`` has an argument of the environment, or an argument or another device is given
+            beside a loaded model; further errors as :func:`load_model`.
     """
+    check_mapping("model_kwargs", model_kwargs)
     for name in model_kwargs:
         if name in (*own, "device", "dtype"):
             raise ValueError(f"{name} is an argument of the environment: leave it out of model_kwargs")
     options = {**own, **model_kwargs}
     if isinstance(model, (str, os.PathLike)):
         return load_model(model, device, dtype, **options)
+    if not isinstance(model, TextToImageModel):
+        raise TypeError(f"the model must be a name, a path or a loaded TextToImageModel, got {shorten(model)}")
+    if device != "auto" and find_device(device) != model.device:
+        raise ValueError(f"the loaded model is on {model.device}: leave out device={device!r}, or load it there")
     # None, False and float32 are the defaults, with which nothing was asked for.
     given = [name for name, value in (options | {"dtype": dtype}).items() if value not in (None, False, "float32")]
     if given:
@@ -176,10 +187,15 @@ def clear_model_cache() -> None:
 
 
 def _hashable_size(image_size: Any) -> Any:
-    """Returns an integer or a tuple; what is neither is left for the model to refuse."""
+    """Returns an integer or a tuple; what is neither is left for the model to refuse, unless it has no hash."""
     if isinstance(image_size, Integral):
         return int(image_size)
-    return tuple(image_size) if isinstance(image_size, list | tuple) else image_size
+    image_size = tuple(image_size) if isinstance(image_size, list | tuple) else image_size
+    try:
+        hash(image_size)
+    except TypeError:
+        raise TypeError(f"image_size must be one or two numbers of pixels, got {shorten(image_size)}") from None
+    return image_size
 
 
 def _load_networks(spec: ModelSpec) -> TextToImageModel:

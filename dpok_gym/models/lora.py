@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpok_gym.utils.files import replacing
-from dpok_gym.utils.validation import check_integer
+from dpok_gym.utils.reading import check_tensors, parse_json
+from dpok_gym.utils.validation import check_integer, check_non_negative, check_path, shorten
 
 #: The file that diffusers' ``load_lora_weights`` looks for.
 FILE_NAME = "pytorch_lora_weights.safetensors"
+
+#: The largest rank: that of the widest layers of published denoisers, with which nothing is low-rank any more.
+MAX_RANK = 5120
 
 _numbers = itertools.count()
 
@@ -56,10 +59,11 @@ class LoRA:
     """
 
     def __init__(self, network: nn.Module, rank: int, target_modules: Sequence[str]) -> None:
-        self.rank = check_integer("the LoRA rank", rank)
-        if isinstance(target_modules, str):
+        self.rank = check_integer("the LoRA rank", rank, maximum=MAX_RANK)
+        is_list = isinstance(target_modules, Sequence) and not isinstance(target_modules, str)
+        if not (is_list and all(isinstance(name, str) for name in target_modules)):
             raise ValueError(
-                f"target_modules must be a list of endings of layer names, got the text {target_modules!r}; the usual "
+                f"target_modules must be a list of endings of layer names, got {shorten(target_modules)}; the usual "
                 "lists are in model.lora_layers"
             )
         _remove_forgotten(network)
@@ -141,7 +145,7 @@ class LoRA:
             The file's path.
         """
         state = {prefix + key: value.cpu().contiguous() for key, value in self.state_dict().items()}
-        path = Path(folder) / FILE_NAME
+        path = check_path("the folder of the LoRA", folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             save_file(state, part)
@@ -272,25 +276,37 @@ def _switch(states: list[_State]) -> None:
 
 def _read(folder: str | Path, prefix: str) -> dict[str, Tensor]:
     """Reads a LoRA file: the tensors by their names without the prefix."""
-    path = Path(folder)
+    path = check_path("the LoRA", folder)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"there is no LoRA at {folder}: expected a file {FILE_NAME}, as save_lora() writes it")
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(check_tensors(path), "pt") as file:
             state = {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
-            config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except SafetensorError as error:
+            noted = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+        scale = _read_scale(parse_json(noted, "its note lora_adapter_metadata"), prefix)
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"the LoRA file {path} is damaged ({error}); write or copy it again") from error
-    if not any(key.endswith(".lora_A.weight") for key in state):
+    if not _rank(state):
         raise ValueError(f"the file {path} holds no LoRA weights; give a file that save_lora() or diffusers wrote")
-    # Other tools scale the change by alpha / rank, and diffusers notes both numbers. Here the scale goes into B.
-    scale = config.get(f"{prefix}lora_alpha", 1) / config.get(f"{prefix}r", 1)
+    not_finite = [key for key, value in state.items() if not value.isfinite().all()]
+    if not_finite:
+        raise ValueError(f"the LoRA file {path} has values that are not finite, in {not_finite[0]}; train it again")
     return {key: value * scale if key.endswith(".lora_B.weight") else value for key, value in state.items()}
 
 
+def _read_scale(noted: Any, prefix: str) -> float:
+    """Returns alpha / rank, by which other tools scale the change, of what diffusers notes. Here it goes into B."""
+    try:
+        scale = noted.get(f"{prefix}lora_alpha", 1) / noted.get(f"{prefix}r", 1)
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"its note lora_adapter_metadata has no numbers for alpha and rank: {error}") from error
+    return check_non_negative("its scale, alpha / rank,", scale)
+
+
 def _rank(state: Mapping[str, Tensor]) -> int:
+    """Returns the rank of a LoRA's tensors; 0 if they are none."""
     for key, value in state.items():
-        if key.endswith(".lora_A.weight"):
+        if key.endswith(".lora_A.weight") and value.dim():
             return len(value)
     return 0

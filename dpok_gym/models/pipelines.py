@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,8 @@ from dpok_gym.models.base import LIVE_PIPELINE
 from dpok_gym.models.registry import list_local_models, list_models
 from dpok_gym.models.stable_diffusion import StableDiffusion
 from dpok_gym.models.stable_diffusion_xl import StableDiffusionXL
-from dpok_gym.utils.hub import describe_wrong_weights, has_vocabulary
+from dpok_gym.utils.hub import NO_CODE, describe_wrong_weights, has_vocabulary
+from dpok_gym.utils.reading import check_model_folder, check_tensors, check_torch_file, read_json
 
 #: The family of each of diffusers' pipelines, by the pipeline's name: importing those classes takes time, and warns of
 #: image processors that are not used here.
@@ -146,10 +145,11 @@ def _parts_of_pipeline(pipe: Any, family: type[StableDiffusion]) -> dict[str, An
 def _parts_of_folder(
     folder: Path, dtype: torch.dtype, variant: str | None, allow_pickle: bool
 ) -> tuple[type[StableDiffusion], dict[str, Any]]:
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    if index["_class_name"] not in FAMILIES:
-        raise ValueError(_describe_unsupported(index["_class_name"]))
-    family = FAMILIES[index["_class_name"]]
+    check_model_folder(folder)
+    index, kind = _read_index(folder / "model_index.json")
+    if kind not in FAMILIES:
+        raise ValueError(_describe_unsupported(kind))
+    family = FAMILIES[kind]
     weights: dict[str, Any] = {"variant": variant, "use_safetensors": _use_safetensors(allow_pickle)}
     parts = {
         "tokenizer": _load_tokenizer(folder / "tokenizer"),
@@ -166,6 +166,15 @@ def _parts_of_folder(
     return family, parts
 
 
+def _read_index(path: Path) -> tuple[dict[str, Any], str]:
+    """Returns the content of a model_index.json, and the name of its pipeline."""
+    index = read_json(path)
+    # A pipeline of somebody's own is a list: its module, which lies in the folder, and its class.
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{path} names no pipeline of diffusers; code of a model's folder is never run")
+    return index, index["_class_name"]
+
+
 def _use_safetensors(allow_pickle: bool) -> bool | None:
     """Returns the argument of that name in diffusers: None is "if there are any"."""
     return None if allow_pickle else True
@@ -179,7 +188,7 @@ def _load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def _load_text_encoder(network_class: Any, folder: Path, **kwargs: Any) -> Any:
-    text_encoder, info = network_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+    text_encoder, info = network_class.from_pretrained(folder, output_loading_info=True, **NO_CODE, **kwargs)
     if wrong := describe_wrong_weights(info):
         raise ValueError(f"its {folder.name} {wrong}")
     return text_encoder
@@ -190,12 +199,12 @@ def _parts_of_file(
 ) -> tuple[type[StableDiffusion], dict[str, Any]]:
     """Returns the parts of a single-file checkpoint, in the layout of the models' authors."""
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
+        with safe_open(check_tensors(path), "pt") as file:
             keys = list(file.keys())
     elif allow_pickle:
-        keys = list(torch.load(path, map_location="meta", weights_only=True).get("state_dict", {}))
+        keys = list(torch.load(check_torch_file(path), map_location="meta", weights_only=True).get("state_dict", {}))
     else:
-        raise pickle.UnpicklingError(
+        raise ValueError(
             "it is no .safetensors file, and a pickle may run code of its author's; get the .safetensors of the same "
             "model, or pass allow_pickle=True (in an environment, model_kwargs={'allow_pickle': True}) if you trust it"
         )
@@ -237,7 +246,7 @@ def _find_folder(name: str, source: str, revision: str | None, variant: str | No
     }
     try:
         index = Path(hf_hub_download(source, "model_index.json", revision=revision))
-        pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        _, pipeline = _read_index(index)
         if pipeline in FAMILIES:
             return Path(DiffusionPipeline.download(source, **wanted, **_UNUSED))
     except Exception as error:

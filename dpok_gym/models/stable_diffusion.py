@@ -19,6 +19,9 @@ from dpok_gym.models.base import CONDITIONING_CACHE_BYTES, Conditioning, Guidanc
 from dpok_gym.models.conditioning_cache import ConditioningCache
 from dpok_gym.models.lora import reference_view
 
+#: The largest height or width in pixels: four times that of Stable Diffusion XL.
+MAX_SIDE = 4096
+
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 _CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
@@ -111,6 +114,8 @@ class StableDiffusion(TextToImageModel):
         other._conditioning = ConditioningCache(CONDITIONING_CACHE_BYTES)
         other._unconditional = None
         other.negative_prompt = negative_prompt
+        if negative_prompt is not None:
+            other.check_prompts([negative_prompt])
         if image_size is not None:
             factor = self.vae_scale_factor
             size: tuple[Any, ...] = (image_size, image_size)
@@ -118,7 +123,8 @@ class StableDiffusion(TextToImageModel):
                 size = tuple(image_size)
             if len(size) != 2 or not all(_is_multiple(side, factor) for side in size):
                 raise ValueError(
-                    f"image_size must be one or two (height, width) multiples of {factor} pixels, got {image_size!r}"
+                    f"image_size must be one or two (height, width) multiples of {factor} pixels, got {image_size!r}; "
+                    f"at most {MAX_SIDE}"
                 )
             other._set_latent_size(size[0] // factor, size[1] // factor)
         return other
@@ -244,4 +250,4 @@ class StableDiffusion(TextToImageModel):
 
 
 def _is_multiple(side: Any, factor: int) -> bool:
-    return isinstance(side, Integral) and int(side) >= factor and int(side) % factor == 0
+    return isinstance(side, Integral) and factor <= int(side) <= MAX_SIDE and int(side) % factor == 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpok_gym.rewards.normalization import Normalize, standardize
-from dpok_gym.rewards.registry import RewardFunction
+from dpok_gym.rewards.registry import RewardFunction, noting_errors
 from dpok_gym.utils.validation import check_choice
 
 #: The raw scores of a reward: for each function, its components, each (B,) float32 on the CPU.
@@ -195,8 +195,9 @@ class Reward:
             prompts: the B prompts that the images were made for.
         """
         totals: list[Tensor] = []
-        for part in self._weighted_parts().values():
-            values = part.function.score(images.clone(), list(prompts))  # type: ignore[attr-defined]
+        for name, part in self._weighted_parts().items():
+            with noting_errors(name, part.function):
+                values = part.function.score(images.clone(), list(prompts))  # type: ignore[attr-defined]
             totals.append(part.weight * _normalize(values, part.normalize))
         return torch.stack(totals).sum(dim=0)
 
@@ -249,11 +250,8 @@ def _evaluate(function: RewardFunction, name: str, images: Tensor, prompts: list
         Its components, each (B,) float32 on the CPU, in memory of their own.
     """
     # Copies, because a function may write into its arguments. Neither the next function nor the caller must see that.
-    try:
+    with noting_errors(name, function):
         returned = function(images.clone(), list(prompts))
-    except Exception as error:
-        error.add_note(f"It was raised by the reward {name!r}.")  # its author needs the traceback
-        raise
     if isinstance(returned, Mapping) and not returned:
         raise ValueError(f"the reward {name!r} returned an empty mapping; it must have at least one component")
     by_component = returned if isinstance(returned, Mapping) else {name: returned}

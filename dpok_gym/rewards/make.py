@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any, Literal
 
 from dpok_gym.rewards.base import Part, Reward
@@ -14,6 +12,7 @@ from dpok_gym.rewards.normalization import check_normalize
 from dpok_gym.rewards.registry import RewardFunction, load_reward
 from dpok_gym.rewards.remote.access import TOKEN_VARIABLE, check_no_secret, is_address
 from dpok_gym.rewards.remote.client import RemoteReward
+from dpok_gym.utils.validation import check_finite
 
 
 def make_reward(
@@ -64,7 +63,8 @@ def make_reward(
         name, load = _identify(key, settings)
         if name in parts:
             raise ValueError(f"two rewards are named {name!r}; rename one of them")
-        parts[name] = Part(load(), _check_weight(weight, name), check_normalize(normalize, name))
+        weight = float(check_finite(f"the weight of the reward {name!r}", weight))
+        parts[name] = Part(load(), weight, check_normalize(normalize, name))
     return Reward(parts, non_finite)
 
 
@@ -91,11 +91,3 @@ def _identify(key: Any, settings: Mapping[str, Any]) -> tuple[str, Callable[[], 
     if callable(key):
         return getattr(key, "__name__", type(key).__name__), lambda: key
     raise TypeError(f"a reward must be a registered name, a callable, or a mapping of names to weights, not {key!r}")
-
-
-def _check_weight(weight: Any, name: str) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, Real):
-        raise TypeError(f"the weight of the reward {name!r} must be a number, not {weight!r}")
-    if not math.isfinite(weight):
-        raise ValueError(f"the weight of the reward {name!r} must be finite, not {weight!r}")
-    return float(weight)

@@ -19,7 +19,7 @@ def check_normalize(value: Any, name: str) -> Normalize:
     """
     if value is None:
         return None
-    if value == "running":
+    if isinstance(value, str) and value == "running":
         raise ValueError(
             f"'normalize' of the reward {name!r} cannot be 'running': a reward keeps no statistics between batches. "
             "Leave it out, and pass normalize_rewards=True to the learner"

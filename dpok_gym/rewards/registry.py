@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ REWARDS: Registry[RewardFactory] = Registry(
     "Add yours with register_reward(), or pass the callable itself, 'module:name', or a folder that dpok fit-reward "
     "wrote",
 )
+
+#: The note of an error that a user's reward raised, for its name.
+RAISED_BY = "It was raised by the reward {!r}."
 
 # Loaded rewards, by name. The environments for training and for evaluation share one copy of the weights.
 _loaded: dict[str, RewardFunction] = {}
@@ -59,6 +63,33 @@ def register_reward(name: str, factory: RewardFactory | str) -> None:
 def list_rewards() -> list[str]:
     """Returns the registered names in alphabetical order."""
     return REWARDS.names()
+
+
+@contextmanager
+def noting_errors(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Adds a note to an error that a user's reward raises in the block. Its author needs the traceback.
+
+    Errors of the rewards of this package say by themselves what to do.
+
+    Args:
+        name: the reward's name.
+        function: the reward, or what makes it.
+    """
+    try:
+        yield
+    except Exception as error:
+        module = getattr(function, "__module__", None) or type(function).__module__
+        if module.partition(".")[0] != "dpok_gym":
+            error.add_note(RAISED_BY.format(name))
+        raise
+
+
+def is_place(name: str) -> bool:
+    """Returns whether the name of a reward is ``"module:name"``, which is imported: no registered name or folder."""
+    from dpok_gym.rewards.remote.client import is_address
+
+    is_written_so = all(name.partition(":")) and not is_address(name)
+    return is_written_so and name not in REWARDS and not os.path.isdir(name)
 
 
 def load_reward(name: str) -> RewardFunction:
@@ -107,7 +138,8 @@ def _load(name: str) -> RewardFunction:
             "give them defaults, name a function that makes it, or pass an instance that you made"
         )
     is_reward = needs_arguments and not is_registered
-    reward: RewardFunction = factory if is_reward else factory()
+    with noting_errors(name, factory):
+        reward: RewardFunction = factory if is_reward else factory()
     if not callable(reward):
         raise TypeError(f"the factory of the reward {name!r} must return a callable, not {reward!r}")
     return reward

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dpok_gym.samplers.transition_table import TransitionTable
+from dpok_gym.utils.validation import check_fraction
 
 #: Of x_t and of the network's output, each (T,).
 Coefficients = tuple[Tensor, Tensor]
@@ -33,8 +34,7 @@ def make_ddim_table(scheduler_config: Mapping[str, Any], num_inference_steps: in
     """
     from diffusers import DDIMScheduler  # slow to import, and only needed here
 
-    if not 0 < eta <= 1:
-        raise ValueError(f"eta must lie in (0, 1], got {eta}: without noise a denoising step has no log-probability")
+    check_fraction("eta", eta, zero=False)  # without noise a denoising step has no log-probability
     kind = scheduler_config.get("_class_name", "DDIMScheduler")
     if kind not in {cls.__name__ for cls in DDIMScheduler().compatibles} - {"EDMEulerScheduler"}:
         raise ValueError(
@@ -70,7 +70,11 @@ def make_ddim_table(scheduler_config: Mapping[str, Any], num_inference_steps: in
 def _make_timesteps(scheduler: Any, num_inference_steps: int) -> Tensor:
     """Returns the T training timesteps of the scheduler, (T,) int64, falling."""
     n_train = scheduler.config.num_train_timesteps
-    if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= n_train:
+    if (
+        not isinstance(num_inference_steps, Integral)
+        or num_inference_steps is True
+        or not 1 <= num_inference_steps <= n_train
+    ):
         raise ValueError(f"num_inference_steps must be an integer from 1 to {n_train}, got {num_inference_steps!r}")
     scheduler.set_timesteps(num_inference_steps)
     timesteps = scheduler.timesteps.long()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
-from numbers import Integral
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from dpok_gym.utils.validation import check_integer
 
 Result = TypeVar("Result")
 
@@ -27,11 +28,11 @@ class BatchSize:
     """
 
     def __init__(self, name: str, size: int | Literal["auto"] | None) -> None:
-        if size not in (None, "auto") and (not isinstance(size, Integral) or size < 1):
-            raise ValueError(f"{name} must be an integer of at least 1, None or 'auto', got {size!r}")
         self.name = name
-        self.is_automatic = size == "auto"
-        self.size: int | None = int(size) if isinstance(size, Integral) else None
+        self.is_automatic = isinstance(size, str) and size == "auto"
+        self.size: int | None = None
+        if not (size is None or self.is_automatic):
+            self.size = check_integer(f"{name} (unless None or 'auto')", size)  # type: ignore[arg-type]
 
     def run(self, function: Callable[[int], Result], n: int) -> Result:
         """Calls ``function(size)``, and again with a smaller size if memory runs out and the size is automatic.

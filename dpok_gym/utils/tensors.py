@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpok_gym.utils.files import replacing
+from dpok_gym.utils.reading import check_tensors
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
@@ -38,7 +39,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: if the file is damaged.
     """
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(check_tensors(path), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             return tensors, json.loads((file.metadata() or {}).get("state", "{}"))
     except (SafetensorError, ValueError) as error:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dpok_gym.utils.hub import has_vocabulary
+from dpok_gym.utils.reading import check_model_folder, check_torch_file, read_tensors
 
 StateDict = dict[str, Tensor]
 PathLike = str | os.PathLike[str]
@@ -70,6 +70,8 @@ def from_hub(reward: str, what: str, source: PathLike, argument: str, load: Call
     folder = Path(source).expanduser()
     name = str(folder) if folder.is_dir() else str(source)
     try:
+        if folder.is_dir():
+            check_model_folder(folder)
         return load(name)
     except Exception as error:
         if folder.is_dir():
@@ -116,8 +118,8 @@ def read_state_dict(path: Path) -> StateDict:
     """
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            return read_tensors(path)
+        content = torch.load(check_torch_file(path), map_location="cpu", weights_only=True)
     except Exception as error:
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ValueError(

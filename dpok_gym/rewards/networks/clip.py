@@ -13,7 +13,7 @@ from transformers import CLIPModel, CLIPTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from dpok_gym.rewards.networks.checkpoints import PathLike, StateDict, from_hub, load_tokenizer, rename
-from dpok_gym.utils.hub import describe_wrong_weights
+from dpok_gym.utils.hub import NO_CODE, describe_wrong_weights
 
 #: The vocabulary that OpenAI's and LAION's models share.
 TOKENIZER = "openai/clip-vit-large-patch14"
@@ -71,8 +71,7 @@ def load_pretrained(reward: str, source: PathLike, argument: str, dtype: torch.d
     disable_progress_bar()
 
     def load(name: str) -> Any:
-        # transformers itself reads .safetensors, or else .bin with weights_only=True.
-        return CLIPModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        return CLIPModel.from_pretrained(name, dtype=dtype, output_loading_info=True, use_safetensors=True, **NO_CODE)
 
     model, info = from_hub(reward, "a CLIP model", source, argument, load)
     if wrong := describe_wrong_weights(info):

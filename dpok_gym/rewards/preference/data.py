@@ -10,25 +10,28 @@ Letters used for shapes: N choices, M images, S x S pixels.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from dpok_gym.rewards.preference.network import resize
+from dpok_gym.utils.reading import parse_json, read_image
+from dpok_gym.utils.validation import check_fraction
 
 #: With fewer choices, neither the fit nor its measurement means anything.
 LEAST_CHOICES = 20
+#: A longer line is cut off, and then no JSON.
+_MAX_LINE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,7 @@ class Comparisons:
         Raises:
             ValueError: if the share is out of range, or all choices are one component.
         """
-        if not 0 < held_out < 1:
-            raise ValueError(f"the held-out share must lie between 0 and 1, got {held_out}")
+        check_fraction("the held-out share", held_out, zero=False, one=False)
         component = self.components()
         sizes = component.bincount()
         shuffled = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
@@ -130,12 +132,12 @@ def read_choices(path: str | os.PathLike[str]) -> list[Choice]:
         raise FileNotFoundError(f"there is no file of choices at {str(path)!r}; give a JSONL file with one on a line")
     choices: list[Choice] = []
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, _MAX_LINE_BYTES), b""), 1):
             if not line.strip():
                 continue
             where = f"line {number} of {str(path)!r}"
             try:
-                choices.append(_choice(json.loads(line.decode("utf-8-sig")), path.parent, number))
+                choices.append(_choice(parse_json(line.decode("utf-8-sig"), "it"), path.parent, number))
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{where}: {error}") from None
             except ValueError as error:  # json's and Unicode's errors are ValueErrors
@@ -169,10 +171,8 @@ def load_comparisons(path: str | os.PathLike[str], size: int) -> Comparisons:
     for image, row in row_of.items():
         try:
             images[row] = _load_image(image, size)
-        except Exception as error:  # Pillow has many kinds for damaged files, SyntaxError among them
-            raise ValueError(
-                f"line {line_of[image]} of {str(path)!r}: the image {str(image)!r} cannot be read: {error}"
-            ) from error
+        except ValueError as error:
+            raise ValueError(f"line {line_of[image]} of {str(path)!r}: {error}") from error
     pairs = torch.tensor([[row_of[choice.preferred], row_of[choice.other]] for choice in choices])
     return Comparisons(images, [choice.prompt for choice in choices], pairs)
 
@@ -211,7 +211,6 @@ def _is_pair(names: Any) -> bool:
 
 
 def _load_image(path: Path, size: int) -> Tensor:
-    with Image.open(path) as image:
-        pixels = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3)
+    pixels = torch.from_numpy(np.array(read_image(path)))  # (H, W, 3)
     resized = resize(pixels.permute(2, 0, 1)[None].float() / 255, size)[0]  # (3, S, S)
     return (255 * resized).round().clamp(0, 255).byte()

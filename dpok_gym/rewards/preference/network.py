@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpok_gym.utils.validation import check_integer
+
 _STRIDE = 8  # pixels between neighbouring places
 _PADDING, _UNKNOWN = 0, 1  # numbers of words; the vocabulary's follow
 
@@ -26,12 +28,13 @@ class PreferenceConfig:
         words: the vocabulary, see :func:`split_words`; any other word tells the network nothing.
         max_words: only the first ``max_words`` words of a prompt are read.
         image_size: S, to which images are resized, a multiple of 8; details that are too fine for S are not seen.
-        width: D, a multiple of 32 and of ``heads``.
-        layers: number of transformer layers.
+        width: D, a multiple of 32 and of ``heads``, at most 4,096.
+        layers: number of transformer layers, at most 100.
         heads: number of attention heads.
 
     Raises:
-        ValueError: if the image size is not a multiple of 8, or below 16.
+        TypeError: if a word is no text.
+        ValueError: if a number is out of range, or the image size or the width is no such multiple.
     """
 
     words: tuple[str, ...]
@@ -42,8 +45,16 @@ class PreferenceConfig:
     heads: int = 4
 
     def __post_init__(self) -> None:
+        # The bounds keep a config that is damaged from making a network without end.
+        bounds = {"max_words": 2**16, "image_size": 2**13, "width": 2**12, "layers": 100, "heads": 2**12}
+        for name, maximum in bounds.items():
+            check_integer(name, getattr(self, name), maximum=maximum)
         if self.image_size < 2 * _STRIDE or self.image_size % _STRIDE:
             raise ValueError(f"the image size must be a multiple of {_STRIDE} from 16 on, got {self.image_size}")
+        if self.width % 32 or self.width % self.heads:
+            raise ValueError(f"the width must be a multiple of 32 and of the {self.heads} heads, got {self.width}")
+        if not all(isinstance(word, str) for word in self.words):
+            raise TypeError("the words must be texts")
 
 
 def split_words(prompt: str) -> list[str]:

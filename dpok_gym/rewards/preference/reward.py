@@ -16,18 +16,18 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dpok_gym.rewards.networks.base import NetworkReward
+from dpok_gym.rewards.networks.checkpoints import build
 from dpok_gym.rewards.preference.network import PreferenceConfig, PreferenceNetwork, resize
 from dpok_gym.utils.files import write_text
+from dpok_gym.utils.reading import read_json, read_tensors
 from dpok_gym.utils.tensors import save_tensors
+from dpok_gym.utils.validation import check_path
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -64,7 +64,7 @@ class PreferenceReward(NetworkReward):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes a folder that :meth:`load` reads, with the weights in half precision."""
-        folder = Path(folder)
+        folder = check_path("the folder of the reward", folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG, json.dumps(asdict(self.network.config), indent=2) + "\n")
         save_tensors(folder / WEIGHTS, {name: weights.half() for name, weights in self.network.state_dict().items()})
@@ -81,7 +81,7 @@ class PreferenceReward(NetworkReward):
             FileNotFoundError: if the folder does not hold a reward.
             ValueError: if a file in it is damaged.
         """
-        folder = Path(folder)
+        folder = check_path("the folder of the reward", folder)
         missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
@@ -89,10 +89,13 @@ class PreferenceReward(NetworkReward):
                 "writes them"
             )
         try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            network = PreferenceNetwork(PreferenceConfig(**config | {"words": tuple(config["words"])}))
-            network.load_state_dict({name: weights.float() for name, weights in load_file(folder / WEIGHTS).items()})
-        except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            config = read_json(folder / CONFIG)
+            if not isinstance(config, dict):
+                raise ValueError(f"{folder / CONFIG} is no mapping of keys to values")
+            made = PreferenceConfig(**config | {"words": tuple(config["words"])})
+            weights = {name: values.float() for name, values in read_tensors(folder / WEIGHTS).items()}
+            network = build(folder / WEIGHTS, lambda: PreferenceNetwork(made), weights)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise ValueError(
                 f"the reward in {str(folder)!r} is damaged, or of another version: {error}; fit it again with dpok "
                 "fit-reward"

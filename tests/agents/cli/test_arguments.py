@@ -154,7 +154,7 @@ def test_help_has_the_docstrings_and_the_resolved_defaults(capsys, monkeypatch):
         ("green squares", "unexpected 'green': a text of several words needs quotation marks"),
         ("--size eight", "size"),
         ("--mode gain", "gain"),
-        ("--rate", "Missing value for argument '--rate'"),
+        ("--rate", "--rate needs a value"),
         ("--extra a", "write NAME=VALUE, not 'a'"),
     ],
 )

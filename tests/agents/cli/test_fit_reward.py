@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint(choices, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--held-out", "1"], "held-out share must lie between 0 and 1"),
+        (["--held-out", "1"], "held-out share must lie in (0, 1)"),
         (["--image-size", "20"], "image size must be a multiple of 8"),
         (["--epochs", "0"], "epochs must be an integer of at least 1"),
         (["--seed", "-1"], "--seed must be an integer of at least 0"),

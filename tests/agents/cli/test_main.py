@@ -57,7 +57,7 @@ def test_python_m_agents(tmp_path):
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["evaluate", "nowhere"], "no run folder"),
-        (["evaluate"], "run"),
+        (["evaluate"], "FOLDER"),
         (["evaluate", "nowhere", "--image", "3"], "unknown option --image; did you mean '--images'?"),
         (["sample", "--prompt", "a red circle", "--lora", "nowhere"], "no LoRA"),
         (["sample", "--prompt", "a red cat"], "cat"),

@@ -258,6 +258,6 @@ def test_the_sampler_is_no_argument_of_the_policy(make_agent: Callable[..., Any]
 
 
 def test_known_arguments_pass() -> None:
-    check_arguments(DPOK, ["kl_coef", "n_epochs", "seed", "_init_setup_model"])
-    check_arguments(DenoisingVectorEnv, ["eta", "prompts"])
-    check_arguments(DPOK, [])
+    check_arguments(DPOK, {"kl_coef": 1.0, "n_epochs": 2, "seed": 3, "use_critic": False, "_init_setup_model": True})
+    check_arguments(DenoisingVectorEnv, {"eta": 1.0, "prompts": "count"})
+    check_arguments(DPOK, {})

@@ -405,3 +405,29 @@ def test_shipped_model_is_a_plain_diffusers_pipeline() -> None:
     images = pipeline(PROMPTS[:2], num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 64, 64, 3)
     assert np.isfinite(images).all()
+
+
+def test_code_in_a_model_folder_does_not_run(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    """What Hugging Face's libraries would import with ``trust_remote_code``, or download as a kernel."""
+    folder, trace = tmp_path / "model", tmp_path / "trace"
+    shutil.copytree(tiny_sd_folder, folder)
+    code = f"open({str(trace)!r}, 'w')\nclass Custom: pass\n"
+    named = {"auto_map": {"AutoModel": "custom.Custom", "AutoTokenizer": ["custom.Custom", None]}}
+    for path in [folder, *(part for part in folder.iterdir() if part.is_dir())]:
+        (path / "custom.py").write_text(code)
+        (path / "pipeline.py").write_text(code)
+        for file in path.glob("*config.json"):
+            file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    text_config = folder / "text_encoder" / "config.json"
+    kernel = {"attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel"}
+    text_config.write_text(json.dumps(json.loads(text_config.read_text()) | kernel))
+    load_model(folder, "cpu")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": ["custom", "Custom"]}))
+    clear_model_cache()
+    load_model(folder, "cpu")
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": ["pipeline", "Custom"]}))
+    clear_model_cache()
+    with pytest.raises(ValueError, match=r"names no pipeline of diffusers; code of a model's folder is never run"):
+        load_model(folder, "cpu")
+    assert not trace.exists()

@@ -416,7 +416,7 @@ def test_layers_of_the_family(network: UNet2DConditionModel) -> None:
 
 
 def test_targets_are_a_list(network: UNet2DConditionModel) -> None:
-    with pytest.raises(ValueError, match="must be a list of endings of layer names, got the text 'attention'"):
+    with pytest.raises(ValueError, match="must be a list of endings of layer names, got 'attention'"):
         LoRA(network, 2, "attention")
 
 

@@ -67,7 +67,9 @@ def test_other_errors_pass() -> None:
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "all"])
 def test_bad_sizes(size: Any) -> None:
-    with pytest.raises(ValueError, match=f"limit must be an integer of at least 1, None or 'auto', got {size!r}"):
+    with pytest.raises(
+        ValueError, match=rf"limit \(unless None or 'auto'\) must be an integer of at least 1, got {size!r}"
+    ):
         BatchSize("limit", size)
 
 

@@ -16,7 +16,7 @@ def test_auto_is_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == ["cuda"]
 
 
-@pytest.mark.parametrize("name", ["abacus", "cuda:99", 3.5])
+@pytest.mark.parametrize("name", ["abacus", "cuda:99", "meta", "", 3.5])
 def test_a_device_that_is_not_there_is_an_error_with_advice(name: str) -> None:
     with pytest.raises(ValueError, match=r"cannot be used here: .*; use 'auto' or 'cpu'"):
         find_device(name)
