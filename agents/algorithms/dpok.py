@@ -224,10 +224,11 @@ class DPOK(PolicyGradient):
     def _train_critic(self) -> None:
         """Regression of V(x_t, t, z) on the returns."""
         buffer = self.rollout_buffer
-        if isinstance(self.policy.critic, RewardCritic):
-            self.policy.critic.fit(buffer)
-        else:
-            self._train_value_network(self.policy.critic)
+        critic = self.policy.critic
+        if isinstance(critic, RewardCritic):
+            critic.fit(buffer)
+        elif isinstance(critic, ValueNetwork):
+            self._train_value_network(critic)
         if buffer.valid.any():
             values = buffer.values[buffer.valid].flatten().cpu().numpy()
             returns = buffer.returns[buffer.valid].flatten().cpu().numpy()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.logger import KVWriter, Logger
 
 from agents.cli import plots
 from agents.cli.config import FILE_NAME, Config
@@ -185,7 +185,7 @@ class Run:
             self._state,
             [self.folder / LOG],
         )
-        logs = [log for log in (self._csv, self._tensorboard) if log is not None]
+        logs: list[KVWriter] = [log for log in (self._csv, self._tensorboard) if log is not None]
         self.agent.set_logger(Logger(None, logs))
         try:
             # The checkpoint callback comes before the interrupts: a signal must not cost a checkpoint that is due.

@@ -41,7 +41,8 @@ def shard(network: nn.Module, device: torch.device | str) -> nn.Module:
             type(inner).__name__ in blocks for inner in module.modules() if inner is not module
         ):
             fully_shard(module, mesh=mesh)
-    return fully_shard(network, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    return network
 
 
 def is_sharded(network: Any) -> bool:

@@ -86,7 +86,7 @@ def noting_errors(name: str, function: Callable[..., Any]) -> Iterator[None]:
 
 def is_place(name: str) -> bool:
     """Returns whether the name of a reward is ``"module:name"``, which is imported: no registered name or folder."""
-    from dpok_gym.rewards.remote.client import is_address
+    from dpok_gym.rewards.remote.access import is_address
 
     is_written_so = all(name.partition(":")) and not is_address(name)
     return is_written_so and name not in REWARDS and not os.path.isdir(name)

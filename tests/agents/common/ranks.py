@@ -53,7 +53,7 @@ def train(name: str, model: str | Path, iterations: int = ITERATIONS) -> dict[st
     agent = make(name, model)
     rows = listen(agent)
     agent.learn(iterations * N * T)
-    results = {}
+    results: dict[str, Tensor] = {}
     for group, tensors in agent.state_dict()["tensors"].items():
         results |= {f"{group}/{key}": values.clone() for key, values in tensors.items()}
     buffer = agent.rollout_buffer
@@ -77,7 +77,7 @@ def die(how: str, name: str, model: str) -> None:
             raise ZeroDivisionError("the reward is broken")
         return draw(*args)
 
-    agent.denoising_env.judge = judge  # type: ignore[method-assign]
+    agent.denoising_env.judge = judge  # type: ignore[assignment, method-assign]
     agent.learn(ITERATIONS * 6 * T)
 
 
