@@ -36,6 +36,7 @@ from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
 from dpok_gym.models.lora import FILE_NAME as LORA_FILE
 from dpok_gym.utils.files import WriteError, flush_to_disk, replacing
 from dpok_gym.utils.reading import read_arrays, read_json
+from dpok_gym.utils.sharding import whole
 from dpok_gym.utils.validation import check_path
 from dpok_gym.vector_env import DenoisingVectorEnv
 
@@ -258,7 +259,7 @@ class Run:
         return (
             self.agent.images_drawn > 0
             and not self.interrupts.updating
-            and all(bool(values.isfinite().all()) for values in weights)
+            and all(bool(whole(values.isfinite().all())) for values in weights)
         )
 
     def close(self) -> None:

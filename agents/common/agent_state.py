@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from dpok_gym.samplers import SamplerConfig
+from dpok_gym.utils.sharding import load_whole, whole
 from dpok_gym.utils.tensors import flatten_optimizer, load_optimizer
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def get_state(agent: DenoisingAlgorithm) -> dict[str, Any]:
         tensors["lora"] = policy.lora.state_dict()
     else:
         assert policy.denoiser is not None
-        tensors["denoiser"] = dict(policy.denoiser.state_dict())
+        tensors["denoiser"] = {name: whole(values) for name, values in policy.denoiser.state_dict().items()}
     if policy.critic is not None:
         tensors["critic"] = dict(policy.critic.state_dict())
     if policy.old is not None:
@@ -69,7 +70,7 @@ def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
             policy.lora.load_state_dict(tensors["lora"])
         else:
             assert policy.denoiser is not None
-            policy.denoiser.load_state_dict(tensors["denoiser"])
+            load_whole(policy.denoiser, tensors["denoiser"])
         if policy.critic is not None:
             policy.critic.load_state_dict(tensors["critic"])
         if policy.old is not None:

@@ -37,6 +37,7 @@ from agents.common.vec_env import GymnasiumVecEnv, find_denoising_env
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig, Transition
 from dpok_gym.utils.batching import BatchSize
 from dpok_gym.utils.device import find_device
+from dpok_gym.utils.sharding import is_sharded
 from dpok_gym.utils.validation import MAX_SEED, check_fraction, check_integer, check_non_negative, check_positive
 from dpok_gym.vector_env import DenoisingVectorEnv
 
@@ -234,6 +235,11 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             raise ValueError(
                 "float16 can draw but not learn: the gradient of an element of an output is below its smallest number; "
                 "use dtype='bfloat16'"
+            )
+        if is_sharded(self.process.model.denoiser) and self.micro_batch_size == "auto":
+            raise ValueError(
+                "the ranks call a denoiser that is spread over them together, so none can choose its own "
+                "micro_batch_size: give a number"
             )
         self.n_steps = self.process.num_inference_steps
         if self.images_per_iteration is None:

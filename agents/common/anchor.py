@@ -42,19 +42,21 @@ class Anchor:
     def draw(cls, agent: DenoisingAlgorithm, n_images: int) -> Anchor:
         """Draws images for the prompts of the agent's environment, as many side by side as in a rollout."""
         process, reference = agent.process, agent.policy.reference_transition
-        generators = [make_generator(agent.run_seed, Purpose.ANCHOR, image) for image in range(n_images)]
+        # As many images on every rank, as they may have to call the model together; those beyond the last are left out.
+        own, largest = distributed.share(n_images), -(-n_images // distributed.count())
+        end = own.start + largest
+        generators = [make_generator(agent.run_seed, Purpose.ANCHOR, image) for image in range(max(n_images, end))]
         # The prompt of an image, its x_T and its steps' noise come from one generator, one after the other.
         prompts = [agent.denoising_env.prompts.sample(generator, 1)[0] for generator in generators]
-        own = distributed.share(n_images)
-        parts = [torch.zeros(0, *process.model.latent_shape, device=process.model.device)]
-        for first in range(own.start, own.stop, agent.n_envs):
-            rows = slice(first, min(first + agent.n_envs, own.stop))
+        parts = []
+        for first in range(own.start, end, agent.n_envs):
+            rows = slice(first, min(first + agent.n_envs, end))
             noise = ImageNoise(generators[rows], generators[rows], process.model.latent_shape, process.model.device)
             latents = noise.initial_latents()
             for step in process.denoise(latents, process.encode(prompts[rows]), noise, reference):
                 latents = step.next_latents
             parts.append(latents)
-        return cls(distributed.gather(torch.cat(parts), n_images), prompts)
+        return cls(distributed.gather(torch.cat(parts)[: len(own)], n_images), prompts[:n_images])
 
     def batch(self, agent: DenoisingAlgorithm) -> NoisyImages:
         """Returns some of the images, with noise, for the agent's next optimiser step."""

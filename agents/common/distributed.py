@@ -21,6 +21,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dpok_gym.utils.sharding import whole
 
 Result = TypeVar("Result")
 
@@ -178,6 +181,12 @@ def sum_gradients(parameters: Sequence[Tensor]) -> None:
     """
     if count() == 1:
         return
+    for values in parameters:
+        if isinstance(values, DTensor) and values.grad is not None:
+            values.grad.mul_(count())  # FSDP has exchanged these in the backward pass, and taken their mean
+    parameters = [values for values in parameters if not isinstance(values, DTensor)]
+    if not parameters:
+        return
     parts = [torch.zeros_like(values) if values.grad is None else values.grad for values in parameters]
     has_gradient = torch.tensor([float(values.grad is not None) for values in parameters]).to(parts[0])
     flat = total(torch.cat([has_gradient, *(part.reshape(-1) for part in parts)]))
@@ -195,7 +204,7 @@ def check_equal(parameters: Sequence[Tensor]) -> None:
     """
     if count() == 1:
         return
-    mine = torch.stack([values.detach().double().sum() for values in parameters]).cpu()
+    mine = torch.stack([whole(values.detach().double().sum()) for values in parameters]).cpu()
     every = gather(mine[None], count())
     differing = [str(rank) for rank in range(count()) if not torch.equal(every[rank], every[0])]
     # nan is not equal to itself, but all ranks have it alike

@@ -26,6 +26,7 @@ from dpok_gym.models.lora import MAX_RANK, LoRA, reference_copy
 from dpok_gym.prompts import prompts_from_bytes
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig, State
 from dpok_gym.utils.batching import BatchSize
+from dpok_gym.utils.sharding import is_sharded, sharded_copy
 from dpok_gym.utils.validation import check_choice, check_integer
 
 #: An eps far below any gradient: a step of AdamW then does not depend on the scale of the loss.
@@ -140,6 +141,11 @@ class DenoisingPolicy(ActorCriticPolicy):
         if gradient_checkpointing:
             network: Any = self.denoiser or self.model.denoiser
             network.enable_gradient_checkpointing()
+        if keep_old and is_sharded(self.denoiser):
+            raise ValueError(
+                "this algorithm keeps a copy of its old weights, which it cannot of a denoiser that is trained as a "
+                "whole and spread over the ranks: train a LoRA (lora_rank above 0), or leave out shard"
+            )
         self.old = SlowCopy(self._named_denoiser_parameters()) if keep_old else None
         self.critic: ValueNetwork | RewardCritic | None = None
         if use_critic and check_choice("critic_kind", critic_kind, "network", "reward") == "network":
@@ -169,6 +175,9 @@ class DenoisingPolicy(ActorCriticPolicy):
                 f"the steps of an optimiser are lost in the digits of {self.model.options['dtype']}: to train the "
                 "whole denoiser, use dtype='float32', with autocast=True for speed; or train a LoRA"
             )
+        if is_sharded(self.model.denoiser):
+            self.denoiser = sharded_copy(self.model.denoiser)
+            return
         self.denoiser = reference_copy(self.model.denoiser).requires_grad_(True)
         if self.model.options.get("compile"):
             self.denoiser.compile()
@@ -202,7 +211,15 @@ class DenoisingPolicy(ActorCriticPolicy):
         return dict(trained.named_parameters())
 
     def merged_denoiser(self) -> nn.Module:
-        """Returns the trained denoiser as an ordinary network: the whole one, or a copy with the LoRA merged in."""
+        """Returns the trained denoiser as an ordinary network: the whole one, or a copy with the LoRA merged in.
+
+        Raises:
+            ValueError: if the denoiser is spread over the ranks.
+        """
+        if is_sharded(self.model.denoiser):
+            raise ValueError(
+                "the denoiser is spread over the ranks: load the run in a single process, or save its LoRA (save_lora)"
+            )
         if self.lora is None:
             assert self.denoiser is not None
             return self.denoiser

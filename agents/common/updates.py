@@ -22,8 +22,8 @@ from agents.common.buffer import Batch
 from agents.common.losses import Metrics
 from agents.common.matching import NoisyImages
 from agents.common.policy import DenoisingPolicy
-from dpok_gym.models.sharding import is_sharded
 from dpok_gym.utils.batching import BatchSize
+from dpok_gym.utils.sharding import is_sharded, whole
 
 
 class UpdatingAlgorithm(OnPolicyAlgorithm):
@@ -89,7 +89,7 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
         distributed.sum_gradients(self.policy.denoiser_parameters())
         # Only the denoiser's: the critic learns by itself, and its gradients must not shrink the policy's.
         norm = nn.utils.clip_grad_norm_(self.policy.denoiser_parameters(), self.max_grad_norm)
-        self.log_metrics({"grad_norm": norm})
+        self.log_metrics({"grad_norm": whole(norm)})
         self.policy.optimizer.step()
         self._n_updates += 1
 
@@ -133,7 +133,7 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
             collected.append(metrics)
         # The ranks call a network that is spread over them together, so all of them call it as often.
         if is_sharded(self.policy.model.denoiser) and batch.n_of_largest_share:
-            size = micro_batch_size or batch.n_of_largest_share
+            size = self._micro_batches.size or batch.n_of_largest_share
             missing = -(-batch.n_of_largest_share // size) - len(collected)
             for _ in range(missing):
                 with self.policy.adapter_enabled():

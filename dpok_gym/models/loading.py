@@ -40,6 +40,7 @@ class ModelSpec:
     config: str | None = None
     vae_tiling: bool = False
     compile: bool = False
+    shard: bool = False
 
     def of_networks(self) -> ModelSpec:
         """Returns the spec of the model with the same networks, and the image size that it was trained with."""
@@ -50,7 +51,8 @@ class ModelSpec:
         options = {}
         for field in fields(self)[3:]:  # the first three are the name, its source and the device
             value = getattr(self, field.name)
-            if value != field.default:
+            # How the weights lie in memory is no matter of the model: a single process may go on with it.
+            if value != field.default and field.name != "shard":
                 options[field.name] = value
         return options
 
@@ -72,6 +74,7 @@ def load_model(
     config: str | os.PathLike[str] | None = None,
     vae_tiling: bool = False,
     compile: bool = False,  # noqa: A002 (as torch and diffusers call it)
+    shard: bool = False,
     **unknown: Any,
 ) -> TextToImageModel:
     """Loads a model once per process, so that environments and policies share one copy of its weights.
@@ -94,6 +97,8 @@ def load_model(
         config: for a single file, a diffusers folder or hub id of the same architecture, which the file does not tell.
         vae_tiling: decode large images in overlapping tiles: less memory, and slightly different images.
         compile: run the denoiser through ``torch.compile``: minutes at first, then faster on a GPU.
+        shard: spread the denoiser's weights over the ranks of a training (FSDP2), for models that one GPU cannot hold;
+            a single process keeps all.
         unknown: always empty: an unknown keyword argument is an error that names the nearest known one.
 
     Raises:
@@ -109,8 +114,15 @@ def load_model(
     for name, text in {"negative_prompt": negative_prompt, "revision": revision, "variant": variant}.items():
         if text is not None and not isinstance(text, str):
             raise ValueError(f"{name} must be a text or None, got {text!r}")
-    for name, switch in {"allow_pickle": allow_pickle, "vae_tiling": vae_tiling, "compile": compile}.items():
+    for name, switch in {
+        "allow_pickle": allow_pickle,
+        "vae_tiling": vae_tiling,
+        "compile": compile,
+        "shard": shard,
+    }.items():
         check_bool(name, switch)
+    if shard and compile:
+        raise ValueError("a denoiser that is spread over the ranks cannot be compiled: leave out shard or compile")
     check_path("the model", name_or_path)
     name = os.fspath(name_or_path)
     if config is not None:
@@ -129,6 +141,7 @@ def load_model(
         config,
         vae_tiling,
         compile,
+        shard,
     )
     if spec not in _models:
         # Models for other image sizes or negative prompts are light copies around the same networks.
@@ -204,7 +217,7 @@ def _load_networks(spec: ModelSpec) -> TextToImageModel:
         return _make_by_factory(spec)
     from dpok_gym.models.pipelines import model_from_source  # diffusers takes seconds to import
 
-    files = (spec.revision, spec.variant, spec.allow_pickle, spec.config)
+    files = (spec.revision, spec.variant, spec.allow_pickle, spec.config, spec.shard)
     model = model_from_source(spec.name, str(spec.source), spec.device, getattr(torch, spec.dtype), *files)
     if spec.vae_tiling:
         model.vae.enable_tiling()

@@ -24,6 +24,7 @@ from dpok_gym.models.stable_diffusion import StableDiffusion
 from dpok_gym.models.stable_diffusion_xl import StableDiffusionXL
 from dpok_gym.utils.hub import NO_CODE, describe_wrong_weights, has_vocabulary
 from dpok_gym.utils.reading import check_model_folder, check_tensors, check_torch_file, read_json
+from dpok_gym.utils.sharding import shard
 
 #: The family of each of diffusers' pipelines, by the pipeline's name: importing those classes takes time, and warns of
 #: image processors that are not used here.
@@ -45,6 +46,7 @@ def model_from_source(
     variant: str | None = None,
     allow_pickle: bool = False,
     config: str | None = None,
+    spread: bool = False,
 ) -> StableDiffusion:
     """Loads the networks of a model; see :func:`dpok_gym.models.load_model`.
 
@@ -57,6 +59,7 @@ def model_from_source(
         variant: of the weight files.
         allow_pickle: whether weights that are no safetensors may be read.
         config: for a single file, a diffusers folder or hub id of the same architecture.
+        spread: whether to spread the denoiser over the ranks.
 
     Raises:
         ValueError: if files are damaged, or the family of the model is not supported.
@@ -77,6 +80,8 @@ def model_from_source(
             family, parts = _parts_of_file(path, dtype, allow_pickle, config)
         else:
             family, parts = _parts_of_folder(path, dtype, variant, allow_pickle)
+        if spread:  # before it is on the device, which could not hold it
+            parts["unet"] = shard(parts["unet"], device)
         return family(name, device=device, **parts)
     except Exception as error:
         raise ValueError(f"{what} cannot be loaded: {error}. {advice}; if a file is damaged, get it again") from error

@@ -18,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dpok_gym.models.base import CONDITIONING_CACHE_BYTES, Conditioning, GuidanceGradient, TextToImageModel
 from dpok_gym.models.conditioning_cache import ConditioningCache
 from dpok_gym.models.lora import reference_view
+from dpok_gym.utils.sharding import is_sharded
 
 #: The largest height or width in pixels: four times that of Stable Diffusion XL.
 MAX_SIDE = 4096
@@ -88,7 +89,9 @@ class StableDiffusion(TextToImageModel):
 
     def _prepare(self, network: Any) -> Any:
         # Convolutions with the channels last are faster on GPUs with tensor cores and on CPUs; nothing else changes.
-        network = network.to(self.device).to(memory_format=torch.channels_last).eval()
+        if not is_sharded(network):
+            network = network.to(self.device).to(memory_format=torch.channels_last)
+        network.eval()
         for name, value in network.named_parameters():
             if ".lora_" not in name:  # a LoRA in a live pipeline may belong to an agent that still learns
                 value.requires_grad_(False)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dpok_gym.utils.files import replacing
 from dpok_gym.utils.reading import check_tensors
+from dpok_gym.utils.sharding import like, whole
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
@@ -51,7 +52,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     flat = {}
     for number, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
-            flat[f"{number}.{name}"] = torch.as_tensor(value)
+            flat[f"{number}.{name}"] = whole(torch.as_tensor(value))
     return flat
 
 
@@ -65,8 +66,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor])
     for key, value in flat.items():
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = value.clone()  # or the step of one agent would change the other
-    n_parameters = sum(len(group["params"]) for group in optimizer.param_groups)
-    if state and max(state) >= n_parameters:
-        raise ValueError(f"the optimiser's state is of {max(state) + 1} parameters, and there are {n_parameters}")
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    if state and max(state) >= len(parameters):
+        raise ValueError(f"the optimiser's state is of {max(state) + 1} parameters, and there are {len(parameters)}")
+    for number, values in state.items():
+        for name, value in values.items():
+            if value.shape == parameters[number].shape:  # moments, and not the number of steps
+                values[name] = like(value, parameters[number])
     # Learning rates and the like stay those of the constructor; only moments and step counts come back.
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

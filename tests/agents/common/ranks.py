@@ -22,6 +22,12 @@ from dpok_gym.models import clear_model_cache
 from tests.agents.algorithms.support import ALGORITHMS, PROMPTS, Brightness, T, listen
 
 N, ITERATIONS = 8, 3
+#: What stands before a name and a colon, and what it changes.
+CHANGES: dict[str, dict[str, Any]] = {
+    "": {},
+    "sharded": {"shard": True, "micro_batch_size": 2},
+    "sharded, whole": {"shard": True, "lora_rank": 0, "micro_batch_size": 2},
+}
 
 
 class SomeFail(Brightness):
@@ -32,27 +38,34 @@ class SomeFail(Brightness):
         return rewards.masked_fill((rewards * 1e4).long() % 4 == 0, torch.nan)
 
 
-def make(name: str, model: str | Path, **changes: Any) -> DenoisingAlgorithm:
+def make(name: str, model: str | Path, lora_rank: int = 2, shard: bool = False, **changes: Any) -> DenoisingAlgorithm:
     """Returns an agent on a fresh copy of the model."""
     clear_model_cache()
     env = DenoisingVectorEnv(
-        2, model=str(model), prompts=PROMPTS, reward=SomeFail(), num_inference_steps=T, device="cpu", non_finite="mask"
+        2,
+        model=str(model),
+        prompts=PROMPTS,
+        reward=SomeFail(),
+        num_inference_steps=T,
+        device="cpu",
+        non_finite="mask",
+        model_kwargs={"shard": shard},
     )
     cls, kwargs = ALGORITHMS[name]
     # A larger eps than the default: Adam divides by the gradient's own size, so at 1e-15 the sign of a gradient that is
     # 0 but for rounding would decide on a whole step.
-    network = {"lora_rank": 2, "critic_hidden": 16, "optimizer_kwargs": {"weight_decay": 0.0, "eps": 1e-4}}
+    network = {"lora_rank": lora_rank, "critic_hidden": 16, "optimizer_kwargs": {"weight_decay": 0.0, "eps": 1e-4}}
     settings: dict[str, Any] = {"learning_rate": 1e-3, "seed": 0, "device": "cpu", "images_per_iteration": N}
     settings |= {"anchor_coef": 0.1, "anchor_images": 5}
     settings |= {"max_kl": 1e6} if name == "DRaFT" else {"normalize_rewards": True}
     return cls(env=env, policy_kwargs=network, **settings | kwargs | changes)
 
 
-def train(name: str, model: str | Path, iterations: int = ITERATIONS) -> dict[str, Tensor]:
+def train(name: str, model: str | Path, **changes: Any) -> dict[str, Tensor]:
     """Trains, and returns all that the agent has learned, the images of its last iteration and what it logged."""
-    agent = make(name, model)
+    agent = make(name, model, **changes)
     rows = listen(agent)
-    agent.learn(iterations * N * T)
+    agent.learn(ITERATIONS * N * T)
     results: dict[str, Tensor] = {}
     for group, tensors in agent.state_dict()["tensors"].items():
         results |= {f"{group}/{key}": values.clone() for key, values in tensors.items()}
@@ -85,14 +98,14 @@ def main(model: str, folder: str, *names: str) -> None:
     torch.set_num_threads(1)
     distributed.start()
     for name in names:
-        how, _, other = name.partition(": ")
-        if other:
+        how, _, algorithm = name.rpartition(": ")
+        if how in ("raise", "kill"):
             try:
-                die(how, other, model)
+                die(how, algorithm, model)
             except Exception as error:
                 distributed.report(error)
                 raise
-        results = train(name, model)
+        results = train(algorithm, model, **CHANGES[how])
         if distributed.is_main():
             save_file(results, Path(folder) / f"{name}.safetensors")
     distributed.stop()

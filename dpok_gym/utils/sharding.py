@@ -1,6 +1,6 @@
-"""Denoisers that one device cannot hold: their weights are spread over the ranks (FSDP2), and gathered block by block.
+"""Networks that one device cannot hold: their weights are spread over the ranks (FSDP2), and gathered block by block.
 
-The ranks must call such a network together. Weights that are added later, as those of a LoRA, are on every rank.
+The ranks must call such a network together. Weights that are added later, as those of a LoRA, are whole on every rank.
 """
 
 from __future__ import annotations
@@ -17,20 +17,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(network: nn.Module, device: torch.device | str) -> nn.Module:
-    """Spreads the weights of a network over the ranks, in place; returns the network.
+    """Spreads the weights of a network over the ranks, in place; returns the network. A single process keeps all.
 
     Args:
         network: one of diffusers' models, best on the CPU. Its blocks go to the device one by one.
         device: where each rank computes.
-
-    Raises:
-        ValueError: if there are no ranks.
     """
     if not dist.is_initialized():
-        raise ValueError(
-            "a model is spread over the ranks of a training, and this is a single process: start it with torchrun or "
-            "accelerate launch, or leave out shard"
-        )
+        return network
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     blocks = set(getattr(network, "_no_split_modules", None) or ())
     for values in network.parameters():
@@ -51,12 +45,15 @@ def is_sharded(network: Any) -> bool:
 
 
 def sharded_copy(network: Any) -> nn.Module:
-    """Returns a copy of a network that is spread over the ranks, without any LoRA in it; all ranks must call this."""
-    copied = type(network).from_config(network.config)
+    """Returns a trainable copy of a network that is spread over the ranks, without any LoRA; all ranks must call this.
+
+    Args:
+        network: one of diffusers' models. Each rank needs the memory of a whole one on the CPU for a moment.
+    """
     weights = {name.replace(".base_layer.", "."): values for name, values in network.state_dict().items()}
-    device = next(network.parameters()).device
+    copied = type(network).from_config(network.config).eval()
     copied.load_state_dict({name: whole(weights[name]).cpu() for name in copied.state_dict()})
-    return shard(copied.to(next(iter(weights.values())).dtype).eval(), device)
+    return shard(copied.requires_grad_(True), next(network.parameters()).device)
 
 
 def whole(values: Tensor) -> Tensor:
