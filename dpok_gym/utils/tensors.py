@@ -66,12 +66,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor])
     for key, value in flat.items():
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = value.clone()  # or the step of one agent would change the other
-    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    parameters: list[Tensor] = [value for group in optimizer.param_groups for value in group["params"]]
     if state and max(state) >= len(parameters):
         raise ValueError(f"the optimiser's state is of {max(state) + 1} parameters, and there are {len(parameters)}")
-    for number, values in state.items():
-        for name, value in values.items():
-            if value.shape == parameters[number].shape:  # moments, and not the number of steps
-                values[name] = like(value, parameters[number])
+    for number, moments in state.items():
+        for name, moment in moments.items():
+            if moment.shape == parameters[number].shape:  # and not the number of steps
+                moments[name] = like(moment, parameters[number])
     # Learning rates and the like stay those of the constructor; only moments and step counts come back.
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -74,7 +74,12 @@ def assert_close(path: Path, expected: dict[str, torch.Tensor]) -> None:
         limit = 1e-6 if key.startswith(("lora", "old", "optimizer")) else 1e-4
         limit = 5e-6 if key.startswith("denoiser") else limit  # a million weights, of which one rounds worst
         torch.testing.assert_close(
-            together[key], values, rtol=1e-4, atol=limit, equal_nan=True, msg=lambda text: f"{path.stem} {key}: {text}"
+            together[key],
+            values,
+            rtol=1e-4,
+            atol=limit,
+            equal_nan=True,
+            msg=lambda text, key=key: f"{path.stem} {key}: {text}",
         )
 
 
