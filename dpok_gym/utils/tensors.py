@@ -69,9 +69,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor])
     parameters: list[Tensor] = [value for group in optimizer.param_groups for value in group["params"]]
     if state and max(state) >= len(parameters):
         raise ValueError(f"the optimiser's state is of {max(state) + 1} parameters, and there are {len(parameters)}")
-    for number, moments in state.items():
+    for index, moments in state.items():
         for name, moment in moments.items():
-            if moment.shape == parameters[number].shape:  # and not the number of steps
-                moments[name] = like(moment, parameters[number])
+            if moment.shape == parameters[index].shape:  # and not the number of steps
+                moments[name] = like(moment, parameters[index])
     # Learning rates and the like stay those of the constructor; only moments and step counts come back.
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

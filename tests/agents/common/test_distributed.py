@@ -73,14 +73,8 @@ def assert_close(path: Path, expected: dict[str, torch.Tensor]) -> None:
         # The weights move by 1e-3 in each step; the critic on rewards solves a regression of its own.
         limit = 1e-6 if key.startswith(("lora", "old", "optimizer")) else 1e-4
         limit = 5e-6 if key.startswith("denoiser") else limit  # a million weights, of which one rounds worst
-        torch.testing.assert_close(
-            together[key],
-            values,
-            rtol=1e-4,
-            atol=limit,
-            equal_nan=True,
-            msg=lambda text, key=key: f"{path.stem} {key}: {text}",
-        )
+        what = f"{path.stem} {key}"
+        torch.testing.assert_close(together[key], values, rtol=1e-4, atol=limit, equal_nan=True, msg=what)
 
 
 @pytest.mark.slow
