@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from agents.cli.signals import SIGNALS, exit_code
 
@@ -22,6 +22,17 @@ COMMANDS = {
     "fit-reward": ("agents.cli.fit_reward", "Learn a reward from people's choices between two images."),
     "serve-reward": ("agents.cli.serve_reward", "Serve a reward over HTTP."),
 }
+
+
+def run_process() -> NoReturn:
+    """Runs the command of this process, and ends it."""
+    code = main()
+    if SIGNALS.received is not None:
+        # Python would wait for other threads, such as one that asks a reward that hangs.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,4 +124,4 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process()

@@ -37,17 +37,18 @@ class SignalHandler:
     The second one does not wait for anything, such as a reward that hangs. What is on the disk then is whole.
 
     Attributes:
+        received: the number of the first signal; None if none has come.
         deferred: whether the first signal waits until :meth:`allow`.
     """
 
     def __init__(self) -> None:
-        self._received: int | None = None
+        self.received: int | None = None
         self.deferred = False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Handles the signals within the block. Those that the process ignores, as under nohup, stay ignored."""
-        self._received, self.deferred = None, False
+        self.received, self.deferred = None, False
         previous: dict[int, Any] = {}
         # Python lets only the main thread set handlers.
         if threading.current_thread() is threading.main_thread():
@@ -63,14 +64,14 @@ class SignalHandler:
     def allow(self) -> None:
         """Lets a signal raise at once again, and raises for one that has come while it had to wait."""
         self.deferred = False
-        if self._received is not None:
-            raise Interrupted(self._received)
+        if self.received is not None:
+            raise Interrupted(self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._received is not None:
+        if self.received is not None:
             os.write(2, b"\ndpok: left at once\n")  # print() may be under way in the code that was interrupted
             os._exit(128 + number)
-        self._received = number
+        self.received = number
         if not self.deferred:
             raise Interrupted(number)
         os.write(2, b"\ninterrupted: this update is finished first (a second signal leaves at once)\n")
