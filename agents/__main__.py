@@ -1,8 +1,6 @@
 """``python -m agents`` is the command ``dpok``."""
 
-import sys
-
-from agents.cli.main import main
+from agents.cli.main import run_process
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process()

@@ -83,9 +83,13 @@ def _is_fitted(folder: Path) -> bool:
     # The checkpoint is removed last: a fit that still has one goes on.
     if (folder / _CHECKPOINT).exists() or not (folder / CONFIG).exists():
         return False
-    if (folder / _FIGURE).exists() or not (folder / _SUMMARY).exists():
-        raise FileExistsError(f"{folder} already holds a reward; choose another --out")
-    held_out = Measured(**read_json(folder / _SUMMARY)["held_out"])
+    refusal = FileExistsError(f"{folder} already holds a reward; choose another --out")
+    if (folder / _FIGURE).exists():
+        raise refusal
+    try:
+        held_out = Measured(**read_json(folder / _SUMMARY)["held_out"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise refusal from error
     plots.calibration(held_out, folder / _FIGURE, _title(held_out))
     print(f"{folder} holds a reward already; its {_FIGURE} is drawn again")
     return True

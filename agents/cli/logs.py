@@ -121,13 +121,17 @@ class TensorBoardLog(KVWriter):
 
 
 def read_log(path: str | Path) -> list[dict[str, float]]:
-    """Reads the rows of ``progress.csv``, without their empty cells; none if there is no file."""
-    columns, rows = _read_cells(Path(path))
-    log = []
-    for row in rows:
-        cells = zip(columns, row, strict=False)  # a row that was cut off by a crash is shorter
-        log.append({name: float(text) for name, text in cells if text})
-    return log
+    """Reads the rows of ``progress.csv``, without their empty cells; none if there is no file.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        columns, rows = _read_cells(Path(path))
+        # A row that was cut off by a crash is shorter.
+        return [{name: float(text) for name, text in zip(columns, row, strict=False) if text} for row in rows]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -144,8 +148,10 @@ def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
     """Returns the columns' names and the rows; two empty lists if there is no file, or it is empty."""
     if not path.is_file():
         return [], []
-    with open(path, newline="", encoding="utf-8") as file:
-        columns, *rows = list(csv.reader(file)) or [[]]
+    text = path.read_text(encoding="utf-8")
+    if "\0" in text:
+        raise ValueError("it is full of zeros, as after a power cut")
+    columns, *rows = list(csv.reader(text.splitlines())) or [[]]
     return columns, rows
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from agents.cli.signals import SIGNALS, exit_code
 
@@ -27,6 +27,17 @@ COMMANDS = {
 
 #: What torch says if the memory of the CPU does not suffice: it has no class of errors for it.
 _MEMORY_IS_FULL = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+
+
+def run_process() -> NoReturn:
+    """Runs the command of this process, and ends it."""
+    code = main()
+    if SIGNALS.received is not None:
+        # Python would wait for other threads, such as one that asks a reward that hangs.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,4 +148,4 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process()

@@ -34,7 +34,7 @@ from agents.common.checkpoint import (
 )
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
 from dpok_gym.models.lora import FILE_NAME as LORA_FILE
-from dpok_gym.utils.files import WriteError, flush_to_disk, replacing
+from dpok_gym.utils.files import flush_to_disk, replacing
 from dpok_gym.utils.reading import read_arrays, read_json
 from dpok_gym.utils.sharding import whole
 from dpok_gym.utils.validation import check_path
@@ -112,25 +112,37 @@ class Run:
         distributed.barrier()  # the others may still read what is there
         self._csv = self._tensorboard = None
         if not distributed.is_main():
+            if self._checkpoint is not None:
+                save_checkpoint(self.agent, self.folder)  # with rank 0, below
             return
         self.config.write(self.folder)
         say(self.console, f"writing to {self.folder}")
-        log = self.folder / LOG
         if self._checkpoint is None:
-            # They may be of an earlier run with other settings, which was killed before its first checkpoint.
-            for name in (EVALUATION_BEFORE, LOG):
-                (self.folder / name).unlink(missing_ok=True)
+            # It may be of an earlier run with other settings, which was killed before its first checkpoint.
+            (self.folder / EVALUATION_BEFORE).unlink(missing_ok=True)
         else:
             say(self.console, f"resuming from {self._checkpoint}, with {self.agent.images_drawn} images drawn")
-            if (self._checkpoint / LOG).is_file():
-                with replacing(log) as part:
-                    shutil.copyfile(self._checkpoint / LOG, part)
+        log = self.folder / LOG
+        rows = self._restore_log(log)
         remove_leftovers(self.folder)
         remove_later_checkpoints(self.folder, self.agent)
         if self._checkpoint is not None:  # which may be in another folder
             save_checkpoint(self.agent, self.folder, self._state(), extra_files=[log])
         self._csv = CSVLog(log)
-        self._tensorboard = TensorBoardLog(self.folder / TENSORBOARD, read_log(log))
+        self._tensorboard = TensorBoardLog(self.folder / TENSORBOARD, rows)
+
+    def _restore_log(self, log: Path) -> list[dict[str, float]]:
+        """Puts the log of the checkpoint in place of the run's; returns its rows."""
+        if self._checkpoint is not None and (self._checkpoint / LOG).is_file():
+            try:
+                rows = read_log(self._checkpoint / LOG)
+                with replacing(log) as part:
+                    shutil.copyfile(self._checkpoint / LOG, part)
+                return rows
+            except ValueError as error:
+                say(self.console, f"{error}; the log begins anew")
+        log.unlink(missing_ok=True)
+        return []
 
     def evaluate_before(self) -> Evaluation | None:
         """Evaluates the pre-trained model; reads the evaluation instead if the run folder has it.
@@ -219,7 +231,7 @@ class Run:
                 self._save()
                 self.write_results()
                 return f"the run is saved, resume with: {self.resume_command}"
-            except WriteError as error:  # a full disk, for example
+            except OSError as error:  # a full disk, for example
                 say(self.console, f"the run could not be saved: {error}")
         checkpoints = list_checkpoints(self.folder)
         kept = f"{checkpoints[-1]} is kept" if checkpoints else "there is no checkpoint yet"

@@ -37,8 +37,8 @@ class SignalHandler:
     The second one does not wait for anything, such as a reward that hangs. What is on the disk then is whole.
 
     Attributes:
+        received: the number of the first signal; None if none has come.
         deferred: whether the first signal waits until :meth:`allow`.
-        received: the number of the first signal, or None.
     """
 
     def __init__(self) -> None:

@@ -92,7 +92,7 @@ def test_ctrl_c_keeps_the_best_so_far(choices, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_figure_that_is_missing_is_drawn(choices, tmp_path):
+def test_a_figure_that_is_missing_is_drawn(choices, tmp_path, capsys):
     out = tmp_path / "reward"
     words = ["fit-reward", str(choices), "--out", str(out), *QUICK]
     assert main(words) == 0
@@ -100,6 +100,10 @@ def test_a_figure_that_is_missing_is_drawn(choices, tmp_path):
     (out / "calibration.png").unlink()
     assert main(words) == 0
     assert fingerprint(out) == whole
+    (out / "calibration.png").unlink()
+    (out / "fit.json").write_text("{")
+    assert main(words) == 2
+    assert "already holds a reward" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -27,6 +27,13 @@ def test_rows_are_read_back(tmp_path):
     assert read_log(tmp_path / "nothing.csv") == []
 
 
+@pytest.mark.parametrize("content", [bytes(100), b"a,b\n1,two\n", b"\xff\xff"], ids=["zeros", "a word", "no text"])
+def test_a_damaged_log(tmp_path, content):
+    (tmp_path / "progress.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"progress\.csv is damaged"):
+        read_log(tmp_path / "progress.csv")
+
+
 def test_a_log_goes_on(tmp_path):
     path = tmp_path / "progress.csv"
     for k in range(3):

@@ -276,6 +276,16 @@ def test_what_learning_does_not_need_is_made_anew(finished, tmp_path, capsys, ze
 
 
 @pytest.mark.slow
+def test_a_damaged_log_in_the_checkpoint(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    log = find_checkpoint(folder) / "progress.csv"
+    log.write_bytes(bytes(100))
+    assert train(folder, "--resume", "--images", "10") == 0
+    assert f"{log} is damaged: " in capsys.readouterr().out
+    assert [row["rollout/images"] for row in read_log(folder / "progress.csv")] == [10]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["before_after.png", "learning_curve.png", "lora", "tensorboard"])
 def test_a_result_that_is_missing_is_made_anew(finished, tmp_path, name):
     folder = shutil.copytree(finished, tmp_path / "run")

@@ -4,11 +4,12 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from agents.cli import main as command_line
-from agents.cli.main import main
+from agents.cli.main import main, run_process
 from agents.cli.signals import SIGNALS, Interrupted, exit_code
 from benchmarks.kill import in_child
 
@@ -98,3 +99,18 @@ def test_the_exit_code_of_a_command(monkeypatch, capsys, number, code):
     monkeypatch.setattr(command_line, "parse", interrupted)
     assert main(["train"]) == code
     assert capsys.readouterr().err == "dpok: interrupted\n"
+
+
+def test_an_interrupted_process_waits_for_no_thread(monkeypatch):
+    """Such as the one that waits for a reward that hangs."""
+
+    def interrupted(argv):
+        ThreadPoolExecutor().submit(time.sleep, 30)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(command_line, "parse", interrupted)
+    monkeypatch.setattr("sys.argv", ["dpok", "train"])
+    started = time.monotonic()
+    assert in_child(run_process) == 143
+    assert time.monotonic() - started < 10
