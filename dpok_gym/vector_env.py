@@ -26,13 +26,13 @@ from dpok_gym import diffusion
 from dpok_gym.judging import ImageJudge, Outcome, make_info
 from dpok_gym.models import TextToImageModel
 from dpok_gym.models.loading import find_model
-from dpok_gym.prompts import PromptSet, load_prompts, prompt_to_bytes, prompts_from_bytes
+from dpok_gym.prompts import PromptSet, find_unobservable, load_prompts, prompt_to_bytes, prompts_from_bytes
 from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
 from dpok_gym.reset_options import read_reset_mask, read_reset_options
 from dpok_gym.rewards import Reward, make_reward
 from dpok_gym.samplers import DenoisingProcess, State
 from dpok_gym.utils.images import to_uint8
-from dpok_gym.utils.validation import check_integer, check_non_negative, check_positive, suggest
+from dpok_gym.utils.validation import check_entries, check_integer, check_non_negative, check_positive, suggest
 from dpok_gym.worlds import World, find_world
 
 Observation = dict[str, NDArray[Any]]
@@ -145,8 +145,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self.process = DenoisingProcess(self.model, "ddim", num_inference_steps, eta, guidance_scale)
         self.prompts = load_prompts(prompts)
         # An error now is better than one in the middle of a long run.
-        self.model.check_prompts(self.prompts.train)
-        prompt_to_bytes(self.prompts.train, max_prompt_bytes)
+        train, lines = self.prompts.train, self.prompts.lines
+        check_entries(self.model.find_unreadable(train), len(train), lines)
+        check_entries(find_unobservable(train, self.max_prompt_bytes), len(train), lines)
         self.reward: Reward = make_reward(reward, non_finite)
         self._judge = ImageJudge(self.model, self.reward, decode_batch_size, self.reward_workers)
         if self.model.device.type != "cpu" and len(self.prompts.train) <= _MAX_PROMPTS_ENCODED_AHEAD:

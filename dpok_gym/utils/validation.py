@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
+
+#: Bad entries of a list whose places an error message has.
+MAX_PLACES = 5
 
 
 def check_integer(name: str, value: int, minimum: int = 1) -> int:
@@ -82,6 +86,28 @@ def check_names(what: str, names: Iterable[str], known: Collection[str]) -> None
     for name in names:
         if name not in known:
             raise ValueError(f"unknown {what} {name!r}; {suggest(name, known)}")
+
+
+def check_entries(problems: Iterable[tuple[int, str]], total: int, lines: Sequence[int] = ()) -> None:
+    """Makes sure that no entry of a list has a problem.
+
+    Args:
+        problems: index of each bad entry, in ascending order, and a sentence that says what is wrong.
+        total: number of entries.
+        lines: the line of each entry in its file; empty for none.
+
+    Raises:
+        ValueError: if there is a problem: the first one, and the number and the first places of all.
+    """
+    bad = iter(problems)
+    for index, message in bad:
+        if total == 1:
+            raise ValueError(message)
+        first = [index, *(other for other, _ in itertools.islice(bad, MAX_PLACES - 1))]
+        n_more = sum(1 for _ in bad)
+        places = ", ".join(str(lines[index] if lines else index) for index in first) + (", ..." if n_more else "")
+        where = "in line" if lines else "with index"
+        raise ValueError(f"{message} ({len(first) + n_more} of {total} are wrong, {where} {places})")
 
 
 def suggest(name: str, known: Collection[str]) -> str:
