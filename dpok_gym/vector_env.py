@@ -6,6 +6,7 @@ image.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import os
@@ -177,7 +178,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
-    @property
+    @functools.cached_property
     def world(self) -> World | None:
         """The embedded world whose judge can read these prompts and images; None if there is none."""
         world = find_world(self.model.name)

@@ -119,7 +119,8 @@ class Run:
         say(self.console, f"drawing {n_images} images with the {model} model")
         # An environment of its own: it also computes the judge's rewards, which training may not have.
         reward = evaluation_rewards(self.env.world, self.config.env_kwargs["reward"])
-        env = self.config.make_env(min(n_images, EVALUATION_BATCH_SIZE), reward=reward)
+        # With the prompts that are loaded already: reading a file of a million takes seconds.
+        env = self.config.make_env(min(n_images, EVALUATION_BATCH_SIZE), reward=reward, prompts=self.env.prompts)
         prompts, seed = self.prompts[:n_images], self.config.evaluation_seed
         return evaluate(self.agent.policy, env, prompts, seed, reference=model == "pre-trained")
 

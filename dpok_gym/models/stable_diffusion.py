@@ -133,8 +133,8 @@ class StableDiffusion(TextToImageModel):
         readable = frozenset(words or ())
         max_tokens = tokenizer.model_max_length
         for index, (prompt, n_tokens) in enumerate(zip(prompts, count_tokens(tokenizer, prompts), strict=True)):
-            unknown = [] if words is None else [word for word in prompt.split() if word not in readable]
-            if unknown:
+            if words is not None and not readable.issuperset(prompt.split()):
+                unknown = [word for word in prompt.split() if word not in readable]
                 yield (
                     index,
                     f"the model {self.name!r} cannot read {', '.join(map(repr, unknown))} in the prompt {prompt!r}; "

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from transformers import CLIPTokenizer
 
-#: Prompts whose words are tokenized together: enough for the tokenizer's threads, and little memory.
+#: Words that are tokenized together: enough for the tokenizer's threads, and little memory.
 _CHUNK = 10_000
 
 
@@ -19,13 +19,13 @@ def count_tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Iterator[i
         tokenizer: a tokenizer of this kind.
         prompts: N texts.
     """
+    words: set[str] = set()
+    for prompt in prompts:
+        words.update(prompt.split(" "))
+    distinct, lengths = list(words), dict[str, int]()
+    for first in range(0, len(distinct), _CHUNK):
+        chunk = distinct[first : first + _CHUNK]
+        lengths |= zip(chunk, map(len, tokenizer(chunk, add_special_tokens=False)["input_ids"]), strict=True)
     n_special = tokenizer.num_special_tokens_to_add()
-    known: dict[str, int] = {}
-    for first in range(0, len(prompts), _CHUNK):
-        chunk = [prompt.split(" ") for prompt in prompts[first : first + _CHUNK]]
-        new = sorted({word for words in chunk for word in words}.difference(known))
-        if new:
-            ids = tokenizer(new, add_special_tokens=False)["input_ids"]
-            known |= zip(new, map(len, ids), strict=True)
-        for words in chunk:
-            yield n_special + sum(map(known.__getitem__, words))
+    for prompt in prompts:
+        yield n_special + sum(map(lengths.__getitem__, prompt.split(" ")))
