@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-#: The prompts of a file, with their weights.
-Entries = list[tuple[str, float]]
+#: The prompts of a file, each with its weight and its line; 0 for a format without lines.
+Entries = list[tuple[str, float, int]]
 
 #: Names of the field or column that holds the prompt.
 _PROMPT_FIELDS = ("prompt", "text", "caption")
@@ -31,7 +31,7 @@ def read_prompt_file(path: Path) -> Entries:
         path: of the file.
 
     Returns:
-        The prompts and their weights, at least one.
+        The prompts, at least one, with their weights and lines.
 
     Raises:
         ValueError: if the file is not UTF-8, is not of its format, or has no prompt.
@@ -43,7 +43,7 @@ def read_prompt_file(path: Path) -> Entries:
     suffix = path.suffix.lower()
     try:
         entries = _READERS.get(suffix, _read_lines)(content)
-    except (ValueError, TypeError, csv.Error) as error:  # json's errors are ValueErrors
+    except (ValueError, TypeError) as error:  # json's errors are ValueErrors
         raise ValueError(
             f"the file of prompts {str(path)!r} cannot be read as {suffix[1:].upper()}: {error}"
         ) from error
@@ -54,8 +54,8 @@ def read_prompt_file(path: Path) -> Entries:
 
 
 def _read_lines(content: str) -> Entries:
-    lines = [line.strip() for line in content.split("\n")]
-    return [(line, 1.0) for line in lines if line and not line.startswith("#")]
+    lines = enumerate(map(str.strip, content.split("\n")), start=1)
+    return [(line, 1.0, number) for number, line in lines if line and not line.startswith("#")]
 
 
 def _read_json(content: str) -> Entries:
@@ -64,31 +64,42 @@ def _read_json(content: str) -> Entries:
         for text, fields in data.items():
             if not isinstance(fields, dict):
                 raise ValueError(f"the prompt {text!r} must have an object of fields, such as {{}}, not {fields!r}")
-        return [(text, _read_weight(fields, text)) for text, fields in data.items()]
+        return [(text, _read_weight(fields, text), 0) for text, fields in data.items()]
     if isinstance(data, list):
-        return [_read_entry(entry) if isinstance(entry, dict) else (entry, 1.0) for entry in data]
+        return [_read_entry(entry, 0) if isinstance(entry, dict) else (entry, 1.0, 0) for entry in data]
     raise ValueError("it is neither an object with the prompts as its keys nor a list of prompts")
 
 
 def _read_json_lines(content: str) -> Entries:
     # Not splitlines(): JSON texts may hold further line separators, such as U+2028, unescaped.
-    rows = [json.loads(line) for line in content.split("\n") if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError('each line must be an object, such as {"prompt": "a green star"}')
-    return [_read_entry(row) for row in rows]
+    entries = []
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: {error.msg}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f'line {number}: each line must be an object, such as {{"prompt": "a green star"}}')
+        entries.append(_read_entry(row, number))
+    return entries
 
 
 def _read_table(content: str, delimiter: str) -> Entries:
     rows = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
-    return [_read_entry(row) for row in rows]
+    try:
+        return [_read_entry(row, rows.line_num) for row in rows]
+    except csv.Error as error:
+        raise ValueError(f"line {rows.reader.line_num}: {error}") from error
 
 
-def _read_entry(fields: dict[Any, Any]) -> tuple[str, float]:
+def _read_entry(fields: dict[Any, Any], line: int) -> tuple[str, float, int]:
     # The keys of a table's row are not all texts: csv puts surplus cells under None.
     lower = {key.lower().strip(): value for key, value in fields.items() if isinstance(key, str)}
     for name in _PROMPT_FIELDS:
         if name in lower:
-            return lower[name], _read_weight(lower, lower[name])
+            return lower[name], _read_weight(lower, lower[name]), line
     fields_here, wanted = (", ".join(map(repr, names)) for names in (lower, _PROMPT_FIELDS))
     raise ValueError(f"none of the fields {fields_here} is named {wanted}")
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dpok_gym.prompt_files import SUFFIXES, read_prompt_file
 from dpok_gym.utils.registry import Registry
-from dpok_gym.utils.validation import check_integer
+from dpok_gym.utils.validation import check_entries, check_integer
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class PromptSet:
             often.
         held_out: prompts for evaluation that training never shows; may be empty.
         weights: how often each prompt of ``train`` is sampled, up to a common factor; empty for equally often.
+        lines: the line of each prompt of ``train`` in its file, for error messages; empty if there is none.
 
     Raises:
         TypeError: if ``train`` or ``held_out`` is one text instead of a list of texts.
@@ -40,27 +41,31 @@ class PromptSet:
     train: tuple[str, ...]
     held_out: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
+    lines: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for field in ("train", "held_out"):
+        for name in ("train", "held_out"):
             # A frozen class can set its own fields in this way only.
-            object.__setattr__(self, field, self._check_texts(field))
+            object.__setattr__(self, name, self._check_texts(name))
         if not self.train:
             raise ValueError(f"the prompt set {self.name!r} is empty; it needs at least one prompt")
         if self.weights:
             weights = self._check_weights()
             object.__setattr__(self, "weights", tuple(weights.tolist()))
-            object.__setattr__(self, "_probabilities", weights / weights.sum())
+            # As numpy's choice() does it, which would do it again for each prompt that is drawn.
+            cumulative = (weights / weights.sum()).cumsum()
+            object.__setattr__(self, "_cumulative", cumulative / cumulative[-1])
 
-    def _check_texts(self, field: str) -> tuple[str, ...]:
-        texts = getattr(self, field)
+    def _check_texts(self, name: str) -> tuple[str, ...]:
+        texts = getattr(self, name)
         if isinstance(texts, str) or not isinstance(texts, Sequence):
-            raise TypeError(f"the prompts of {self.name!r} ({field}) must be a list of texts, not {texts!r}")
-        for index, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(
-                    f"prompt {index} of {self.name!r} ({field}) must be a text that is not blank, not {text!r}"
-                )
+            raise TypeError(f"the prompts of {self.name!r} ({name}) must be a list of texts, not {texts!r}")
+        blank = (
+            (index, f"prompt {index} of {self.name!r} ({name}) must be a text that is not blank, not {text!r}")
+            for index, text in enumerate(texts)
+            if not isinstance(text, str) or not text.strip()
+        )
+        check_entries(blank, len(texts), self.lines if name == "train" else ())
         return tuple(texts)
 
     def _check_weights(self) -> NDArray[np.float64]:
@@ -76,8 +81,8 @@ class PromptSet:
     def sample(self, np_random: np.random.Generator, n: int) -> list[str]:
         """Draws ``n`` prompts from ``train`` with replacement, by their weights."""
         if self.weights:
-            probabilities = self._probabilities  # type: ignore[attr-defined]  # a frozen class declares fields only
-            return [self.train[index] for index in np_random.choice(len(self.train), n, p=probabilities)]
+            cumulative = self._cumulative  # type: ignore[attr-defined]  # a frozen class declares fields only
+            return [self.train[index] for index in cumulative.searchsorted(np_random.random(n), side="right")]
         return [self.train[index] for index in np_random.integers(len(self.train), size=n)]
 
 
@@ -183,11 +188,8 @@ def _load_named(name: str) -> PromptSet:
 
 def _load_file(path: Path) -> PromptSet:
     entries = read_prompt_file(path)
-    texts = tuple(text for text, _ in entries)
-    weights = tuple(weight for _, weight in entries)
-    if set(weights) == {1.0}:
-        weights = ()
-    return PromptSet(str(path), texts, (), weights)
+    texts, weights, lines = (tuple(entry[column] for entry in entries) for column in range(3))
+    return PromptSet(str(path), texts, (), () if set(weights) == {1.0} else weights, lines if lines[0] else ())
 
 
 def prompt_to_bytes(prompts: Sequence[str], size: int) -> NDArray[np.uint8]:
@@ -207,21 +209,35 @@ def prompt_to_bytes(prompts: Sequence[str], size: int) -> NDArray[np.uint8]:
             the padding, or half of a surrogate pair, which is not UTF-8.
     """
     check_integer("max_prompt_bytes", size)
+    check_entries(find_unobservable(prompts, size), len(prompts))
     rows = np.zeros((len(prompts), size), dtype=np.uint8)
     for row, prompt in zip(rows, prompts, strict=True):
+        content = prompt.encode("utf-8")
+        row[: len(content)] = np.frombuffer(content, dtype=np.uint8)
+    return rows
+
+
+def find_unobservable(prompts: Sequence[str], size: int) -> Iterator[tuple[int, str]]:
+    """Yields the index of each prompt that :func:`prompt_to_bytes` cannot write, and a sentence that says why.
+
+    Args:
+        prompts: N texts.
+        size: bytes of a row, at least 1.
+    """
+    for index, prompt in enumerate(prompts):
         try:
             content = prompt.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt {prompt!r} cannot be written as UTF-8: {error}") from error
+            yield index, f"the prompt {prompt!r} cannot be written as UTF-8: {error}"
+            continue
         if b"\0" in content:
-            raise ValueError(f"the prompt {prompt!r} has a NUL character, which marks the end of a prompt; remove it")
-        if len(content) > size:
-            raise ValueError(
+            yield index, f"the prompt {prompt!r} has a NUL character, which marks the end of a prompt; remove it"
+        elif len(content) > size:
+            yield (
+                index,
                 f"the prompt {prompt!r} has {len(content)} bytes in UTF-8, but max_prompt_bytes is {size}; raise "
-                "max_prompt_bytes, or shorten the prompt"
+                "max_prompt_bytes, or shorten the prompt",
             )
-        row[: len(content)] = np.frombuffer(content, dtype=np.uint8)
-    return rows
 
 
 def prompts_from_bytes(array: NDArray[np.uint8]) -> list[str]:

@@ -6,6 +6,7 @@ image.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from dpok_gym import diffusion
 from dpok_gym.judging import ImageJudge, Outcome, make_info
 from dpok_gym.models import TextToImageModel
 from dpok_gym.models.loading import find_model
-from dpok_gym.prompts import PromptSet, load_prompts, prompt_to_bytes, prompts_from_bytes
+from dpok_gym.prompts import PromptSet, find_unobservable, load_prompts, prompt_to_bytes, prompts_from_bytes
 from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
 from dpok_gym.reset_options import read_reset_mask, read_reset_options
 from dpok_gym.rewards import Reward, make_reward
@@ -34,6 +35,7 @@ from dpok_gym.utils.images import to_uint8
 from dpok_gym.utils.validation import (
     check_bool,
     check_choice,
+    check_entries,
     check_integer,
     check_mapping,
     check_non_negative,
@@ -159,8 +161,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self.process = DenoisingProcess(self.model, "ddim", num_inference_steps, eta, guidance_scale)
         self.prompts = load_prompts(prompts)
         # An error now is better than one in the middle of a long run.
-        self.model.check_prompts(self.prompts.train)
-        prompt_to_bytes(self.prompts.train, max_prompt_bytes)
+        train, lines = self.prompts.train, self.prompts.lines
+        check_entries(self.model.find_unreadable(train), len(train), lines)
+        check_entries(find_unobservable(train, self.max_prompt_bytes), len(train), lines)
         self.reward: Reward = make_reward(reward, non_finite)
         self._judge = ImageJudge(self.model, self.reward, decode_batch_size, self.reward_workers)
         if self.model.device.type != "cpu" and len(self.prompts.train) <= _MAX_PROMPTS_ENCODED_AHEAD:
@@ -190,7 +193,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
-    @property
+    @functools.cached_property
     def world(self) -> World | None:
         """The embedded world whose judge can read these prompts and images; None if there is none."""
         world = find_world(self.model.name)

@@ -183,7 +183,8 @@ class Run:
         prompts = [self.prompts[min(number, n - 1)] for number in range(own.start, own.start + largest)]
         # An environment of its own: it also computes the judge's rewards, which training may not have.
         reward = evaluation_rewards(self.env.world, self.config.env_kwargs["reward"])
-        env = self.config.make_env(min(largest, EVALUATION_BATCH_SIZE), reward=reward)
+        # With the prompts that are loaded already: reading a file of a million takes seconds.
+        env = self.config.make_env(min(largest, EVALUATION_BATCH_SIZE), reward=reward, prompts=self.env.prompts)
         seed = self.config.evaluation_seed + own.start
         drawn = evaluate(self.agent.policy, env, prompts, seed, reference=model == "pre-trained")
         return replace(drawn[: len(own)].gather(n), prompts=self.prompts)

@@ -6,7 +6,7 @@ Letters used for shapes: B images, N prompts, P prompts that the model knows, d 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,13 +143,12 @@ class MixtureModel(TextToImageModel):
             self.denoiser = MixtureDenoiser(list(self.mixtures.values()), alphas_cumprod)
         self.denoiser.to(self.device).eval().requires_grad_(False)
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
+    def find_unreadable(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
         """See the base class."""
-        for prompt in prompts:
+        for index, prompt in enumerate(prompts):
             if _normalise(prompt) not in self.mixtures:
-                raise ValueError(
-                    f"the model {self.name!r} cannot read the prompt {prompt!r}; it knows {', '.join(self.mixtures)}"
-                )
+                known = ", ".join(self.mixtures)
+                yield index, f"the model {self.name!r} cannot read the prompt {prompt!r}; it knows {known}"
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         known = list(self.mixtures)

@@ -6,13 +6,14 @@ Letters used for sizes: B images, N prompts, F features, C x h x w a latent, H x
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dpok_gym.models.conditioning_cache import ConditioningCache
+from dpok_gym.utils.validation import check_entries
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -136,12 +137,23 @@ class TextToImageModel(ABC):
         return model
 
     @abstractmethod
+    def find_unreadable(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """Yields the index of each prompt that the model cannot read, and a sentence that says why.
+
+        It does not run the text encoder, and takes seconds for a million prompts.
+
+        Args:
+            prompts: N texts.
+        """
+
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Checks that the model can read these prompts, without running its text encoder.
 
         Raises:
-            ValueError: if a prompt has too many tokens, or words that the model cannot read.
+            ValueError: if prompts have too many tokens, or words that the model cannot read. The message says how many,
+                and shows the first one.
         """
+        check_entries(self.find_unreadable(prompts), len(prompts))
 
     # The result is kept for later callers, so the first caller's modes (inference, autocast) must not matter.
     @torch.inference_mode(False)

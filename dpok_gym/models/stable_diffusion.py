@@ -6,7 +6,7 @@ Letters used for sizes: B images, N prompts, L tokens of a prompt, F features, C
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dpok_gym.models.base import CONDITIONING_CACHE_BYTES, Conditioning, GuidanceGradient, TextToImageModel
 from dpok_gym.models.conditioning_cache import ConditioningCache
 from dpok_gym.models.lora import reference_view
+from dpok_gym.models.token_counts import count_tokens
 from dpok_gym.utils.sharding import is_sharded
 
 #: The largest height or width in pixels: four times that of Stable Diffusion XL.
@@ -132,34 +133,34 @@ class StableDiffusion(TextToImageModel):
             other._set_latent_size(size[0] // factor, size[1] // factor)
         return other
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
+    def find_unreadable(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
         """See the base class."""
-        self._tokenize(self.tokenizer, prompts)
+        return self._find_unreadable(self.tokenizer, prompts)
+
+    def _find_unreadable(self, tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
+        words = tokenizer.init_kwargs.get("words")  # None for a tokenizer that reads any word
+        readable = frozenset(words or ())
+        max_tokens = tokenizer.model_max_length
+        for index, (prompt, n_tokens) in enumerate(zip(prompts, count_tokens(tokenizer, prompts), strict=True)):
+            if words is not None and not readable.issuperset(prompt.split()):
+                unknown = [word for word in prompt.split() if word not in readable]
+                yield (
+                    index,
+                    f"the model {self.name!r} cannot read {', '.join(map(repr, unknown))} in the prompt {prompt!r}; "
+                    f"its words are: {' '.join(words)}",
+                )
+            elif n_tokens > max_tokens:
+                # diffusers would cut a long prompt off. Here it is an error: training needs the whole prompt.
+                yield (
+                    index,
+                    f"a prompt has {n_tokens} tokens and the model {self.name!r} reads at most {max_tokens} (start and "
+                    f"end included); shorten it: {prompt!r}",
+                )
 
     def _tokenize(self, tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-        """Returns the token ids of prompts, (N, L) int64 on the model's device; errors as :meth:`check_prompts`."""
-        words = tokenizer.init_kwargs.get("words")
-        if words is not None:
-            for prompt in prompts:
-                self._check_words(prompt, words)
-        max_tokens = tokenizer.model_max_length
-        # diffusers would cut a long prompt off. Here it is an error: training needs the whole prompt.
+        """Returns the token ids of prompts that can be read, (N, L) int64 on the model's device."""
         ids = tokenizer(list(prompts), padding="max_length")["input_ids"]
-        for prompt, row in zip(prompts, ids, strict=True):
-            if len(row) > max_tokens:
-                raise ValueError(
-                    f"a prompt has {len(row)} tokens and the model {self.name!r} reads at most {max_tokens} (start and "
-                    f"end included); shorten it: {prompt!r}"
-                )
         return torch.tensor(ids, dtype=torch.int64, device=self.device)
-
-    def _check_words(self, prompt: str, words: Sequence[str]) -> None:
-        unknown = [word for word in prompt.split() if word not in words]
-        if unknown:
-            raise ValueError(
-                f"the model {self.name!r} cannot read {', '.join(map(repr, unknown))} in the prompt {prompt!r}; its "
-                f"words are: {' '.join(words)}"
-            )
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         tokens = self._tokenize(self.tokenizer, prompts)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import heapq
+import itertools
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,10 +63,12 @@ class StableDiffusionXL(StableDiffusion):
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.text_width = text_encoder_2.config.projection_dim
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
+    def find_unreadable(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
         """See the base class."""
-        super().check_prompts(prompts)
-        self._tokenize(self.tokenizer_2, prompts)
+        by_index = operator.itemgetter(0)
+        first, second = super().find_unreadable(prompts), self._find_unreadable(self.tokenizer_2, prompts)
+        for _, same in itertools.groupby(heapq.merge(first, second, key=by_index), by_index):
+            yield next(same)
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         # The two tokenizers may number their words differently, and they fill up short prompts with different tokens.

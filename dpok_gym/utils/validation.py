@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import os
 import reprlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ MAX_COUNT = 10**9
 MAX_NUMBER = 1e18
 #: The largest seed that all random number generators take.
 MAX_SEED = 2**32 - 1
+#: Bad entries of a list whose places an error message has.
+MAX_PLACES = 5
 
 
 def check_integer(name: str, value: int, minimum: int = 1, maximum: int = MAX_COUNT) -> int:
@@ -159,6 +162,28 @@ def check_names(what: str, names: Iterable[str], known: Collection[str]) -> None
     for name in names:
         if name not in known:
             raise ValueError(f"unknown {what} {shorten(name)}; {suggest(str(name), known)}")
+
+
+def check_entries(problems: Iterable[tuple[int, str]], total: int, lines: Sequence[int] = ()) -> None:
+    """Makes sure that no entry of a list has a problem.
+
+    Args:
+        problems: index of each bad entry, in ascending order, and a sentence that says what is wrong.
+        total: number of entries.
+        lines: the line of each entry in its file; empty for none.
+
+    Raises:
+        ValueError: if there is a problem: the first one, and the number and the first places of all.
+    """
+    bad = iter(problems)
+    for index, message in bad:
+        if total == 1:
+            raise ValueError(message)
+        first = [index, *(other for other, _ in itertools.islice(bad, MAX_PLACES - 1))]
+        n_more = sum(1 for _ in bad)
+        places = ", ".join(str(lines[index] if lines else index) for index in first) + (", ..." if n_more else "")
+        where = "in line" if lines else "with index"
+        raise ValueError(f"{message} ({len(first) + n_more} of {total} are wrong, {where} {places})")
 
 
 def suggest(name: str, known: Collection[str]) -> str:

@@ -74,7 +74,9 @@ def test_equal_weights_are_none(tmp_path):
             '{"a cat": {"weight": -1}, "a dog": {}}',
             "must be 2 finite numbers, one for each prompt, none negat",
         ),
-        ("a.jsonl", '"a cat"', "each line must be an object, such as"),
+        ("a.jsonl", '{"prompt": "a cat"}\n\n{', "line 3: Expecting property name"),
+        ("a.tsv", 'prompt\na cat\n"a dog\n', "line 3: unexpected end of data"),
+        ("a.jsonl", '"a cat"', "line 1: each line must be an object, such as"),
         ("a.jsonl", '{"prompt": "a cat"}\n{"promt": "a dog"}', "none of the fields 'promt' is named 'prompt', 'text'"),
         ("a.csv", "id,words\n1,a cat\n", "none of the fields 'id', 'words' is named"),
         ("a.csv", "prompt\n", "there is no prompt in the file"),
@@ -90,6 +92,29 @@ def test_files_that_are_not_of_their_format(tmp_path, name, content, message):
     assert str(tmp_path / name) in str(caught.value)
     with pytest.raises(FileNotFoundError, match="there is no file of prompts at"):
         load_prompts(f"elsewhere/{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "lines"),
+    [
+        ("a.txt", "# animals\na cat\n\na dog\n", (2, 4)),
+        ("a.jsonl", '\n{"text": "a cat"}\n{"text": "a dog"}', (2, 3)),
+        ("a.csv", "prompt\na cat\na dog\n", (2, 3)),
+        ("a.json", '["a cat", "a dog"]', ()),
+    ],
+)
+def test_lines_are_known(tmp_path, name, content, lines):
+    (tmp_path / name).write_text(content)
+    assert load_prompts(tmp_path / name).lines == lines
+
+
+def test_a_blank_prompt_is_found_by_its_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(['{"text": "a cat"}', '{"text": " "}', "", '{"text": ""}']))
+    with pytest.raises(
+        ValueError, match=r"must be a text that is not blank, not ' ' \(2 of 3 are wrong, in line 2, 4\)"
+    ):
+        load_prompts(path)
 
 
 def test_large_file(tmp_path):

@@ -34,6 +34,16 @@ def test_sample_is_uniform_over_train_and_reproducible():
     assert all(900 < count < 1100 for count in counts.values())  # 1000 +- 26 (one standard deviation)
 
 
+def test_weighted_draws_are_those_of_numpy():
+    weights = np.random.default_rng(1).random(50)
+    prompts = PromptSet("numbers", tuple(map(str, range(50))), weights=tuple(weights))
+    ours, theirs = np.random.default_rng(0), np.random.default_rng(0)
+    for n in (1, 7, 1000):
+        expected = theirs.choice(50, n, p=weights / weights.sum())
+        assert prompts.sample(ours, n) == [str(index) for index in expected]
+    assert ours.random() == theirs.random()
+
+
 def test_duplicates_weigh_and_lists_become_tuples():
     prompts = PromptSet("pets", ["a cat", "a cat", "a dog"])
     assert prompts.train == ("a cat", "a cat", "a dog")

@@ -516,6 +516,30 @@ def test_reward_workers_decode_the_same_images_together(workers: int, monkeypatc
     env.close()
 
 
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("a red dragon", "cannot read 'dragon' in the prompt 'a red dragon'"),
+        ("a star " * 100, "reads at most 16"),
+        ("a star \x00", "cannot read"),
+    ],
+)
+def test_all_prompts_of_a_file_are_checked(tmp_path: Path, bad: str, message: str) -> None:
+    """A bad one would end the run when it is first drawn, perhaps after days."""
+    lines = ["# many", *["a star"] * 5000]
+    for number in (4000, 4500, 4501):
+        lines[number] = bad
+    path = tmp_path / "many.txt"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message) as raised:
+        make(prompts=str(path))
+    assert str(raised.value).endswith("(3 of 5000 are wrong, in line 4001, 4501, 4502)")
+    path.write_text("\n".join(["# many", *["a star"] * 4997, *["star"] * 3]))
+    message = r"max_prompt_bytes is 5; .* \(4997 of 5000 are wrong, in line 2, 3, 4, 5, 6, \.\.\.\)"
+    with pytest.raises(ValueError, match=message):
+        make(prompts=str(path), max_prompt_bytes=5)
+
+
 def test_a_bad_prompt_leaves_the_episode_alone() -> None:
     env = make(prompts=["a star"], reward=redness)
     env.reset(seed=0)

@@ -1,6 +1,6 @@
 """What every model has from the base class: the memory of encoded prompts, options, and defaults."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -24,10 +24,11 @@ class Counting(TextToImageModel):
         self.batches: list[list[str]] = []
         self.checked: list[list[str]] = []
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
+    def find_unreadable(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
         self.checked.append(list(prompts))
-        if "unreadable" in prompts:
-            raise ValueError("the prompt cannot be read")
+        for index, prompt in enumerate(prompts):
+            if prompt.startswith("unreadable"):
+                yield index, f"the prompt {prompt!r} cannot be read"
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         self.batches.append(list(prompts))
@@ -127,7 +128,7 @@ def test_encoding_does_not_depend_on_the_callers_mode(model: Counting) -> None:
 
 
 def test_prompts_are_checked_before_they_are_encoded(model: Counting) -> None:
-    with pytest.raises(ValueError, match="the prompt cannot be read"):
+    with pytest.raises(ValueError, match="the prompt 'unreadable' cannot be read"):
         model.encode(["a", "unreadable"])
     assert model.batches == []
     model.encode(["a"])

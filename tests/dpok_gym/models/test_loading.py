@@ -20,6 +20,7 @@ from dpok_gym.models.loading import ModelSpec
 from dpok_gym.models.pipelines import model_from_source
 from dpok_gym.models.registry import MODELS
 from dpok_gym.models.stable_diffusion import StableDiffusion
+from dpok_gym.models.token_counts import count_tokens
 from dpok_gym.shapes import WEIGHTS
 from dpok_gym.shapes.scenes import render, sample_scenes
 
@@ -272,6 +273,17 @@ def test_prompts_that_are_too_long(name: str, request: pytest.FixtureRequest) ->
             ValueError, match=f"has {most + 1} tokens and the model .* reads at most {most} .*shorten it"
         ):
             read(["a star", "a " * (most - 1)])
+
+
+@pytest.mark.parametrize("name", ["tiny", "shapes"])
+def test_tokens_are_counted_by_words(name: str, request: pytest.FixtureRequest) -> None:
+    """Equal to the tokenizer's own count, whatever the text."""
+    tokenizer = request.getfixturevalue(name).tokenizer
+    rng = np.random.default_rng(0)
+    letters = list("ab c  d'\"sTé1.,-—!\t\n\u3000\x85\x1c猫🐈İ\u0301\u0958<|>")
+    texts = ["".join(rng.choice(letters, rng.integers(0, 60))) for _ in range(500)]
+    texts += ["", " ", "<|endoftext|>", "a<|startoftext|> b", "don't 12 x2"]
+    assert list(count_tokens(tokenizer, texts)) == [len(ids) for ids in tokenizer(texts)["input_ids"]]
 
 
 def test_checking_prompts_runs_no_network(fresh: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
