@@ -107,11 +107,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor])
         ValueError: if it is of other parameters.
     """
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in flat.items():
         number, _, name = key.partition(".")
+        # A moment has the shape of its parameter, a step count none.
+        if not number.isdecimal() or int(number) >= len(parameters):
+            raise ValueError(f"the optimiser's state is of a parameter {number}, and there are {len(parameters)}")
+        if value.dim() and value.shape != parameters[int(number)].shape:
+            raise ValueError(f"the optimiser's {name} of parameter {number} has the shape {tuple(value.shape)}")
         state.setdefault(int(number), {})[name] = value.clone()  # or the step of one agent would change the other
-    n_parameters = sum(len(group["params"]) for group in optimizer.param_groups)
-    if state and max(state) >= n_parameters:
-        raise ValueError(f"the optimiser's state is of {max(state) + 1} parameters, and there are {n_parameters}")
+    if len({frozenset(values) for values in state.values()}) > 1:
+        raise ValueError("the optimiser's state lacks a value of some parameters")
     # Learning rates and the like stay those of the constructor; only moments and step counts come back.
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -22,13 +22,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from dpok_gym.models.lora import FILE_NAME as LORA_FILE
-from dpok_gym.utils.validation import check_integer, suggest
+from dpok_gym.utils.reading import read_json, read_tensors
+from dpok_gym.utils.validation import check_integer, check_mapping, suggest
 
 if TYPE_CHECKING:
     from agents.common.algorithm import DenoisingAlgorithm
@@ -155,10 +155,10 @@ def load_checkpoint(agent: DenoisingAlgorithm, folder: str | Path) -> dict[str, 
             f"{folder} is no checkpoint: it has no {TRAINER_STATE}; give a folder checkpoint-<images> of a run"
         )
     try:
-        saved = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+        saved = check_mapping(f"the content of {TRAINER_STATE}", read_json(folder / TRAINER_STATE))
         state, extra_state = saved["agent"], saved["run"]
-        tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        tensors = {file.stem: read_tensors(file) for file in sorted(folder.glob("*.safetensors"))}
+    except (ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, error) from error
     # The file has the names of diffusers, with the denoiser's prefix; the agent's state has them without it.
     lora = tensors.pop(Path(LORA_FILE).stem, None)
@@ -169,6 +169,8 @@ def load_checkpoint(agent: DenoisingAlgorithm, folder: str | Path) -> dict[str, 
         agent.load_state_dict({"tensors": tensors, "state": state})
     except (KeyError, TypeError) as error:
         raise _damaged(folder, error) from error
+    except ValueError as error:
+        raise ValueError(f"the checkpoint {folder} cannot be loaded: {' '.join(str(error).split())}") from error
     return extra_state
 
 
