@@ -10,14 +10,15 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import field, fields, is_dataclass, make_dataclass
+from dataclasses import field, is_dataclass, make_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from agents.cli.option_types import expressible_type
-from dpok_gym.utils.validation import suggest
+from dpok_gym.utils.validation import check_path, suggest
 
 if TYPE_CHECKING:
     from agents.common.arguments import Argument
@@ -40,6 +41,10 @@ _WRONG_VALUES = (
     (r"no type matching (?P<kinds>.*) could be instantiated from \[(?P<value>.*?)\].*", "takes {kinds}, not {value}"),
     (r"(?P<message>.*)", "cannot be read: {message}"),
 )
+
+
+#: How options are read that tyro reads otherwise.
+_REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
 class UsageError(ValueError):
@@ -83,11 +88,25 @@ def _call_tyro(options: type[Options], argv: Sequence[str], **settings: Any) -> 
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(options, args=argv, return_unknown_args=True, **settings)
+            return tyro.cli(options, args=argv, return_unknown_args=True, registry=_REGISTRY, **settings)
     except SystemExit as ended:
         if not ended.code:  # after --help
             raise
         raise UsageError(_first_message(printed.getvalue())) from None
+
+
+@_REGISTRY.primitive_rule
+def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+    """Refuses a blank path: ``Path("")`` would be the working folder."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: check_path("it", words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
 
 
 def default_hint(metavar: str, text: str) -> Any:
@@ -109,12 +128,12 @@ def given(options: Any, *names: str) -> dict[str, Any]:
 def option_names(options: type) -> list[str]:
     """Returns the options of a dataclass as they are written, those of nested ones included."""
     names: list[str] = []
-    for option in fields(options):  # type: ignore[arg-type]  # a dataclass
-        kind = get_args(option.type)[0] if get_origin(option.type) is Annotated else option.type
+    for name, annotation in get_type_hints(options, include_extras=True).items():
+        kind, *notes = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
         if is_dataclass(kind):
             names += option_names(kind)  # type: ignore[arg-type]
-        else:
-            names.append(f"--{option.name.replace('_', '-')}")
+        elif tyro.conf.Positional not in notes:
+            names.append(f"--{name.replace('_', '-')}")
     return names
 
 

@@ -99,6 +99,8 @@ def _make_env(options: Evaluate, config: Config) -> DenoisingVectorEnv:
     n_envs = min(options.images, EVALUATION_BATCH_SIZE)
     changes: dict[str, Any] = {"device": options.device}
     if options.model is not None:
+        if not options.model.exists():
+            raise FileNotFoundError(f"there is no folder {options.model}; --model is the folder of the run's model")
         changes["model"] = str(options.model)
     reward = config.env_kwargs["reward"]
     # The world is known only from an environment. A second one costs little, as the two share their networks.

@@ -314,13 +314,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             progress_bar: whether to show SB3's progress bar.
         """
         name = tb_log_name or type(self).__name__
-        total, callback = self._setup_learn(
-            int(check_non_negative("total_timesteps", total_timesteps)),
-            callback,
-            reset_num_timesteps,
-            name,
-            progress_bar,
-        )
+        steps = int(check_non_negative("total_timesteps", total_timesteps))
+        total, callback = self._setup_learn(steps, callback, reset_num_timesteps, name, progress_bar)
         callback.on_training_start(locals(), globals())
         while not self.is_done(total):
             with self._whole_iteration():

@@ -32,7 +32,7 @@ from dpok_gym.models.lora import FILE_NAME as LORA_FILE
 from dpok_gym.utils.files import flush_to_disk, naming, replacing, write_text
 from dpok_gym.utils.reading import read_json
 from dpok_gym.utils.tensors import load_tensors, save_tensors
-from dpok_gym.utils.validation import check_integer, suggest
+from dpok_gym.utils.validation import check_integer, check_mapping, suggest
 
 if TYPE_CHECKING:
     from agents.common.algorithm import DenoisingAlgorithm
@@ -170,7 +170,7 @@ def load_checkpoint(agent: DenoisingAlgorithm, folder: str | Path) -> dict[str, 
     folder = Path(folder)
     _check_files(folder, [TRAINER_STATE])
     try:
-        saved = read_json(folder / TRAINER_STATE)
+        saved = check_mapping(f"the content of {TRAINER_STATE}", read_json(folder / TRAINER_STATE))
         state, extra_state, files = saved["agent"], saved["run"], saved["files"]
         _check_files(folder, files)
         tensors = {Path(name).stem: load_tensors(folder / name)[0] for name in files if name.endswith(".safetensors")}
@@ -181,7 +181,7 @@ def load_checkpoint(agent: DenoisingAlgorithm, folder: str | Path) -> dict[str, 
             tensors["lora"] = {name.removeprefix(prefix): values for name, values in lora.items()}
         agent.load_state_dict({"tensors": tensors, "state": state})
     except (ValueError, KeyError, TypeError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"the checkpoint {folder} cannot be loaded: {reason}; {_advice(folder)}") from error
     return extra_state
 

@@ -128,7 +128,7 @@ class Steering:
     n_particles: int = 8
 
     def __post_init__(self) -> None:
-        check_integer("n_particles", self.n_particles, maximum=1024)
+        check_integer("n_particles", self.n_particles, maximum=2**17)
 
     def is_due(self, step: int) -> bool:
         """Returns whether particles are valued and chosen before a denoising step, 0 for the first one."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
@@ -25,6 +26,7 @@ from dpok_gym.models.stable_diffusion_xl import StableDiffusionXL
 from dpok_gym.utils.hub import NO_CODE, describe_wrong_weights, has_vocabulary
 from dpok_gym.utils.reading import check_model_folder, check_tensors, check_torch_file, read_json
 from dpok_gym.utils.sharding import shard
+from dpok_gym.utils.validation import check_integer
 
 #: The family of each of diffusers' pipelines, by the pipeline's name: importing those classes takes time, and warns of
 #: image processors that are not used here.
@@ -84,7 +86,8 @@ def model_from_source(
             parts["unet"] = shard(parts["unet"], device)
         return family(name, device=device, **parts)
     except Exception as error:
-        raise ValueError(f"{what} cannot be loaded: {error}. {advice}; if a file is damaged, get it again") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{what} cannot be loaded: {reason}. {advice}; if a file is damaged, get it again") from error
 
 
 def model_from_pipeline(pipe: DiffusionPipeline) -> StableDiffusion:
@@ -156,17 +159,27 @@ def _parts_of_folder(
         raise ValueError(_describe_unsupported(kind))
     family = FAMILIES[kind]
     weights: dict[str, Any] = {"variant": variant, "use_safetensors": _use_safetensors(allow_pickle)}
-    parts = {
-        "tokenizer": _load_tokenizer(folder / "tokenizer"),
-        "text_encoder": _load_text_encoder(CLIPTextModel, folder / "text_encoder", dtype=dtype, **weights),
-        "unet": UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **weights),
-        "vae": AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **weights),
-        "scheduler_config": DDIMScheduler.load_config(folder, subfolder="scheduler"),
+    of_diffusers = {"torch_dtype": dtype, **weights}
+    load: dict[str, Callable[[Path], Any]] = {
+        "tokenizer": _load_tokenizer,
+        "text_encoder": partial(_load_text_encoder, CLIPTextModel, dtype=dtype, **weights),
+        "unet": partial(UNet2DConditionModel.from_pretrained, **of_diffusers),
+        "vae": partial(AutoencoderKL.from_pretrained, **of_diffusers),
+        "scheduler": _load_scheduler_config,
     }
     if family is StableDiffusionXL:
-        second = folder / "text_encoder_2"
-        parts["tokenizer_2"] = _load_tokenizer(folder / "tokenizer_2")
-        parts["text_encoder_2"] = _load_text_encoder(CLIPTextModelWithProjection, second, dtype=dtype, **weights)
+        load["tokenizer_2"] = _load_tokenizer
+        load["text_encoder_2"] = partial(_load_text_encoder, CLIPTextModelWithProjection, dtype=dtype, **weights)
+    parts = {}
+    for name, function in load.items():
+        try:
+            parts[name] = function(folder / name)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"its {name}: {error}") from error
+        except Exception as error:  # the libraries raise many kinds for damaged files
+            raise ValueError(f"its {name} cannot be read ({type(error).__name__}: {error})") from error
+    parts["scheduler_config"] = parts.pop("scheduler")
+    if family is StableDiffusionXL:
         parts["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)
     return family, parts
 
@@ -188,14 +201,25 @@ def _use_safetensors(allow_pickle: bool) -> bool | None:
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     if not has_vocabulary(tokenizer):
-        raise ValueError(f"its {folder.name} has no vocabulary (vocab.json and merges.txt, or tokenizer.json)")
+        raise ValueError("it has no vocabulary (vocab.json and merges.txt, or tokenizer.json)")
+    # Without tokenizer_config.json, transformers takes a length without end, and prompts would never be too long.
+    check_integer("its model_max_length in tokenizer_config.json", tokenizer.model_max_length, maximum=10**6)
     return tokenizer
+
+
+def _load_scheduler_config(folder: Path) -> dict[str, Any]:
+    config: Any = DDIMScheduler.load_config(folder)
+    # An empty config would stand for the defaults of diffusers, which fit no published model.
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ValueError("its scheduler_config.json names no scheduler of diffusers under _class_name")
+    return config
 
 
 def _load_text_encoder(network_class: Any, folder: Path, **kwargs: Any) -> Any:
     text_encoder, info = network_class.from_pretrained(folder, output_loading_info=True, **NO_CODE, **kwargs)
     if wrong := describe_wrong_weights(info):
-        raise ValueError(f"its {folder.name} {wrong}")
+        raise ValueError(f"it {wrong}")
     return text_encoder
 
 

@@ -234,15 +234,18 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def check_model_folder(folder: str | os.PathLike[str]) -> None:
-    """Checks the sizes of the files of a model's folder that other libraries then read.
+    """Checks the files of a model's folder that other libraries then read.
 
     Raises:
-        ValueError: if a text, or the header of a safetensors file, is too large, or something is no file.
+        ValueError: if a text, or the header of a safetensors file, is too large, a JSON file holds no mapping, or
+            something is no file.
     """
     folder = Path(folder)
     for path in [*folder.iterdir(), *folder.glob("*/*")]:
-        if path.suffix in (".json", ".txt"):
+        if path.suffix == ".txt":
             check_file(path, MAX_TEXT_BYTES)
+        elif path.suffix == ".json" and not isinstance(read_json(path), dict):
+            raise ValueError(f"{path} holds no mapping of keys to values")
         elif path.suffix == ".safetensors":
             check_tensors(path)
 

@@ -63,15 +63,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor])
         ValueError: if it is of other parameters.
     """
     state: dict[int, dict[str, Tensor]] = {}
+    parameters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in flat.items():
         number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = value.clone()  # or the step of one agent would change the other
-    parameters: list[Tensor] = [value for group in optimizer.param_groups for value in group["params"]]
-    if state and max(state) >= len(parameters):
-        raise ValueError(f"the optimiser's state is of {max(state) + 1} parameters, and there are {len(parameters)}")
-    for index, moments in state.items():
-        for name, moment in moments.items():
-            if moment.shape == parameters[index].shape:  # and not the number of steps
-                moments[name] = like(moment, parameters[index])
+        if not number.isdecimal() or int(number) >= len(parameters):
+            raise ValueError(f"the optimiser's state is of a parameter {number}, and there are {len(parameters)}")
+        moments = value.clone()  # or the step of one agent would change the other
+        if value.dim():  # a moment has the shape of its parameter, a step count none
+            if value.shape != parameters[int(number)].shape:
+                raise ValueError(f"the optimiser's {name} of parameter {number} has the shape {tuple(value.shape)}")
+            moments = like(moments, parameters[int(number)])
+        state.setdefault(int(number), {})[name] = moments
+    if len({frozenset(values) for values in state.values()}) > 1:
+        raise ValueError("the optimiser's state lacks a value of some parameters")
     # Learning rates and the like stay those of the constructor; only moments and step counts come back.
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -24,9 +24,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from dpok_gym.rewards.preference.network import resize
+from dpok_gym.rewards.preference.network import MAX_IMAGE_SIZE, resize
 from dpok_gym.utils.reading import parse_json, read_image
-from dpok_gym.utils.validation import check_fraction
+from dpok_gym.utils.validation import check_fraction, check_integer
 
 #: With fewer choices, neither the fit nor its measurement means anything.
 LEAST_CHOICES = 20
@@ -155,12 +155,13 @@ def load_comparisons(path: str | os.PathLike[str], size: int) -> Comparisons:
 
     Args:
         path: the file.
-        size: S, pixels.
+        size: S, pixels, at most :data:`~dpok_gym.rewards.preference.network.MAX_IMAGE_SIZE`.
 
     Raises:
         FileNotFoundError: as :func:`read_choices`.
-        ValueError: as :func:`read_choices`, and if an image cannot be read.
+        ValueError: as :func:`read_choices`, and if the size is out of range or an image cannot be read.
     """
+    check_integer("the image size", size, maximum=MAX_IMAGE_SIZE)
     choices = read_choices(path)
     line_of: dict[Path, int] = {}
     for choice in choices:

@@ -16,6 +16,9 @@ from torch.nn import functional as F
 
 from dpok_gym.utils.validation import check_integer
 
+#: The network attends to (S / 8)^2 places, so larger images cost too much.
+MAX_IMAGE_SIZE = 1024
+
 _STRIDE = 8  # pixels between neighbouring places
 _PADDING, _UNKNOWN = 0, 1  # numbers of words; the vocabulary's follow
 
@@ -46,7 +49,7 @@ class PreferenceConfig:
 
     def __post_init__(self) -> None:
         # The bounds keep a config that is damaged from making a network without end.
-        bounds = {"max_words": 2**16, "image_size": 2**13, "width": 2**12, "layers": 100, "heads": 2**12}
+        bounds = {"max_words": 2**16, "image_size": MAX_IMAGE_SIZE, "width": 2**12, "layers": 100, "heads": 2**12}
         for name, maximum in bounds.items():
             check_integer(name, getattr(self, name), maximum=maximum)
         if self.image_size < 2 * _STRIDE or self.image_size % _STRIDE:
