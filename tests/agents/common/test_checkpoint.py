@@ -36,6 +36,7 @@ class Agent:
             "critic": {"0.bias": torch.randn(4, generator=generator)},
             "optimizer": {"0.step": torch.tensor(3.0), "0.exp_avg": torch.randn(3, 2, generator=generator).T},
         }
+        self.policy = torch.nn.Module()  # the ranks compare its parameters; here are none
         self.images_drawn, self._n_updates = images_drawn, n_updates
         self.iteration, self.n_fitted = 0, 0
         self.process = SimpleNamespace(model=SimpleNamespace(lora_prefix="unet."))

@@ -106,6 +106,7 @@ def test_spec_tells_models_apart() -> None:
         "config": "folder",
         "vae_tiling": True,
         "compile": True,
+        "shard": True,
     }
     assert set(changes) == {field.name for field in dataclasses.fields(ModelSpec)}
     for name, value in changes.items():
@@ -113,7 +114,8 @@ def test_spec_tells_models_apart() -> None:
         assert other != spec
         shares_networks = name in ("image_size", "negative_prompt")
         assert (other.of_networks() == spec) == shares_networks
-        assert other.options() == ({} if name in ("name", "source", "device") else {name: value})
+        # How the weights lie in memory is no matter of the model.
+        assert other.options() == ({} if name in ("name", "source", "device", "shard") else {name: value})
     with pytest.raises(dataclasses.FrozenInstanceError):
         spec.name = "other"  # type: ignore[misc]
 
