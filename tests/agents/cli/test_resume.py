@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents import load_run, register_algorithm
+from agents.algorithms.registry import ALGORITHMS
 from agents.cli.logs import read_log
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.checkpoint import find_checkpoint, list_checkpoints
@@ -294,8 +295,9 @@ def test_a_result_that_is_missing_is_made_anew(finished, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), [("DPOK-Shapes-v0", "DPOK-Shapes-Many-v0"), ("algo: dpok", "algo: dpok2")])
-def test_a_config_of_another_run(finished, tmp_path, capsys, old, new):
+def test_a_config_of_another_run(finished, tmp_path, monkeypatch, capsys, old, new):
     """Its settings fit the agent, but it learns something else."""
+    monkeypatch.setattr(ALGORITHMS, "_entries", dict(ALGORITHMS._entries))
     register_algorithm("dpok2", "agents:DPOK")
     folder = shutil.copytree(finished, tmp_path / "run")
     config = folder / "config.yaml"
