@@ -30,6 +30,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from agents.cli.config import FILE_NAME
 from agents.cli.logs import read_log
 from agents.cli.main import main as dpok
 from agents.cli.run_folder import load_evaluation
+from agents.cli.tables import say
 from dpok_gym.models import clear_model_cache
 from dpok_gym.utils.files import write_text
 
@@ -427,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warm_up(wanted)
         for case in wanted:
             with silent():
-                outcomes[case.name] = run_case(case, options.kills, options.operations, console.print)
+                outcomes[case.name] = run_case(case, options.kills, options.operations, partial(say, console))
             write_text(options.out, json.dumps([asdict(outcome) for outcome in outcomes.values()], indent=1) + "\n")
     shown = [outcomes[case.name] for case in cases]
     show(shown, console)

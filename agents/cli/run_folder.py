@@ -80,12 +80,12 @@ class Run:
         """Puts the agent into the state of a checkpoint; returns the seconds of training until then."""
         state = load_checkpoint(self.agent, checkpoint)
         for name in ("env", "algo"):
-            if state[name] != getattr(self.config, name):
+            if state.get(name, getattr(self.config, name)) != getattr(self.config, name):
                 raise ValueError(
                     f"{self.folder / FILE_NAME} says {name}: {getattr(self.config, name)}, but the checkpoint "
                     f"{checkpoint} is of {state[name]}; set it back, or train anew in another folder"
                 )
-        return state["seconds"]
+        return state.get("seconds", 0.0)
 
     def _is_evaluated(self) -> bool:
         """Returns whether the summary, which is written last, is of this agent, and all other files are there."""

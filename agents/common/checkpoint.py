@@ -264,8 +264,8 @@ class CheckpointCallback(BaseCallback):
 def remove_leftovers(run_folder: Path) -> None:
     """Removes what a killed process left half written or half removed."""
     for ending in (_PART, _OLD):
-        for folder in run_folder.glob(f"checkpoint-*{ending}"):
-            shutil.rmtree(folder)
+        for path in run_folder.glob(f"checkpoint-*{ending}"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_a_run_that_does_not_go_on_is_reported(tmp_path: Path) -> None:
     case, whole, folder = Fragile("fragile", [""]), tmp_path / "whole", tmp_path / "run"
     operations, outcome = kill.operations_of(case, whole), Outcome("fragile", 2, 0)
     for number in (1, 3):  # before the folder is made, and later
-        try_kill(outcome, case, folder, whole, lambda n=number: kill.kill_at_operation(case, folder, n), "there")
+        try_kill(outcome, case, folder, whole, partial(kill.kill_at_operation, case, folder, number), "there")
     assert operations[:3] == ["mkdir .", "open a.txt.part", "write a.txt.part"]
     assert (outcome.killed, outcome.resumed, outcome.equal) == (2, 1, 1)
     assert outcome.failures == ["there: exit code 1, differs in a.txt, a.txt.part"]

@@ -115,6 +115,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     for name in ("checkpoint-20.part", "checkpoint-5.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "optimizer.safetensors").write_bytes(b"half of it")
+    (tmp_path / "checkpoint-30.part").touch()
     assert find_checkpoint(tmp_path).name == "checkpoint-10"
     save_checkpoint(Agent(20), tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-20"]
