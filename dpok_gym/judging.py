@@ -21,6 +21,9 @@ from dpok_gym.utils.images import to_uint8
 from dpok_gym.utils.threads import DaemonExecutor
 from dpok_gym.utils.validation import check_integer
 
+#: Pixels of the images that are scored together: 4,096 images of 64x64, or 64 of 512x512.
+MAX_PIXELS = 2**24
+
 
 class Outcome(NamedTuple):
     """Finished images and their rewards.
@@ -65,10 +68,18 @@ class ImageJudge:
         Raises:
             ValueError: if a reward is not finite and such images are not masked.
         """
-        chunks = self._decode_in_chunks(latents, list(prompts))
-        images, rewards = judge_chunks(self.reward, chunks, self._executor)
-        return Outcome(to_uint8(images), rewards)
+        images: list[NDArray[np.uint8]] = []
 
+        def decoded() -> Iterator[tuple[Tensor, list[str]]]:
+            for rows in self._chunks(len(latents)):
+                chunk = self.decode(latents[rows])
+                images.append(to_uint8(chunk))
+                yield chunk, list(prompts[rows])
+
+        rewards = judge_chunks(self.reward, decoded(), self._executor)
+        return Outcome(np.concatenate(images), rewards)
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Returns the images (B, 3, H, W) in [0, 1] of latents (B, C, h, w)."""
         return self._decoding.map(lambda rows: self.model.decode(latents[rows]), len(latents))
@@ -78,18 +89,18 @@ class ImageJudge:
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
-    @torch.no_grad()
-    def _decode_in_chunks(self, latents: Tensor, prompts: list[str]) -> Iterator[tuple[Tensor, list[str]]]:
-        """Yields images (b, 3, H, W) and their prompts, so that workers can start before all images are decoded."""
-        size = len(latents)
+    def _chunks(self, n_images: int) -> Iterator[slice]:
+        """Yields the rows that are decoded and then scored together."""
+        # In full precision, all images of a large batch would need gigabytes.
+        size = max(1, MAX_PIXELS // math.prod(self.model.image_shape))
         if self.reward_workers:
             # Two chunks for each thread, so that all are busy even if some chunks take longer.
-            size = math.ceil(len(latents) / (2 * self.reward_workers))
-            decoded = self._decoding.size or 1
-            # Whole decoding batches: the images are then the same bits as without threads.
-            size = math.ceil(size / decoded) * decoded
-        for first in range(0, len(latents), size):
-            yield self.decode(latents[first : first + size]), prompts[first : first + size]
+            size = min(size, math.ceil(n_images / (2 * self.reward_workers)))
+        # Whole decoding batches: the images are then the same bits, whatever the size of the chunks.
+        decoded = self._decoding.size or 1
+        size = math.ceil(size / decoded) * decoded
+        for first in range(0, n_images, size):
+            yield slice(first, first + size)
 
 
 def make_info(outcome: Outcome, index: int, prompt: str) -> dict[str, Any]:

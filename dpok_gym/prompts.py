@@ -188,8 +188,10 @@ def _load_named(name: str) -> PromptSet:
 
 def _load_file(path: Path) -> PromptSet:
     entries = read_prompt_file(path)
-    texts, weights, lines = (tuple(entry[column] for entry in entries) for column in range(3))
-    return PromptSet(str(path), texts, (), () if set(weights) == {1.0} else weights, lines if lines[0] else ())
+    texts = tuple(text for text, _, _ in entries)
+    weights = tuple(weight for _, weight, _ in entries)
+    lines = tuple(line for _, _, line in entries if line)
+    return PromptSet(str(path), texts, (), () if set(weights) == {1.0} else weights, lines)
 
 
 def prompt_to_bytes(prompts: Sequence[str], size: int) -> NDArray[np.uint8]:

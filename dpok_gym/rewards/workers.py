@@ -18,7 +18,7 @@ from dpok_gym.rewards.base import Components, Reward, RewardBatch
 
 def judge_chunks(
     reward: Reward, chunks: Iterable[tuple[Tensor, list[str]]], executor: Executor | None = None
-) -> tuple[Tensor, RewardBatch]:
+) -> RewardBatch:
     """Scores images that come in chunks, and concatenates the results in the order of the chunks.
 
     The result equals that of one call with all images, as long as a function's score of an image does not depend on
@@ -30,30 +30,28 @@ def judge_chunks(
         executor: runs the reward functions; None for this thread.
 
     Returns:
-        All images (B, 3, H, W), and their rewards.
+        The rewards of all images.
 
     Raises:
         ValueError: if a function has other components for one chunk than for another. An error of a reward function is
             raised here too, the first in the order of the images; chunks that have not begun by then are cancelled.
     """
-    images: list[Tensor] = []
     prompts: list[str] = []
     pending: list[Future[Components]] = []
     scores: list[Components] = []
     try:
-        for chunk_images, chunk_prompts in chunks:
-            images.append(chunk_images)
+        for images, chunk_prompts in chunks:
             prompts += chunk_prompts
             # The executor works on this chunk while the caller decodes the next one.
             if executor is None:
-                scores.append(reward.components(chunk_images, chunk_prompts))
+                scores.append(reward.components(images, chunk_prompts))
             else:
-                pending.append(executor.submit(reward.components, chunk_images, chunk_prompts))
+                pending.append(executor.submit(reward.components, images, chunk_prompts))
         scores += [future.result() for future in pending]
     finally:
         for future in pending:
             future.cancel()
-    return torch.cat(images), reward.combine(_concatenate(scores), prompts)
+    return reward.combine(_concatenate(scores), prompts)
 
 
 def _concatenate(scores: Sequence[Components]) -> Components:

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from gymnasium.vector import AutoresetMode
 
 import dpok_gym
-from dpok_gym import DenoisingEnv, DenoisingVectorEnv
+from dpok_gym import DenoisingEnv, DenoisingVectorEnv, judging
 from dpok_gym.models import TextToImageModel
 from dpok_gym.prompts import prompt_to_bytes, prompts_from_bytes
 from dpok_gym.registration import ENVIRONMENTS
@@ -497,6 +497,25 @@ def test_reward_workers_change_nothing(workers: int) -> None:
     for i in range(T):
         assert_same(threaded.step(noise(i, (5, 4, 8, 8))), plain.step(noise(i, (5, 4, 8, 8))))
     threaded.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_large_batches_are_scored_in_parts(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All images in full precision at a time would take gigabytes."""
+    sizes: list[int] = []
+
+    def counting(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        sizes.append(len(prompts))
+        return redness(images, prompts)
+
+    latents, prompts = torch.from_numpy(noise(0, (5, 4, 8, 8))), ["a star", "a star", "a red star", "a star", "a star"]
+    env = make(reward=counting, decode_batch_size=1, reward_workers=workers)
+    whole = env.judge(latents, prompts)
+    monkeypatch.setattr(judging, "MAX_PIXELS", 2 * 64 * 64 + 1)
+    sizes.clear()
+    assert_same(env.judge(latents, prompts), whole)
+    assert sorted(sizes) == [1, 2, 2]
+    env.close()
 
 
 @pytest.mark.slow

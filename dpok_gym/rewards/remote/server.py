@@ -84,6 +84,7 @@ def make_app(
     ====== =============================================================================================
     400    the request breaks the protocol, an image is damaged, or the Host header names another server
     401    the token is missing or wrong
+    403    a web page sent the request
     408    the request did not come within 30 seconds
     413    too many images or pixels: at most ``max_batch`` images, 2**21 pixels in each and 2**24 in all
     422    the reward raised ValueError or TypeError, for example because it cannot read a prompt
@@ -265,6 +266,8 @@ class _Door:
             if not self._is_named(headers.get("host", "")):
                 reason = "the Host header names another server; dpok serve-reward --allowed-host adds a name"
                 app = JSONResponse({"error": reason}, 400)
+            elif "origin" in headers:  # which browsers add to what a page of another site sends
+                app = JSONResponse({"error": "web pages cannot use this server"}, 403)
             elif scope["path"] != "/health" and not self._has_token(headers.get("authorization", "")):
                 reason = f"the token is missing or wrong; the client takes it from {TOKEN_VARIABLE}"
                 app = JSONResponse({"error": reason}, 401, {"www-authenticate": "Bearer"})

@@ -81,8 +81,7 @@ def test_chunks_are_judged_side_by_side(images: torch.Tensor) -> None:
         return redness(images, prompts)
 
     with ThreadPoolExecutor(3) as executor:
-        judged_images, judged = judge_chunks(make_reward(waiting), chunks(images), executor)
-    assert torch.equal(judged_images, images)
+        judged = judge_chunks(make_reward(waiting), chunks(images), executor)
     assert torch.equal(judged.total, redness(images, PROMPTS))
 
 
@@ -117,9 +116,9 @@ def test_results_keep_the_order_of_the_images(images: torch.Tensor) -> None:
 
     reward = make_reward({late_first: 2.0, "jpeg-compressibility": {"weight": 0.5, "normalize": [-2.0, 0.5]}})
     with ThreadPoolExecutor(3) as executor:
-        _, judged = judge_chunks(reward, chunks(images), executor)
+        judged = judge_chunks(reward, chunks(images), executor)
     assert_same(judged, reward(images, PROMPTS))
-    assert_same(judge_chunks(reward, chunks(images))[1], judged)
+    assert_same(judge_chunks(reward, chunks(images)), judged)
 
 
 def test_a_reward_that_writes_into_its_images_does_not_change_them(images: torch.Tensor) -> None:
@@ -128,8 +127,8 @@ def test_a_reward_that_writes_into_its_images_does_not_change_them(images: torch
         return torch.zeros(len(prompts))
 
     before = images.clone()
-    judged_images, _ = judge_chunks(make_reward(vandal), chunks(images))
-    assert torch.equal(judged_images, before)
+    judge_chunks(make_reward(vandal), chunks(images))
+    assert torch.equal(images, before)
 
 
 def test_errors_surface_and_the_environment_goes_on() -> None:
@@ -170,7 +169,7 @@ def test_what_has_not_begun_is_called_off(images: torch.Tensor) -> None:
 def test_masked_rewards(images: torch.Tensor) -> None:
     images[3] = float("nan")
     with ThreadPoolExecutor(2) as executor:
-        _, judged = judge_chunks(make_reward(redness, "mask"), chunks(images), executor)
+        judged = judge_chunks(make_reward(redness, "mask"), chunks(images), executor)
         assert judged.valid.tolist() == [True, True, True, False, True]
         with pytest.raises(ValueError, match="the image for the prompt 'prompt 3' is not finite"):
             judge_chunks(make_reward(redness), chunks(images), executor)

@@ -260,6 +260,12 @@ def test_the_host_is_checked(start) -> None:
             assert (status, "the Host header names another server" in reply["error"]) == (400, True), name
 
 
+def test_web_pages_cannot_use_it(start) -> None:
+    """A page that somebody has open on this machine could send requests to it."""
+    refused = (403, {"error": "web pages cannot use this server"})
+    assert post(start(ones), asked(), Origin="https://evil.example") == refused
+
+
 def test_slow_senders_are_timed_out(start, monkeypatch) -> None:
     monkeypatch.setattr(server, "RECEIVE_TIMEOUT", 0.3)
     monkeypatch.setattr(connections, "HEADER_TIMEOUT", 0.6)
