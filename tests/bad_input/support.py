@@ -86,7 +86,7 @@ def refused(*names: str) -> Iterator[None]:
     Args:
         *names: parts of the message, one of which must be in it; hyphens, underscores and blanks are the same.
     """
-    with pytest.raises((ValueError, TypeError, FileNotFoundError)) as caught:
+    with pytest.raises((ValueError, TypeError, FileNotFoundError, ImportError)) as caught:
         yield
     check_message(str(caught.value), *names)
 

@@ -202,7 +202,7 @@ def test_optimizers_go_on(optimizer_class: Callable[..., torch.optim.Optimizer])
 
 def test_an_optimizers_state_of_more_parameters_is_refused() -> None:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
-    with pytest.raises(ValueError, match="the optimiser's state is of 3 parameters, and there are 1"):
+    with pytest.raises(ValueError, match="the optimiser's state is of a parameter 2, and there are 1"):
         load_optimizer(optimizer, {"2.exp_avg": torch.zeros(3)})
     load_optimizer(optimizer, {})
     assert flatten_optimizer(optimizer) == {}
