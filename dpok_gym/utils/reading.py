@@ -255,6 +255,8 @@ def check_model_folder(folder: str | os.PathLike[str]) -> None:
                 raise ValueError(f"{path} asks for {most:,} layers, and at most {MAX_LAYERS:,} are made")
         elif path.suffix == ".safetensors":
             check_tensors(path)
+        elif path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
+            check_torch_file(path)
 
 
 def _numbers_of_layers(config: Any, is_number: bool = False) -> Iterator[int]:

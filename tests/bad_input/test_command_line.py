@@ -35,7 +35,7 @@ TEXTS = {
     "--skip-last-steps": ["x", "-1", "1.5"],
     "--micro-batch-size": ["0", "x", "-1", "1.5"],
     "--max-batch-size": ["0", "x", "-1", "1.5"],
-    "--target-modules": ["", "x", "atention"],
+    "--target-modules": ["", "x", "attentoin"],
     "--eta": ["0", "1.1"],
     "--num-inference-steps": ["0", "1001"],
     "--images": ["0", "1000000001"],
@@ -88,13 +88,13 @@ def _annotations(options):
 
 
 def _cases():
-    cases = []
+    cases: list[tuple[str, list[str], str, str]] = []
     for command, options in OPTIONS.items():
         for name, kind in _annotations(options).items():
             words = list(WRONG_WORDS.get(kind_of(kind), []))
             words += TEXTS.get(name, []) if command in _ONLY.get(name, command).split() else []
             cases += [(command, [], name, word) for word in dict.fromkeys(words)]
-    known = set()
+    known: set[str] = set()
     for algorithm in ["dpok", *list_algorithms()]:
         own = _annotations(train._options_class(default_config("DPOK-Shapes-v0", algorithm)))
         for name, kind in own.items():

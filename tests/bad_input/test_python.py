@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -41,7 +41,14 @@ def _cases(owner, further=(), left_out=()):
     return cases
 
 
-ENVIRONMENT = {
+def _of(values):
+    """Returns the cases of a table: for each name, its wrong values."""
+    return [
+        pytest.param(name, value, id=f"{name}-{describe(value)}") for name, wrong in values.items() for value in wrong
+    ]
+
+
+ENVIRONMENT: dict[str, list[Any]] = {
     "num_envs": [0, None, 10**7],
     "model": [None, 3, "", "a\0b", [], b"shapes", "shapes:", {}],
     "prompts": [None, 3, [], "", [" "], [3], ["a red dragon"], "conut", "missing.txt", b"x"],
@@ -80,17 +87,23 @@ def env():
     return DenoisingVectorEnv(2, num_inference_steps=2, **settings)
 
 
+RESET_OPTIONS: dict[str, list[Any]] = {
+    "prompt": [3, "", "x", ["two modes"], [3, 3], {}, 1.5],
+    "latent": [3, "x", np.ones(2), math.nan, {}, []],
+    "reset_mask": [3, "x", np.ones(2), np.zeros(2, bool), True],
+}
+METHODS: dict[tuple[str, str], list[Any]] = {
+    ("reset", "seed"): [-1, 1.5, "x", [1], [1, "x"], object(), math.nan, True],
+    ("reset", "options"): [3, "x", [1], {"promt": "a"}, {1: 2}, np.ones(2)],
+    ("step", "actions"): [3, "x", None, np.ones(2), math.nan, {}, [], object()],
+    ("optimal_value", "beta"): [0, -1, math.nan, "x", None, 1e39],
+}
+METHODS["reset", "options"] += [{name: value} for name, values in RESET_OPTIONS.items() for value in values]
+
+
 @pytest.mark.parametrize(
     ("method", "argument", "value"),
-    [
-        *[("reset", "seed", value) for value in (-1, 1.5, "x", [1], [1, "x"], object(), math.nan, True)],
-        *[("reset", "options", value) for value in (3, "x", [1], {"promt": "a"}, {1: 2}, np.ones(2))],
-        *[("reset", "options", {"prompt": value}) for value in (3, "", "x", ["two modes"], [3, 3], {}, 1.5)],
-        *[("reset", "options", {"latent": value}) for value in (3, "x", np.ones(2), math.nan, {}, [])],
-        *[("reset", "options", {"reset_mask": value}) for value in (3, "x", np.ones(2), np.zeros(2, bool), True)],
-        *[("step", "actions", value) for value in (3, "x", None, np.ones(2), math.nan, {}, [], object())],
-        *[("optimal_value", "beta", value) for value in (0, -1, math.nan, "x", None, 1e39)],
-    ],
+    [(*names, value) for names, values in METHODS.items() for value in values],
     ids=lambda value: value if isinstance(value, str) else describe(value),
 )
 def test_methods_of_an_environment(env, method, argument, value):
@@ -112,7 +125,8 @@ def _algorithm_cases():
         "policy_kwargs": [{"lora_rnak": 2}, {"lora_rank": -1}, {"critic_hidden": 0}, {"autocast": "no"}],
         "seed": [2**32],
     }
-    known, cases = set(), []
+    known: set[str] = set()
+    cases = []
     for algorithm in list_algorithms():
         for case in _cases(load_algorithm(algorithm), further, left_out={"env", "tensorboard_log", *known}):
             cases.append(pytest.param(algorithm, *case.values, id=f"{algorithm}-{case.id}"))
@@ -134,7 +148,7 @@ def test_environments_of_algorithms(value):
         DPOK("DenoisingPolicy", value)
 
 
-POLICY = {
+POLICY: dict[str, list[Any]] = {
     "target_modules": ["x", "", None, 3, [], [3], ["x"], {}],
     "lora_rank": [10**5],
     "optimizer_class": [None, 3, "x"],
@@ -154,31 +168,30 @@ def shapes_env():
     return DenoisingVectorEnv(2, model="shapes", device="cpu", num_inference_steps=2)
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    pytest.param(name, value, id=f"{name}-{describe(value)}")
-    for name, values in {
-        "name_or_path": [*WRONG["path"], "no/such/model/here", "os:path", "no_such_module:model"],
-        "device": ["", "x", "cuda:99", 3, None, "meta"],
-        "dtype": ["x", "", "float64", None, 3, torch.float32],
-        "image_size": [0, 7, 1.5, "64", [64], {}, 10**6, -8],
-        "negative_prompt": [3, [], b"x", "a red dragon"],
-        "revision": [3, [], b"x"],
-        "variant": [3, [], b"x", "fp99"],
-        "allow_pickle": WRONG["switch"],
-        "vae_tiling": WRONG["switch"],
-        "compile": WRONG["switch"],
-        "config": [3, "", [], b"x"],
-        "imagesize": [64],
-    }.items()
-    for value in values
-])  # fmt: skip
+LOAD_MODEL: dict[str, list[Any]] = {
+    "name_or_path": [*WRONG["path"], "no/such/model/here", "os:path", "no_such_module:model"],
+    "device": ["", "x", "cuda:99", 3, None, "meta"],
+    "dtype": ["x", "", "float64", None, 3, torch.float32],
+    "image_size": [0, 7, 1.5, "64", [64], {}, 10**6, -8],
+    "negative_prompt": [3, [], b"x", "a red dragon"],
+    "revision": [3, [], b"x"],
+    "variant": [3, [], b"x", "fp99"],
+    "allow_pickle": WRONG["switch"],
+    "vae_tiling": WRONG["switch"],
+    "compile": WRONG["switch"],
+    "config": [3, "", [], b"x"],
+    "imagesize": [64],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), _of(LOAD_MODEL))
 def test_load_model(name, value):
     names = {"name_or_path": "model", "negative_prompt": "prompt", "variant": "model"}
     with refused(name, names.get(name, name)):
         load_model(**({"name_or_path": "shapes", "device": "cpu"} | {name: value}))
 
 
-CLASSES = {
+CLASSES: dict[Any, dict[str, list[Any]]] = {
     BestOf: {"n_particles": [0, None]},
     FKSteering: {"temperature": [0, None], "resample_every": [0]},
     SVDD: {"temperature": [None, "x", np.ones(2)]},
@@ -196,17 +209,16 @@ def test_steering(method, name, value):
         method(**{name: value})
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    pytest.param(name, value, id=f"{name}-{describe(value)}")
-    for name, values in {
-        "policy": [None, 3, "x", object()],
-        "env": [None, 3, "x", object()],
-        "prompts": [None, 3, "two modes", [], [3], [""], ["no such mixture"], [b"x"], {}],
-        "seed": [-1, 1.5, "x", None, math.nan, True],
-        "steering": [None, 3, "best-of", BestOf],
-    }.items()
-    for value in values
-])  # fmt: skip
+EVALUATE: dict[str, list[Any]] = {
+    "policy": [None, 3, "x", object()],
+    "env": [None, 3, "x", object()],
+    "prompts": [None, 3, "two modes", [], [3], [""], ["no such mixture"], [b"x"], {}],
+    "seed": [-1, 1.5, "x", None, math.nan, True],
+    "steering": [None, 3, "best-of", BestOf],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), _of(EVALUATE))
 def test_evaluate(env, name, value):
     agent = DPOK("DenoisingPolicy", env, device="cpu")
     arguments = {"policy": agent.policy, "env": env, "prompts": ["two modes"], "seed": 0} | {name: value}
