@@ -65,7 +65,7 @@ def parse_options(options: type[Options], prog: str, argv: Sequence[str]) -> Opt
     parsed, unknown = _call_tyro(options, argv, prog=prog)
     # tyro's own error for an unknown option names no similar one, so it hands unknown words back instead.
     if unknown:
-        raise UsageError(_describe_unknown(unknown, option_names(options)))
+        raise UsageError(_describe_unknown(unknown, option_names(options), argv))
     return parsed
 
 
@@ -223,8 +223,12 @@ def _reword(message: str) -> str:
     return message
 
 
-def _describe_unknown(words: Sequence[str], known: Sequence[str]) -> str:
+def _describe_unknown(words: Sequence[str], known: Sequence[str], argv: Sequence[str]) -> str:
     """Returns the message for words that belong to no option; it names the nearest option of the first one."""
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if equals and value in words and word not in words and name.replace("_", "-") in known:
+            return f"{name} takes no value: write {name}, or --no-{name.removeprefix('--')}, and not {word!r}"
     options = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not options:
         return f"unexpected {words[0]!r}: a text of several words needs quotation marks"

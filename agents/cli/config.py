@@ -124,7 +124,7 @@ class Config:
         try:
             values = read_yaml(path)
         except ValueError as error:
-            raise ValueError(f"{error}; mend it, or train anew") from error
+            raise ValueError(f"the config of the run is damaged: {error}; mend it, or train anew") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} is damaged: it is no mapping of keys to values; mend it, or train anew")
         known = [field.name for field in fields(cls)]

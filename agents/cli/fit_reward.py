@@ -149,7 +149,7 @@ def _starting_point(options: FitReward) -> tuple[PreferenceNetwork | None, int]:
     from dpok_gym.rewards.preference.reward import PreferenceReward
 
     if options.start is None:
-        return None, options.image_size or 64
+        return None, 64 if options.image_size is None else options.image_size
     network = PreferenceReward.load(options.start).network
     image_size = network.config.image_size
     if options.image_size not in (None, image_size):

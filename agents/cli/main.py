@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from agents.cli.signals import SIGNALS, exit_code
+from dpok_gym.utils.registry import RAISED_BY
 
 #: The module of each command, and its line in the help.
 COMMANDS = {
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``dpok``; None for those of the process.
 
     Returns:
-        The exit code: 0, 1 after an error of a user's reward, 2 after one in the input, 130 after Ctrl-C, 143 after
+        The exit code: 0, 1 after an error of a user's own code, 2 after one in the input, 130 after Ctrl-C, 143 after
         SIGTERM, 129 after SIGHUP.
     """
     if argv is None:
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if message is None or os.environ.get("DPOK_DEBUG"):
             raise
         print(f"dpok: error: {' '.join(message.split())}", file=sys.stderr)
-        if not _is_of_reward(error):
+        if not _raised_by(error):
             return 2
         traceback.print_exception(error)
         return 1
@@ -86,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _describe(error: Exception) -> str | None:
     """Returns what a user can do about an error; None for one that users do not cause."""
-    if _is_of_reward(error):
-        return f"a reward raised {type(error).__name__}: {error} {error.__notes__[0]} Its own traceback follows"
+    if code := _raised_by(error):
+        return f"{code} raised {type(error).__name__}: {error}; its own traceback follows"
     # Compared by name, because importing torch for its class would take seconds.
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if is_memory or (isinstance(error, RuntimeError) and any(text in str(error) for text in _MEMORY_IS_FULL)):
@@ -99,9 +100,10 @@ def _describe(error: Exception) -> str | None:
     return str(error) if isinstance(error, (ValueError, TypeError, OSError, ImportError)) else None
 
 
-def _is_of_reward(error: Exception) -> bool:
-    """Returns whether a user's reward raised the error."""
-    return any(note.startswith("It was raised by the reward") for note in getattr(error, "__notes__", ()))
+def _raised_by(error: Exception) -> str:
+    """Returns the user's code that raised an error, such as a reward; "" if it was ours."""
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(RAISED_BY)]
+    return notes[0].removeprefix(RAISED_BY) if notes else ""
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:

@@ -115,7 +115,7 @@ def _make_env(options: Sample, config: Config | None) -> DenoisingVectorEnv:
     if config is not None and options.env is None:
         env_id, kwargs = config.env, dict(config.env_kwargs)
     else:
-        env_id = options.env or DEFAULT_ENVIRONMENT
+        env_id = DEFAULT_ENVIRONMENT if options.env is None else options.env
         kwargs = environment_kwargs(env_id)
     reward = kwargs["reward"] if options.reward is None else options.reward
     wanted = parse_reward(reward) if options.steer.steering else {}

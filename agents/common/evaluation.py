@@ -200,8 +200,8 @@ def sample_images(
         TypeError: if ``steering`` is no method of steering.
         ValueError: if there are no prompts, or one cannot be read.
     """
-    if isinstance(prompts, str) or not len(prompts):
-        raise ValueError(f"the prompts to evaluate on are a list of texts; give at least one, not {prompts!r}")
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not len(prompts):
+        raise ValueError(f"the prompts to evaluate on are a list of texts; give at least one, not {shorten(prompts)}")
     if not isinstance(steering, Steering):
         raise TypeError(f"steering must be BestOf(n), FKSteering(...) or SVDD(...), not {steering!r}")
     check_integer("seed", seed, minimum=0, maximum=2**62)

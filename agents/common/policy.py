@@ -5,6 +5,7 @@ Letters used for shapes: B states, C x h x w a latent.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ from dpok_gym.prompts import prompts_from_bytes
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig, State
 from dpok_gym.utils.batching import BatchSize
 from dpok_gym.utils.sharding import is_sharded, sharded_copy
-from dpok_gym.utils.validation import check_choice, check_integer
+from dpok_gym.utils.validation import check_choice, check_integer, check_names
 
 #: An eps far below any gradient: a step of AdamW then does not depend on the scale of the loss.
 DEFAULT_OPTIMIZER_KWARGS = {"weight_decay": 0.0, "eps": 1e-15}
@@ -153,11 +154,14 @@ class DenoisingPolicy(ActorCriticPolicy):
             self.critic = ValueNetwork(dims, self.model.text_width, process.num_inference_steps, critic_hidden)
             self.critic.to(self.model.device)
         elif use_critic:
+            check_names("argument of RewardCritic", critic_kwargs or {}, inspect.signature(RewardCritic).parameters)
             self.critic = RewardCritic(process, **critic_kwargs or {})
         # Two groups, so that the critic can have a learning rate of its own.
         groups: list[dict[str, Any]] = [{"params": self.denoiser_parameters()}]
         if isinstance(self.critic, ValueNetwork):
             groups.append({"params": list(self.critic.parameters())})
+        known = inspect.signature(optimizer_class).parameters
+        check_names(f"argument of {optimizer_class.__name__}", self.optimizer_kwargs, known)
         self.optimizer = optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     def _make_trainable(self, lora_rank: int, target_modules: str | Sequence[str]) -> None:

@@ -236,6 +236,10 @@ def _make_by_factory(spec: ModelSpec) -> TextToImageModel:
     factory: Any = spec.source
     if isinstance(factory, str):
         factory = import_attribute(f"model {spec.name!r}", factory)
+    if not callable(factory):
+        raise ValueError(
+            f"the model {spec.name!r}: {_describe(spec.source)} must be a function, got {shorten(factory)}"
+        )
     model = factory(spec.name, spec.device)
     if not isinstance(model, TextToImageModel):
         raise ValueError(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpok_gym.utils.registry import Registry, import_attribute
+from dpok_gym.utils.registry import RAISED_BY, Registry, import_attribute
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +25,6 @@ REWARDS: Registry[RewardFactory] = Registry(
     "Add yours with register_reward(), or pass the callable itself, 'module:name', or a folder that dpok fit-reward "
     "wrote",
 )
-
-#: The note of an error that a user's reward raised, for its name.
-RAISED_BY = "It was raised by the reward {!r}."
 
 # Loaded rewards, by name. The environments for training and for evaluation share one copy of the weights.
 _loaded: dict[str, RewardFunction] = {}
@@ -80,7 +77,7 @@ def noting_errors(name: str, function: Callable[..., Any]) -> Iterator[None]:
     except Exception as error:
         module = getattr(function, "__module__", None) or type(function).__module__
         if module.partition(".")[0] != "dpok_gym":
-            error.add_note(RAISED_BY.format(name))
+            error.add_note(f"{RAISED_BY}the reward {name!r}")
         raise
 
 

@@ -13,6 +13,7 @@ import os
 import stat
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ MAX_YAML_BYTES = 2**20
 MAX_ARRAY_BYTES = 4 * 2**30
 #: Bytes of the header of a safetensors file: the one of Stable Diffusion XL has 0.3 MB.
 MAX_HEADER_BYTES = 16 * 2**20
+#: Layers of a part of a model. Published ones have fewer than 100.
+MAX_LAYERS = 1000
 #: Pixels of an image: 8,192 x 8,192.
 MAX_PIXELS = 2**26
 
@@ -237,17 +240,35 @@ def check_model_folder(folder: str | os.PathLike[str]) -> None:
     """Checks the files of a model's folder that other libraries then read.
 
     Raises:
-        ValueError: if a text, or the header of a safetensors file, is too large, a JSON file holds no mapping, or
-            something is no file.
+        ValueError: if a text, the header of a safetensors file or a number of layers is too large, a JSON file holds no
+            mapping, or something is no file.
     """
     folder = Path(folder)
     for path in [*folder.iterdir(), *folder.glob("*/*")]:
         if path.suffix == ".txt":
             check_file(path, MAX_TEXT_BYTES)
-        elif path.suffix == ".json" and not isinstance(read_json(path), dict):
-            raise ValueError(f"{path} holds no mapping of keys to values")
+        elif path.suffix == ".json":
+            content = read_json(path)
+            if not isinstance(content, dict):
+                raise ValueError(f"{path} holds no mapping of keys to values")
+            if (most := max(_numbers_of_layers(content), default=0)) > MAX_LAYERS:
+                raise ValueError(f"{path} asks for {most:,} layers, and at most {MAX_LAYERS:,} are made")
         elif path.suffix == ".safetensors":
             check_tensors(path)
+        elif path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
+            check_torch_file(path)
+
+
+def _numbers_of_layers(config: Any, is_number: bool = False) -> Iterator[int]:
+    """Yields every number in a model's config whose key says that it counts layers."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from _numbers_of_layers(value, "layers" in key)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _numbers_of_layers(value, is_number)
+    elif is_number and isinstance(config, int):
+        yield config
 
 
 def check_torch_file(path: str | os.PathLike[str]) -> Path:

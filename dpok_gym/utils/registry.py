@@ -9,6 +9,9 @@ from dpok_gym.utils.validation import suggest
 
 Entry = TypeVar("Entry")
 
+#: How the note begins that is added to an error of a user's own code. Its author needs the traceback.
+RAISED_BY = "It was raised by "
+
 
 class Registry(Generic[Entry]):
     """Names, and what each stands for.
@@ -77,6 +80,7 @@ def import_attribute(what: str, place: str) -> Any:
 
     Raises:
         ImportError: if the module or the attribute is not there.
+        Exception: whatever the module itself raises, with a note.
     """
     module, _, attribute = place.partition(":")
     try:
@@ -86,6 +90,9 @@ def import_attribute(what: str, place: str) -> Any:
             f"the {what} cannot be imported from {place!r}: {error}; modules are looked for in the current folder and "
             "among the installed ones"
         ) from error
+    except Exception as error:
+        error.add_note(f"{RAISED_BY}the module of the {what}")
+        raise
 
 
 def _definition(entry: Any) -> Any:

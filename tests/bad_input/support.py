@@ -86,7 +86,7 @@ def refused(*names: str) -> Iterator[None]:
     Args:
         *names: parts of the message, one of which must be in it; hyphens, underscores and blanks are the same.
     """
-    with pytest.raises((ValueError, TypeError, FileNotFoundError)) as caught:
+    with pytest.raises((ValueError, TypeError, FileNotFoundError, ImportError)) as caught:
         yield
     check_message(str(caught.value), *names)
 
@@ -144,30 +144,30 @@ def _grown(values: dict[str, Any]) -> dict[str, Any]:
 
 
 #: What can happen to any file.
-ANY_FILE: dict[str, Callable[[Path], None]] = {
+ANY_FILE: dict[str, Callable[[Path], Any]] = {
     "missing": Path.unlink,
-    "empty": lambda path: path.write_bytes(b"") and None,
-    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)) and None,
-    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]) and None,
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "flipped": lambda path: _flip(path, 9),  # in a text near its start, in a file of tensors in its header
     "a folder": _replace_by_folder,
-    "a pickle": lambda path: path.write_bytes(pickle.dumps(Intruder(path.parent / "trace"))) and None,
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(Intruder(path.parent / "trace"))),
 }
-JSON_FILE: dict[str, Callable[[Path], None]] = {
-    "a list": lambda path: path.write_text("[]") and None,
-    "no keys": lambda path: path.write_text("{}") and None,
-    "a number": lambda path: path.write_text("3") and None,
-    "deep": lambda path: path.write_text("[" * 10**5) and None,
-    "wrong values": lambda path: path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text()), "x"))) and None,
+JSON_FILE: dict[str, Callable[[Path], Any]] = {
+    "a list": lambda path: path.write_text("[]"),
+    "no keys": lambda path: path.write_text("{}"),
+    "a number": lambda path: path.write_text("3"),
+    "deep": lambda path: path.write_text("[" * 10**5),
+    "wrong values": lambda path: path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text()), "x"))),
 }
-TENSORS: dict[str, Callable[[Path], None]] = {
+TENSORS: dict[str, Callable[[Path], Any]] = {
     "a tensor less": lambda path: _change_tensors(path, _without_first),
     "another shape": lambda path: _change_tensors(path, _grown),
     "other names": lambda path: _change_tensors(path, lambda values: {f"x.{k}": v for k, v in values.items()}),
 }
 
 
-def damages_of(path: str) -> dict[str, Callable[[Path], None]]:
+def damages_of(path: str) -> dict[str, Callable[[Path], Any]]:
     """Returns what can happen to a file, by its ending."""
     further = {".json": JSON_FILE, ".safetensors": TENSORS}
     return ANY_FILE | further.get(Path(path).suffix, {})

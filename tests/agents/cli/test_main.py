@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import dpok_gym
 from agents.cli import main as command_line
@@ -121,3 +122,63 @@ def test_parse_runs_nothing(tmp_path, monkeypatch):
     command, options = parse(["train", "--seed", "3"])
     assert (command, options.config.seed) == ("train", 3)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Writes the module ``mine`` into the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("dpok_gym.rewards.registry._loaded", {})
+    yield (tmp_path / "mine.py").write_text
+    sys.modules.pop("mine", None)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "def reward(images, prompts):\n    raise ValueError('no\\nlight')",
+            "the reward 'mine:reward' raised ValueError: no light; its own traceback follows",
+        ),
+        (
+            "1 / 0",
+            "the module of the reward 'mine:reward', read as 'module:name' (or is http:// missing?), raised Zero",
+        ),
+        ("def reward(): return 1 / 0", "the reward 'mine:reward' raised ZeroDivisionError: division by zero; its own"),
+    ],
+)
+def test_a_reward_that_raises_keeps_its_traceback(mine, capsys, code, message):
+    mine(code)
+    words = ["sample", "--prompt", "a star", "--n", "1", "--num-inference-steps", "2", "--device", "cpu"]
+    assert main([*words, "--steering", "best-of", "--n-particles", "2", "--reward", "mine:reward"]) == 1
+    first, _, rest = capsys.readouterr().err.partition("\n")
+    assert first.startswith(f"dpok: error: {message}")
+    assert rest.startswith("Traceback")
+    assert 'mine.py", line' in rest
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+    ],
+)
+def test_full_memory_is_said_in_one_line(monkeypatch, capsys, error):
+    def fails(argv):
+        raise error
+
+    monkeypatch.setattr(command_line, "parse", fails)
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err.startswith("dpok: error: the device's memory is full; take fewer or smaller images")
+
+
+def test_other_errors_are_not_hidden(monkeypatch):
+    def fails(argv):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(command_line, "parse", fails)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        main(["train"])

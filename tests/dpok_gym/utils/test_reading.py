@@ -148,6 +148,16 @@ def test_images(tmp_path):
             reading.read_image(tmp_path / name)
 
 
+def test_a_config_with_layers_without_end(tmp_path):
+    (tmp_path / "unet").mkdir()
+    config = tmp_path / "unet" / "config.json"
+    config.write_text('{"layers_per_block": [2, 2], "channels": 5000}')
+    reading.check_model_folder(tmp_path)
+    config.write_text('{"nested": {"layers_per_block": [2, 1000000000]}}')
+    with pytest.raises(ValueError, match=r"config.json asks for 1,000,000,000 layers, and at most 1,000 are made"):
+        reading.check_model_folder(tmp_path)
+
+
 def test_a_compressed_torch_file_is_refused(tmp_path):
     path = tmp_path / "a.pt"
     torch.save({"a": torch.zeros(1000)}, path)
