@@ -233,8 +233,9 @@ def test_an_error_in_an_iteration(
 def test_an_interrupt_in_an_update_counts_no_images(
     make_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    agent = make_agent()
+    agent = make_agent(normalize_rewards=True)
     agent.learn(UPDATE)
+    statistics = agent.reward_normalizer.state_dict()
 
     def interrupted() -> None:
         raise KeyboardInterrupt
@@ -243,6 +244,7 @@ def test_an_interrupt_in_an_update_counts_no_images(
     with pytest.raises(KeyboardInterrupt):
         agent.learn(UPDATE, reset_num_timesteps=False)
     assert (agent.iteration, agent.images_drawn, agent.num_timesteps) == (1, N, UPDATE)
+    assert agent.reward_normalizer.state_dict() == statistics  # they have seen no image twice
 
 
 def assert_goes_on(agent: DDPO, n_whole: int, other: DDPO) -> None:
