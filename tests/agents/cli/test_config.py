@@ -183,7 +183,12 @@ OTHER = {
 @pytest.mark.slow
 def test_no_option_is_ignored():
     default = _config()
-    names = {field.name for field in dataclasses.fields(RunOptions)} - {"out", "resume", "resume_from_checkpoint", "trust"}
+    names = {field.name for field in dataclasses.fields(RunOptions)} - {
+        "out",
+        "resume",
+        "resume_from_checkpoint",
+        "trust",
+    }
     names |= default.env_kwargs.keys() | default.algo_kwargs.keys() | default.policy_kwargs.keys()
     assert names == OTHER.keys()
     ignored = []
