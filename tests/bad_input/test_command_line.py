@@ -175,7 +175,7 @@ def _misspelt():
                 yield pytest.param(command, f"{name[:3]}{name[4:]}", name, id=f"{command}{name}")
 
 
-@pytest.mark.parametrize(("command", "written", "name"), _misspelt())
+@pytest.mark.parametrize(("command", "written", "name"), list(_misspelt()))
 def test_misspelt_options(shapes_run, choices, tmp_path, monkeypatch, capsys, command, written, name):
     monkeypatch.chdir(tmp_path)
     base = [part.format(run=shapes_run, choices=choices, here=tmp_path) for part in BASE[command]]
