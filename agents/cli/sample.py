@@ -83,6 +83,8 @@ def run(options: Sample) -> int:
     steering = make_steering(options.steer)
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"--out must be a PNG file, such as sample.png, got {str(options.out)!r}")
+    if options.out.is_dir() or any(folder.is_file() for folder in options.out.parents):
+        raise ValueError(f"--out {options.out} is a folder, or lies in a file; choose another file")
     lora, run_folder = options.lora, None
     if lora is not None:
         # The option may name a run folder, or the LoRA's folder in it. Both know the run's model and sampler.

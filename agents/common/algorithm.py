@@ -155,15 +155,13 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
                 env = gymnasium.make_vec(env, num_envs=n_envs, vectorization_mode="vector_entry_point")
             except gymnasium.error.Error as error:
                 raise ValueError(f"there is no environment {env!r}: {error}") from error
-        elif (
-            env is not None
-            and n_envs is not None
-            and check_integer("n_envs", n_envs) != find_denoising_env(env).num_envs
-        ):
-            raise ValueError(
-                f"n_envs={n_envs} does not fit the environment, which has {find_denoising_env(env).num_envs}: leave it "
-                "out, or make the environment with as many"
-            )
+        elif env is not None and n_envs is not None:
+            there = find_denoising_env(env).num_envs
+            if check_integer("n_envs", n_envs) != there:
+                raise ValueError(
+                    f"n_envs={n_envs} does not fit the environment, which has {there}: leave it out, or make the "
+                    "environment with as many"
+                )
         is_policy = isinstance(policy, type) and issubclass(policy, DenoisingPolicy)
         if not (is_policy or (isinstance(policy, str) and policy in self.policy_aliases)):
             raise TypeError(f"the policy must be {' or '.join(self.policy_aliases)} or a class of it, got {policy!r}")

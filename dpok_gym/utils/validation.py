@@ -12,6 +12,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80  # characters
+
 #: The largest count of anything, unless a smaller one makes sense. No training yet drew or repeated so much.
 MAX_COUNT = 10**9
 #: The largest coefficient or limit: its square is still a number in float32.
@@ -194,5 +197,5 @@ def suggest(name: str, known: Collection[str]) -> str:
 
 
 def shorten(value: Any) -> str:
-    """Returns what a value looks like, for an error message, at most 80 characters of it."""
-    return reprlib.repr(value)
+    """Returns what a value looks like, for an error message; long ones lose their middle."""
+    return _SHORT.repr(value)

@@ -157,6 +157,14 @@ def test_options(shapes_run, choices, tmp_path, monkeypatch, capsys, command, fu
     _refuse([*base, *further, f"{name}={word}"], capsys, tmp_path, name, *_SYNONYMS.get(name, []))
 
 
+@pytest.mark.parametrize("out", ["folder.png", "file/picture.png"])
+def test_pictures_that_cannot_be_written(tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    _refuse([*BASE["sample"], "--out", out], capsys, tmp_path, out)
+
+
 def _misspelt():
     for command, options in {
         **OPTIONS,
@@ -167,7 +175,7 @@ def _misspelt():
                 yield pytest.param(command, f"{name[:3]}{name[4:]}", name, id=f"{command}{name}")
 
 
-@pytest.mark.parametrize(("command", "written", "name"), _misspelt())
+@pytest.mark.parametrize(("command", "written", "name"), list(_misspelt()))
 def test_misspelt_options(shapes_run, choices, tmp_path, monkeypatch, capsys, command, written, name):
     monkeypatch.chdir(tmp_path)
     base = [part.format(run=shapes_run, choices=choices, here=tmp_path) for part in BASE[command]]
