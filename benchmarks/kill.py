@@ -104,7 +104,7 @@ class Case:
         """Goes on with what a killed process left; returns the exit code."""
         # Before the config is written, only the command itself knows the settings.
         if self.words[0] == "train" and (folder / FILE_NAME).is_file():
-            return dpok(["train", "--resume", "--out", str(folder)])
+            return dpok(["train", "--resume", "--trust", "--out", str(folder)])
         return self.start(folder)
 
 
