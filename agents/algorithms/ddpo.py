@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,7 +63,7 @@ class DDPO(PolicyGradient):
                 "ever have rewards enough for statistics of its own"
             )
         self.advantage_clip = check_non_negative("advantage_clip", advantage_clip)
-        self.latest_rewards: dict[str, deque[float]] = {}
+        self.latest_rewards: dict[str, list[float]] = {}
         super().__init__(policy, env, **kwargs)
 
     def loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
@@ -79,24 +78,23 @@ class DDPO(PolicyGradient):
         """(r - mean_z) / std_z of each image, (n,)."""
         # The new rewards count in their own statistics, as in the published code.
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
-            self.latest_rewards.setdefault(prompt, deque(maxlen=self.statistics_size)).append(reward)
+            latest = [*self.latest_rewards.get(prompt, []), reward]
+            self.latest_rewards[prompt] = latest[-self.statistics_size :]
         means, stds = torch.zeros_like(rewards), torch.zeros_like(rewards)
         for index, prompt in enumerate(prompts):
-            latest = torch.tensor(self.latest_rewards[prompt]).to(rewards)
+            latest_of_prompt = torch.tensor(self.latest_rewards[prompt]).to(rewards)
             # A few rewards tell little about a prompt's mean and spread.
-            known = latest if len(latest) >= self.min_count else rewards
+            known = latest_of_prompt if len(latest_of_prompt) >= self.min_count else rewards
             means[index], stds[index] = known.mean(), known.std(correction=0)
         # One outlier must not decide the update; 1e-6 is for prompts whose rewards are all equal.
         return ((rewards - means) / (stds + 1e-6)).clamp(-self.advantage_clip, self.advantage_clip)
 
     def algorithm_state(self) -> dict[str, Any]:
         """Adds the latest rewards of each prompt."""
-        latest = {prompt: list(rewards) for prompt, rewards in self.latest_rewards.items()}
-        return super().algorithm_state() | {"latest_rewards": latest}
+        return super().algorithm_state() | {"latest_rewards": dict(self.latest_rewards)}
 
     def load_algorithm_state(self, state: Mapping[str, Any]) -> None:
         """Goes on with the latest rewards of each prompt."""
         super().load_algorithm_state(state)
-        self.latest_rewards = {}
-        for prompt, rewards in state["latest_rewards"].items():
-            self.latest_rewards[prompt] = deque(rewards, maxlen=self.statistics_size)
+        latest: dict[str, list[float]] = state["latest_rewards"]
+        self.latest_rewards = {prompt: rewards[-self.statistics_size :] for prompt, rewards in latest.items()}

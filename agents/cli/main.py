@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from agents.cli.signals import SIGNALS, exit_code
 from dpok_gym.utils.registry import RAISED_BY
+from dpok_gym.utils.threads import is_busy
 
 #: The module of each command, and its line in the help.
 COMMANDS = {
@@ -33,7 +34,7 @@ _MEMORY_IS_FULL = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 def run_process() -> NoReturn:
     """Runs the command of this process, and ends it."""
     code = main()
-    if SIGNALS.received is not None:
+    if SIGNALS.received is not None or is_busy():
         # Python would wait for other threads, such as one that asks a reward that hangs.
         sys.stdout.flush()
         sys.stderr.flush()
