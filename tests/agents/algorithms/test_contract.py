@@ -558,7 +558,7 @@ def test_every_argument_has_a_name_and_a_text(name: str, make_agent: MakeAgent) 
     [
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ({"batch_size": -5}, "batch_size must be an integer of at least 1"),
-        ({"micro_batch_size": 0}, "micro_batch_size must be an integer of at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size .* must be an integer of at least 1"),
         ({"images_per_iteration": 0}, "images_per_iteration must be an integer of at least 1, got 0"),
         ({"final_lr_fraction": -0.1}, r"final_lr_fraction must lie in \[0, 1\], got -0.1"),
         ({"warmup_fraction": 1.0}, r"warmup_fraction must lie in \[0, 1\), got 1.0"),
@@ -567,9 +567,9 @@ def test_every_argument_has_a_name_and_a_text(name: str, make_agent: MakeAgent) 
         ({"anchor_coef": -1.0}, "anchor_coef must be a number of at least 0"),
         ({"anchor_images": 0}, "anchor_images must be an integer of at least 1, got 0"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
-        ({"policy_kwargs": {"lora_rank": -1}}, "rank must be an integer of at least 1"),
+        ({"policy_kwargs": {"lora_rank": -1}}, "lora_rank must be an integer of at least 0"),
         ({"policy_kwargs": {"target_modules": ["to_x"]}}, "no layer of the denoiser ends in"),
-        ({"policy_kwargs": {"max_batch_size": 0}}, "max_batch_size must be an integer of at least 1"),
+        ({"policy_kwargs": {"max_batch_size": 0}}, "max_batch_size .* must be an integer of at least 1"),
     ],
     ids=str,
 )

@@ -569,8 +569,8 @@ def test_saved_lora(process: DenoisingProcess, make_policy: Callable[..., Denois
     ("kwargs", "message"),
     [
         ({"use_sde": True}, "use_sde must be False"),
-        ({"max_batch_size": 0}, "max_batch_size must be an integer of at least 1, None or 'auto', got 0"),
-        ({"lora_rank": -1}, "rank must be an integer of at least 1, got -1"),
+        ({"max_batch_size": 0}, "max_batch_size .* must be an integer of at least 1, got 0"),
+        ({"lora_rank": -1}, "lora_rank must be an integer of at least 0, got -1"),
         ({"target_modules": ["to_x"]}, r"no layer of the denoiser ends in any of \['to_x'\]"),
         ({"target_modules": "to_q"}, "target_modules must be one of 'attention', 'all', got 'to_q'"),
         ({"guidance_gradient": "none"}, "guidance_gradient must be one of 'both', 'conditional', got 'none'"),
