@@ -10,6 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dpok_gym.utils.reading import check_file
+
+#: Largest size of a file: a million long prompts have about 200 MB.
+MAX_BYTES = 2**30
 #: The prompts of a file, each with its weight and its line; 0 for a format without lines.
 Entries = list[tuple[str, float, int]]
 
@@ -37,13 +41,13 @@ def read_prompt_file(path: Path) -> Entries:
         ValueError: if the file is not UTF-8, is not of its format, or has no prompt.
     """
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        content = check_file(path, MAX_BYTES).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"the file of prompts {str(path)!r} is not UTF-8 text: {error}") from error
     suffix = path.suffix.lower()
     try:
         entries = _READERS.get(suffix, _read_lines)(content)
-    except (ValueError, TypeError) as error:  # json's errors are ValueErrors
+    except (ValueError, TypeError, RecursionError) as error:  # json's errors are ValueErrors
         raise ValueError(
             f"the file of prompts {str(path)!r} cannot be read as {suffix[1:].upper()}: {error}"
         ) from error

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dpok_gym.prompt_files import SUFFIXES, read_prompt_file
 from dpok_gym.utils.registry import Registry
-from dpok_gym.utils.validation import check_entries, check_integer
+from dpok_gym.utils.validation import check_entries, check_integer, shorten
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,12 @@ class PromptSet:
         return tuple(texts)
 
     def _check_weights(self) -> NDArray[np.float64]:
-        weights = np.array(self.weights, dtype=np.float64)
+        try:
+            weights = np.array(self.weights, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"the weights of {self.name!r} must be a list of numbers, not {shorten(self.weights)}"
+            ) from None
         is_one_each = weights.shape == (len(self.train),)
         if not is_one_each or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
             raise ValueError(

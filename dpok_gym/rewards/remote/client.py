@@ -41,7 +41,14 @@ from torch import Tensor
 from dpok_gym.rewards.remote.access import check_address, check_no_secret, find_token
 from dpok_gym.utils.images import to_uint8
 from dpok_gym.utils.threads import DaemonExecutor
-from dpok_gym.utils.validation import check_choice, check_integer
+from dpok_gym.utils.validation import (
+    check_choice,
+    check_finite,
+    check_integer,
+    check_non_negative,
+    check_positive,
+    shorten,
+)
 
 if TYPE_CHECKING:
     import httpx2
@@ -107,6 +114,10 @@ class RemoteReward:
         image_format: Literal["png", "jpeg"] = "png",
         token: str | None = None,
     ) -> None:
+        if not isinstance(urls, str | Sequence):
+            raise TypeError(f"the addresses of a remote reward are a text or a list of texts, not {shorten(urls)}")
+        if name is not None and not (isinstance(name, str) and name.strip()):
+            raise TypeError(f"the name of a remote reward is a text that is not blank, or None, not {shorten(name)}")
         self.urls = [urls] if isinstance(urls, str) else list(urls)
         if not self.urls or len(set(self.urls)) < len(self.urls):
             raise ValueError(f"a remote reward needs one address or several different ones, not {self.urls}")
@@ -115,8 +126,8 @@ class RemoteReward:
             check_address(url)
         find_token(token)
         attempts, batch_size = check_integer("attempts", attempts), check_integer("batch_size", batch_size)
-        if not (0 < timeout < math.inf and 0 <= backoff < math.inf):
-            raise ValueError(f"timeout must be positive and backoff at least 0 seconds, got {timeout} and {backoff}")
+        check_positive("timeout (seconds)", check_finite("timeout (seconds)", timeout))
+        check_non_negative("backoff (seconds)", backoff)
         check_choice("image_format", image_format, "png", "jpeg")
         try:
             # Here as well, so that a missing package shows when the reward is made, not after the first images.

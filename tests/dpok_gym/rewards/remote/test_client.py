@@ -445,9 +445,9 @@ def test_seeded_generators_are_left_alone(start, images, dead) -> None:
         ("http://a", {"token": ""}, "the token must be one or more visible ASCII characters"),
         ("http://a", {"attempts": 0}, "attempts must be an integer of at least 1, got 0"),
         ("http://a", {"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),
-        ("http://a", {"timeout": 0}, "timeout must be positive"),
-        ("http://a", {"timeout": math.inf}, "timeout must be positive"),
-        ("http://a", {"backoff": -1}, "backoff at least 0"),
+        ("http://a", {"timeout": 0}, r"timeout \(seconds\) must be a number above 0"),
+        ("http://a", {"timeout": math.inf}, r"timeout \(seconds\) must be finite"),
+        ("http://a", {"backoff": -1}, r"backoff \(seconds\) must be a number of at least 0"),
         ("http://a", {"image_format": "webp"}, "image_format must be one of 'png', 'jpeg', got 'webp'"),
     ],
 )
