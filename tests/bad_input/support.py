@@ -75,7 +75,8 @@ def kind_of(annotation: Any) -> str | None:
 
 def describe(value: Any) -> str:
     """Returns a short name of a value, for a test's id."""
-    text = "array" if isinstance(value, np.ndarray) else repr(value)
+    # An address in memory would give each process of the tests another name.
+    text = "array" if isinstance(value, np.ndarray) else re.sub(" at 0x[0-9a-f]+", "", repr(value))
     return re.sub(r"[^\w.,=+\[\]{}'-]", "_", text)[:40]
 
 
