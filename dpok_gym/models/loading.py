@@ -228,7 +228,7 @@ def _load_networks(spec: ModelSpec) -> TextToImageModel:
 
 
 def _make_by_factory(spec: ModelSpec) -> TextToImageModel:
-    if options := spec.options():
+    if options := [*spec.options(), *(["shard"] if spec.shard else [])]:
         raise ValueError(
             f"the model {spec.name!r} is made by {_describe(spec.source)}, in float32 and from no files: leave out "
             f"{', '.join(options)}"
