@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -206,6 +207,8 @@ def _fork(function: Callable[[], int | None]) -> int:
     if process:
         return process
     code = 1
+    # That of the parent is shared by all its forks, and one that is killed may hold it for ever.
+    tqdm.set_lock(threading.RLock())
     try:
         code = function() or 0
     except BaseException:
