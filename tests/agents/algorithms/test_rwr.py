@@ -56,8 +56,8 @@ def test_sparse_weights_by_hand(
     ("kwargs", "message"),
     [
         ({"temperature": 0.0}, "temperature must be a number above 0"),
-        ({"sparse_fraction": 1.5}, "sparse_fraction must lie in"),
-        ({"sparse_fraction": 0.0}, "sparse_fraction must lie in"),
+        ({"sparse_fraction": 1.5}, "sparse_fraction .unless None. must lie in"),
+        ({"sparse_fraction": 0.0}, "sparse_fraction .unless None. must lie in"),
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from agents import DDPO, DPOK, GRPO, DiffusionNFT, RewardWeightedSFT
-from tests.agents.common.support import Watch, snapshot
+from tests.agents.common.support import snapshot
 from tests.support import assert_same
 
 N, T = 4, 3
@@ -110,11 +110,9 @@ def test_the_logged_mean_reward_goes_on(make_agent: Callable[..., Any]) -> None:
     second.load_state_dict(saved_state(first))
     windows: list[list[list[float]]] = [[], []]
     for agent, window in zip((first, second), windows, strict=True):
-
-        def look(watch: Watch, window: list[list[float]] = window) -> None:
-            window.append([episode["r"] for episode in watch.model.ep_info_buffer])
-
-        agent.learn(UPDATE, Watch(look), reset_num_timesteps=False)
+        window.append([episode["r"] for episode in agent.ep_info_buffer])
+        agent.learn(UPDATE, reset_num_timesteps=False)
+        window.append([episode["r"] for episode in agent.ep_info_buffer])
     assert windows[0] == windows[1]
     assert len(windows[0][0]) == len(windows[0][-1]) == 6
     assert windows[0][0] != windows[0][-1]
