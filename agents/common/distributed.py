@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -91,6 +92,9 @@ def stop() -> None:
     global _watch
     if _watch is not None:
         barrier()
+        # A rank that ends can cut off the others' last exchange. Now it is one that nobody needs.
+        with suppress(RuntimeError):
+            dist.all_reduce(torch.zeros(1))
         _watch.stop()
         _watch = None
         dist.destroy_process_group()
