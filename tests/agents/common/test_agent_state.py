@@ -114,7 +114,7 @@ def test_the_logged_mean_reward_goes_on(make_agent: Callable[..., Any]) -> None:
         def look(watch: Watch, window: list[list[float]] = window) -> None:
             window.append([episode["r"] for episode in watch.model.ep_info_buffer])
 
-        agent.learn(UPDATE, Watch(look), reset_num_timesteps=False)
+        agent.learn(2 * UPDATE, Watch(look), reset_num_timesteps=False)
     assert windows[0] == windows[1]
     assert len(windows[0][0]) == len(windows[0][-1]) == 6
     assert windows[0][0] != windows[0][-1]
@@ -127,6 +127,16 @@ def test_a_state_of_another_algorithm_is_refused(make_agent: Callable[..., Any])
     state = make_agent(algorithm=DDPO).state_dict()
     agent = make_agent(use_critic=False)
     with pytest.raises(ValueError, match="the state is of DDPO, and the agent is DPOK"):
+        agent.load_state_dict(state)
+
+
+@pytest.mark.parametrize("counter", ["run_seed", "iteration", "images_drawn", "num_timesteps", "n_updates"])
+@pytest.mark.parametrize("value", [-1, "x", None, 1e300, 10**30], ids=str)
+def test_a_state_with_a_damaged_counter_is_refused(make_agent: Callable[..., Any], counter: str, value: Any) -> None:
+    agent = make_agent()
+    state = agent.state_dict()
+    state["state"][counter] = value
+    with pytest.raises(ValueError, match=f"{counter} must be an integer"):
         agent.load_state_dict(state)
 
 
