@@ -128,7 +128,7 @@ def test_a_damaged_archive(tmp_path, method):
     content = bytearray(path.read_bytes())
     content[60:100] = bytes(40)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="a.npz is no archive of arrays"):
+    with pytest.raises(ValueError, match=r"a\.npz is no archive of arrays"):
         reading.read_arrays(path)
 
 
