@@ -270,7 +270,7 @@ class _Watch(threading.Thread):
                 heard, heard_at = latest, time.monotonic()
             elif not failure and time.monotonic() - heard_at > SILENCE:
                 failure = f"rank {self._next} has given no sign of life for {SILENCE:.0f} seconds"
-                with self._lock:
+                with suppress(RuntimeError), self._lock:  # the store may be what is gone
                     self._store.set(_FAILED, failure)
             if failure and not self._over.wait(GRACE):
                 # The main thread had time to notice and to save; it may be waiting for the dead rank.
