@@ -128,8 +128,7 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
     """
     try:
         columns, rows = _read_cells(Path(path))
-        # A row that was cut off by a crash is shorter.
-        return [{name: float(text) for name, text in zip(columns, row, strict=False) if text} for row in rows]
+        return [{name: float(text) for name, text in zip(columns, row, strict=True) if text} for row in rows]
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -151,7 +150,11 @@ def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
     text = path.read_text(encoding="utf-8")
     if "\0" in text:
         raise ValueError("it is full of zeros, as after a power cut")
+    if text and not text.endswith("\n"):  # the next row would go on in the same line
+        raise ValueError("its last row is cut off")
     columns, *rows = list(csv.reader(text.splitlines())) or [[]]
+    if any(len(row) != len(columns) for row in rows):
+        raise ValueError("a row has not as many cells as there are columns")
     return columns, rows
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -121,7 +122,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     """
     # For --reward module:name and the like, as python -m does. Not always, since the current folder may be somebody
     # else's run, with a module in it that a library looks for.
-    if os.getcwd() not in sys.path and ("--trust" in argv or any(":" in word for word in argv)):
+    if os.getcwd() not in sys.path and ("--trust" in argv or any(map(_is_found_here, argv))):
         sys.path.append(os.getcwd())
     command = argv[0]
     if command not in COMMANDS:
@@ -129,6 +130,12 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 
         raise ValueError(f"unknown command {command!r}; {suggest(command, COMMANDS)}")
     return command, _module(command).parse(argv[1:])
+
+
+def _is_found_here(word: str) -> bool:
+    """Returns whether an option's value names a ``module:name`` whose module is in the current folder."""
+    modules = re.findall(r"(?:^|[,=])\s*([A-Za-z_]\w*)[\w.]*:[A-Za-z_]", word)
+    return any(os.path.isfile(f"{name}.py") or os.path.isdir(name) for name in modules)
 
 
 def _module(command: str) -> Any:

@@ -24,6 +24,7 @@ from agents.common import distributed
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.callbacks import ProgressCallback
 from agents.common.checkpoint import (
+    TRAINER_STATE,
     CheckpointCallback,
     find_checkpoint,
     list_checkpoints,
@@ -37,7 +38,7 @@ from dpok_gym.models.lora import FILE_NAME as LORA_FILE
 from dpok_gym.utils.files import flush_to_disk, replacing
 from dpok_gym.utils.reading import read_arrays, read_json
 from dpok_gym.utils.sharding import whole
-from dpok_gym.utils.validation import check_path
+from dpok_gym.utils.validation import check_non_negative, check_path
 from dpok_gym.vector_env import DenoisingVectorEnv
 
 SUMMARY, LOG, TENSORBOARD, LORA = "summary.json", "progress.csv", "tensorboard", "lora"
@@ -85,7 +86,7 @@ class Run:
                     f"{self.folder / FILE_NAME} says {name}: {getattr(self.config, name)}, but the checkpoint "
                     f"{checkpoint} is of {state[name]}; set it back, or train anew in another folder"
                 )
-        return state.get("seconds", 0.0)
+        return check_non_negative(f"the seconds in {checkpoint / TRAINER_STATE}", state.get("seconds", 0.0))
 
     def _is_evaluated(self) -> bool:
         """Returns whether the summary, which is written last, is of this agent, and all other files are there."""

@@ -197,8 +197,9 @@ def _prepare(folder: Path, options: Train) -> Run:
     if which == "latest" and not list_checkpoints(folder):
         if (folder / SUMMARY).exists():
             raise FileNotFoundError(f"{folder} has no checkpoint any more; train anew, in another --out")
-        print(f"{folder} has no checkpoint yet: the run begins anew")
-        return Run(folder, config)
+        run = Run(folder, config)
+        say(run.console, f"{folder} has no checkpoint yet: the run begins anew")
+        return run
     return Run(folder, config, find_checkpoint(folder, which))
 
 

@@ -11,9 +11,13 @@ from torch import Tensor
 from dpok_gym.samplers import SamplerConfig
 from dpok_gym.utils.sharding import load_whole, whole
 from dpok_gym.utils.tensors import flatten_optimizer, load_optimizer
+from dpok_gym.utils.validation import MAX_SEED, check_integer
 
 if TYPE_CHECKING:
     from agents.common.algorithm import DenoisingAlgorithm
+
+#: The largest counter of a training: random generators are keyed by them.
+_MAX_COUNTER = 2**62
 
 
 def get_state(agent: DenoisingAlgorithm) -> dict[str, Any]:
@@ -53,13 +57,16 @@ def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
     """Puts back what :func:`get_state` returned.
 
     Raises:
-        ValueError: if it is of another algorithm, sampler or network.
+        ValueError: if it is of another algorithm, sampler or network, or a counter is no number.
     """
     tensors, state = saved["tensors"], saved["state"]
     if state["algorithm"] != type(agent).__name__:
         raise ValueError(f"the state is of {state['algorithm']}, and the agent is {type(agent).__name__}")
     assert agent.sampler_config is not None
     SamplerConfig.from_dict(state["sampler"]).check_equal(agent.sampler_config)
+    check_integer("run_seed", state["run_seed"], minimum=0, maximum=MAX_SEED)
+    for counter in ("iteration", "images_drawn", "num_timesteps", "n_updates"):
+        check_integer(counter, state[counter], minimum=0, maximum=_MAX_COUNTER)
     policy = agent.policy
     expected = get_state(agent)["tensors"]
     missing = sorted(expected.keys() - tensors.keys())
@@ -85,7 +92,7 @@ def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
     agent._n_updates = state["n_updates"]
     # The logged mean reward goes over the latest images, also over those before an interruption.
     episode = {"l": agent.process.num_inference_steps, "t": 0.0}
-    recent = [episode | {"r": reward} for reward in state["recent_rewards"]]
+    recent = [episode | {"r": float(reward)} for reward in state["recent_rewards"]]
     agent.ep_info_buffer = deque(recent, maxlen=agent._stats_window_size)
     agent.ep_success_buffer = deque(maxlen=agent._stats_window_size)  # SB3 makes both or none
     agent.load_algorithm_state(state["algorithm_state"])

@@ -171,7 +171,8 @@ def load_checkpoint(agent: DenoisingAlgorithm, folder: str | Path) -> dict[str, 
     _check_files(folder, [TRAINER_STATE])
     try:
         saved = check_mapping(f"the content of {TRAINER_STATE}", read_json(folder / TRAINER_STATE))
-        state, extra_state, files = saved["agent"], saved["run"], saved["files"]
+        state, files = check_mapping("agent", saved["agent"]), saved["files"]
+        extra_state = dict(check_mapping("run", saved["run"]))
         _check_files(folder, files)
         tensors = {Path(name).stem: load_tensors(folder / name)[0] for name in files if name.endswith(".safetensors")}
         # The file has the names of diffusers, with the denoiser's prefix; the agent's state has them without it.
@@ -204,10 +205,9 @@ def remove_checkpoint(folder: Path) -> None:
     """Removes a checkpoint."""
     # Renamed first: if the removal is interrupted, no half of a checkpoint looks like a whole one.
     old = folder.with_name(folder.name + _OLD)
-    if old.is_dir():
-        shutil.rmtree(old)
+    _remove(old)
     folder.rename(old)
-    shutil.rmtree(old)
+    _remove(old)
 
 
 def remove_later_checkpoints(run_folder: str | Path, agent: DenoisingAlgorithm) -> None:
@@ -265,7 +265,15 @@ def remove_leftovers(run_folder: Path) -> None:
     """Removes what a killed process left half written or half removed."""
     for ending in (_PART, _OLD):
         for path in run_folder.glob(f"checkpoint-*{ending}"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, a file or a link, if it is there; what a link points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -91,6 +92,9 @@ def stop() -> None:
     global _watch
     if _watch is not None:
         barrier()
+        # A rank that ends can cut off the others' last exchange. Now it is one that nobody needs.
+        with suppress(RuntimeError):
+            dist.all_reduce(torch.zeros(1))
         _watch.stop()
         _watch = None
         dist.destroy_process_group()
@@ -266,7 +270,7 @@ class _Watch(threading.Thread):
                 heard, heard_at = latest, time.monotonic()
             elif not failure and time.monotonic() - heard_at > SILENCE:
                 failure = f"rank {self._next} has given no sign of life for {SILENCE:.0f} seconds"
-                with self._lock:
+                with suppress(RuntimeError), self._lock:  # the store may be what is gone
                     self._store.set(_FAILED, failure)
             if failure and not self._over.wait(GRACE):
                 # The main thread had time to notice and to save; it may be waiting for the dead rank.

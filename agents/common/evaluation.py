@@ -22,6 +22,7 @@ from agents.common.steering import UNSTEERED, ParticleFilter, Steering
 from agents.common.vec_env import find_denoising_env
 from dpok_gym import diffusion
 from dpok_gym.rewards import RewardBatch
+from dpok_gym.rewards.workers import check_same_components
 from dpok_gym.samplers import DenoisingProcess, State, Transition
 from dpok_gym.utils.validation import check_integer, shorten
 from dpok_gym.vector_env import DenoisingVectorEnv
@@ -111,6 +112,9 @@ class Evaluation:
         if distributed.count() == 1:
             return self
 
+        names = sorted(self.rewards)  # the reward of one rank may name them in another order than that of another one
+        check_same_components(text.split("\n") for text in distributed.gather_texts("\n".join(names)))
+
         def gathered(values: NDArray[Any]) -> NDArray[Any]:
             return distributed.gather(torch.from_numpy(values), n).numpy()
 
@@ -118,7 +122,7 @@ class Evaluation:
             self,
             images=gathered(self.images),
             reward=gathered(self.reward),
-            rewards={name: gathered(values) for name, values in self.rewards.items()},
+            rewards={name: gathered(self.rewards[name]) for name in names},
             step_kl=gathered(self.step_kl),
             step_mse=gathered(self.step_mse),
         )
@@ -216,8 +220,8 @@ def sample_images(
         seeds = [seed + first + i for i in range(len(chunk))]
         parts.append(_sample_chunk(process, env, chunk, seeds, transition, reference, steering))
     world = env.world
-    components = parts[0].rewards
-    rewards = {name: np.concatenate([part.rewards[name] for part in parts]) for name in components}
+    check_same_components(part.rewards for part in parts)
+    rewards = {name: np.concatenate([part.rewards[name] for part in parts]) for name in parts[0].rewards}
     return Evaluation(
         prompts=list(prompts),
         images=np.concatenate([part.images for part in parts]),

@@ -19,6 +19,7 @@ from agents.common.randomness import ImageNoise, Purpose, make_generator
 from dpok_gym import diffusion
 from dpok_gym.judging import make_info
 from dpok_gym.rewards import RewardBatch
+from dpok_gym.rewards.workers import check_same_components
 
 if TYPE_CHECKING:
     from agents.common.algorithm import DenoisingAlgorithm
@@ -122,7 +123,10 @@ def _gather(buffer: TrajectoryBuffer, own: RewardBatch) -> RewardBatch:
     if distributed.count() > 1:
         of_all = slice(buffer.own.start, buffer.own.stop)
         buffer.kl = buffer.gather(buffer.kl[of_all])
-    components = {name: buffer.gather(values) for name, values in own.components.items()}
+    # Sorted: the reward of one rank may name them in another order than that of another one.
+    names = sorted(own.components)
+    check_same_components(text.split("\n") for text in distributed.gather_texts("\n".join(names)))
+    components = {name: buffer.gather(own.components[name]) for name in names}
     return RewardBatch(buffer.gather(own.total), components, buffer.gather(own.valid), own.weights)
 
 
@@ -143,6 +147,7 @@ def _chunks(n: int, size: int) -> Iterator[slice]:
 
 def _join(batches: list[RewardBatch]) -> RewardBatch:
     """Returns the rewards of all images as one batch."""
+    check_same_components(batch.components for batch in batches)
     components = {}
     for name in batches[0].components:
         components[name] = torch.cat([batch.components[name] for batch in batches])

@@ -54,15 +54,29 @@ def judge_chunks(
     return reward.combine(_concatenate(scores), prompts)
 
 
+def check_same_components(batches: Iterable[Iterable[str]], reward: str = "the reward") -> None:
+    """Makes sure that all images have rewards of the same names.
+
+    Args:
+        batches: the names of the components of each batch of images.
+        reward: what the reward is, for the error message.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    first, *others = [sorted(names) for names in batches]
+    for other in others:
+        if other != first:
+            raise ValueError(
+                f"{reward} must have the same components for all images, but has {first} for some and {other} for "
+                "others; mend the reward"
+            )
+
+
 def _concatenate(scores: Sequence[Components]) -> Components:
     first = scores[0]
-    for other in scores[1:]:
-        for name, by_component in other.items():
-            if by_component.keys() != first[name].keys():
-                raise ValueError(
-                    f"the reward {name!r} must have the same components for all images, but has {list(first[name])} "
-                    f"for some and {list(by_component)} for others"
-                )
+    for name in first:
+        check_same_components([part[name] for part in scores], f"the reward {name!r}")
     whole: Components = {}
     for name, components in first.items():
         whole[name] = {}

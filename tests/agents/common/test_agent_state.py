@@ -128,6 +128,16 @@ def test_a_state_of_another_algorithm_is_refused(make_agent: Callable[..., Any])
         agent.load_state_dict(state)
 
 
+@pytest.mark.parametrize("counter", ["run_seed", "iteration", "images_drawn", "num_timesteps", "n_updates"])
+@pytest.mark.parametrize("value", [-1, "x", None, 1e300, 10**30], ids=str)
+def test_a_state_with_a_damaged_counter_is_refused(make_agent: Callable[..., Any], counter: str, value: Any) -> None:
+    agent = make_agent()
+    state = agent.state_dict()
+    state["state"][counter] = value
+    with pytest.raises(ValueError, match=f"{counter} must be an integer"):
+        agent.load_state_dict(state)
+
+
 @pytest.mark.slow
 def test_a_state_of_another_sampler_is_refused(make_env: Callable[..., Any], make_agent: Callable[..., Any]) -> None:
     state = make_agent().state_dict()

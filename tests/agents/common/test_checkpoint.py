@@ -121,6 +121,17 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-20"]
 
 
+def test_a_checkpoint_that_was_moved_to_another_disk(tmp_path):
+    """A link in its place is removed like any other checkpoint; what it points to is the user's."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    save_checkpoint(Agent(10), run).rename(elsewhere)
+    (run / "checkpoint-10").symlink_to(elsewhere)
+    save_checkpoint(Agent(20), run, total_limit=1)
+    assert os.listdir(run) == ["checkpoint-20"]
+    assert (elsewhere / "trainer_state.json").is_file()
+
+
 def test_a_fit_without_new_images_gets_new_names(tmp_path):
     """A forward-process algorithm draws all of its images first, and then takes optimiser steps."""
     names = []
@@ -178,6 +189,15 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, name, zeros):
     folder = save_checkpoint(Agent(10), tmp_path)
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(bytes(len(content)) if zeros else content[:20])
+    with pytest.raises(ValueError, match="checkpoint-10 cannot be loaded"):
+        load_checkpoint(Agent(), folder)
+
+
+@pytest.mark.parametrize(("key", "value"), [("run", 5), ("run", None), ("agent", [1]), ("files", 5)])
+def test_a_state_of_another_kind_is_refused(tmp_path, key, value):
+    folder = save_checkpoint(Agent(10), tmp_path)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    (folder / "trainer_state.json").write_text(json.dumps(state | {key: value}))
     with pytest.raises(ValueError, match="checkpoint-10 cannot be loaded"):
         load_checkpoint(Agent(), folder)
 

@@ -1,5 +1,6 @@
 """The images of an iteration: whole trajectories of the policy, or nothing."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
 from agents import DDPO, DPOK, GRPO, RewardWeightedSFT
+from agents.common.evaluation import sample_images
 from agents.common.rollouts import draw_prompts, shorten_names
 from dpok_gym import DenoisingVectorEnv, diffusion, reference_policy
 from tests.agents.common.support import PROMPTS, Watch, collect, perturb, snapshot
@@ -290,6 +292,21 @@ def test_without_any_valid_reward_there_is_no_mean(
     collect(agent)
     assert agent.logger.name_to_value["rollout/valid_share"] == 0
     assert "rollout/always_nan" not in agent.logger.name_to_value
+
+
+def test_a_reward_with_other_components_for_some_images(
+    make_env: Callable[..., Any], make_agent: Callable[..., Any]
+) -> None:
+    n_calls = itertools.count()
+
+    def changing(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
+        return {f"component {next(n_calls)}": torch.zeros(len(images))}
+
+    env = make_env(2, reward={changing: 1.0})
+    with pytest.raises(ValueError, match=r"has \['component 0'\] for some and \['component 1'\] for others"):
+        make_agent(env, images_per_iteration=4).learn(UPDATE)
+    with pytest.raises(ValueError, match="must have the same components for all images"):
+        sample_images(env.process, env, list(env.prompts.train[:1]) * 3, seed=0)
 
 
 @pytest.mark.slow

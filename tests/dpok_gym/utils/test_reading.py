@@ -109,6 +109,8 @@ def test_an_archive_that_unpacks_to_much_more_is_not_unpacked(tmp_path, monkeypa
         (_npy((1,), pickle.dumps([1]), "|O"), "OBJECT"),
         (b"PK", "magic"),
         (b"", "magic"),
+        (b"\x93NUMPY\x01\x00\x01\x00(", "EOF"),
+        (b"\x93NUMPY\x01\x00\x06\x00{[]:1}", "unhashable"),
     ],
 )
 def test_arrays_that_lie(tmp_path, content, message):
@@ -116,6 +118,18 @@ def test_arrays_that_lie(tmp_path, content, message):
         archive.writestr("a.npy", content)
     with pytest.raises(ValueError, match=f"a.npz is no archive of arrays.*{message}"):
         reading.read_arrays(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_archive(tmp_path, method):
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.npy", _npy((1000,), np.arange(1000.0).tobytes()))
+    content = bytearray(path.read_bytes())
+    content[60:100] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npz is no archive of arrays"):
+        reading.read_arrays(path)
 
 
 def test_tensors(tmp_path):
