@@ -143,8 +143,8 @@ class DRaFT(DenoisingAlgorithm):
         images = images[torch.from_numpy(rng.permutation(len(images))).to(images.device)]
         for batch in split_evenly(images, self.batch_size):
             with self.optimizer_step():
-                ends, spare = self._ends(within(batch, buffer.own)), self._ends(batch.new_zeros(1))
-                self.backward(ends.as_share_of(len(batch), buffer.largest_share(batch), spare))
+                ends = self._ends(within(batch, buffer.own))
+                self.backward(ends.as_share_of(len(batch), buffer.largest_share(batch)))
 
     def _ends(self, images: Tensor) -> TrajectoryEnds:
         """Returns the last K steps of some of this rank's images, (B,) int64."""

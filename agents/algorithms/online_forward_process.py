@@ -100,10 +100,8 @@ class OnlineForwardProcess(DenoisingAlgorithm):
             order = torch.from_numpy(rng.permutation(len(image_of))).to(noisy_images.noisy.device)
             for batch in split_evenly(order, self.batch_size):
                 with self.optimizer_step():
-                    share, spare = noisy_images.take(within(batch, own)), noisy_images.take(slice(0, 1))
-                    self.backward(
-                        share.as_share_of(len(batch), self.rollout_buffer.largest_share(image_of[batch]), spare)
-                    )
+                    largest = self.rollout_buffer.largest_share(image_of[batch])
+                    self.backward(noisy_images.take(within(batch, own)).as_share_of(len(batch), largest))
         assert self.policy.old is not None
         self.policy.old.follow(min(self.old_decay, self.old_decay_rate * self.iteration))
 

@@ -16,7 +16,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from agents.cli import plots
 from agents.cli.config import FILE_NAME, Config
 from agents.cli.environments import EVALUATION_BATCH_SIZE, evaluation_rewards
-from agents.cli.interrupts import InterruptCallback
+from agents.cli.interrupts import InterruptCallback, agree
 from agents.cli.logs import CSVLog, TensorBoardLog, read_log
 from agents.cli.signals import SIGNALS
 from agents.cli.tables import say, scores_of, scores_table, write_json
@@ -116,8 +116,11 @@ class Run:
             if self._checkpoint is not None:
                 save_checkpoint(self.agent, self.folder)  # with rank 0, below
             return
+        self._check_places()
         self.config.write(self.folder)
         say(self.console, f"writing to {self.folder}")
+        if self._total_images() != self.config.images:
+            say(self.console, f"{self._total_images()} images will be drawn, in whole iterations")
         if self._checkpoint is None:
             # It may be of an earlier run with other settings, which was killed before its first checkpoint.
             (self.folder / EVALUATION_BEFORE).unlink(missing_ok=True)
@@ -131,6 +134,15 @@ class Run:
             save_checkpoint(self.agent, self.folder, self._state(), extra_files=[log])
         self._csv = CSVLog(log)
         self._tensorboard = TensorBoardLog(self.folder / TENSORBOARD, rows)
+
+    def _check_places(self) -> None:
+        """Makes sure that nothing of another kind is where the run's files and folders go, before hours are spent."""
+        for name in (LOG, SUMMARY, EVALUATION_BEFORE, LEARNING_CURVE, BEFORE_AFTER):
+            if (self.folder / name).is_dir():
+                raise FileExistsError(f"{self.folder / name} is a folder, where a file of the run goes; remove it")
+        for name in (TENSORBOARD, LORA):
+            if (self.folder / name).is_file():
+                raise FileExistsError(f"{self.folder / name} is a file, where a folder of the run goes; remove it")
 
     def _restore_log(self, log: Path) -> list[dict[str, float]]:
         """Puts the log of the checkpoint in place of the run's; returns its rows."""
@@ -177,6 +189,7 @@ class Run:
 
     def _evaluate(self, model: str) -> Evaluation:
         """Draws images with a model; each rank draws its share."""
+        agree()
         n = len(self.prompts)
         say(self.console, f"drawing {n} images with the {model} model")
         own, largest = distributed.share(n), -(-n // distributed.count())
@@ -211,7 +224,7 @@ class Run:
                 reset_num_timesteps=not self.agent.num_timesteps,
             )
         finally:
-            SIGNALS.deferred = False
+            SIGNALS.deferred = distributed.count() > 1
 
     def save(self) -> None:
         """Saves a checkpoint."""
@@ -228,6 +241,7 @@ class Run:
 
         Nothing is evaluated: the reward may be the reason why the training cannot go on.
         """
+        distributed.take_time()
         if self.is_sound:
             try:
                 self._save()

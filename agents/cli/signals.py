@@ -78,7 +78,7 @@ class SignalHandler:
         self.received = number
         if not self.deferred:
             raise Interrupted(number)
-        os.write(2, b"\ninterrupted: this update is finished first (a second signal leaves at once)\n")
+        os.write(2, b"\ninterrupted: what is under way is finished first (a second signal leaves at once)\n")
 
 
 #: The handler of the process, which ``main`` installs.

@@ -28,7 +28,7 @@ from agents.cli.arguments import (
 from agents.cli.config import FILE_NAME, Config, config_file, default_config, describe_settings, find_paths
 from agents.cli.environments import environment_class
 from agents.cli.run_folder import SUMMARY, Run
-from agents.cli.signals import exit_code
+from agents.cli.signals import SIGNALS, exit_code
 from agents.cli.tables import say
 from agents.common import distributed
 from agents.common.arguments import describe_arguments
@@ -159,6 +159,7 @@ def run(options: Train) -> int:
 
 
 def _train(options: Train) -> int:
+    SIGNALS.deferred = distributed.count() > 1  # see agree()
     folder = Path(distributed.gather_texts(str(options.out or _new_folder(options.config)))[0])
     if options.resume_from is not None:
         config_file(folder)  # raises an error if this is no run folder

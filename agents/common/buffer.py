@@ -51,12 +51,10 @@ class Batch:
     Attributes:
         n_of_all_ranks: elements of the whole batch, if this is the share of one rank; None if it is all of it.
         n_of_largest_share: elements of the rank that has the most of them; None if this is all of the batch.
-        spare: a batch of one element that counts for nothing, for ranks that must compute as often as the others.
     """
 
     n_of_all_ranks: int | None = None
     n_of_largest_share: int | None = None
-    spare: Self | None = None
 
     def __len__(self) -> int:
         return len(next(iter(vars(self).values())))
@@ -69,13 +67,21 @@ class Batch:
 
     def share(self) -> Self:
         """Returns this rank's share of a batch that all ranks have."""
-        own, spare = distributed.share(len(self)), self.take(slice(0, 1))
-        return self.take(slice(own.start, own.stop)).as_share_of(len(self), -(-len(self) // distributed.count()), spare)
+        own = distributed.share(len(self))
+        return self.take(slice(own.start, own.stop)).as_share_of(len(self), -(-len(self) // distributed.count()))
 
-    def as_share_of(self, n: int, largest: int, spare: Self) -> Self:
-        """Notes that this is the share of one rank in a batch of ``n`` elements, and what the others have."""
-        self.n_of_all_ranks, self.n_of_largest_share, self.spare = n, largest, spare
+    def as_share_of(self, n: int, largest: int) -> Self:
+        """Notes that this is the share of one rank in a batch of ``n`` elements, and how many the largest share has."""
+        self.n_of_all_ranks, self.n_of_largest_share = n, largest
         return self
+
+    def blank(self) -> Self:
+        """Returns a batch of one element of zeros, for a rank that must compute as often as the others."""
+        values = {}
+        for field in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            value = getattr(self, field.name)
+            values[field.name] = value.new_zeros(1, *value.shape[1:]) if isinstance(value, Tensor) else value
+        return type(self)(**values)
 
     def take(self, rows: slice | Tensor) -> Self:
         """Returns some of the elements."""
@@ -255,8 +261,8 @@ class TrajectoryBuffer:
         chosen = systematic_sample(transitions, probability[transitions % n_steps], rng.random())
         for index in split_evenly(chosen, batch_size):
             own = within(index, range(self.own.start * n_steps, self.own.stop * n_steps))
-            largest, spare = self.largest_share(index // n_steps), self._transitions(own.new_zeros(1), probability)
-            yield self._transitions(own, fraction / probability).as_share_of(len(index), largest, spare)
+            batch = self._transitions(own, fraction / probability)
+            yield batch.as_share_of(len(index), self.largest_share(index // n_steps))
 
     def largest_share(self, images: Tensor) -> int:
         """Returns how many of some elements the rank has that has the most, from the row of each one's image, (B,)."""

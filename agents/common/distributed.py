@@ -216,6 +216,12 @@ def check_equal(parameters: Sequence[Tensor]) -> None:
         raise RankError(f"the weights of rank {', '.join(differing)} differ from those of rank 0; resume the run")
 
 
+def take_time() -> None:
+    """Lets this rank finish what it does, such as saving, after another one has ended."""
+    if _watch is not None:
+        _watch.spares = True
+
+
 def report(error: BaseException) -> None:
     """Tells the other ranks that this one ends with an error, which is not another rank's."""
     if _watch is not None and not isinstance(error, RankError):
@@ -250,6 +256,8 @@ class _Watch(threading.Thread):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # A connection of its own: that of torch may be waiting.
         self._store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=SILENCE))
+        #: Whether this process goes on after another rank has ended.
+        self.spares = False
         self._over = threading.Event()
         self._lock = threading.Lock()
 
@@ -272,7 +280,7 @@ class _Watch(threading.Thread):
                 failure = f"rank {self._next} has given no sign of life for {SILENCE:.0f} seconds"
                 with suppress(RuntimeError), self._lock:  # the store may be what is gone
                     self._store.set(_FAILED, failure)
-            if failure and not self._over.wait(GRACE):
+            if failure and not self._over.wait(GRACE) and not self.spares:
                 # The main thread had time to notice and to save; it may be waiting for the dead rank.
                 print(f"dpok: error: {failure}; this rank ends too", file=sys.stderr, flush=True)
                 os._exit(2)

@@ -137,6 +137,6 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
             missing = -(-batch.n_of_largest_share // size) - len(collected)
             for _ in range(missing):
                 with self.policy.adapter_enabled():
-                    loss, _ = loss_function(batch.spare)
+                    loss, _ = loss_function(batch.blank())
                     loss.backward(torch.zeros_like(loss))
         return collected

@@ -193,7 +193,9 @@ def check_tensors(path: str | os.PathLike[str]) -> Path:
     path = check_file(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-    if not 0 < length <= min(path.stat().st_size - 8, MAX_HEADER_BYTES):
+    if not length:
+        raise ValueError(f"{path} is no safetensors file: it is empty, or begins with zeros")
+    if length > min(path.stat().st_size - 8, MAX_HEADER_BYTES):
         raise ValueError(f"{path} is no safetensors file: its header cannot have {length:,} bytes")
     return path
 

@@ -62,6 +62,8 @@ CONNECT_TIMEOUT = 10.0
 JPEG_QUALITY = 95
 #: Most pixels of a request, all images together: 16 images of 1024x1024.
 MAX_REQUEST_PIXELS = 2**24
+#: The status of an answer to a request without the right token.
+UNAUTHORIZED = 401
 #: Most bytes of an answer; a thousand numbers have 20 kB.
 MAX_ANSWER_BYTES = 2**24
 MAX_REWARD = torch.finfo(torch.float32).max
@@ -203,7 +205,7 @@ class RemoteReward:
                     free, spare = deque(spare), []
                     continue
                 if not running:  # every endpoint was given up
-                    raise ConnectionError(self._no_answer(last_error))
+                    raise ConnectionError(self._no_answer(failures, last_error))
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     url, done = running.pop(future)
                     try:
@@ -214,7 +216,8 @@ class RemoteReward:
                         failures[url] += 1
                         last_error[url] = str(error)
                         self._report(url, str(error))
-                        if failures[url] < self.attempts:
+                        # A token that is wrong will not become right.
+                        if failures[url] < self.attempts and error.status != UNAUTHORIZED:
                             rest = self.backoff * 2 ** (failures[url] - 1) * self._random.uniform(0.5, 1.5)
                             rest = max(rest, min(error.retry_after, self.timeout))
                             running[pool.submit(over.wait, rest)] = url, None
@@ -265,7 +268,7 @@ class RemoteReward:
             raise ValueError(f"the reward server {url} refused the images or prompts: status {status}{reason}")
         if status != 200:
             after = response.headers.get("retry-after", "")  # it may be a date too, which is not read
-            raise _FailureError(f"status {status}{reason}", float(after) if after.isdecimal() else 0.0)
+            raise _FailureError(f"status {status}{reason}", float(after) if after.isdecimal() else 0.0, status)
         return _read_reply(body, len(prompts))
 
     def _encode(self, image: NDArray[np.uint8]) -> bytes:
@@ -286,10 +289,9 @@ class RemoteReward:
             self._failing.discard(url)
             logger.warning("the reward server %s answers again", url)
 
-    def _no_answer(self, last_error: Mapping[str, str]) -> str:
-        each = "; ".join(
-            f"{url} failed {self.attempts} times in a row, last: {last_error[url].rstrip('.')}" for url in self.urls
-        )
+    def _no_answer(self, failures: Mapping[str, int], last_error: Mapping[str, str]) -> str:
+        times = {url: "once" if failures[url] == 1 else f"{failures[url]} times in a row" for url in self.urls}
+        each = "; ".join(f"{url} failed {times[url]}, last: {last_error[url].rstrip('.')}" for url in self.urls)
         return (
             f"no server of the reward {self.__name__!r} is left: {each}. Check that it runs and can be reached from "
             f"here, or give it more time (timeout={self.timeout:g}, attempts={self.attempts})"
@@ -299,9 +301,9 @@ class RemoteReward:
 class _FailureError(Exception):
     """A failure of an endpoint: another one, or the same one later, may not fail."""
 
-    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+    def __init__(self, message: str, retry_after: float = 0.0, status: int | None = None) -> None:
         super().__init__(message)
-        self.retry_after = retry_after
+        self.retry_after, self.status = retry_after, status
 
 
 def _reason(body: bytes | bytearray) -> str:

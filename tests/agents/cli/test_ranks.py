@@ -28,13 +28,13 @@ OPTIONS += [
 
 
 class EndsRank1(Brightness):
-    """The brightness; rank 1 sends itself a signal in its third call, which is in the second iteration."""
+    """The brightness; rank 1 sends itself a signal in one of its calls: in the evaluation, or in an iteration."""
 
     calls = 0
 
     def __call__(self, images, prompts):
         self.calls += 1
-        if self.calls == 3 and os.environ.get("RANK") == "1" and "SIGNAL" in os.environ:
+        if self.calls == int(os.environ.get("CALL", "3")) and os.environ.get("RANK") == "1" and "SIGNAL" in os.environ:
             os.kill(os.getpid(), int(os.environ["SIGNAL"]))
         return self.score(images, prompts)
 
@@ -101,3 +101,13 @@ def test_one_rank_ends_and_one_process_goes_on(alone, tmp_path, number, message)
     assert message in output or number == signal.SIGKILL
     assert train(folder, "--resume", "--trust") == 0
     assert_same_run(folder, alone)
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation_ends_all_ranks(tmp_path):
+    process = start(tmp_path / "run", 2, *OPTIONS, SIGNAL=str(int(signal.SIGTERM)), CALL="1")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "what is under way is finished first" in output
+    assert "interrupted: there is no checkpoint yet, resume with" in output
+    assert (tmp_path / "run" / "evaluation_before.npz").is_file()

@@ -404,3 +404,20 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
         f"dpok: error: the folder {tmp_path / 'run'} cannot be written: Permission denied; choose another one\n"
     )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "is_folder"), [("summary.json", True), ("before_after.png", True), ("lora", False)])
+def test_something_else_where_a_result_goes(tmp_path, capsys, name, is_folder):
+    """It is found before anything is drawn."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    place = folder / name
+    if is_folder:
+        place.mkdir()
+    else:
+        place.write_text("")
+    assert train(folder, *OPTIONS) == 2
+    error = capsys.readouterr().err
+    assert f"{place} is a {'folder' if is_folder else 'file'}" in error or "already holds a run" in error
+    assert not (folder / "evaluation_before.npz").exists()

@@ -264,6 +264,15 @@ def test_split_evenly(size: int | None, sizes: list[int]) -> None:
     assert split_evenly(elements[:0], size) == ()
 
 
+def test_a_blank_element_is_one_of_zeros() -> None:
+    (batch,) = full_buffer().batches(None, rng())
+    blank = batch.take(slice(0, 0)).blank()
+    assert len(blank) == 1
+    assert not blank.latents.any()
+    assert (blank.step.tolist(), blank.image.tolist()) == ([0], [0])
+    assert_same(blank.state.conditioning, select(batch.image_conditioning, slice(0, 1)))
+
+
 def test_within() -> None:
     assert within(torch.tensor([5, 2, 4, 3, 7]), range(3, 6)).tolist() == [2, 1, 0]
 

@@ -230,7 +230,6 @@ FAILURES: dict[str, tuple[Any, str]] = {
     "too many": ((429, b""), "status 429"),
     "error": ((500, {"error": "out of\nmemory"}), r"status 500 \(out of memory\)"),
     "bad request": ((400, {"error": "no"}), r"status 400 \(no\)"),
-    "token": ((401, {"error": "the token is wrong"}), r"status 401 \(the token is wrong\)"),
     "elsewhere": ((404, b"<html>\x1b[31mnone</html>"), r"status 404 \(<html> \[31mnone</html>\)"),
     "redirect": ((307, b"", ("location", "http://127.0.0.1:1/")), "status 307"),
     "created": ((201, {"rewards": [1.0] * N}), "status 201"),
@@ -477,8 +476,17 @@ def test_an_address_holds_no_secret(urls) -> None:
         assert "SEC" not in str(raised.value)
 
 
+def test_a_wrong_token_is_not_tried_again(start, images) -> None:
+    endpoint = start(lambda request, number: (401, {"error": "the token is wrong"}))
+    with pytest.raises(ConnectionError, match=r"failed once, last: status 401 \(the token is wrong\)"):
+        remote(endpoint.url)(images, PROMPTS)
+    assert len(endpoint.requests) == 1
+    other = start(brightness)
+    assert remote(endpoint.url, other.url)(images, PROMPTS).tolist() == locally(images)
+
+
 def test_the_token_is_sent_and_kept_nowhere(start, images, monkeypatch, caplog) -> None:
-    endpoint = start(lambda request, number: (401, b"") if number < 2 else brightness(request))
+    endpoint = start(lambda request, number: (503, b"") if number < 2 else brightness(request))
     explicit, by_name = remote(endpoint.url, token="SECRET"), make_reward(endpoint.url)
     monkeypatch.setenv("DPOK_REWARD_TOKEN", "SECRET-2")
     for reward, token in ((explicit, "SECRET"), (remote(endpoint.url), "SECRET-2"), (by_name, "SECRET-2")):
