@@ -51,7 +51,8 @@ def sharded_copy(network: Any) -> nn.Module:
         network: one of diffusers' models. Each rank needs the memory of a whole one on the CPU for a moment.
     """
     weights = {name.replace(".base_layer.", "."): values for name, values in network.state_dict().items()}
-    copied = type(network).from_config(network.config).eval()
+    with torch.random.fork_rng():  # the first weights are replaced at once, and must not cost a run's random numbers
+        copied = type(network).from_config(network.config).eval()
     copied.load_state_dict({name: whole(weights[name]).cpu() for name in copied.state_dict()})
     return shard(copied.requires_grad_(True), next(network.parameters()).device)
 

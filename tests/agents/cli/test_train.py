@@ -247,7 +247,7 @@ def test_a_second_signal_leaves_at_once(tmp_path, monkeypatch, capfd):
         _send(patched, DPOK, 2, times=2)
         assert in_child(lambda: train(tmp_path / "run", *options)) == 130
     error = capfd.readouterr().err
-    assert "this update is finished first (a second signal leaves at once)" in error
+    assert "what is under way is finished first (a second signal leaves at once)" in error
     assert "left at once" in error
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     assert train(tmp_path / "run", "--resume") == 0
