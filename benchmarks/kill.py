@@ -111,7 +111,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What became of the kills of a case.
+    """The outcome of the kills of a case.
 
     Attributes:
         case: its name.

@@ -1,4 +1,4 @@
-"""What several ranks cost and gain: ``python -m benchmarks.ranks``.
+"""The cost and the gain of several ranks: ``python -m benchmarks.ranks``.
 
 It trains DPOK on the Shapes environment with 1, 2 and 4 ranks of one thread each on this machine, and prints the
 images per second of whole iterations and the bytes that a rank puts into exchanges. Then it computes the time of an
@@ -40,7 +40,7 @@ ITERATIONS = 3
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is assumed of the machines, and of the training.
+    """The assumptions about the machines and the training.
 
     Attributes:
         flops: operations per second that the denoiser reaches on a GPU; about 40 % of an H100's bfloat16.

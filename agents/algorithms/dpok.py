@@ -242,7 +242,7 @@ class DPOK(PolicyGradient):
             for batch in self.rollout_buffer.batches(self.vf_batch_size, rng):
                 loss = losses.value_loss(self.policy.values(batch.state), batch.returns)
                 self.policy.optimizer.zero_grad()  # to None, so the step leaves the denoiser where it is
-                (loss.sum() / (batch.n_of_all_ranks or len(batch))).backward()
+                (loss.sum() / batch.whole_size).backward()
                 distributed.sum_gradients(list(critic.parameters()))
                 self.policy.optimizer.step()
                 self.log_metrics({"value_loss": loss})

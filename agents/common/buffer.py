@@ -5,7 +5,7 @@ Letters used for shapes: N images, T denoising steps, B transitions, C x h x w a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -70,6 +70,11 @@ class Batch:
         own = distributed.share(len(self))
         return self.take(slice(own.start, own.stop)).as_share_of(len(self), -(-len(self) // distributed.count()))
 
+    @property
+    def whole_size(self) -> int:
+        """Elements of the whole batch, the shares of all ranks together."""
+        return self.n_of_all_ranks or len(self)
+
     def as_share_of(self, n: int, largest: int) -> Self:
         """Notes that this is the share of one rank in a batch of ``n`` elements, and how many the largest share has."""
         self.n_of_all_ranks, self.n_of_largest_share = n, largest
@@ -77,19 +82,19 @@ class Batch:
 
     def blank(self) -> Self:
         """Returns a batch of one element of zeros, for a rank that must compute as often as the others."""
-        values = {}
-        for field in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
-            value = getattr(self, field.name)
-            values[field.name] = value.new_zeros(1, *value.shape[1:]) if isinstance(value, Tensor) else value
-        return type(self)(**values)
+        return self._with_tensors(lambda values: values.new_zeros(1, *values.shape[1:]))
 
     def take(self, rows: slice | Tensor) -> Self:
         """Returns some of the elements."""
-        values = {}
+        return self._with_tensors(lambda values: values[rows])
+
+    def _with_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Returns a batch whose tensors are those of this one after a function."""
+        changed = {}
         for field in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
             value = getattr(self, field.name)
-            values[field.name] = value[rows] if isinstance(value, Tensor) else value
-        return type(self)(**values)
+            changed[field.name] = function(value) if isinstance(value, Tensor) else value
+        return type(self)(**changed)
 
 
 def select(conditioning: Conditioning, rows: Tensor | slice) -> Conditioning:

@@ -3,7 +3,8 @@
 ``torchrun`` or ``accelerate launch`` starts the processes, :func:`start` connects them. Each rank holds all trained
 weights, and draws and learns from its own images. They meet in a few places: the rewards of an iteration are gathered,
 and the gradients of an optimiser step are added up. So all ranks compute the same advantages and take the same steps.
-In a single process the functions here return what they are given.
+In a single process the functions here return what they are given. An exchange raises :class:`RankError` if another rank
+has ended.
 
 Letters used for shapes: W ranks, N images, n of them on this rank.
 """

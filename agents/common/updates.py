@@ -129,7 +129,7 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
             with self.policy.adapter_enabled():
                 loss, metrics = loss_function(part)
                 # Divided by the whole batch, so that the parts add up to the gradient of its mean.
-                (loss.sum() / (batch.n_of_all_ranks or len(batch))).backward()
+                (loss.sum() / batch.whole_size).backward()
             collected.append(metrics)
         # The ranks call a network that is spread over them together, so all of them call it as often.
         if is_sharded(self.policy.model.denoiser) and batch.n_of_largest_share:
