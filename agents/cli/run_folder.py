@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ from agents.common.checkpoint import (
     save_checkpoint,
 )
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
+from agents.common.monitor import TrainingWarning
 from dpok_gym.models.lora import FILE_NAME as LORA_FILE
 from dpok_gym.utils.files import flush_to_disk, replacing
 from dpok_gym.utils.reading import read_arrays, read_json
@@ -66,6 +70,7 @@ class Run:
         self._checkpoint, seconds = checkpoint, 0.0
         if checkpoint is not None:
             seconds = self._load(checkpoint)
+        self.held_out = self.agent.held_out.description  # made now: an error after the first evaluation would be late
         self.prompts = cycle_prompts(self.env.prompts.train, config.eval_images)
         self.progress = ProgressCallback(self._total_images(), None if distributed.is_main() else True, seconds)
         self.interrupts = InterruptCallback()
@@ -119,6 +124,7 @@ class Run:
         self._check_places()
         self.config.write(self.folder)
         say(self.console, f"writing to {self.folder}")
+        say(self.console, self.held_out)
         if self._total_images() != self.config.images:
             say(self.console, f"{self._total_images()} images will be drawn, in whole iterations")
         if self._checkpoint is None:
@@ -218,11 +224,12 @@ class Run:
         try:
             # The checkpoint callback comes before the interrupts: a signal must not cost a checkpoint that is due.
             # learn() counts the steps of this call; num_timesteps those of the whole run.
-            self.agent.learn(
-                max(total - self.agent.num_timesteps, 0),
-                [self.progress, save, self.interrupts],
-                reset_num_timesteps=not self.agent.num_timesteps,
-            )
+            with _training_warnings(self.console):
+                self.agent.learn(
+                    max(total - self.agent.num_timesteps, 0),
+                    [self.progress, save, self.interrupts],
+                    reset_num_timesteps=not self.agent.num_timesteps,
+                )
         finally:
             SIGNALS.deferred = distributed.count() > 1
 
@@ -325,9 +332,27 @@ class Run:
             "pictures": self.agent.images_drawn,
             "seconds": round(self.progress.seconds, 1),
             "interrupted": after is None,
+            "warnings": list(self.agent.monitor.warned.values()),
         }
         # A summary without evaluations has None for every score, so its keys are always the same.
         return summary | scores_of(before, after)
+
+
+@contextmanager
+def _training_warnings(console: Console) -> Iterator[None]:
+    """Within the block, what an agent warns of is a line on the console."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TrainingWarning)
+        show = warnings.showwarning
+
+        def show_line(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, TrainingWarning):
+                say(console, f"warning: {message}")
+            else:
+                show(message, category, *where)
+
+        warnings.showwarning = show_line  # type: ignore[assignment]
+        yield
 
 
 def load_run(
