@@ -8,7 +8,7 @@ from __future__ import annotations
 import pathlib
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -38,7 +38,6 @@ from agents.common.randomness import Purpose, make_generator
 from agents.common.rollouts import draw_rollout
 from agents.common.updates import UpdatingAlgorithm
 from agents.common.vec_env import GymnasiumVecEnv, find_denoising_env
-from dpok_gym.rewards import RewardFunction
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig, Transition
 from dpok_gym.utils.batching import BatchSize
 from dpok_gym.utils.device import find_device
@@ -149,7 +148,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         anchor_coef: float = 0.0,
         anchor_images: int = 64,
         normalize_rewards: bool = False,
-        held_out_reward: str | Mapping[str, float] | RewardFunction | None = "auto",
+        held_out_reward: str | Mapping[str, float] | Callable[..., Any] | None = "auto",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,

@@ -122,7 +122,7 @@ def reward_hacking(rows: Sequence[Row]) -> str | None:
 def diversity_collapse(rows: Sequence[Row]) -> str | None:
     """Images of the same prompt become alike."""
     before, now = _ends(rows, "images/diversity")
-    if now >= DIVERSITY_LEFT * before:
+    if not now < DIVERSITY_LEFT * before:
         return None
     return (
         f"images of the same prompt differ by {now:.3g} now, and by {before:.3g} at first: the model draws one image "
