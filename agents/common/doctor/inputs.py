@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from agents.common.doctor.finding import Finding, judge
 from agents.common.image_statistics import equal_share, variance_within
@@ -92,8 +93,12 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list
     ]
 
 
+def total_of(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Returns the weighted sum of the components of images (B, 3, H, W), (B,) float64, which may be nan."""
+    return _total(reward, reward.components(images, list(prompts)))
+
+
 def _total(reward: Reward, scores: Components) -> Tensor:
-    """Returns the weighted sum, (B,) float64, of scores that may be nan."""
     return torch.stack([values.double() for values in reward.weigh(scores).values()]).sum(dim=0)
 
 
@@ -102,7 +107,7 @@ def _range(values: Tensor) -> str:
 
 
 def _check_repeatable(reward: Reward, images: Tensor, prompts: list[str], total: Tensor) -> Finding:
-    again = _total(reward, reward.components(images, prompts))
+    again = total_of(reward, images, prompts)
     spread = total.std(correction=0).item()
     difference = (again - total).abs().max().item()
     share = difference / spread if spread else float(difference > 0)
@@ -163,10 +168,14 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
     """
     name, normal = "images equal the pipeline's", f"a difference of at most {_SAME_IMAGE:.3f} (of 1)"
     model, config = process.model, process.config
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # importing pipelines tells of image processors that are not needed here
     try:
         pipeline = model.to_pipeline()
     except ValueError as error:
         return Finding(name, "not checked", str(error), normal)
+    finally:
+        logging.set_verbosity(verbosity)
     pipeline.set_progress_bar_config(disable=True)
     prompts, shape = list(prompts), (len(prompts), *model.latent_shape)
     start = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)

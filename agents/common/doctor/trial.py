@@ -20,7 +20,7 @@ from agents.common.buffer import Batch, TrajectoryBuffer
 from agents.common.held_out import HeldOutReward
 from agents.common.randomness import ImageNoise
 from agents.common.rollouts import draw_rollout
-from dpok_gym.samplers import DenoisingStep, Transition
+from dpok_gym.samplers import State
 
 #: Optimiser steps of an algorithm that takes a number of them on images drawn before.
 _FIT_STEPS = 5
@@ -37,9 +37,9 @@ def restored(agent: DenoisingAlgorithm) -> Iterator[None]:
         yield
     finally:
         agent.__dict__ = attributes
-        recent = agent.ep_info_buffer
+        recent = agent.ep_info_buffer, agent.ep_success_buffer
         agent.load_state_dict({"tensors": tensors, "state": state["state"]})
-        agent.ep_info_buffer = recent
+        agent.ep_info_buffer, agent.ep_success_buffer = recent
         agent.policy.optimizer.zero_grad()
 
 
@@ -63,6 +63,7 @@ class Trial:
         agent.rollout_buffer = self.buffer
         agent._held_out = HeldOutReward(None, agent.denoising_env)
         agent.ep_info_buffer = deque(maxlen=agent._stats_window_size)
+        agent.ep_success_buffer = deque(maxlen=agent._stats_window_size)
         agent.start_time = 0
         if hasattr(agent, "log_every"):
             agent.log_every = min(agent.log_every, _FIT_STEPS)
@@ -76,23 +77,78 @@ class Trial:
         if hasattr(self.agent, "_keep_images"):
             self.agent._keep_images(self.buffer)
 
-    def redraw(self, transition: Transition) -> Tensor:
-        """Draws x_0 (n, C, h, w) of the same images, from the same noise, with a transition."""
-        latents = torch.zeros(0)
-        for step in self._steps(range(len(self.buffer)), transition):
+    def draw_for(self, prompts: Sequence[str]) -> Tensor:
+        """Draws x_0 (B, C, h, w) for B prompts with the policy, from noise that no training has."""
+        process, seeds = self.process, range(len(prompts))
+        noise = ImageNoise.for_evaluation(seeds, process.model.latent_shape, process.model.device)
+        return self._draw(noise, prompts)
+
+    def redraw(self) -> Tensor:
+        """Draws x_0 (n, C, h, w) of the same images, from the same noise, with the policy as it is now."""
+        return self._draw(self._noise(range(len(self.buffer))), self.buffer.prompts)
+
+    def drawn_by_policy(self) -> Tensor:
+        """Returns x_0 (n, C, h, w) of the images, drawn by the policy; some algorithms learn from another model's."""
+        agent = self.agent
+        return self.buffer.latents[:, -1] if agent.drawing_transition == agent.policy.transition else self.redraw()
+
+    @torch.no_grad()
+    def draw_side_by_side(self) -> None:
+        """Takes one denoising step of as many images as the training draws side by side, for its memory."""
+        n = min(self.agent.n_envs, self.agent.images_per_iteration or self.agent.n_envs)
+        prompts = [self.buffer.prompts[row % len(self.buffer)] for row in range(n)]
+        noise = torch.zeros(n, *self.process.model.latent_shape, device=self.process.model.device)
+        self.agent.drawing_transition(self.process.state(noise, 0, self.process.encode(prompts)))
+
+    @torch.no_grad()
+    def _draw(self, noise: ImageNoise, prompts: Sequence[str]) -> Tensor:
+        latents = noise.initial_latents()
+        for step in self.process.denoise(
+            latents, self.process.encode(prompts), noise, self.agent.policy.transition
+        ):
             latents = step.next_latents
         return latents
 
+    def _noise(self, rows: range) -> ImageNoise:
+        """Returns the noise of some images of the run."""
+        agent, model = self.agent, self.process.model
+        images = range(agent.images_drawn + rows.start, agent.images_drawn + rows.stop)
+        starts = agent.initial_noise_of(images)
+        return ImageNoise.for_training(agent.run_seed, images, model.latent_shape, model.device, starts)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the policy is still the pre-trained model."""
+        lora = self.agent.policy.lora
+        if lora is None:
+            return self.agent._n_updates == 0
+        return not any(values.any() for name, values in lora.parameters.items() if "lora_B" in name)
+
     @torch.no_grad()
-    def _steps(self, rows: range, transition: Transition) -> Iterator[DenoisingStep]:
-        agent, process = self.agent, self.process
-        images = [agent.images_drawn + row for row in rows]
-        starts = agent.initial_noise_of(range(images[0], images[-1] + 1))
-        noise = ImageNoise.for_training(
-            agent.run_seed, images, process.model.latent_shape, process.model.device, starts
+    def images(self, latents: Tensor) -> Tensor:
+        """Returns the images (n, 3, H, W) of latents x_0 (n, C, h, w)."""
+        return torch.cat([self.process.model.decode(row[None]) for row in latents])
+
+    def transitions(self, n_images: int) -> tuple[State, Tensor, Tensor]:
+        """Draws some of the images with the policy as it is now.
+
+        Returns:
+            The states of all T steps of the images, one after the other (B of them); x_{t-1} and its mean, both
+            (B, C, h, w).
+        """
+        rows = range(min(n_images, len(self.buffer)))
+        noise, told = self._noise(rows), self.process.encode([self.buffer.prompts[row] for row in rows])
+        with torch.no_grad():
+            steps = list(self.process.denoise(noise.initial_latents(), told, noise, self.agent.policy.transition))
+        conditioning = {
+            name: torch.cat([step.state.conditioning[name] for step in steps]) for name in steps[0].state.conditioning
+        }
+        state = State(
+            torch.cat([step.state.latents for step in steps]),
+            torch.cat([step.state.step for step in steps]),
+            conditioning,
         )
-        conditioning = process.encode([self.buffer.prompts[row] for row in rows])
-        return process.denoise(noise.initial_latents(), conditioning, noise, transition)
+        return state, torch.cat([step.next_latents for step in steps]), torch.cat([step.mean for step in steps])
 
     def first_batch(self) -> Any:
         """Returns the first batch that an update would learn from; no step is taken."""
@@ -138,8 +194,3 @@ class _FirstBatchError(Exception):
 class _Silent(BaseCallback):
     def _on_step(self) -> bool:
         return True
-
-
-def copies(values: Sequence[Tensor]) -> list[Tensor]:
-    """Returns copies of tensors, without their gradients."""
-    return [value.detach().clone() for value in values]
