@@ -96,7 +96,7 @@ def _try_learning(trial: Trial, total_images: int, eval_images: int) -> Iterator
     with learning:
         trial.update()
     yield check_length(trial)
-    yield check_reward_change(trial, rewards, _rewards(trial, trial.redraw()))
+    yield check_reward_change(rewards, _rewards(trial, trial.redraw()))
     with side_by_side:
         trial.draw_side_by_side()
     yield check_memory(device, max(drawing.peak, side_by_side.peak), learning.peak)
