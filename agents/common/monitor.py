@@ -49,7 +49,7 @@ RUNAWAY = 0.2
 EQUAL_SHARE = 0.9
 #: Share of the steps whose ratio was clipped.
 CLIPPED = 0.5
-#: Nats per image. Choosing the best of a million images is 13 nats away from drawing one.
+#: Nats per image. Choosing the best of a million images is only 13 nats away from drawing one.
 LARGE_KL = 100.0
 
 
@@ -181,8 +181,8 @@ def large_kl(rows: Sequence[Row]) -> str | None:
     if not kl > LARGE_KL:
         return None
     return (
-        f"the KL to the pre-trained model is {kl:.3g} nats per image, and usually below {LARGE_KL:.0f}: expect images "
-        "that fall apart. Take a smaller learning_rate or a larger kl_coef"
+        f"the KL to the pre-trained model is {kl:.3g} nats per image, and usually below {LARGE_KL:.0f}: look whether the "
+        "images still are what was asked for. Take a smaller learning_rate or a larger kl_coef"
     )
 
 
