@@ -457,7 +457,15 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         return super().load(path, env, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "process", "_last_obs", "_last_original_obs", "_metrics", "_anchor", "_held_out"]
+        return [
+            *super()._excluded_save_params(),
+            "process",
+            "_last_obs",
+            "_last_original_obs",
+            "_metrics",
+            "_anchor",
+            "_held_out",
+        ]
 
     def save_lora(self, folder: str | pathlib.Path) -> pathlib.Path:
         """Writes the LoRA as diffusers' ``load_lora_weights(folder)`` reads it; returns the file's path."""

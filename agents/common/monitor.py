@@ -181,8 +181,8 @@ def large_kl(rows: Sequence[Row]) -> str | None:
     if not kl > LARGE_KL:
         return None
     return (
-        f"the KL to the pre-trained model is {kl:.3g} nats per image, and usually below {LARGE_KL:.0f}: look whether the "
-        "images still are what was asked for. Take a smaller learning_rate or a larger kl_coef"
+        f"the KL to the pre-trained model is {kl:.3g} nats per image, and usually below {LARGE_KL:.0f}: look whether "
+        "the images still are what was asked for. Take a smaller learning_rate or a larger kl_coef"
     )
 
 

@@ -111,6 +111,7 @@ def _rewards(trial: Trial, latents: Tensor) -> Tensor | None:
 
 def _some_prompts(agent: DenoisingAlgorithm, n: int) -> list[str]:
     """Returns n prompts, a few of those that the training begins with, several times each."""
-    first = list(dict.fromkeys(draw_prompts(agent, range(agent.images_drawn, agent.images_drawn + n * agent.group_size))))
-    chosen = first[: max(min(N_PROMPTS, n // 2), 1)]
+    images = range(agent.images_drawn, agent.images_drawn + n * agent.group_size)
+    different = list(dict.fromkeys(draw_prompts(agent, images)))
+    chosen = different[: max(min(N_PROMPTS, n // 2), 1)]
     return [chosen[number * len(chosen) // n] for number in range(n)]

@@ -53,8 +53,7 @@ def check_memory(device: torch.device, rollout: int, update: int) -> Finding:
     where = f"on {device}" if device.type == "cuda" else "in this process"
     return judge(
         "memory",
-        f"at most {_gib(rollout)} while images are drawn, {_gib(update)} while it learns, {where}, of "
-        f"{_gib(total)}",
+        f"at most {_gib(rollout)} while images are drawn, {_gib(update)} while it learns, {where}, of {_gib(total)}",
         f"{_SPARE:.0%} or more are left",
         "micro_batch_size='auto', gradient_checkpointing and dtype='bfloat16' take less to learn; fewer n_envs and a "
         "smaller max_batch_size to draw",

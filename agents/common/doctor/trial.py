@@ -30,9 +30,9 @@ _FIT_STEPS = 5
 def restored(agent: DenoisingAlgorithm) -> Iterator[None]:
     """Puts an agent back into the state before the block: its weights, counters, statistics and attributes."""
     attributes, state = dict(vars(agent)), agent.state_dict()
-    tensors = {
-        group: {name: value.clone() for name, value in named.items()} for group, named in state["tensors"].items()
-    }
+    tensors = {}
+    for group, named in state["tensors"].items():
+        tensors[group] = {name: value.detach().to("cpu", copy=True) for name, value in named.items()}
     try:
         yield
     finally:
@@ -103,9 +103,7 @@ class Trial:
     @torch.no_grad()
     def _draw(self, noise: ImageNoise, prompts: Sequence[str]) -> Tensor:
         latents = noise.initial_latents()
-        for step in self.process.denoise(
-            latents, self.process.encode(prompts), noise, self.agent.policy.transition
-        ):
+        for step in self.process.denoise(latents, self.process.encode(prompts), noise, self.agent.policy.transition):
             latents = step.next_latents
         return latents
 

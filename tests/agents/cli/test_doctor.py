@@ -26,7 +26,7 @@ def test_a_sound_training(tiny_sd_folder, tmp_path, capsys):
     assert doctor(tiny_sd_folder, *options, "--report", str(report)) == 0
     printed = capsys.readouterr().out
     findings = json.loads(report.read_text())["findings"]
-    assert "OK          prompts: 1 prompts, the longest with 4 of 40 tokens" in printed
+    assert "OK          prompts: 1, the longest with 4 of 40 tokens" in printed
     assert [finding["name"] for finding in findings if finding["status"] == "failed"] == []
     assert all(f"{finding['name']}: " in printed for finding in findings)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
@@ -49,8 +49,8 @@ def test_prompts_that_are_too_long(tiny_sd_folder, tmp_path, capsys):
     options = ["--reward", "tests.support:redness", "--prompts", str(prompts)]
     assert doctor(tiny_sd_folder, *options) == 1
     printed = capsys.readouterr().out
-    assert "FAILED      prompts: 5 prompts" in printed
-    assert "2 too long or not readable, 1 copies" in printed
+    assert "FAILED      prompts: 5, " in printed
+    assert "2 too long or not readable; 1 copies" in printed
     assert "the first one is number 2: a prompt has" in printed
     assert printed.count(" prompts: ") == 1
     assert "throughput" in printed

@@ -87,7 +87,7 @@ def test_a_held_out_reward_that_rises_first_and_then_falls() -> None:
     rows = history(30, **{"rollout/held_out_reward": (0.3, 0.5, 0.2)})
     assert watch(rows) == {}
     later = history(30, seed=1, **{"rollout/held_out_reward": (0.8, -1.5, 0.2)})
-    for number, row in enumerate(later):
+    for row in later:
         row["rollout/total_reward"] += 0.4
         rows.append(row)
     assert watch(rows).keys() == {"reward_hacking"}
@@ -112,9 +112,7 @@ def test_the_state_is_bounded_and_json() -> None:
     assert resumed.add(301, history(2)[0]) == watching.add(301, history(2)[0]) == []  # it was said already
 
 
-def test_an_agent_warns_once_and_learns_the_same(
-    make_agent: Callable[..., Any], make_env: Callable[..., Any]
-) -> None:
+def test_an_agent_warns_once_and_learns_the_same(make_agent: Callable[..., Any], make_env: Callable[..., Any]) -> None:
     """With a learning rate of 0, the KL stays 0."""
     agents = [make_agent(learning_rate=0.0, use_critic=False) for _ in range(2)]
     with pytest.warns(TrainingWarning, match=f"iteration {WINDOW}: after {WINDOW} iterations the KL") as caught:

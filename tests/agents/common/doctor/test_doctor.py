@@ -88,9 +88,7 @@ def writing(images: Tensor, prompts: list[str]) -> Tensor:
         (always_nan, "reward: finite"),
     ],
 )
-def test_a_broken_reward(
-    reward: Any, name: str, make_env: Callable[..., Any], make_agent: MakeAgent
-) -> None:
+def test_a_broken_reward(reward: Any, name: str, make_env: Callable[..., Any], make_agent: MakeAgent) -> None:
     findings = check_up(make_agent(make_env(reward=reward)))
     assert name in failed(findings)
     assert findings[name].advice
