@@ -180,6 +180,7 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
         logging.set_verbosity(verbosity)
     pipeline.set_progress_bar_config(disable=True)
     prompts, shape = list(prompts), (len(prompts), *model.latent_shape)
+    dtype = next(model.denoiser.parameters()).dtype
     start = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
     # The pipeline draws the noise of each step from the generator that it is given; so does the process here.
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -192,7 +193,7 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
     theirs = pipeline(
         prompts,
         negative_prompt=None if (told := model.options.get("negative_prompt")) is None else [told] * len(prompts),
-        latents=start.to(model.denoiser.dtype),
+        latents=start.to(dtype),
         generator=torch.Generator(model.device).manual_seed(seed),
         num_inference_steps=process.num_inference_steps,
         guidance_scale=config.guidance_scale,
@@ -204,7 +205,7 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
     if model.device.type != "cpu":
         model.offload_text_encoder()  # as the environment left it
     differences = (ours - theirs.float().cpu()).abs()
-    is_half = model.denoiser.dtype != torch.float32
+    is_half = dtype != torch.float32
     difference, limit = (differences.mean(), _SAME_IMAGE_HALF) if is_half else (differences.max(), _SAME_IMAGE)
     return judge(
         name,
