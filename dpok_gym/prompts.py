@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,6 +82,25 @@ class PromptSet:
                 "negative and not all 0"
             )
         return weights
+
+    def without(self, train: Collection[int], held_out: Collection[int] = ()) -> PromptSet:
+        """Returns the set without some prompts, the others with their weights and lines.
+
+        Args:
+            train: indices of prompts of ``train`` to leave out.
+            held_out: indices of prompts of ``held_out`` to leave out.
+
+        Raises:
+            ValueError: if no prompt of ``train`` is left, or none with a weight.
+        """
+        kept = [index for index in range(len(self.train)) if index not in train]
+        return PromptSet(
+            self.name,
+            tuple(self.train[index] for index in kept),
+            tuple(text for index, text in enumerate(self.held_out) if index not in held_out),
+            tuple(self.weights[index] for index in kept) if self.weights else (),
+            tuple(self.lines[index] for index in kept) if self.lines else (),
+        )
 
     def sample(self, np_random: np.random.Generator, n: int) -> list[str]:
         """Draws ``n`` prompts from ``train`` with replacement, by their weights."""
