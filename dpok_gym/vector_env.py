@@ -9,10 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import io
-import logging
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,28 +21,28 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpok_gym import diffusion
 from dpok_gym.judging import ImageJudge, Outcome, make_info
 from dpok_gym.models import TextToImageModel
 from dpok_gym.models.loading import find_model
 from dpok_gym.models.scheduler_configs import TimestepSpacing
-from dpok_gym.prompts import PromptSet, find_unobservable, load_prompts, prompt_to_bytes, prompts_from_bytes
+from dpok_gym.prompt_checks import check_prompts, skip_long_prompts
+from dpok_gym.prompts import PromptSet, load_prompts, prompt_to_bytes, prompts_from_bytes
 from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
 from dpok_gym.reset_options import read_reset_mask, read_reset_options
 from dpok_gym.rewards import Reward, make_reward
 from dpok_gym.samplers import DenoisingProcess, State
 from dpok_gym.utils.images import to_uint8
+from dpok_gym.utils.pickling import check_picklable
 from dpok_gym.utils.validation import (
     check_bool,
     check_choice,
-    check_entries,
     check_integer,
     check_mapping,
     check_non_negative,
     check_positive,
-    name_places,
     shorten,
     suggest,
 )
@@ -65,8 +62,6 @@ _MAX_PROMPTS_ENCODED_AHEAD = 512
 
 #: Attributes that the constructor makes anew of its arguments.
 _MADE_OF_ARGUMENTS = ("model", "process", "prompts", "reward", "_judge", "_reference", "world")
-
-logger = logging.getLogger(__name__)
 
 _DEFAULTS = ENVIRONMENTS[DEFAULT_ENVIRONMENT]
 
@@ -186,8 +181,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self.process = DenoisingProcess(self.model, "ddim", num_inference_steps, eta, guidance_scale)
         self.prompts = load_prompts(prompts)
         if long_prompts == "skip":
-            self.prompts = _skip_long_prompts(self.prompts, self.model, self.max_prompt_bytes)
-        _check_prompts(self.prompts, self.model, self.max_prompt_bytes)
+            self.prompts = skip_long_prompts(self.prompts, self.model, self.max_prompt_bytes)
+        check_prompts(self.prompts, self.model, self.max_prompt_bytes)
         self.reward: Reward = make_reward(reward, non_finite)
         self._judge = ImageJudge(self.model, self.reward, decode_batch_size, self.reward_workers)
         if self.model.device.type != "cpu" and len(self.prompts.train) <= _MAX_PROMPTS_ENCODED_AHEAD:
@@ -212,7 +207,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         """
         # The prompts themselves: a file may be somewhere else where this is read.
         arguments = self._arguments | {"prompts": self.prompts}
-        _check_picklable(arguments)
+        advice = "give the model by its name, folder or file, and a reward by its name or as 'module:function'"
+        check_picklable("an environment is pickled as its arguments", arguments, advice)
         own = {name: value for name, value in vars(self).items() if name not in _MADE_OF_ARGUMENTS}
         return own | {"_arguments": arguments}
 
@@ -548,62 +544,6 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         for i, info in enumerate(infos):
             gathered = self._add_info(gathered, info, i)
         return gathered
-
-
-def _skip_long_prompts(prompts: PromptSet, model: TextToImageModel, max_bytes: int) -> PromptSet:
-    """Returns the prompts that the model reads to their end and that an observation can hold, and says how many."""
-
-    def find_long(texts: Sequence[str]) -> list[int]:
-        long = {index for index, _ in model.find_long(texts)}
-        return sorted(long | {i for i, text in enumerate(texts) if len(text.encode("utf-8", "replace")) > max_bytes})
-
-    train, held_out = find_long(prompts.train), find_long(prompts.held_out)
-    if len(train) == len(prompts.train):
-        raise ValueError(f"all {len(train)} prompts of {prompts.name!r} are too long for the model {model.name!r}")
-    if train or held_out:
-        unseen = f", and {len(held_out)} of {len(prompts.held_out)} unseen ones" if held_out else ""
-        where = f" ({name_places(train, prompts.lines)})" if train else ""
-        logger.warning(
-            "%d of %d prompts of %r%s are too long for the model %s and are left out%s",
-            *(len(train), len(prompts.train), prompts.name, where, model.name, unseen),
-        )
-    return prompts.without(set(train), set(held_out))
-
-
-def _check_prompts(prompts: PromptSet, model: TextToImageModel, max_bytes: int) -> None:
-    """Checks all prompts: an error now is better than one in the middle of a long run."""
-    for texts, lines in ((prompts.train, prompts.lines), (prompts.held_out, ())):
-        check_entries(model.find_unreadable(texts), len(texts), lines)
-        check_entries(find_unobservable(texts, max_bytes), len(texts), lines)
-    if model.long_prompts == "truncate" and (long := [index for index, _ in model.find_long(prompts.train)]):
-        logger.warning(
-            "%d of %d prompts of %r (%s) are too long for the model %s, which does not read their end",
-            *(len(long), len(prompts.train), prompts.name, name_places(long, prompts.lines), model.name),
-        )
-
-
-def _check_picklable(arguments: Mapping[str, Any]) -> None:
-    """Checks that arguments can be sent to another process, without weights.
-
-    Raises:
-        TypeError: if one cannot; the message names it.
-    """
-    for name, value in arguments.items():
-        try:
-            _PicklerWithoutWeights(io.BytesIO()).dump(value)
-        except Exception as error:  # pickle raises many kinds
-            raise TypeError(
-                f"an environment is pickled as its arguments, and {name}={shorten(value)} cannot be ({error}); give "
-                "the model by its name, folder or file, and a reward by its name or as 'module:function'"
-            ) from error
-
-
-class _PicklerWithoutWeights(pickle.Pickler):
-    """Refuses networks and tensors."""
-
-    def persistent_id(self, obj: Any) -> None:
-        if isinstance(obj, (TextToImageModel, nn.Module, Tensor)):
-            raise TypeError("it holds weights")
 
 
 def _check_no_unknown(unknown: Mapping[str, Any]) -> None:

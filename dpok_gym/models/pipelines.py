@@ -6,7 +6,8 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,28 @@ def model_from_source(
     disable_progress_bar()  # transformers shows one even for a file that loads in milliseconds
     try:
         given = {} if vae is None else {"vae": _load_vae(vae, dtype, allow_pickle)}
-        if path.is_file():
-            family, parts = _parts_of_file(path, dtype, allow_pickle, config, given)
-        else:
-            family, parts = _parts_of_folder(path, dtype, variant, allow_pickle, given)
+        with _quiet_diffusers():
+            if path.is_file():
+                family, parts = _parts_of_file(path, dtype, allow_pickle, config, given)
+            else:
+                family, parts = _parts_of_folder(path, dtype, variant, allow_pickle, given)
         if spread:  # before it is on the device, which could not hold it
             parts["unet"] = shard(parts["unet"], device)
         return family(name, device=device, **parts)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{what} cannot be loaded: {reason}. {advice}; if a file is damaged, get it again") from error
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Lets diffusers be silent about what is checked here, such as weights that are missing."""
+    verbosity = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        diffusers.logging.set_verbosity(verbosity)
 
 
 def model_from_pipeline(pipe: DiffusionPipeline) -> StableDiffusion:
@@ -303,6 +316,10 @@ def _parts_of_file(
         raise OSError(
             f"{outage or error} (a single file does not tell its architecture; where the hub cannot be reached, name "
             f"the diffusers folder of a model of the same architecture with {_in_both('config', 'FOLDER')})"
+        ) from error
+    except NotImplementedError as error:  # "Cannot copy out of meta tensor"
+        raise ValueError(
+            "it lacks weights of the denoiser or the autoencoder: it is cut, or of another architecture than config="
         ) from error
     parts = _parts_of_pipeline(pipeline, FAMILIES[kind])
     for name in [name for name, part in parts.items() if isinstance(part, nn.Module)]:
