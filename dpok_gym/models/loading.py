@@ -51,7 +51,8 @@ class ModelSpec:
 
     def of_networks(self) -> ModelSpec:
         """Returns the spec of the model with the same networks, as it was published."""
-        return replace(self, **{field.name: field.default for field in fields(self) if field.name in _LIGHT_OPTIONS})
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in _LIGHT_OPTIONS}
+        return replace(self, **defaults)
 
     def light_options(self) -> dict[str, Any]:
         """Returns the arguments of :meth:`TextToImageModel.with_options`."""
@@ -131,6 +132,9 @@ def load_model(
     known = ["name_or_path", *(field.name for field in fields(ModelSpec)[2:])]
     check_names("argument of load_model", unknown, known)
     check_choice("dtype", dtype, "float32", "bfloat16", "float16")
+    check_choice("long_prompts", long_prompts, "error", "truncate")
+    if timestep_spacing is not None:
+        check_choice("timestep_spacing", timestep_spacing, "leading", "trailing")
     for name, text in {"negative_prompt": negative_prompt, "revision": revision, "variant": variant}.items():
         if text is not None and not isinstance(text, str):
             raise ValueError(f"{name} must be a text or None, got {text!r}")

@@ -28,6 +28,7 @@ from dpok_gym.models.stable_diffusion_xl import StableDiffusionXL
 from dpok_gym.utils.hub import NO_CODE, check_hub_id, describe_wrong_weights, find_outage, has_vocabulary
 from dpok_gym.utils.reading import check_model_folder, check_tensors, check_torch_file, read_json
 from dpok_gym.utils.sharding import shard
+from dpok_gym.utils.validation import check_integer
 
 #: The family of each of diffusers' pipelines, by the pipeline's name: importing those classes takes time, and warns of
 #: image processors that are not used here.
@@ -231,6 +232,8 @@ def _load_tokenizer(folder: Path) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     if not has_vocabulary(tokenizer):
         raise ValueError("it has no vocabulary (vocab.json and merges.txt, or tokenizer.json)")
+    # Without one, transformers takes 10^30; the model then takes the length of its text encoder.
+    check_integer("its model_max_length in tokenizer_config.json", tokenizer.model_max_length, maximum=10**30)
     return tokenizer
 
 

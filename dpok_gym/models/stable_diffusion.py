@@ -281,7 +281,7 @@ def bound_length(tokenizer: CLIPTokenizer, text_encoder: Any) -> CLIPTokenizer:
     Without a ``tokenizer_config.json``, transformers takes a length without end.
     """
     most = text_encoder.config.max_position_embeddings
-    if not isinstance(tokenizer.model_max_length, Integral) or tokenizer.model_max_length > most:
+    if tokenizer.model_max_length > most:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.model_max_length = most
     return tokenizer

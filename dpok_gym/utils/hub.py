@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_session, is_offline_mode
-
 #: Arguments of transformers' ``from_pretrained``. A config may name another attention, which is downloaded and run.
 NO_CODE: dict[str, Any] = {"attn_implementation": "sdpa", "trust_remote_code": False}
 
@@ -47,6 +45,8 @@ def find_outage() -> str | None:
     This is one request without retries. Who knows the outage passes ``local_files_only=True`` to the libraries, which
     would ask for half a minute otherwise, and say so for every file.
     """
+    from huggingface_hub import constants, get_session, is_offline_mode  # slow to import
+
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     try:

@@ -624,11 +624,11 @@ def test_copies_share_weights_and_pickles_have_none(only_warnings: Any) -> None:
 
 @pytest.mark.parametrize("what", ["model", "network", "lambda"])
 def test_what_cannot_be_pickled(what: str) -> None:
-    kwargs: dict[str, Any] = {
+    choices: dict[str, dict[str, Any]] = {
         "model": {"model": dpok_gym.load_model("shapes", "cpu")},
         "network": {"reward": torch.nn.Linear(1, 1)},
         "lambda": {"reward": lambda images, prompts: images.mean((1, 2, 3))},
-    }[what]
-    (name,) = kwargs
+    }
+    (name,) = choices[what]
     with pytest.raises(TypeError, match=rf"pickled as its arguments, and {name}=.*give the model by its name.*module:"):
-        pickle.dumps(make(**kwargs))
+        pickle.dumps(make(**choices[what]))
