@@ -34,7 +34,7 @@ from agents.common.checkpoint import (
     save_checkpoint,
 )
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
-from dpok_gym.models.lora import FILE_NAME as LORA_FILE
+from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
 from dpok_gym.utils.files import flush_to_disk, replacing
 from dpok_gym.utils.reading import read_arrays, read_json
 from dpok_gym.utils.sharding import whole

@@ -28,7 +28,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from agents.common import distributed
-from dpok_gym.models.lora import FILE_NAME as LORA_FILE
+from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
 from dpok_gym.utils.files import flush_to_disk, naming, replacing, write_text
 from dpok_gym.utils.reading import read_json
 from dpok_gym.utils.tensors import load_tensors, save_tensors
