@@ -34,6 +34,7 @@ from agents.common import distributed
 from agents.common.arguments import describe_arguments
 from agents.common.checkpoint import find_checkpoint, list_checkpoints
 from agents.common.policy import DenoisingPolicy
+from dpok_gym.models.lora_files import find_lora_file
 from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
 from dpok_gym.utils.files import locked
 
@@ -255,6 +256,9 @@ def _config_of(parsed: Any, base: Config) -> Config:
                 settings[option] = list(value) if isinstance(value, tuple) else value
         values[name] = settings
     values["env_kwargs"] = find_paths(values["env_kwargs"])
+    lora = values["policy_kwargs"]["lora"]
+    if lora != base.policy_kwargs["lora"]:  # that of a resumed run may be gone, and is not needed any more
+        values["policy_kwargs"]["lora"] = str(find_lora_file(lora).absolute())
     return replace(base, **values)
 
 

@@ -128,6 +128,11 @@ def list_checkpoints(run_folder: str | Path) -> list[Path]:
     return sorted(folders, key=_age)
 
 
+def images_of(checkpoint: Path) -> int:
+    """Returns the images drawn until a checkpoint, of which its name tells."""
+    return _age(checkpoint)[0]
+
+
 def find_checkpoint(run_folder: str | Path, which: str | Path = "latest") -> Path:
     """Finds a checkpoint of a run.
 

@@ -177,7 +177,11 @@ def read_lora(
     """
     file = find_lora_file(path)
     try:
-        tensors, settings = _read_pickle(file, allow_pickle) if file.suffix in _PICKLES else _read_safetensors(file)
+        settings: Mapping[str, Any] = {}
+        if file.suffix in _PICKLES:
+            tensors = _read_pickle(file, allow_pickle)
+        else:
+            tensors, settings, _ = _read_safetensors(file)
     except (SafetensorError, OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the LoRA file {file} cannot be read, or is damaged: {reason}") from error
@@ -198,17 +202,18 @@ def read_lora(
     return state
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any], dict[str, str]]:
+    """Returns the tensors, peft's settings, and the other notes of the header."""
     with safe_open(check_tensors(file), "pt") as content:
         tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (it is no dict)
-        notes = (content.metadata() or {}).get(_NOTES) or "{}"
-    settings = parse_json(notes, f"its note {_NOTES}")
+        notes = content.metadata() or {}
+    settings = parse_json(notes.pop(_NOTES, None) or "{}", f"its note {_NOTES}")
     if not isinstance(settings, dict):
         raise ValueError(f"its note {_NOTES} is no mapping of names to values")
-    return tensors, settings
+    return tensors, settings, notes
 
 
-def _read_pickle(file: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if not allow_pickle:
         raise ValueError(
             "it is a pickle, which may run code of its author's; if you trust it, pass allow_pickle=True (for dpok "
@@ -218,7 +223,7 @@ def _read_pickle(file: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], Map
     content = torch.load(check_torch_file(file), map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError("it is no mapping of names to tensors")
-    return content, {}
+    return content
 
 
 def _check_format(tensors: Mapping[str, Tensor]) -> None:
@@ -357,6 +362,38 @@ def _check_layers(state: Mapping[str, Tensor], network: nn.Module) -> None:
 def _describe_width(width: int) -> str:
     family = _FAMILY_OF_WIDTH.get(width)
     return f"{width} numbers" + (f" (as the text features of {family})" if family else "")
+
+
+@dataclass(frozen=True)
+class SavedLoRA:
+    """A file of :func:`write_diffusers`.
+
+    Attributes:
+        state: the tensors by peft's names.
+        prefix: the ``lora_prefix`` of its model.
+        notes: the further entries of its header.
+    """
+
+    state: dict[str, Tensor]
+    prefix: str
+    notes: dict[str, str]
+
+
+def read_saved(file: Path) -> SavedLoRA:
+    """Reads what :func:`write_diffusers` wrote, without the network that it is of.
+
+    Raises:
+        ValueError: if the file is damaged, or was not written so.
+    """
+    try:
+        tensors, settings, notes = _read_safetensors(file)
+        _check_format(tensors)
+        prefix = next((name.removesuffix("r") for name in settings if name.endswith(".r")), None)
+        if prefix is None or not all(key.startswith(prefix) and key.endswith((_A, _B)) for key in tensors):
+            raise ValueError("save_lora() did not write it so")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"the LoRA file {file} is damaged: {error}; write it again") from error
+    return SavedLoRA({key.removeprefix(prefix): value for key, value in tensors.items()}, prefix, notes)
 
 
 def write_diffusers(state: Mapping[str, Tensor], folder: Path, prefix: str, notes: Mapping[str, str]) -> Path:
