@@ -137,7 +137,7 @@ def parse(argv: Sequence[str]) -> Train:
     parsed: Any = parse_options(_options_class(base), "dpok train", argv)
     config = _config_of(parsed, base)
     if not resumes:
-        return Train(parsed.run.out, config, None)
+        return Train(parsed.run.out, _find_lora(config), None)
     changed = _changed_options(config, base)
     if changed and (first.out / FILE_NAME).is_file():  # type: ignore[operator]  # checked above
         raise UsageError(f"--resume keeps the run's own settings; leave out {', '.join(changed)}")
@@ -256,10 +256,15 @@ def _config_of(parsed: Any, base: Config) -> Config:
                 settings[option] = list(value) if isinstance(value, tuple) else value
         values[name] = settings
     values["env_kwargs"] = find_paths(values["env_kwargs"])
-    lora = values["policy_kwargs"]["lora"]
-    if lora != base.policy_kwargs["lora"]:  # that of a resumed run may be gone, and is not needed any more
-        values["policy_kwargs"]["lora"] = str(find_lora_file(lora).absolute())
     return replace(base, **values)
+
+
+def _find_lora(config: Config) -> Config:
+    """Returns the config with the absolute path of the LoRA's file, which a run in another working folder finds too."""
+    lora = config.policy_kwargs["lora"]
+    if lora is None:
+        return config
+    return replace(config, policy_kwargs=config.policy_kwargs | {"lora": str(find_lora_file(lora).absolute())})
 
 
 def _changed_options(config: Config, base: Config) -> list[str]:

@@ -195,7 +195,7 @@ def write_card(
         _scores(training),
         *(f"![{figure.stem.replace('_', ' ')}]({figure.name})" for figure in training.figures),
         _settings(training),
-        "Made with [dpok-gym](https://pypi.org/project/dpok-gym). The license of the base model applies to what was "
+        "Made with [dpok-gym](https://github.com/dpok-gym/dpok-gym). The license of the base model applies to what was "
         "trained from it; add your own to the header of this file.",
     ]
     path = folder / CARD
