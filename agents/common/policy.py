@@ -24,7 +24,8 @@ from agents.common.model_card import lora_notes
 from agents.common.slow_copy import SlowCopy
 from dpok_gym import diffusion
 from dpok_gym.models.base import GuidanceGradient
-from dpok_gym.models.lora import MAX_RANK, LoRA, reference_copy
+from dpok_gym.models.lora import LoRA, reference_copy
+from dpok_gym.models.lora_files import MAX_RANK
 from dpok_gym.prompts import prompts_from_bytes
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig, State
 from dpok_gym.utils.batching import BatchSize

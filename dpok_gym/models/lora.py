@@ -17,11 +17,8 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from dpok_gym.models.lora_files import Ranks, read_lora, write_diffusers
+from dpok_gym.models.lora_files import MAX_RANK, Ranks, read_lora, write_diffusers
 from dpok_gym.utils.validation import check_integer, check_path, shorten
-
-#: The largest rank: that of the widest layers of published denoisers, with which nothing is low-rank any more.
-MAX_RANK = 5120
 
 _numbers = itertools.count()
 

@@ -54,6 +54,9 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 _KOHYA, _PEFT = "lora_unet_", "base_model.model."
 _TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_")
 
+#: The largest rank: that of the widest layers of published denoisers, with which nothing is low-rank any more.
+MAX_RANK = 5120
+
 #: What only names of other formats match, and what those are called. None of them is B A x.
 _NOT_READ = {
     r"dora_scale|lora_magnitude_vector": "DoRA",
@@ -89,8 +92,10 @@ _WITHOUT_EFFECT = {
 #: How A and B began. Other ways also change the weights of the model, which a file of a LoRA does not hold.
 _BEGINNINGS = (True, False, "gaussian")
 
-#: The width of the text features of each family, for the message about a LoRA of another one.
+#: The width of the text features of each generation of Stable Diffusion.
 _FAMILY_OF_WIDTH = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+#: Names of matrices that read the text features, in all formats.
+_READS_TEXT = re.compile(r"attn2[._](processor\.)?to_k[._](lora_A|lora_down|lora\.down)")
 
 
 @dataclass(frozen=True)
@@ -187,19 +192,21 @@ def read_lora(
         raise ValueError(f"the LoRA file {file} cannot be read, or is damaged: {reason}") from error
     try:
         _check_format(tensors)
+        _check_family(tensors, network)
         if any(key.startswith(_PEFT) for key in tensors):
             settings = _read_peft_config(file)
             tensors = {key.removeprefix(_PEFT): value for key, value in tensors.items()}
-        else:
-            settings = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
-        if any(key.startswith(_KOHYA) for key in tensors):
+        elif any(key.startswith(_KOHYA) for key in tensors):
             tensors = _convert_kohya(tensors, network)
-        own = {key.removeprefix(prefix): value for key, value in tensors.items()}
-        state = _with_scale(convert_unet_state_dict_to_peft(own), settings)
+        elif any(key.startswith(prefix) for key in tensors):  # a denoiser's own save_lora_adapter() writes no prefix
+            settings = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+        state = {key: value.float() for key, value in convert_unet_state_dict_to_peft(tensors).items()}
         _check_layers(state, network)
+        _check_settings(settings)
+        return _with_scale(state, settings) if settings else state
     except (ValueError, TypeError) as error:
         raise ValueError(f"the LoRA file {file} cannot be used: {error}") from error
-    return state
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any], dict[str, str]]:
@@ -216,9 +223,8 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any],
 def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if not allow_pickle:
         raise ValueError(
-            "it is a pickle, which may run code of its author's; if you trust it, pass allow_pickle=True (for dpok "
-            "sample: --trust), or make a .safetensors of it: safetensors.torch.save_file(torch.load(file, "
-            "weights_only=True), 'lora.safetensors')"
+            "it is a pickle, which may run code of its author's; if you trust it, pass allow_pickle=True (dpok sample: "
+            "--trust; dpok train: --model-kwargs allow_pickle=true), or get it as .safetensors"
         )
     content = torch.load(check_torch_file(file), map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -250,6 +256,17 @@ def _check_format(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"it has values that are not finite, in {key}; train it again")
 
 
+def _check_family(tensors: Mapping[str, Tensor], network: nn.Module) -> None:
+    """Makes sure that a LoRA of Stable Diffusion is of the model's own generation, if its attention tells that."""
+    own = getattr(getattr(network, "config", None), "cross_attention_dim", None)
+    for key, value in tensors.items():
+        if _READS_TEXT.search(key) and value.dim() == 2:
+            family = _FAMILY_OF_WIDTH.get(value.shape[1])
+            if family and own in _FAMILY_OF_WIDTH and value.shape[1] != own:
+                raise ValueError(f"it is of {family}, and the model here is of {_FAMILY_OF_WIDTH[own]}")
+            return
+
+
 def _read_peft_config(file: Path) -> Mapping[str, Any]:
     path = file.with_name(PEFT_CONFIG_NAME)
     if not path.is_file():
@@ -266,9 +283,10 @@ def _convert_kohya(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[st
     scaled = dict(tensors)
     for key in [key for key in tensors if key.endswith(".alpha")]:
         up, down = (key.replace(".alpha", f".lora_{name}.weight") for name in ("up", "down"))
-        if up not in scaled or down not in scaled or tensors[key].numel() != 1:
+        if up not in scaled or down not in scaled or not scaled[down].numel() or tensors[key].numel() != 1:
             raise ValueError(f"its {key} has no layer, or is no number")
-        scaled[up] = scaled[up].float() * (float(scaled.pop(key)) / max(len(scaled[down]), 1))
+        rank = scaled[down].flatten(1).shape[0] if scaled[down].dim() > 1 else 1
+        scaled[up] = scaled[up].float() * (float(scaled.pop(key)) / rank)
     layers = {name.replace(".", "_"): name for name, _ in network.named_modules()}
     if all(key.split(".")[0].removeprefix(_KOHYA) in layers for key in scaled):
         renamed = {}
@@ -287,22 +305,17 @@ def _convert_kohya(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[st
 
 
 def _with_scale(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the tensors in float32, with the scale of peft's settings in B; without settings it is 1."""
-    _check_settings(settings)
-    scaled = {key: value.float() for key, value in state.items()}
-    if not settings:
-        return scaled
-    defaults = LoraConfig()
-    for key in [key for key in scaled if key.endswith(_A)]:
-        layer, rank = key.removesuffix(_A), len(scaled[key])
+    """Returns the tensors with the scale of peft's settings in B."""
+    scaled, defaults = dict(state), LoraConfig()
+    for key in [key for key in state if key.endswith(_A)]:
+        layer, rank = key.removesuffix(_A), len(state[key])
         noted = _of_layer(settings, "rank_pattern", layer, settings.get("r", defaults.r))
         if noted != rank:
             raise ValueError(f"its settings note rank {shorten(noted)} for the layer {layer}, whose rank is {rank}")
         alpha = _of_layer(settings, "alpha_pattern", layer, settings.get("lora_alpha", defaults.lora_alpha))
         alpha = check_finite(f"its lora_alpha of the layer {layer}", alpha)
         scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-        if layer + _B in scaled:
-            scaled[layer + _B] *= scale
+        scaled[layer + _B] = state[layer + _B] * scale
     return scaled
 
 
@@ -348,20 +361,16 @@ def _check_layers(state: Mapping[str, Tensor], network: nn.Module) -> None:
             raise ValueError(f"it is of another model: there is no layer {layer!r} here")
         if not {layer + _A, layer + _B} <= state.keys():
             raise ValueError(f"its layer {layer} lacks one of its two matrices; the file is not whole")
-        side, axis = ("reads", 1) if key.endswith(_A) else ("returns", 0)
-        # A grouped convolution's weight has the inputs of one group only, and so has A.
-        expected = module.weight.dim(), module.weight.shape[axis]
-        if (value.dim(), value.shape[axis] if value.dim() > axis else None) != expected:
+        weight = module.weight.shape  # (outputs, inputs, and perhaps height and width)
+        axis = 1 if key.endswith(_A) else 0
+        if value.dim() != len(weight) or value.shape[axis] != weight[axis]:
             raise ValueError(
-                f"it is of another model: its layer {layer} {side} "
-                f"{_describe_width(value.shape[axis] if value.dim() > axis else 0)}, and here it {side} "
-                f"{_describe_width(expected[1])}"
+                f"it is of another model: its {key} has the shape {tuple(value.shape)}, for a layer whose weight has "
+                f"the shape {tuple(weight)} here"
             )
-
-
-def _describe_width(width: int) -> str:
-    family = _FAMILY_OF_WIDTH.get(width)
-    return f"{width} numbers" + (f" (as the text features of {family})" if family else "")
+        rank = value.shape[1 - axis]
+        if not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"its layer {layer} has the rank {rank}, and ranks from 1 to {MAX_RANK:,} are read")
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ def test_refusals(hub: Hub, make_agent: Callable[..., Any]) -> None:
     with pytest.raises(OSError, match="401"):
         agent.push_to_hub("me/rabbits", token=TOKEN)
     for name in ("a/b/c", "", "me/rabbits..", "me/my rabbits"):
-        with pytest.raises(ValueError, match="(?i)repo"):
+        with pytest.raises(ValueError, match=r"(?i)repo"):
             agent.push_to_hub(name, token=TOKEN)
     for name in (None, 3):
         with pytest.raises(TypeError, match='repo_id must be a text such as "user/name"'):

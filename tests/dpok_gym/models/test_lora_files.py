@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dpok_gym.models import load_model
 from dpok_gym.models.lora import LoRA
 from dpok_gym.models.lora_files import FILE_NAME, Ranks, read_lora, write_diffusers, write_kohya, write_peft
 from dpok_gym.models.stable_diffusion import StableDiffusion
@@ -266,6 +267,50 @@ def test_peft_adapter(sd_unet: Any, tiny_sd_folder: Path, settings: dict[str, An
         read_lora(path, sd_unet)
 
 
+def test_an_adapter_that_a_denoiser_saved(sd_unet: Any, tiny_sd_folder: Path, tmp_path: Path) -> None:
+    """Its names have no prefix, nor have its settings."""
+    other = unet_of(tiny_sd_folder)
+    other.add_adapter(LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=list(ATTENTION)))
+    torch.manual_seed(3)
+    for name, value in other.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(value, std=0.2)
+    expected = output(other)
+    other.save_lora_adapter(tmp_path)
+    with LoRA.from_folder(sd_unet, tmp_path, "unet.").enabled():
+        torch.testing.assert_close(output(sd_unet), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_advice_for_text_encoders(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    """A model with the whole LoRA in it draws what diffusers draws with the LoRA."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    config = LoraConfig(r=4, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+    text = get_peft_model_state_dict(get_peft_model(pipe.text_encoder, config))
+    text = {key.removeprefix("base_model.model."): value for key, value in text.items()}
+    denoiser = random_state(unet_of(tiny_sd_folder))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, denoiser, text)
+    with pytest.raises(ValueError, match="changes the text encoder too"):
+        read_lora(tmp_path, unet_of(tiny_sd_folder))
+
+    def draw(pipe: Any) -> Tensor:
+        pipe.set_progress_bar_config(disable=True)
+        noise = torch.Generator().manual_seed(0)
+        return pipe("a green rabbit.", num_inference_steps=2, generator=noise, output_type="pt").images
+
+    plain_images = draw(StableDiffusionPipeline.from_pretrained(tiny_sd_folder))
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    pipe.load_lora_weights(tmp_path)
+    expected = draw(pipe)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "model")
+    assert not torch.allclose(plain_images, expected, atol=1e-2)
+    model = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(draw(model), expected, rtol=1e-3, atol=1e-3)
+    load_model(tmp_path / "model", "cpu")
+
+
 def test_pickles_need_permission(sd_unet: Any, tmp_path: Path) -> None:
     state = random_state(sd_unet)
     torch.save(of_2023(state), tmp_path / "pytorch_lora_weights.bin")
@@ -321,10 +366,12 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
     "more": (lambda s: {**prefixed(s), f"{ONE}.lora_C.weight": torch.ones(2)}, "lora_C.weight is not understood here"),
     "integers": (lambda s: {k: v.int() for k, v in prefixed(s).items()}, r"is of the type torch\.int32"),
     "not finite": (lambda s: {k: v / 0 for k, v in prefixed(s).items()}, "values that are not finite"),
-    "vectors": (lambda s: {k: v.flatten() for k, v in prefixed(s).items()}, "of another model: its layer"),
-    "scalars": (lambda s: {k: v.sum() for k, v in prefixed(s).items()}, "of another model: its layer"),
+    "vectors": (lambda s: {k: v.flatten() for k, v in prefixed(s).items()}, "another model: its .* has the shape"),
+    "scalars": (lambda s: {k: v.sum() for k, v in prefixed(s).items()}, "another model: its .* has the shape"),
+    "scalars, kohya": (lambda s: {k: v.sum() for k, v in kohya(s, 1.0).items()}, "another model: its .* has the shape"),
+    "empty, kohya": (lambda s: {k: v[:0] if v.dim() else v for k, v in kohya(s, 1.0).items()}, "alpha has no layer"),
     "no layers": (lambda s: {"lora": torch.ones(2)}, "its lora is not understood here"),
-    "rank 0": (lambda s: {k: v[:0] if "_A" in k else v[:, :0] for k, v in prefixed(s).items()}, "rank"),
+    "rank 0": (lambda s: {k: v[:0] if "_A" in k else v[:, :0] for k, v in prefixed(s).items()}, "has the rank 0, and"),
     "alpha alone": (lambda s: {**kohya(s, 1.0), "lora_unet_x.alpha": torch.tensor(1.0)}, "alpha has no layer"),
     "unknown, kohya": (
         lambda s: {k.replace("_mid_", "_x_"): v for k, v in kohya(s, 1.0).items()},
@@ -347,16 +394,34 @@ def test_refused(sd_unet: Any, case: str, tmp_path: Path) -> None:
     assert {name for name, _ in sd_unet.named_modules()} == names
 
 
-def test_a_lora_of_xl_in_another_family(tiny_xl_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The text features of the real families have these widths."""
-    with torch.device("meta"):
-        v1, xl = (nn.ModuleDict({"attn2_to_k": nn.Linear(width, 8)}) for width in (768, 2048))
-    a, b = torch.ones(2, 2048), torch.ones(8, 2)
-    path = plain(tmp_path / "x.safetensors", {"attn2_to_k.lora_A.weight": a, "attn2_to_k.lora_B.weight": b})
-    assert set(read_lora(path, xl)) == {"attn2_to_k.lora_A.weight", "attn2_to_k.lora_B.weight"}
-    message = r"2048 numbers \(as the text features of Stable Diffusion XL\), and here .* of Stable Diffusion 1\.x"
-    with pytest.raises(ValueError, match=message):
-        read_lora(path, v1)
+@pytest.mark.parametrize("form", ["peft", "kohya", "2023", "authors"])
+def test_a_lora_of_another_generation(form: str, tmp_path: Path) -> None:
+    """The message names both, in every format."""
+    networks = {}
+    for family, settings in REAL_UNETS.items():
+        with torch.device("meta"):
+            networks[family] = UNet2DConditionModel(**settings)
+    for family, other in (("1.5", "xl"), ("xl", "1.5")):
+        state = {}
+        for layer, module in networks[family].named_modules():
+            if layer.endswith("attn2.to_k"):
+                state |= {f"{layer}.lora_A.weight": torch.ones(1, module.in_features)}
+                state |= {f"{layer}.lora_B.weight": torch.ones(module.out_features, 1)}
+        named = {"peft": prefixed, "kohya": lambda s: kohya(s, 1.0), "2023": of_2023}.get(form)
+        if named is None:
+            names = author_names(networks[family])
+            layers = {f"lora_unet_{layer.replace('.', '_')}": name for layer, name in names.items()}
+            made = {
+                f"lora_unet_{layers[key.split('.')[0]].replace('.', '_')}.{key.partition('.')[2]}": value
+                for key, value in kohya(state, 1.0).items()
+            }
+        else:
+            made = named(state)
+        path = plain(tmp_path / f"{family}.safetensors", made)
+        assert set(read_lora(path, networks[family])) == set(state)
+        titles = {"1.5": r"Stable Diffusion 1\.x", "xl": "Stable Diffusion XL"}
+        with pytest.raises(ValueError, match=f"it is of {titles[family]}, and the model here is of {titles[other]}"):
+            read_lora(path, networks[other])
 
 
 @pytest.mark.parametrize(
