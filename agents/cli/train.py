@@ -137,7 +137,7 @@ def parse(argv: Sequence[str]) -> Train:
     parsed: Any = parse_options(_options_class(base), "dpok train", argv)
     config = _config_of(parsed, base)
     if not resumes:
-        return Train(parsed.run.out, _find_lora(config), None)
+        return Train(parsed.run.out, config, None)
     changed = _changed_options(config, base)
     if changed and (first.out / FILE_NAME).is_file():  # type: ignore[operator]  # checked above
         raise UsageError(f"--resume keeps the run's own settings; leave out {', '.join(changed)}")
@@ -195,7 +195,7 @@ def _prepare(folder: Path, options: Train) -> Run:
                 f"{folder} already holds a run; choose another --out, or resume it: "
                 f"dpok train --resume --out {shlex.quote(str(folder))}"
             )
-        return Run(folder, config)
+        return Run(folder, _find_lora(config))
     if which == "latest" and not list_checkpoints(folder):
         if (folder / SUMMARY).exists():
             raise FileNotFoundError(f"{folder} has no checkpoint any more; train anew, in another --out")
