@@ -445,7 +445,7 @@ def write_kohya(state: Mapping[str, Tensor], file: Path, notes: Mapping[str, str
         "ss_network_dim": str(ranks.rank),
         "ss_network_alpha": str(float(ranks.rank)),
     }
-    return _write(file, named, of_network | notes)
+    return _write(file, named, {**of_network, **notes})
 
 
 def write_peft(state: Mapping[str, Tensor], folder: Path, base_model: str | None, notes: Mapping[str, str]) -> Path:

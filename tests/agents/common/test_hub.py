@@ -190,7 +190,7 @@ def test_refusals(hub: Hub, make_agent: Callable[..., Any]) -> None:
     for name in ("a/b/c", "", "me/rabbits..", "me/my rabbits"):
         with pytest.raises(ValueError, match=r"(?i)repo"):
             agent.push_to_hub(name, token=TOKEN)
-    for name in (None, 3):
+    for value in (None, 3):
         with pytest.raises(TypeError, match='repo_id must be a text such as "user/name"'):
-            agent.push_to_hub(name, token=TOKEN)
+            agent.push_to_hub(value, token=TOKEN)
     assert not hub.repositories

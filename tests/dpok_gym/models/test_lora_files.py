@@ -402,7 +402,7 @@ def test_a_lora_of_another_generation(form: str, tmp_path: Path) -> None:
         with torch.device("meta"):
             networks[family] = UNet2DConditionModel(**settings)
     for family, other in (("1.5", "xl"), ("xl", "1.5")):
-        state = {}
+        state: dict[str, Tensor] = {}
         for layer, module in networks[family].named_modules():
             if layer.endswith("attn2.to_k"):
                 state |= {f"{layer}.lora_A.weight": torch.ones(1, module.in_features)}
@@ -569,7 +569,7 @@ def test_comfyui_and_web_ui_know_every_exported_layer(family: str, tmp_path: Pat
 
 
 def test_ranks() -> None:
-    state = {}
+    state: dict[str, Tensor] = {}
     for layer, rank in {"a.x": 4, "b.x": 4, "c": 2}.items():
         state |= {f"{layer}.lora_A.weight": torch.ones(rank, 3), f"{layer}.lora_B.weight": torch.ones(3, rank)}
     ranks = Ranks.of(state)
