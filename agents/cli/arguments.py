@@ -27,7 +27,12 @@ Options = TypeVar("Options")
 
 #: Arguments that are always one text on the command line, with the name of the text in the help. In Python they may
 #: also be objects.
-_TEXTS = {"model": "NAME|FOLDER|HUB-ID", "prompts": "TEXT|SET|FILE", "reward": "NAME[=WEIGHT],..."}
+_TEXTS = {
+    "model": "NAME|FOLDER|HUB-ID",
+    "prompts": "TEXT|SET|FILE",
+    "reward": "NAME[=WEIGHT],...",
+    "lora": "FOLDER|FILE",
+}
 
 #: The box that tyro draws around its messages, and the rules in it. For a terminal without such characters it draws no
 #: box, and rules of hyphens.

@@ -29,7 +29,7 @@ class Sample:
     prompt: str
     """Text to draw."""
     lora: Annotated[Path | None, default_hint("FOLDER", "none: the pre-trained model")] = None
-    """Run folder of dpok train (its model and sampler settings are used too), or folder with a LoRA."""
+    """Run folder of dpok train (its model and sampler settings are used too), or file or folder of a LoRA."""
     env: Annotated[str | None, default_hint("ID", "the run's, or that of dpok train")] = None
     """Environment id, for its model and sampler settings."""
     model: Annotated[str | None, default_hint("NAME|FOLDER|HUB-ID", "the environment's")] = None
@@ -51,7 +51,8 @@ class Sample:
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_hint("NAME", "float32")] = None
     """Precision of the frozen weights: float32, or bfloat16 or float16 for half of the memory."""
     trust: bool = False
-    """Run the code that the config of a run in --lora names: models, rewards and the like of modules."""
+    """Run the code that the config of a run in --lora names: models, rewards and the like of modules. Also read a LoRA
+    that is a pickle, which may run code."""
     device: str = "auto"
     """Device of the networks: auto, cpu, cuda, cuda:1, ..."""
     reward: Annotated[str | None, default_hint("NAME[=WEIGHT],...", "the run's, or the environment's")] = None
@@ -152,7 +153,8 @@ def _draw(
         denoiser = _load_denoiser(run_folder, env)
         return sample(transition=partial(env.process.transition, denoiser=denoiser))
     model = env.process.model
-    with LoRA.from_folder(model.denoiser, lora, model.lora_prefix).enabled():
+    allow_pickle = options.trust or model.options.get("allow_pickle", False)
+    with LoRA.from_folder(model.denoiser, lora, model.lora_prefix, allow_pickle).enabled():
         return sample()
 
 
