@@ -49,6 +49,7 @@ def get_state(agent: DenoisingAlgorithm) -> dict[str, Any]:
         "n_updates": agent._n_updates,
         "recent_rewards": [episode["r"] for episode in agent.ep_info_buffer or ()],
         "algorithm_state": agent.algorithm_state(),
+        "monitor": agent.monitor.state_dict(),
     }
     return {"tensors": tensors, "state": state}
 
@@ -105,3 +106,4 @@ def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
     agent.ep_info_buffer = deque(recent, maxlen=agent._stats_window_size)
     agent.ep_success_buffer = deque(maxlen=agent._stats_window_size)  # SB3 makes both or none
     agent.load_algorithm_state(state["algorithm_state"])
+    agent.monitor.load_state_dict(state["monitor"])

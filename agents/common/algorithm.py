@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 import pathlib
+import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -26,12 +27,15 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 
 import dpok_gym  # noqa: F401  (registers the environments)
+from agents.common import distributed
 from agents.common.agent_state import check_algorithm, get_state, set_state
 from agents.common.arguments import check_arguments, show_inherited_arguments
 from agents.common.buffer import TrajectoryBuffer
 from agents.common.critic import CriticKind
+from agents.common.held_out import HeldOutReward
 from agents.common.hub import upload_model
 from agents.common.model_card import Training, write_card
+from agents.common.monitor import Monitor, TrainingWarning
 from agents.common.normalization import RewardNormalizer
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
@@ -87,6 +91,9 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         max_grad_norm: largest norm of the denoiser's gradient, above 0; infinity for no limit.
         normalize_rewards: standardise each reward of a sum by its running mean and standard deviation before
             weighting, so that weights compare rewards of different scales. Logs and evaluations stay raw.
+        held_out_reward: a reward that is logged and not trained on, of at most 16 images of an iteration, and compared
+            with the training reward: a name, ``{name: weight}``, a callable or an address. "auto" is another reward of
+            an embedded world, or the CLIP score if its files are there; None for none.
         stats_window_size: images that the logged mean reward goes over, at least 1.
         tensorboard_log: folder for TensorBoard; None for no log.
         policy_kwargs: arguments of :class:`~agents.common.policy.DenoisingPolicy`, such as ``{"lora_rank": 16}``.
@@ -98,6 +105,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         process: the denoising process of the environment.
         images_drawn: images drawn and learned from so far.
         iteration: iterations done so far.
+        monitor: what warns of a training that goes wrong, with a :class:`~agents.common.monitor.TrainingWarning`.
 
     Raises:
         TypeError: if there is no such argument.
@@ -148,6 +156,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         anchor_coef: float = 0.0,
         anchor_images: int = 64,
         normalize_rewards: bool = False,
+        held_out_reward: str | Mapping[str, float] | Callable[..., Any] | None = "auto",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -189,6 +198,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         if images_per_iteration is not None:
             self.images_per_iteration = check_integer("images_per_iteration", images_per_iteration)
         self.reward_normalizer = RewardNormalizer() if normalize_rewards else None
+        self.held_out_reward = held_out_reward
+        self.monitor = Monitor()
         self.images_drawn = 0
         self.iteration = 0
         self.latest_metrics = {}
@@ -231,6 +242,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         self._micro_batches = BatchSize("micro_batch_size", self.micro_batch_size)
         self._anchor = None
         self._training: Training | None = None  # that of a run, which load_run() sets
+        self._held_out: HeldOutReward | None = None
         self.set_random_seed(self.seed)
         if self.env is not None:
             self._take_process(self.denoising_env)
@@ -287,6 +299,18 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             raise ValueError("the agent has no environment: give it one with set_env()")
         return find_denoising_env(self.env)
 
+    @property
+    def held_out(self) -> HeldOutReward:
+        """The held-out reward; its networks are loaded when it is first asked for, before a training draws images.
+
+        Raises:
+            ValueError: if there is no such reward; further errors as :func:`dpok_gym.rewards.make_reward`.
+        """
+        # Agents that only draw or evaluate need none.
+        if self._held_out is None:
+            self._held_out = HeldOutReward(self.held_out_reward, self.denoising_env)
+        return self._held_out
+
     def _take_process(self, env: DenoisingVectorEnv) -> None:
         """Takes the environment's denoising process, which must sample as the one that was learned with."""
         # An agent that was loaded has learned one sampler; with another, its ratios and KLs would mean nothing.
@@ -301,6 +325,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         self.sampler_config.check_equal(find_denoising_env(wrapped).process.config)
         self.n_envs = wrapped.num_envs  # SB3 would refuse another number, which changes memory and speed only
         super().set_env(wrapped, force_reset)
+        self._held_out = None  # it suits the reward that is trained on
 
     def learn(
         self,
@@ -336,6 +361,10 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         callback.on_training_end()
         return self
 
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        _ = self.held_out  # if it is missing, no image was drawn in vain
+        return super()._setup_learn(*args, **kwargs)
+
     @contextmanager
     def _whole_iteration(self) -> Iterator[None]:
         """Around an iteration: if it does not come to its end, it counts no images, no steps and no rewards.
@@ -354,6 +383,9 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
     def _finish_iteration(self, log_interval: int) -> None:
         self.iteration += 1
         self.images_drawn += len(self.rollout_buffer)
+        for text in self.monitor.add(self.iteration, self.logger.name_to_value):
+            if distributed.is_main():
+                warnings.warn(text, TrainingWarning, stacklevel=3)
         if log_interval and self.iteration % log_interval == 0:
             self.dump_logs(self.iteration)
 

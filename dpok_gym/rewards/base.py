@@ -76,6 +76,11 @@ class Reward:
         """The names of the functions in the sum, of which each may have several components."""
         return list(self._parts)
 
+    @property
+    def functions(self) -> dict[str, RewardFunction]:
+        """The functions of the sum, by name."""
+        return {name: part.function for name, part in self._parts.items()}
+
     def __call__(self, images: Tensor, prompts: list[str]) -> RewardBatch:
         """Scores a batch of images.
 
