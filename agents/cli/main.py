@@ -1,4 +1,4 @@
-"""The command line: ``dpok train``, ``doctor``, ``sample``, ``evaluate``, ``export``, ``fit-reward`` and ``serve-reward``.
+"""The command line, ``dpok COMMAND``, with the commands of :data:`COMMANDS`.
 
 Each command is a module of this package with two functions: ``parse`` reads its options, ``run`` does its work. They
 are imported once the command is known, and torch once its work begins.
