@@ -31,6 +31,7 @@ _TEXTS = {
     "model": "NAME|FOLDER|HUB-ID",
     "prompts": "TEXT|SET|FILE",
     "reward": "NAME[=WEIGHT],...",
+    "lora": "FOLDER|FILE",
     "held_out_reward": "NAME[=WEIGHT],...",
 }
 

@@ -6,7 +6,7 @@ import math
 import shlex
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from agents.common.checkpoint import (
     TRAINER_STATE,
     CheckpointCallback,
     find_checkpoint,
+    images_of,
     list_checkpoints,
     load_checkpoint,
     remove_later_checkpoints,
@@ -37,8 +38,10 @@ from agents.common.checkpoint import (
     save_checkpoint,
 )
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
+from agents.common.model_card import SAMPLING, Training, public_name
 from agents.common.monitor import TrainingWarning
-from dpok_gym.models.lora import FILE_NAME as LORA_FILE
+from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
+from dpok_gym.prompts import list_prompt_sets
 from dpok_gym.utils.files import flush_to_disk, replacing
 from dpok_gym.utils.reading import read_arrays, read_json
 from dpok_gym.utils.sharding import whole
@@ -66,7 +69,7 @@ class Run:
     def __init__(self, folder: Path, config: Config, checkpoint: Path | None = None) -> None:
         self.folder, self.config, self.console = folder, config, Console(quiet=not distributed.is_main())
         self.env = config.make_env(config.n_envs)
-        self.agent = config.make_agent(self.env)
+        self.agent = _make_agent(config, self.env, checkpoint)
         self._checkpoint, seconds = checkpoint, 0.0
         if checkpoint is not None:
             seconds = self._load(checkpoint)
@@ -384,9 +387,51 @@ def load_run(
 def load_agent(folder: Path, config: Config, env: DenoisingVectorEnv, device: str) -> DenoisingAlgorithm:
     """Returns the agent of a run's newest checkpoint, in an environment with the run's model and sampler."""
     checkpoint = find_checkpoint(folder)
-    agent = config.make_agent(env, device)
+    agent = _make_agent(config, env, checkpoint, device)
     load_checkpoint(agent, checkpoint)
+    agent._training = describe_run(folder, config)
     return agent
+
+
+def _make_agent(
+    config: Config, env: DenoisingVectorEnv, checkpoint: Path | None, device: str | None = None
+) -> DenoisingAlgorithm:
+    """Makes the agent that a checkpoint is loaded into, or that a run begins with."""
+    if checkpoint is not None and config.policy_kwargs["lora"] is not None:
+        # The file of the LoRA that the run began with may be gone; the checkpoint's has the same layers and ranks.
+        config = replace(config, policy_kwargs=config.policy_kwargs | {"lora": str(checkpoint / LORA_FILE)})
+    return config.make_agent(env, device)
+
+
+def describe_run(folder: Path, config: Config) -> Training:
+    """Returns what a model card tells of a run, without its model: of its newest checkpoint, or of its summary."""
+    try:
+        summary = dict(read_json(folder / SUMMARY))
+    except (FileNotFoundError, ValueError, TypeError):
+        summary = {}  # the run has not come to its end
+    checkpoints = list_checkpoints(folder)
+    images = images_of(checkpoints[-1]) if checkpoints else summary.get("pictures", 0)
+    is_complete = summary.get("interrupted") is False and summary.get("pictures") == images
+    prompts = config.env_kwargs["prompts"]
+    is_set = prompts in list_prompt_sets() or public_name(prompts) != prompts
+    figures = [folder / name for name in (BEFORE_AFTER, LEARNING_CURVE) if is_complete and (folder / name).is_file()]
+    return Training(
+        model=config.env_kwargs["model"],
+        algorithm=config.algo.upper() if ":" not in config.algo else config.algo.rpartition(":")[2],
+        prompts=public_name(prompts),
+        is_one_prompt=not is_set,
+        rewards={name: _weight(value) for name, value in config.env_kwargs["reward"].items()},
+        sampling={name: config.env_kwargs[name] for name in SAMPLING if name in config.env_kwargs},
+        settings=config.algo_kwargs | config.policy_kwargs,
+        seed=config.seed,
+        images=images,
+        scores=summary if is_complete else {},
+        figures=figures,
+    )
+
+
+def _weight(value: Any) -> float:
+    return value.get("weight", 1.0) if isinstance(value, Mapping) else value
 
 
 def save_evaluation(evaluation: Evaluation, path: Path) -> None:

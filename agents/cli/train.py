@@ -42,6 +42,7 @@ from agents.common import distributed
 from agents.common.arguments import describe_arguments
 from agents.common.checkpoint import find_checkpoint, list_checkpoints
 from agents.common.policy import DenoisingPolicy
+from dpok_gym.models.lora_files import find_lora_file
 from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
 from dpok_gym.utils.files import locked
 
@@ -202,7 +203,7 @@ def _prepare(folder: Path, options: Train) -> Run:
                 f"{folder} already holds a run; choose another --out, or resume it: "
                 f"dpok train --resume --out {shlex.quote(str(folder))}"
             )
-        return Run(folder, config)
+        return Run(folder, _find_lora(config))
     if which == "latest" and not list_checkpoints(folder):
         if (folder / SUMMARY).exists():
             raise FileNotFoundError(f"{folder} has no checkpoint any more; train anew, in another --out")
@@ -265,6 +266,14 @@ def _config_of(parsed: Any, base: Config) -> Config:
     values["env_kwargs"] = find_paths(values["env_kwargs"])
     values["algo_kwargs"] = find_held_out_reward(values["algo_kwargs"])
     return replace(base, **values)
+
+
+def _find_lora(config: Config) -> Config:
+    """Returns the config with the absolute path of the LoRA's file, which a run in another working folder finds too."""
+    lora = config.policy_kwargs["lora"]
+    if lora is None:
+        return config
+    return replace(config, policy_kwargs=config.policy_kwargs | {"lora": str(find_lora_file(lora).absolute())})
 
 
 def _changed_options(config: Config, base: Config) -> list[str]:

@@ -54,6 +54,16 @@ def get_state(agent: DenoisingAlgorithm) -> dict[str, Any]:
     return {"tensors": tensors, "state": state}
 
 
+def check_algorithm(algorithm: type[DenoisingAlgorithm], state: Mapping[str, Any]) -> None:
+    """Checks that a state is of this algorithm.
+
+    Raises:
+        ValueError: if it is of another one.
+    """
+    if state["algorithm"] != algorithm.__name__:
+        raise ValueError(f"the state is of {state['algorithm']}, and the agent is {algorithm.__name__}")
+
+
 def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
     """Puts back what :func:`get_state` returned.
 
@@ -61,8 +71,7 @@ def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
         ValueError: if it is of another algorithm, sampler or network, or a counter is no number.
     """
     tensors, state = saved["tensors"], saved["state"]
-    if state["algorithm"] != type(agent).__name__:
-        raise ValueError(f"the state is of {state['algorithm']}, and the agent is {type(agent).__name__}")
+    check_algorithm(type(agent), state)
     assert agent.sampler_config is not None
     SamplerConfig.from_dict(state["sampler"]).check_equal(agent.sampler_config)
     check_integer("run_seed", state["run_seed"], minimum=0, maximum=MAX_SEED)

@@ -5,12 +5,14 @@ Letters used for shapes: B elements of a batch, N images of an iteration, T deno
 
 from __future__ import annotations
 
+import inspect
 import pathlib
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -20,17 +22,19 @@ import torch
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.save_util import load_from_zip_file, save_to_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 import dpok_gym  # noqa: F401  (registers the environments)
 from agents.common import distributed
-from agents.common.agent_state import get_state, set_state
+from agents.common.agent_state import check_algorithm, get_state, set_state
 from agents.common.arguments import check_arguments, show_inherited_arguments
 from agents.common.buffer import TrajectoryBuffer
 from agents.common.critic import CriticKind
 from agents.common.held_out import HeldOutReward
+from agents.common.hub import upload_model
+from agents.common.model_card import Training, write_card
 from agents.common.monitor import Monitor, TrainingWarning
 from agents.common.normalization import RewardNormalizer
 from agents.common.policy import DenoisingPolicy
@@ -38,6 +42,7 @@ from agents.common.randomness import Purpose, make_generator
 from agents.common.rollouts import draw_rollout
 from agents.common.updates import UpdatingAlgorithm
 from agents.common.vec_env import GymnasiumVecEnv, find_denoising_env
+from dpok_gym.models.lora_files import Ranks
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig, Transition
 from dpok_gym.utils.batching import BatchSize
 from dpok_gym.utils.device import find_device
@@ -111,6 +116,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
     policy: DenoisingPolicy
     rollout_buffer: TrajectoryBuffer  # type: ignore[assignment]
     process: DenoisingProcess
+    _arguments: dict[str, Any]
 
     #: Whether rollouts compute the KL of each transition to the reference's.
     records_reference_kl: bool = False
@@ -128,9 +134,11 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         show_inherited_arguments(cls)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Checks the names of the arguments."""
+        """Checks the names of the arguments, and notes the values: a saved agent is made anew of them."""
         check_arguments(cls, kwargs)
-        return super().__new__(cls)
+        agent = super().__new__(cls)
+        agent._arguments = dict(zip(list(inspect.signature(cls.__init__).parameters)[1:], args, strict=False)) | kwargs
+        return agent
 
     def __init__(
         self,
@@ -233,6 +241,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         self._setup_lr_schedule()
         self._micro_batches = BatchSize("micro_batch_size", self.micro_batch_size)
         self._anchor = None
+        self._training: Training | None = None  # that of a run, which load_run() sets
         self._held_out: HeldOutReward | None = None
         self.set_random_seed(self.seed)
         if self.env is not None:
@@ -314,6 +323,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         wrapped = self._wrap_env(env, self.verbose)
         assert self.sampler_config is not None
         self.sampler_config.check_equal(find_denoising_env(wrapped).process.config)
+        self.n_envs = wrapped.num_envs  # SB3 would refuse another number, which changes memory and speed only
         super().set_env(wrapped, force_reset)
         self._held_out = None  # it suits the reward that is trained on
 
@@ -433,43 +443,131 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
 
     def load_algorithm_state(self, state: Mapping[str, Any]) -> None:
         """Goes on with what :meth:`algorithm_state` returned."""
-        if self.reward_normalizer:
+        # They begin anew if the agent was loaded with other arguments than it was saved with.
+        if self.reward_normalizer and "reward_statistics" in state:
             self.reward_normalizer.load_state_dict(state["reward_statistics"])
+
+    def save(self, path: Any) -> None:  # type: ignore[override]
+        """Writes a zip file that :meth:`load` reads: the constructor's arguments and the :meth:`state_dict`.
+
+        Args:
+            path: of the file, or an open one.
+        """
+        state = self.state_dict()
+        # The number of environments is a matter of speed; the images of an iteration are not.
+        given_anew = ("policy", "env", "device", "n_envs", "_init_setup_model")
+        arguments = {name: value for name, value in self._arguments.items() if name not in given_anew}
+        data = {
+            "policy_class": self.policy_class,
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "arguments": arguments | {"images_per_iteration": self.images_per_iteration},
+            "state": state["state"],
+        }
+        save_to_zip_file(path, data, state["tensors"])
 
     @classmethod
     def load(  # type: ignore[override]
-        cls: type[SelfAlgorithm], path: Any, env: GymEnv | VectorEnv | None = None, **kwargs: Any
+        cls: type[SelfAlgorithm],
+        path: Any,
+        env: GymEnv | VectorEnv | None = None,
+        device: torch.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        **kwargs: Any,
     ) -> SelfAlgorithm:
-        """Loads what SB3's :meth:`save` wrote; ``env`` may be any denoising environment.
+        """Loads what :meth:`save` wrote.
 
         The file holds a pickle, which can run code of whoever wrote it: load only files that you trust. The folders
         that ``dpok train`` writes hold none.
 
-        Raises:
-            ValueError: if the environment has another model, number of steps or latent shape than the agent.
-        """
-        of_sb3 = ("custom_objects", "print_system_info", "force_reset")
-        check_arguments(cls, {name: value for name, value in kwargs.items() if name not in of_sb3})
-        if env is not None:
-            env = cls._wrap_env(env)
-            data, _, _ = load_from_zip_file(path, load_data=True, device="cpu")
-            data["sampler_config"].check_equal(find_denoising_env(env).process.config)  # type: ignore[index]
-        return super().load(path, env, **kwargs)
+        Args:
+            path: of the file, or an open one.
+            env: any denoising environment with the sampler that was learned; None to draw only.
+            device: where the policy runs, as for the constructor.
+            custom_objects: what to take in place of entries of the file, see SB3.
+            print_system_info: whether to print on what system the file was written, and on what it is read.
+            **kwargs: arguments of the constructor that change; they are checked there.
 
-    def _excluded_save_params(self) -> list[str]:
-        return [
-            *super()._excluded_save_params(),
-            "process",
-            "_last_obs",
-            "_last_original_obs",
-            "_metrics",
-            "_anchor",
-            "_held_out",
-        ]
+        Raises:
+            TypeError: if there is no such argument.
+            ValueError: if an argument is out of range, the file is of another algorithm, or the environment has another
+                model, number of steps or latent shape than the agent.
+        """
+        data, tensors, _ = load_from_zip_file(path, True, custom_objects, "cpu", print_system_info=print_system_info)
+        if not data or not data.keys() >= {"policy_class", "arguments", "state"}:
+            raise ValueError(f"{path} was not written by save() of this version; save the agent again")
+        check_algorithm(cls, data["state"])
+        agent = cls(data["policy_class"], env, device=device, _init_setup_model=False, **data["arguments"] | kwargs)
+        agent.sampler_config = SamplerConfig.from_dict(data["state"]["sampler"])
+        if env is None:
+            agent.observation_space, agent.action_space = data["observation_space"], data["action_space"]
+        run_seed = agent.run_seed
+        agent._setup_model()
+        agent.load_state_dict({"tensors": tensors, "state": data["state"]})
+        if kwargs.get("seed") is not None:
+            agent.run_seed = run_seed
+        return agent
 
     def save_lora(self, folder: str | pathlib.Path) -> pathlib.Path:
         """Writes the LoRA as diffusers' ``load_lora_weights(folder)`` reads it; returns the file's path."""
         return self.policy.save_lora(folder)
+
+    @property
+    def training(self) -> Training:
+        """What a model card tells of this agent's training; that of a run knows its scores and figures too."""
+        known = self._training
+        if known is None:
+            return Training.of(self)
+        if known.images == self.images_drawn:
+            return known
+        return replace(known, images=self.images_drawn, scores={}, figures=())  # these are of the agent before
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Push what was learned",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        figures: bool = True,
+    ) -> str:
+        """Uploads what was learned, with a model card, to a model repository of the Hugging Face hub.
+
+        It uploads the LoRA in diffusers' format, or the whole pipeline after ``lora_rank=0``; and ``README.md``, with
+        the settings, the scores and the names of the prompts and the rewards. If there is one prompt only, the prompt
+        itself is in it. An agent of :func:`~agents.load_run` also uploads the figures of its run, which show images and
+        prompts. The repository is public unless ``private`` or your organisation says otherwise.
+
+        Args:
+            repo_id: ``"user/name"``; made if it is not there.
+            commit_message: of the commit.
+            private: whether a new repository is private; None for the default of its owner.
+            token: of the hub; None for the one that ``hf auth login`` stored.
+            revision: branch to commit to; None for the main one. A branch that is not there is made.
+            create_pr: whether to open a pull request in place of a commit.
+            figures: whether to upload the figures of the run.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: if the repository's name is no such name, or diffusers has no pipeline for the model.
+            OSError: if the hub cannot be reached, or refuses.
+        """
+        training = self.training if figures else replace(self.training, figures=())
+
+        def write(folder: pathlib.Path) -> None:
+            if self.policy.lora is None:
+                self.save_pretrained(folder)
+                write_card(folder, training, "merged", repo_id=repo_id)
+            else:
+                self.save_lora(folder)
+                write_card(folder, training, "diffusers", Ranks.of(self.policy.lora.state_dict()), repo_id)
+
+        return upload_model(write, repo_id, commit_message, private, token, revision, create_pr)
 
     def pipeline(self) -> Any:
         """Returns a diffusers pipeline that draws with what was learned.

@@ -257,6 +257,8 @@ def _evaluate(function: RewardFunction, name: str, images: Tensor, prompts: list
     # Copies, because a function may write into its arguments. Neither the next function nor the caller must see that.
     with noting_errors(name, function):
         returned = function(images.clone(), list(prompts))
+    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
+        returned, _ = returned  # scores and info, as rewards of ddpo-pytorch and TRL return them
     if isinstance(returned, Mapping) and not returned:
         raise ValueError(f"the reward {name!r} returned an empty mapping; it must have at least one component")
     by_component = returned if isinstance(returned, Mapping) else {name: returned}

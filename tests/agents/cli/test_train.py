@@ -97,6 +97,8 @@ def test_the_config_says_everything(finished):
         "guidance_scale": 1.0,
         "negative_prompt": None,
         "image_size": None,
+        "long_prompts": "error",
+        "timestep_spacing": None,
         "dtype": "float32",
         "model_kwargs": None,
         "max_prompt_bytes": 512,
