@@ -170,6 +170,7 @@ OTHER = {
     "normalize_rewards": "",
     "guidance_gradient": "conditional",
     "lora_rank": "3",
+    "lora": "a_folder",
     "target_modules": "attention",
     "autocast": "",
     "gradient_checkpointing": "",
