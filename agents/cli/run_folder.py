@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from agents.common.checkpoint import (
 )
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
 from agents.common.model_card import SAMPLING, Training, public_name
+from agents.common.monitor import TrainingWarning
 from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
 from dpok_gym.prompts import list_prompt_sets
 from dpok_gym.utils.files import flush_to_disk, replacing
@@ -70,6 +73,7 @@ class Run:
         self._checkpoint, seconds = checkpoint, 0.0
         if checkpoint is not None:
             seconds = self._load(checkpoint)
+        self.held_out = self.agent.held_out.description  # made now: an error after the first evaluation would be late
         self.prompts = cycle_prompts(self.env.prompts.train, config.eval_images)
         self.progress = ProgressCallback(self._total_images(), None if distributed.is_main() else True, seconds)
         self.interrupts = InterruptCallback()
@@ -123,6 +127,7 @@ class Run:
         self._check_places()
         self.config.write(self.folder)
         say(self.console, f"writing to {self.folder}")
+        say(self.console, self.held_out)
         if self._total_images() != self.config.images:
             say(self.console, f"{self._total_images()} images will be drawn, in whole iterations")
         if self._checkpoint is None:
@@ -222,11 +227,12 @@ class Run:
         try:
             # The checkpoint callback comes before the interrupts: a signal must not cost a checkpoint that is due.
             # learn() counts the steps of this call; num_timesteps those of the whole run.
-            self.agent.learn(
-                max(total - self.agent.num_timesteps, 0),
-                [self.progress, save, self.interrupts],
-                reset_num_timesteps=not self.agent.num_timesteps,
-            )
+            with _training_warnings(self.console):
+                self.agent.learn(
+                    max(total - self.agent.num_timesteps, 0),
+                    [self.progress, save, self.interrupts],
+                    reset_num_timesteps=not self.agent.num_timesteps,
+                )
         finally:
             SIGNALS.deferred = distributed.count() > 1
 
@@ -329,9 +335,27 @@ class Run:
             "pictures": self.agent.images_drawn,
             "seconds": round(self.progress.seconds, 1),
             "interrupted": after is None,
+            "warnings": list(self.agent.monitor.warned.values()),
         }
         # A summary without evaluations has None for every score, so its keys are always the same.
         return summary | scores_of(before, after)
+
+
+@contextmanager
+def _training_warnings(console: Console) -> Iterator[None]:
+    """Within the block, what an agent warns of is a line on the console."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TrainingWarning)
+        show = warnings.showwarning
+
+        def show_line(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, TrainingWarning):
+                say(console, f"warning: {message}")
+            else:
+                show(message, category, *where)
+
+        warnings.showwarning = show_line  # type: ignore[assignment]
+        yield
 
 
 def load_run(

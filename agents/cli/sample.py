@@ -56,7 +56,7 @@ class Sample:
     device: str = "auto"
     """Device of the networks: auto, cpu, cuda, cuda:1, ..."""
     reward: Annotated[str | None, default_hint("NAME[=WEIGHT],...", "the run's, or the environment's")] = None
-    """Reward that --steering chooses by."""
+    """Reward that --best-of or --steering chooses by."""
     steer: Annotated[SteeringOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=SteeringOptions)
 
 
@@ -73,15 +73,16 @@ def run(options: Sample) -> int:
     from agents.cli import plots
     from agents.cli.config import FILE_NAME, Config
     from agents.cli.tables import say
+    from agents.common.steering import UNSTEERED
     from dpok_gym.utils.validation import MAX_SEED, check_integer
 
     check_integer("--n", options.n, maximum=10**6)
     check_integer("--seed", options.seed, minimum=0, maximum=MAX_SEED)
     if not options.prompt.strip():
         raise ValueError("--prompt is blank; give the text to draw, in quotation marks")
-    if options.reward is not None and options.steer.steering is None:
-        raise UsageError("--reward is what --steering chooses by; give both, or neither")
     steering = make_steering(options.steer)
+    if options.reward is not None and steering == UNSTEERED:
+        raise UsageError("--reward is what --best-of or --steering chooses by; give one of these too")
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"--out must be a PNG file, such as sample.png, got {str(options.out)!r}")
     if options.out.is_dir() or any(folder.is_file() for folder in options.out.parents):
@@ -93,7 +94,7 @@ def run(options: Sample) -> int:
         run_folder = holders[0] if holders else None
         lora = lora / "lora" if run_folder == lora else lora
     config = None if run_folder is None else Config.read(run_folder, options.trust)
-    env = _make_env(options, config)
+    env = _make_env(options, config, steering)
     evaluation = _draw(options, env, lora, run_folder, steering)
     labels = [f"seed {options.seed + k}" for k in range(options.n)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,7 @@ def run(options: Sample) -> int:
     return 0
 
 
-def _make_env(options: Sample, config: Config | None) -> DenoisingVectorEnv:
+def _make_env(options: Sample, config: Config | None, steering: Steering) -> DenoisingVectorEnv:
     """Makes the environment to draw in, with the settings of the options, the run and the id, in this order."""
     from agents.cli.environments import (
         EVALUATION_BATCH_SIZE,
@@ -113,6 +114,7 @@ def _make_env(options: Sample, config: Config | None) -> DenoisingVectorEnv:
         make_env,
         parse_reward,
     )
+    from agents.common.steering import UNSTEERED
     from dpok_gym.registration import DEFAULT_ENVIRONMENT
 
     if config is not None and options.env is None:
@@ -121,7 +123,7 @@ def _make_env(options: Sample, config: Config | None) -> DenoisingVectorEnv:
         env_id = DEFAULT_ENVIRONMENT if options.env is None else options.env
         kwargs = environment_kwargs(env_id)
     reward = kwargs["reward"] if options.reward is None else options.reward
-    wanted = parse_reward(reward) if options.steer.steering else {}
+    wanted = {} if steering == UNSTEERED else parse_reward(reward)
     changes = ("model", "num_inference_steps", "guidance_scale", "negative_prompt", "image_size", "dtype")
     kwargs |= given(options, *changes) | {"device": options.device, "prompts": [options.prompt], "reward": _no_reward}
     n_envs = min(options.n, EVALUATION_BATCH_SIZE)

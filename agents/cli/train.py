@@ -25,7 +25,15 @@ from agents.cli.arguments import (
     parse_some_options,
     to_command_line,
 )
-from agents.cli.config import FILE_NAME, Config, config_file, default_config, describe_settings, find_paths
+from agents.cli.config import (
+    FILE_NAME,
+    Config,
+    config_file,
+    default_config,
+    describe_settings,
+    find_held_out_reward,
+    find_paths,
+)
 from agents.cli.environments import environment_class
 from agents.cli.run_folder import SUMMARY, Run
 from agents.cli.signals import SIGNALS, exit_code
@@ -256,6 +264,7 @@ def _config_of(parsed: Any, base: Config) -> Config:
                 settings[option] = list(value) if isinstance(value, tuple) else value
         values[name] = settings
     values["env_kwargs"] = find_paths(values["env_kwargs"])
+    values["algo_kwargs"] = find_held_out_reward(values["algo_kwargs"])
     return replace(base, **values)
 
 

@@ -26,6 +26,8 @@ MODEL = [
     "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors",
 ]
+#: A tokenizer without settings reads as many tokens as its text encoder.
+HARMLESS = [("tokenizer/tokenizer_config.json", damage) for damage in ("missing", "no keys")]
 LORA = "pytorch_lora_weights.safetensors"
 
 
@@ -82,7 +84,13 @@ def test_rewards(reward_folder, tmp_path, file, damage):
     _no_trace(folder)
 
 
-@pytest.mark.parametrize(("file", "damage"), _cases(MODEL))
+def _cases_of_models():
+    for case in _cases(MODEL):
+        if case.values not in HARMLESS:
+            yield case
+
+
+@pytest.mark.parametrize(("file", "damage"), list(_cases_of_models()))
 def test_models(tiny_sd_folder, tmp_path, file, damage):
     folder = damaged_copy(tiny_sd_folder, tmp_path / "model", file, damage)
     before = contents(folder)

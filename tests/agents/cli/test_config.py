@@ -168,6 +168,7 @@ OTHER = {
     "anchor_coef": "0.7",
     "anchor_images": "3",
     "normalize_rewards": "",
+    "held_out_reward": "jpeg-compressibility",
     "guidance_gradient": "conditional",
     "lora_rank": "3",
     "lora": "a_folder",
@@ -278,6 +279,17 @@ def test_a_folder_of_that_name_does_not_make_a_prompt_a_path(tmp_path, monkeypat
     assert _config("--env", "DPOK-SD15-v0", "--prompts", "cat").env_kwargs["prompts"] == "cat"
     (tmp_path / "dog").write_text("a dog")
     assert _config("--env", "DPOK-SD15-v0", "--prompts", "dog").env_kwargs["prompts"] == str(tmp_path / "dog")
+
+
+def test_the_held_out_reward():
+    def held_out(*options):
+        return parse(["--reward", "shapes-quality", *options]).config.algo_kwargs["held_out_reward"]
+
+    assert held_out() == "auto"
+    assert held_out("--held-out-reward", "None") is None
+    written = held_out("--held-out-reward", "shapes-alignment=2,jpeg-compressibility")
+    assert written == {"shapes-alignment": 2.0, "jpeg-compressibility": 1.0}
+    assert parse(["--held-out-reward", "./here:there"]).config.code() == ["the reward './here:there'"]
 
 
 def test_a_folder_with_a_reward_is_found_from_elsewhere(tmp_path, monkeypatch):
