@@ -68,7 +68,7 @@ def test_nothing_of_the_machine_is_published(tmp_path: Path) -> None:
     )
     card = write_card(tmp_path, private, "merged").read_text()
     assert not any(text in card for text in ("secret", "10.0.0.7", str(tmp_path), "built-in"))
-    assert "`a reward server` (weight 1), `reward` (weight 0.5), `redness`" in card
+    assert "`a reward server` (weight 1.0), `reward` (weight 0.5), `redness`" in card
     assert "| `lora` | `first.safetensors` |" in card
     assert "| `n` | `[1, 2]` |" in card
     assert "`schedule`" not in card

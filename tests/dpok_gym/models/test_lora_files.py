@@ -366,12 +366,23 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
     "more": (lambda s: {**prefixed(s), f"{ONE}.lora_C.weight": torch.ones(2)}, "lora_C.weight is not understood here"),
     "integers": (lambda s: {k: v.int() for k, v in prefixed(s).items()}, r"is of the type torch\.int32"),
     "not finite": (lambda s: {k: v / 0 for k, v in prefixed(s).items()}, "values that are not finite"),
-    "vectors": (lambda s: {k: v.flatten() for k, v in prefixed(s).items()}, "another model: its .* has the shape"),
-    "scalars": (lambda s: {k: v.sum() for k, v in prefixed(s).items()}, "another model: its .* has the shape"),
-    "scalars, kohya": (lambda s: {k: v.sum() for k, v in kohya(s, 1.0).items()}, "another model: its .* has the shape"),
+    "vectors": (lambda s: {k: v.flatten() for k, v in prefixed(s).items()}, r"has the shape \(.*\) and is no matrix"),
+    "scalars": (lambda s: {k: v.sum() for k, v in prefixed(s).items()}, r"has the shape \(.*\) and is no matrix"),
+    "scalars, kohya": (lambda s: {k: v.sum() for k, v in kohya(s, 1.0).items()}, "and is no matrix"),
     "empty, kohya": (lambda s: {k: v[:0] if v.dim() else v for k, v in kohya(s, 1.0).items()}, "alpha has no layer"),
     "no layers": (lambda s: {"lora": torch.ones(2)}, "its lora is not understood here"),
-    "rank 0": (lambda s: {k: v[:0] if "_A" in k else v[:, :0] for k, v in prefixed(s).items()}, "has the rank 0, and"),
+    "rank 0": (
+        lambda s: {k: v[:0] if "_A" in k else v[:, :0] for k, v in prefixed(s).items()},
+        "have the ranks 0 and 0, and not one from 1",
+    ),
+    "two ranks": (
+        lambda s: {k: v[:3] if "_A" in k else v for k, v in prefixed(s).items()},
+        "have the ranks 3 and 4, and not one from 1 to 5,120",
+    ),
+    "wider": (
+        lambda s: {k: torch.ones(4, 7) if "_A" in k else v for k, v in prefixed(s).items()},
+        r"another model: its .* has the shape \(4, 7\), for a layer whose weight has the shape",
+    ),
     "alpha alone": (lambda s: {**kohya(s, 1.0), "lora_unet_x.alpha": torch.tensor(1.0)}, "alpha has no layer"),
     "unknown, kohya": (
         lambda s: {k.replace("_mid_", "_x_"): v for k, v in kohya(s, 1.0).items()},
