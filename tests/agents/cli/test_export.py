@@ -186,7 +186,7 @@ def test_a_damaged_lora(finished, tmp_path, capsys):
     with safe_open(path, "pt") as file:
         notes = file.metadata()
     state = load_file(path)
-    save_file({key: value for key, value in list(state.items())[1:]}, tmp_path / "a tensor less", notes)
+    save_file(dict(list(state.items())[1:]), tmp_path / "a tensor less", notes)
     others = [(tmp_path / name).read_bytes() for name in ("without notes", "a tensor less")]
     for content in (b"", whole[: len(whole) // 2], *others):
         path.write_bytes(content)

@@ -475,8 +475,7 @@ def test_which_file_of_a_folder(sd_unet: Any, tmp_path: Path) -> None:
             read_lora(tmp_path, sd_unet)
     with pytest.raises(ValueError, match=r"has 2 \.safetensors files: name one of them, such as .*1\.safetensors"):
         read_lora(tmp_path, sd_unet)
-    (tmp_path / "lora").mkdir()
-    plain(tmp_path / "lora" / FILE_NAME, prefixed(state))  # as in the folder of a run
+    plain(tmp_path / FILE_NAME, prefixed(state))
     read_lora(tmp_path, sd_unet)
 
 
