@@ -219,7 +219,7 @@ def _front_matter(training: Training, kind: Format) -> str:
 
 
 def _introduction(training: Training, ranks: Ranks | None) -> str:
-    what = "The whole denoiser was trained." if ranks is None else f"A LoRA of {ranks}."
+    what = "a whole pipeline, with what was learned in its weights" if ranks is None else f"a LoRA of {ranks}"
     prompts = f"the prompt “{training.prompts}”" if training.is_one_prompt else f"the prompts `{training.prompts}`"
     shown = []
     for name, weight in training.rewards.items():

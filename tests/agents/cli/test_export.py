@@ -149,7 +149,7 @@ def test_a_whole_denoiser_is_no_lora(tiny_sd_folder, tmp_path, capsys, fresh_mod
     assert export(run, tmp_path / "out", "merged") == 0
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(draw(pipeline), draw(load_run(run, "cpu").pipeline()), rtol=1e-4, atol=1e-4)
-    assert "The whole denoiser was trained." in (tmp_path / "out" / "README.md").read_text()
+    assert "- a whole pipeline, with what was learned in its weights" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow
