@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -34,9 +35,9 @@ def skip_long_prompts(prompts: PromptSet, model: TextToImageModel, max_bytes: in
     if train or held_out:
         unseen = f", and {len(held_out)} of {len(prompts.held_out)} unseen ones" if held_out else ""
         where = f" ({name_places(train, prompts.lines)})" if train else ""
-        logger.warning(
-            "%d of %d prompts of %r%s are too long for the model %s and are left out%s",
-            *(len(train), len(prompts.train), prompts.name, where, model.name, unseen),
+        _warn_once(
+            f"{len(train)} of {len(prompts.train)} prompts of {prompts.name!r}{where} are too long for the model "
+            f"{model.name} and are left out{unseen}"
         )
     return prompts.without(set(train), set(held_out))
 
@@ -59,7 +60,13 @@ def check_prompts(prompts: PromptSet, model: TextToImageModel, max_bytes: int) -
         check_entries(model.find_unreadable(texts), len(texts), lines)
         check_entries(find_unobservable(texts, max_bytes), len(texts), lines)
     if model.long_prompts == "truncate" and (long := [index for index, _ in model.find_long(prompts.train)]):
-        logger.warning(
-            "%d of %d prompts of %r (%s) are too long for the model %s, which does not read their end",
-            *(len(long), len(prompts.train), prompts.name, name_places(long, prompts.lines), model.name),
+        _warn_once(
+            f"{len(long)} of {len(prompts.train)} prompts of {prompts.name!r} ({name_places(long, prompts.lines)}) are "
+            f"too long for the model {model.name}, which does not read their end"
         )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Says something once in a process, though each environment is checked."""
+    logger.warning(message)

@@ -207,7 +207,7 @@ def _parts_of_folder(
         except Exception as error:  # the libraries raise many kinds for damaged files
             raise ValueError(f"its {name} cannot be read ({type(error).__name__}: {error})") from error
     if other := variants - {variant}:
-        logger.warning("%s has weights of the variant %s only; they are used", folder, *other)
+        logger.warning("%s has weights of the variant %s only; they are used", folder, ", ".join(map(str, other)))
     parts["scheduler_config"] = parts.pop("scheduler")
     if family is StableDiffusionXL:
         parts["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)
@@ -233,7 +233,7 @@ def _load_tokenizer(folder: Path) -> CLIPTokenizer:
     if not has_vocabulary(tokenizer):
         raise ValueError("it has no vocabulary (vocab.json and merges.txt, or tokenizer.json)")
     # Without one, transformers takes 10^30; the model then takes the length of its text encoder.
-    check_integer("its model_max_length in tokenizer_config.json", tokenizer.model_max_length, maximum=10**30)
+    check_integer("its model_max_length in tokenizer_config.json", tokenizer.model_max_length, maximum=10**31)
     return tokenizer
 
 

@@ -676,6 +676,7 @@ def test_hub_cache_and_revision_offline(tiny_sd_folder: Path, tmp_path: Path) ->
 from dpok_gym.models import load_model
 print(load_model("someone/tiny", "cpu").scheduler_config["prediction_type"])
 print(load_model("someone/tiny", "cpu", revision="v2").scheduler_config["prediction_type"])
+print(load_model("someone/tiny", "cpu", vae="someone/tiny").options)
 try:
     load_model("someone/tiny", "cpu", revision="v3")
 except FileNotFoundError as error:
@@ -687,7 +688,8 @@ except ValueError as error:
 """
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    first, second, message, refused = found.stdout.splitlines()
+    first, second, options, message, refused = found.stdout.splitlines()
+    assert options == "{'vae': 'someone/tiny'}"
     assert (first, second) == ("epsilon", "v_prediction")
     assert "nor could it be downloaded as 'someone/tiny' at the revision 'v3'" in message
     assert "flow-matching transformers are not supported" in refused
