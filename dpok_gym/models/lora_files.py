@@ -181,10 +181,15 @@ def read_lora(
         ValueError: if it is damaged, of a format that is not read, of another model, or changes a text encoder too.
     """
     file = find_lora_file(path)
+    if file.suffix in _PICKLES and not allow_pickle:
+        raise ValueError(
+            f"the LoRA file {file} is a pickle, which may run code of its author's; get it as .safetensors, or, if you "
+            "trust it, pass allow_pickle=True (dpok sample: --trust; dpok train: --model-kwargs allow_pickle=true)"
+        )
     try:
         settings: Mapping[str, Any] = {}
         if file.suffix in _PICKLES:
-            tensors = _read_pickle(file, allow_pickle)
+            tensors = _read_pickle(file)
         else:
             tensors, settings, _ = _read_safetensors(file)
     except (SafetensorError, OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -221,12 +226,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any],
     return tensors, settings, notes
 
 
-def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    if not allow_pickle:
-        raise ValueError(
-            "it is a pickle, which may run code of its author's; if you trust it, pass allow_pickle=True (dpok sample: "
-            "--trust; dpok train: --model-kwargs allow_pickle=true), or get it as .safetensors"
-        )
+def _read_pickle(file: Path) -> dict[str, Tensor]:
     content = torch.load(check_torch_file(file), map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError("it is no mapping of names to tensors")
