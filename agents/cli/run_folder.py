@@ -412,11 +412,11 @@ def describe_run(folder: Path, config: Config) -> Training:
     checkpoints = list_checkpoints(folder)
     images = images_of(checkpoints[-1]) if checkpoints else summary.get("pictures", 0)
     is_complete = summary.get("interrupted") is False and summary.get("pictures") == images
-    prompts = config.env_kwargs["prompts"]
+    prompts = str(config.env_kwargs["prompts"])
     is_set = prompts in list_prompt_sets() or public_name(prompts) != prompts
     figures = [folder / name for name in (BEFORE_AFTER, LEARNING_CURVE) if is_complete and (folder / name).is_file()]
     return Training(
-        model=config.env_kwargs["model"],
+        model=str(config.env_kwargs["model"]),
         algorithm=config.algo.upper() if ":" not in config.algo else config.algo.rpartition(":")[2],
         prompts=public_name(prompts),
         is_one_prompt=not is_set,

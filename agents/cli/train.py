@@ -35,7 +35,7 @@ from agents.cli.config import (
     find_paths,
 )
 from agents.cli.environments import environment_class
-from agents.cli.run_folder import SUMMARY, Run
+from agents.cli.run_folder import LORA, SUMMARY, Run
 from agents.cli.signals import SIGNALS, exit_code
 from agents.cli.tables import say
 from agents.common import distributed
@@ -45,6 +45,7 @@ from agents.common.policy import DenoisingPolicy
 from dpok_gym.models.lora_files import find_lora_file
 from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
 from dpok_gym.utils.files import locked
+from dpok_gym.utils.validation import check_path
 
 #: Options that may change when a run is resumed.
 _CHANGEABLE = ("images", "device", "checkpointing_steps", "checkpoints_total_limit")
@@ -270,10 +271,12 @@ def _config_of(parsed: Any, base: Config) -> Config:
 
 def _find_lora(config: Config) -> Config:
     """Returns the config with the absolute path of the LoRA's file, which a run in another working folder finds too."""
-    lora = config.policy_kwargs["lora"]
-    if lora is None:
+    if config.policy_kwargs["lora"] is None:
         return config
-    return replace(config, policy_kwargs=config.policy_kwargs | {"lora": str(find_lora_file(lora).absolute())})
+    path = check_path("--lora", config.policy_kwargs["lora"])
+    if (path / FILE_NAME).is_file():  # the folder of a run
+        path = path / LORA
+    return replace(config, policy_kwargs=config.policy_kwargs | {"lora": str(find_lora_file(path).absolute())})
 
 
 def _changed_options(config: Config, base: Config) -> list[str]:

@@ -121,8 +121,8 @@ def hub_id(model: str) -> str | None:
 def usage_hint(sampling: Mapping[str, Any]) -> str:
     """Returns how to draw, in a few words: scheduler, steps and guidance."""
     return (
-        f"the scheduler DDIM (eta {sampling['eta']:g}), {sampling['num_inference_steps']} steps, guidance scale "
-        f"{sampling['guidance_scale']:g}"
+        f"the scheduler DDIM (eta {sampling['eta']}), {sampling['num_inference_steps']} steps, guidance scale "
+        f"{sampling['guidance_scale']}"
     )
 
 
@@ -219,11 +219,11 @@ def _front_matter(training: Training, kind: Format) -> str:
 
 
 def _introduction(training: Training, ranks: Ranks | None) -> str:
-    what = "The whole denoiser was trained." if ranks is None else f"A LoRA of {ranks}."
+    what = "a whole pipeline, with what was learned in its weights" if ranks is None else f"a LoRA of {ranks}"
     prompts = f"the prompt “{training.prompts}”" if training.is_one_prompt else f"the prompts `{training.prompts}`"
     shown = []
     for name, weight in training.rewards.items():
-        shown.append(f"`{public_name(name)}`" + ("" if weight is None else f" (weight {weight:g})"))
+        shown.append(f"`{public_name(name)}`" + ("" if weight is None else f" (weight {weight})"))
     lines = [f"- base model: `{hub_id(training.model) or public_name(training.model)}`", f"- {what}"]
     lines += [f"- trained on {prompts}"] * bool(training.prompts)
     lines += [f"- reward: {', '.join(shown)}"] * bool(shown)
@@ -259,11 +259,10 @@ def _usage(training: Training, kind: Format, place: str) -> str:
         "```",
     ]
     if kind == "kohya":
-        eta = training.sampling["eta"]
         lines += [
             "",
             "In ComfyUI, the sampler `ddpm` with the scheduler `ddim_uniform` is nearest. In AUTOMATIC1111's web UI, "
-            f"it is the sampler DDIM with “Eta for DDIM” at {eta:g}.",
+            f"it is the sampler DDIM with “Eta for DDIM” at {training.sampling['eta']}.",
         ]
     return "\n".join(lines)
 

@@ -46,8 +46,8 @@ PEFT_FILE_NAME, PEFT_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.
 #: The key of a safetensors header under which diffusers keeps peft's settings.
 _NOTES = "lora_adapter_metadata"
 
-#: What is looked for in a folder, in this order. The second one is in the folder of a run.
-_FILE_NAMES = (FILE_NAME, f"lora/{FILE_NAME}", PEFT_FILE_NAME, "pytorch_lora_weights.bin", "adapter_model.bin")
+#: What is looked for in a folder, in this order.
+_FILE_NAMES = (FILE_NAME, PEFT_FILE_NAME, "pytorch_lora_weights.bin", "adapter_model.bin")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -181,10 +181,15 @@ def read_lora(
         ValueError: if it is damaged, of a format that is not read, of another model, or changes a text encoder too.
     """
     file = find_lora_file(path)
+    if file.suffix in _PICKLES and not allow_pickle:
+        raise ValueError(
+            f"the LoRA file {file} is a pickle, which may run code of its author's; get it as .safetensors, or, if you "
+            "trust it, pass allow_pickle=True (dpok sample: --trust; dpok train: --model-kwargs allow_pickle=true)"
+        )
     try:
         settings: Mapping[str, Any] = {}
         if file.suffix in _PICKLES:
-            tensors = _read_pickle(file, allow_pickle)
+            tensors = _read_pickle(file)
         else:
             tensors, settings, _ = _read_safetensors(file)
     except (SafetensorError, OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -202,6 +207,7 @@ def read_lora(
             settings = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
         state = {key: value.float() for key, value in convert_unet_state_dict_to_peft(tensors).items()}
+        _check_pairs(state)
         _check_layers(state, network)
         _check_settings(settings)
         return _with_scale(state, settings) if settings else state
@@ -220,12 +226,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any],
     return tensors, settings, notes
 
 
-def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    if not allow_pickle:
-        raise ValueError(
-            "it is a pickle, which may run code of its author's; if you trust it, pass allow_pickle=True (dpok sample: "
-            "--trust; dpok train: --model-kwargs allow_pickle=true), or get it as .safetensors"
-        )
+def _read_pickle(file: Path) -> dict[str, Tensor]:
     content = torch.load(check_torch_file(file), map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError("it is no mapping of names to tensors")
@@ -348,29 +349,39 @@ def _of_layer(settings: Mapping[str, Any], name: str, layer: str, default: Any) 
     return default
 
 
-def _check_layers(state: Mapping[str, Tensor], network: nn.Module) -> None:
-    """Makes sure that every tensor belongs to a layer of the network, and fits it."""
-    modules = dict(network.named_modules())
+def _check_pairs(state: Mapping[str, Tensor]) -> None:
+    """Makes sure that there are two matrices for each layer, of the same rank, and nothing else."""
     for key, value in state.items():
         layer = key.removesuffix(_A).removesuffix(_B)
         if layer == key:
             raise ValueError(f"its {key} is not understood here")
+        if not {layer + _A, layer + _B} <= state.keys():
+            raise ValueError(f"its layer {layer} lacks one of its two matrices; the file is not whole")
+        if value.dim() not in (2, 4):
+            raise ValueError(f"its {key} has the shape {tuple(value.shape)} and is no matrix; the file is not whole")
+        ranks = len(state[layer + _A]), state[layer + _B].shape[1:2].numel()
+        if ranks[0] != ranks[1] or not 1 <= ranks[0] <= MAX_RANK:
+            raise ValueError(
+                f"the matrices of its layer {layer} have the ranks {ranks[0]} and {ranks[1]}, and not one from 1 to "
+                f"{MAX_RANK:,}; the file is not whole"
+            )
+
+
+def _check_layers(state: Mapping[str, Tensor], network: nn.Module) -> None:
+    """Makes sure that every matrix belongs to a layer of the network, and fits it."""
+    modules = dict(network.named_modules())
+    for key, value in state.items():
+        layer, axis = (key.removesuffix(_A), 1) if key.endswith(_A) else (key.removesuffix(_B), 0)
         module: Any = modules.get(layer)
         module = getattr(module, "base_layer", module)  # under the LoRAs that there are already
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             raise ValueError(f"it is of another model: there is no layer {layer!r} here")
-        if not {layer + _A, layer + _B} <= state.keys():
-            raise ValueError(f"its layer {layer} lacks one of its two matrices; the file is not whole")
         weight = module.weight.shape  # (outputs, inputs, and perhaps height and width)
-        axis = 1 if key.endswith(_A) else 0
         if value.dim() != len(weight) or value.shape[axis] != weight[axis]:
             raise ValueError(
                 f"it is of another model: its {key} has the shape {tuple(value.shape)}, for a layer whose weight has "
                 f"the shape {tuple(weight)} here"
             )
-        rank = value.shape[1 - axis]
-        if not 1 <= rank <= MAX_RANK:
-            raise ValueError(f"its layer {layer} has the rank {rank}, and ranks from 1 to {MAX_RANK:,} are read")
 
 
 @dataclass(frozen=True)
@@ -398,11 +409,13 @@ def read_saved(file: Path) -> SavedLoRA:
         tensors, settings, notes = _read_safetensors(file)
         _check_format(tensors)
         prefix = next((name.removesuffix("r") for name in settings if name.endswith(".r")), None)
-        if prefix is None or not all(key.startswith(prefix) and key.endswith((_A, _B)) for key in tensors):
+        if prefix is None or not all(key.startswith(prefix) for key in tensors):
             raise ValueError("save_lora() did not write it so")
+        state = {key.removeprefix(prefix): value for key, value in tensors.items()}
+        _check_pairs(state)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"the LoRA file {file} is damaged: {error}; write it again") from error
-    return SavedLoRA({key.removeprefix(prefix): value for key, value in tensors.items()}, prefix, notes)
+    return SavedLoRA(state, prefix, notes)
 
 
 def write_diffusers(state: Mapping[str, Tensor], folder: Path, prefix: str, notes: Mapping[str, str]) -> Path:

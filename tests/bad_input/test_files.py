@@ -50,9 +50,11 @@ def test_load_run(mixture_run, tmp_path, file, damage):
 
 
 def _cases_of_commands():
-    for command, lora in {"evaluate": f"checkpoint-2/{LORA}", "sample": f"lora/{LORA}"}.items():
+    places = {"evaluate": f"checkpoint-2/{LORA}", "sample": f"lora/{LORA}", "export": f"checkpoint-2/{LORA}"}
+    for command, lora in places.items():
         for case in _cases(["config.yaml", lora]):
-            if case.values != ("config.yaml", "missing"):  # without it, dpok sample takes the folder for a LoRA's
+            # Without its config, dpok sample takes a run's folder for a LoRA's.
+            if (command, *case.values) != ("sample", "config.yaml", "missing"):
                 yield pytest.param(command, *case.values, id=f"{command}-{case.id}")
 
 
@@ -63,6 +65,7 @@ def test_commands_that_read_a_run(shapes_run, tmp_path, monkeypatch, capsys, com
     before = contents(tmp_path)
     words = {
         "evaluate": ["evaluate", str(folder), "--images", "1", "--device", "cpu"],
+        "export": ["export", str(folder), "--out", str(tmp_path / "out")],
         "sample": ["sample", "--prompt", "a red circle", "--n", "1", "--lora", str(folder), "--device", "cpu"],
     }
     assert main(words[command]) == 2

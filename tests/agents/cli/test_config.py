@@ -171,6 +171,7 @@ OTHER = {
     "held_out_reward": "jpeg-compressibility",
     "guidance_gradient": "conditional",
     "lora_rank": "3",
+    "lora": "a_folder",
     "target_modules": "attention",
     "autocast": "",
     "gradient_checkpointing": "",

@@ -79,7 +79,7 @@ def test_every_format_draws_the_same_images(run, tiny_sd_folder, tmp_path, capsy
         card = (out / "README.md").read_text()
         assert "![before after](before_after.png)" in card
         assert (out / "before_after.png").read_bytes() == (run / "before_after.png").read_bytes()
-        assert "the scheduler DDIM (eta 1), 2 steps, guidance scale 3" in card
+        assert "the scheduler DDIM (eta 1.0), 2 steps, guidance scale 3.0" in card
         assert ("ComfyUI" in card) == (kind == "kohya")
         assert ("lora" in front_matter(out)["tags"]) == (kind != "merged")
         assert front_matter(out)["instance_prompt"] == PROMPT
@@ -91,7 +91,7 @@ def test_every_format_draws_the_same_images(run, tiny_sd_folder, tmp_path, capsy
     assert notes["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert (notes["ss_network_dim"], notes["ss_network_alpha"]) == ("2", "2.0")
     assert notes["ss_sd_model_name"] == tiny_sd_folder.name
-    assert notes["modelspec.usage_hint"] == "the scheduler DDIM (eta 1), 2 steps, guidance scale 3, strength 1"
+    assert notes["modelspec.usage_hint"] == "the scheduler DDIM (eta 1.0), 2 steps, guidance scale 3.0, strength 1"
     with safe_open(tmp_path / "rabbit-diffusers" / FILE_NAME, "pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 2
 
@@ -149,7 +149,7 @@ def test_a_whole_denoiser_is_no_lora(tiny_sd_folder, tmp_path, capsys, fresh_mod
     assert export(run, tmp_path / "out", "merged") == 0
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(draw(pipeline), draw(load_run(run, "cpu").pipeline()), rtol=1e-4, atol=1e-4)
-    assert "The whole denoiser was trained." in (tmp_path / "out" / "README.md").read_text()
+    assert "- a whole pipeline, with what was learned in its weights" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -183,7 +183,12 @@ def test_a_damaged_lora(finished, tmp_path, capsys):
     path = run / "checkpoint-4" / FILE_NAME
     whole = path.read_bytes()
     save_file(load_file(path), tmp_path / "without notes")
-    for content in (b"", whole[: len(whole) // 2], (tmp_path / "without notes").read_bytes()):
+    with safe_open(path, "pt") as file:
+        notes = file.metadata()
+    state = load_file(path)
+    save_file(dict(list(state.items())[1:]), tmp_path / "a tensor less", notes)
+    others = [(tmp_path / name).read_bytes() for name in ("without notes", "a tensor less")]
+    for content in (b"", whole[: len(whole) // 2], *others):
         path.write_bytes(content)
         assert export(run, tmp_path / "out", "diffusers") == 2
         assert f"the LoRA file {path} is damaged" in capsys.readouterr().err

@@ -38,7 +38,7 @@ def test_header_names_the_base_model(tmp_path: Path) -> None:
     assert header["base_model_relation"] == "adapter"
     assert header["instance_prompt"] == "a green rabbit"
     assert "license" not in header  # the author's choice
-    assert "A LoRA of 2 layers with rank 4." in card
+    assert "- a LoRA of 2 layers with rank 4" in card
     assert "images drawn in training: 1,280" in card
 
 
@@ -68,7 +68,7 @@ def test_nothing_of_the_machine_is_published(tmp_path: Path) -> None:
     )
     card = write_card(tmp_path, private, "merged").read_text()
     assert not any(text in card for text in ("secret", "10.0.0.7", str(tmp_path), "built-in"))
-    assert "`a reward server` (weight 1), `reward` (weight 0.5), `redness`" in card
+    assert "`a reward server` (weight 1.0), `reward` (weight 0.5), `redness`" in card
     assert "| `lora` | `first.safetensors` |" in card
     assert "| `n` | `[1, 2]` |" in card
     assert "`schedule`" not in card
@@ -78,7 +78,7 @@ def test_scores_and_figures(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "card").mkdir()
     (tmp_path / "run" / "curve.png").write_bytes(b"a picture")
-    scores = {"eval_images": 8, "reward_before": 1.0, "reward_after": 2.0, "kl_to_pretrained": 3.0}
+    scores: dict[str, Any] = {"eval_images": 8, "reward_before": 1.0, "reward_after": 2.0, "kl_to_pretrained": 3.0}
     scores |= {"aligned_before": None, "rewards_before": {"x": 0.5}, "rewards_after": {"x": 0.75}}
     figures = [tmp_path / "run" / "curve.png"]
     card = write_card(tmp_path / "card", training(scores=scores, figures=figures), "merged").read_text()

@@ -587,7 +587,7 @@ def test_a_lora_that_is_a_pickle(
     process = make_process(tiny_sd_folder, T)
     state = make_policy(process).lora.state_dict()
     torch.save({f"unet.{name}": value for name, value in state.items()}, tmp_path / "theirs.bin")
-    with pytest.raises(ValueError, match=r"theirs\.bin cannot be read.*is a pickle"):
+    with pytest.raises(ValueError, match=r"theirs\.bin is a pickle"):
         make_policy(process, lora=tmp_path / "theirs.bin")
     make_policy(make_process(tiny_sd_folder, T, allow_pickle=True), lora=tmp_path / "theirs.bin")
 
