@@ -129,6 +129,8 @@ OTHER = {
     "guidance_scale": "0.7",
     "negative_prompt": "a dog",
     "image_size": "128",
+    "long_prompts": "skip",
+    "timestep_spacing": "trailing",
     "dtype": "bfloat16",
     "model_kwargs": "vae_tiling=true",
     "max_prompt_bytes": "100",
