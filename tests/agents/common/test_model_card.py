@@ -12,8 +12,14 @@ from agents.common.model_card import Training, hub_id, lora_notes, noted_samplin
 from dpok_gym.models.lora_files import Ranks
 from tests.support import make_process
 
-SAMPLING = {"num_inference_steps": 20, "eta": 1.0, "guidance_scale": 5.0, "negative_prompt": None, "image_size": None}
-SAMPLING |= {"timestep_spacing": "leading"}
+SAMPLING: dict[str, Any] = {
+    "num_inference_steps": 20,
+    "eta": 1.0,
+    "guidance_scale": 5.0,
+    "negative_prompt": None,
+    "image_size": None,
+    "timestep_spacing": "leading",
+}
 RANKS = Ranks(4, {}, ("a", "b"))
 
 
