@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -14,9 +14,9 @@ from agents.cli import train
 from agents.cli.arguments import UsageError, parse_some_options
 from agents.cli.config import Config
 from agents.cli.tables import describe_finding, say, write_json
-from agents.common.doctor import Finding, Status, check_prompts, examine, find_unusable
+from agents.common.doctor import Finding, Status, check_prompts, examine, find_refused
 from dpok_gym.models.loading import find_model
-from dpok_gym.prompts import PromptSet, load_prompts
+from dpok_gym.prompts import load_prompts
 
 _HELP = """usage: dpok doctor [OPTIONS OF dpok train] [--report FILE]
 
@@ -89,29 +89,19 @@ def run(options: Doctor) -> int:
 
 
 def _examine(config: Config) -> Iterator[Finding]:
-    """Checks the training that a config describes. An environment refuses unusable prompts, so they come first."""
+    """Checks the training that a config describes. The environment would refuse wrong prompts, so they come first."""
     settings = config.env_kwargs
-    own = {name: settings.get(name) for name in ("negative_prompt", "image_size")}
+    own = {name: settings.get(name) for name in ("negative_prompt", "image_size", "timestep_spacing")}
+    long_prompts = settings.get("long_prompts", "error")
+    own["long_prompts"] = "truncate" if long_prompts == "truncate" else "error"
     dtype, further = settings.get("dtype", "float32"), settings.get("model_kwargs") or {}
-    model = find_model(settings["model"], config.device, dtype, own, further)
-    prompts = load_prompts(settings["prompts"])
-    unusable = find_unusable(model, prompts.train, settings["max_prompt_bytes"])
-    if unusable:
-        yield check_prompts(model, prompts.train, unusable)
-        if len(unusable) == len(prompts.train):
-            return
-        prompts = _without(prompts, unusable)
-    env = config.make_env(config.n_envs, prompts=prompts)
-    findings = examine(config.make_agent(env), config.images, config.eval_images)
-    yield from (finding for finding in findings if not (unusable and finding.name == "prompts"))
-
-
-def _without(prompts: PromptSet, unusable: Collection[int]) -> PromptSet:
-    """Returns a set without some of its training prompts."""
-    kept = [number for number in range(len(prompts.train)) if number not in unusable]
-    return replace(
-        prompts,
-        train=tuple(prompts.train[number] for number in kept),
-        weights=tuple(prompts.weights[number] for number in kept) if prompts.weights else (),
-        lines=tuple(prompts.lines[number] for number in kept) if prompts.lines else (),
+    model, prompts = (
+        find_model(settings["model"], config.device, dtype, own, further),
+        load_prompts(settings["prompts"]),
     )
+    asked = model, prompts.train, settings["max_prompt_bytes"], long_prompts == "skip"
+    yield check_prompts(*asked)
+    refused = find_refused(*asked)
+    if len(refused) < len(prompts.train):
+        env = config.make_env(config.n_envs, prompts=prompts.without(refused) if refused else prompts)
+        yield from examine(config.make_agent(env), config.images, config.eval_images)

@@ -32,7 +32,6 @@ _NO_COMPONENTS = {
     "total_reward",
     "reward_std",
     "equal_share",
-    "held_out_std",
 }
 _CELL = 1.05  # inches, of an image with its margin
 

@@ -1,6 +1,6 @@
 """The held-out reward: a second opinion on the training's images, which nothing is learned from.
 
-Letters used for shapes: N images of an iteration, n of them on this rank, H x W pixels.
+Letters used for shapes: N images of an iteration, n of them on this rank, H x W pixels, K rewards.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class HeldOutReward:
         env: the environment, whose reward is trained on.
 
     Attributes:
-        description: one line for people: which reward it is, or why there is none.
+        names: the rewards in it, K of them.
+        description: one line for people: which rewards these are, or why there is none.
 
     Raises:
         ValueError: if there is no such reward; further errors as :func:`dpok_gym.rewards.make_reward`.
@@ -42,8 +43,8 @@ class HeldOutReward:
     def __init__(self, spec: Any, env: DenoisingVectorEnv) -> None:
         chosen, why_none = choose(env) if isinstance(spec, str) and spec == "auto" else (spec, "")
         self._reward: Reward | None = None if chosen is None else make_reward(chosen, "mask")
-        names = "none" + why_none if self._reward is None else ", ".join(self._reward.names)
-        self.description = f"held-out reward: {names}"
+        self.names = [] if self._reward is None else self._reward.names
+        self.description = f"held-out reward: {', '.join(self.names) or 'none' + why_none}"
 
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[str], rows: Sequence[int], n_all: int) -> Tensor:
         """Scores the images of a batch that are among the chosen ones of the iteration.
@@ -55,17 +56,19 @@ class HeldOutReward:
             n_all: N.
 
         Returns:
-            (n,) float64; nan for images that were not chosen, or got no finite reward.
+            (n, K) float64, the weighted rewards; nan for images that were not chosen, or whose reward is not finite.
         """
-        scores = torch.full((len(images),), math.nan, dtype=torch.float64)
+        scores = torch.full((len(images), len(self.names)), math.nan, dtype=torch.float64)
         if self._reward is None:
             return scores
         chosen = chosen_images(n_all)
         here = [index for index, row in enumerate(rows) if row in chosen]
         if here:
             pixels = torch.from_numpy(images[here]).permute(0, 3, 1, 2).float() / 255
-            batch = self._reward(pixels, [prompts[index] for index in here])
-            scores[here] = batch.total.double().masked_fill(~batch.valid, math.nan)
+            by_name = self._reward.components(pixels, [prompts[index] for index in here])
+            for column, name in enumerate(self.names):
+                weighted = self._reward.weigh({name: by_name[name]}).values()
+                scores[here, column] = torch.stack([values.double() for values in weighted]).sum(dim=0)
         return scores
 
 
@@ -78,17 +81,15 @@ def chosen_images(n: int) -> set[int]:
 def choose(env: DenoisingVectorEnv) -> tuple[Any, str]:
     """Returns a reward that an environment does not train on, or None; and why there is none.
 
-    In an embedded world that is the judge's verdict; or the learned preference, if the judge is trained on. For other
-    models it is the CLIP score, if its files are here: nothing is downloaded.
+    In an embedded world that is all that the judge says; or the learned preference, if the judge is trained on. For
+    other models it is the CLIP score, if its files are here: nothing is downloaded.
     """
     trained, world = env.reward.names, env.world
     if world is not None:
         is_judged = any(name in trained for name in world.evaluation_rewards)
         candidates = world.held_out_rewards if is_judged else world.evaluation_rewards
-        for name in candidates:
-            if name not in trained:
-                return name, ""
-        return None, " (this world has no other reward); image statistics are logged"
+        others = dict.fromkeys((name for name in candidates if name not in trained), 1.0)
+        return (others, "") if others else (None, " (this world has no other reward); image statistics are logged")
     folder = _find_clip()
     if folder is None or "clip-score" in trained:
         reason = "is not on this disk" if folder is None else "is trained on"

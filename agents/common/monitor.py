@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtr
 
 Row = Mapping[str, float]
 Detector = Callable[[Sequence[Row]], str | None]
 
-#: The columns of the log that the detectors read.
+#: The columns of the log that the detectors read, beside those of the parts of a held-out reward.
 COLUMNS = (
     "rollout/images",
     "rollout/total_reward",
     "rollout/held_out_reward",
-    "rollout/held_out_std",
     "rollout/equal_share",
     "images/brightness",
     "images/saturation",
@@ -31,16 +31,21 @@ COLUMNS = (
     "train/kl_to_reference",
 )
 
+#: What the columns of these parts begin with.
+HELD_OUT = "held_out/"
+
 #: Iterations that a mean goes over: the first ones, and the latest ones.
 WINDOW = 5
 #: Rows that are kept: the first ones, and the latest ones.
 FIRST_ROWS, LATEST_ROWS = 20, 180
 #: Fewest iterations of a trend.
 TREND = 10
-#: Standard errors that the slope of a trend must be away from 0.
-SIGNIFICANT = 3.0
-#: Fall of the held-out reward in a trend, in standard deviations between images.
-HELD_OUT_FALL = 0.5
+#: Probability, by Student's t, that noise alone brings such a rise, or such a fall. The fall is the alarm, and it is
+#: asked for after each iteration, so that of the fall is small.
+RISE_BY_CHANCE, FALL_BY_CHANCE = 1e-2, 1e-4
+#: Fall of the held-out reward in a trend, in standard deviations of the iterations around the trend: in a long training
+#: a fall that does not matter can be significant too.
+HELD_OUT_FALL = 2.0
 #: Share of its first value that the diversity within a prompt must not fall below.
 DIVERSITY_LEFT = 0.4
 #: Change of brightness or saturation, both in [0, 1], that is more than learning what to draw.
@@ -77,7 +82,7 @@ class Monitor:
             logged: by column; other columns than :data:`COLUMNS`, and values that are not finite, are left out.
         """
         # Plain floats, which a checkpoint keeps as JSON.
-        row = {name: float(logged[name]) for name in COLUMNS if name in logged}
+        row = {name: float(logged[name]) for name in logged if name in COLUMNS or name.startswith(HELD_OUT)}
         self.rows.append({name: value for name, value in row.items() if math.isfinite(value)})
         if len(self.rows) > FIRST_ROWS + LATEST_ROWS:
             del self.rows[FIRST_ROWS]
@@ -99,23 +104,23 @@ class Monitor:
 
 
 def reward_hacking(rows: Sequence[Row]) -> str | None:
-    """The training reward rises while the held-out reward falls: over all rows, or over the latest half of them."""
-    names = ("rollout/total_reward", "rollout/held_out_reward", "rollout/held_out_std")
-    reward, held_out, std = (_column(rows, name, names) for name in names)
-    for first in (0, len(reward) // 2):
-        if len(reward) - first < TREND:
-            break
-        rise, rise_error = _trend(reward[first:])
-        change, change_error = _trend(held_out[first:])
-        falls = change < -SIGNIFICANT * change_error and change < -HELD_OUT_FALL * std[first:].mean()
-        if rise > SIGNIFICANT * rise_error and falls:
-            return (
-                f"in the last {len(reward) - first} iterations the training reward rose by {rise:.3g} while the "
-                f"held-out reward fell by {-change:.3g} ({-change / std[first:].mean():.1f} standard deviations of an "
-                "image): the model learns to please the reward alone. Look at the images; take the checkpoint before "
-                "it, hold the model nearer to the pre-trained one (a larger kl_coef), or add the held-out reward to "
-                "the training"
-            )
+    """The training reward rises while a held-out reward falls: over all rows, or over the latest half of them."""
+    parts = dict.fromkeys(name for row in rows for name in row if name.startswith(HELD_OUT))
+    for name in ("rollout/held_out_reward", *parts):
+        both = [row for row in rows if name in row and "rollout/total_reward" in row]
+        for latest in (both, both[len(both) // 2 :]):
+            if len(latest) < TREND:
+                break
+            rise, rise_by_chance, _ = _trend(_column(latest, "rollout/total_reward"))
+            change, by_chance, noise = _trend(_column(latest, name))
+            rises = rise > 0 and rise_by_chance < RISE_BY_CHANCE
+            if rises and -change > HELD_OUT_FALL * noise and by_chance < FALL_BY_CHANCE:
+                return (
+                    f"in the last {len(latest)} iterations the training reward rose by {rise:.3g} while "
+                    f"{name.removeprefix('rollout/')} fell by {-change:.3g}: the model learns to please its reward "
+                    "alone. Look at the images; take the checkpoint before it, hold the model nearer to the "
+                    "pre-trained one (a larger kl_coef), or add the held-out reward to the training"
+                )
     return None
 
 
@@ -213,10 +218,9 @@ DETECTORS: dict[str, Detector] = {
 }
 
 
-def _column(rows: Sequence[Row], name: str, needed: Sequence[str] = ()) -> NDArray[np.float64]:
-    """Returns a column's values in the rows that have it, and all that are needed beside it."""
-    needed = needed or (name,)
-    return np.array([row[name] for row in rows if all(other in row for other in needed)], float)
+def _column(rows: Sequence[Row], name: str) -> NDArray[np.float64]:
+    """Returns a column's values in the rows that have it."""
+    return np.array([row[name] for row in rows if name in row], float)
 
 
 def _ends(rows: Sequence[Row], name: str) -> tuple[float, float]:
@@ -233,10 +237,17 @@ def _latest(rows: Sequence[Row], name: str) -> float:
     return float(values[-WINDOW:].mean()) if len(values) >= WINDOW else math.nan
 
 
-def _trend(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Returns the change over all values along their regression line, and its standard error."""
+def _trend(values: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Returns the change along the regression line of values, and how they spread around it.
+
+    Returns:
+        The change; the probability that noise alone brings one of this size; the values' deviation from the line.
+    """
     n = len(values)
     time = np.linspace(-0.5, 0.5, n)
     slope = float(time @ values / (time @ time))
     residuals = values - values.mean() - slope * time
-    return slope, math.sqrt(float(residuals @ residuals) / (n - 2) / float(time @ time))
+    deviation = math.sqrt(float(residuals @ residuals) / (n - 2))
+    error = deviation / math.sqrt(float(time @ time))
+    by_chance = float(stdtr(n - 2, -abs(slope) / error)) if error else float(not slope)
+    return slope, by_chance, deviation

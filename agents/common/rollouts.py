@@ -89,21 +89,24 @@ def _record_rewards(agent: DenoisingAlgorithm, prompts: Sequence[str], rewards: 
 
 
 def _look_at(agent: DenoisingAlgorithm, buffer: TrajectoryBuffer, rows: slice, images: NDArray[np.uint8]) -> Tensor:
-    """Returns what some of this rank's images are like, and their held-out reward in the first column, (B, ...)."""
+    """Returns what some of this rank's images are like, after their held-out rewards, (B, ...)."""
     of_all = range(buffer.own.start + rows.start, buffer.own.start + rows.stop)
     held_out = agent.held_out(images, buffer.own_prompts[rows], of_all, len(buffer))
-    return torch.cat([held_out.float()[:, None], describe_images(images)], dim=1)
+    return torch.cat([held_out.float(), describe_images(images)], dim=1)
 
 
 def _record_images(agent: DenoisingAlgorithm, prompts: Sequence[str], seen: Tensor) -> None:
     """Logs what the images of an iteration are like, from what :func:`_look_at` returned for all of them, (N, ...)."""
-    for name, value in summarise_images(seen[:, 1:], prompts).items():
+    names = agent.held_out.names
+    for name, value in summarise_images(seen[:, len(names) :], prompts).items():
         agent.logger.record(f"images/{name}", value)
-    held_out = seen[:, 0].double()
-    held_out = held_out[held_out.isfinite()]
-    if len(held_out):
-        agent.logger.record("rollout/held_out_reward", held_out.mean().item())
-        agent.logger.record("rollout/held_out_std", held_out.std(correction=0).item())
+    held_out = seen[:, : len(names)].double()
+    held_out = held_out[held_out.isfinite().all(dim=1)]
+    if names and len(held_out):
+        agent.logger.record("rollout/held_out_reward", held_out.sum(dim=1).mean().item())
+        if len(names) > 1:
+            for name, mean in zip(shorten_names(names), held_out.mean(dim=0).tolist(), strict=True):
+                agent.logger.record(f"held_out/{name}", mean)
 
 
 def _draw_images(

@@ -13,7 +13,9 @@ from agents.common.doctor.costs import Meter, check_memory, check_throughput
 from agents.common.doctor.finding import Finding as Finding
 from agents.common.doctor.finding import Status as Status
 from agents.common.doctor.finding import judge
-from agents.common.doctor.inputs import check_pipeline, check_prompts, check_reward, find_unusable, total_of
+from agents.common.doctor.inputs import check_pipeline, check_reward, total_of
+from agents.common.doctor.inputs import check_prompts as check_prompts
+from agents.common.doctor.inputs import find_refused as find_refused
 from agents.common.doctor.learning import check_length, check_reward_change, check_start, check_step
 from agents.common.doctor.trial import Trial, restored
 from agents.common.rollouts import draw_prompts
@@ -46,21 +48,21 @@ def diagnose(
         ValueError: if an argument is out of range, there are several ranks, or the agent has no environment. An error
             of the reward is raised as it is.
     """
-    return list(examine(agent, total_images, eval_images, n_images))
+    env = agent.denoising_env
+    prompts = check_prompts(env.model, env.prompts.train, env.max_prompt_bytes)
+    return [prompts, *examine(agent, total_images, eval_images, n_images)]
 
 
 def examine(
     agent: DenoisingAlgorithm, total_images: int | None = None, eval_images: int = 0, n_images: int = N_IMAGES
 ) -> Iterator[Finding]:
-    """Yields the findings of :func:`diagnose` one by one; the agent is as it was once all are there."""
+    """Yields the findings of :func:`diagnose` but for the prompts; the agent is as it was once all are there."""
     check_integer("n_images", n_images, minimum=2)
     env = agent.denoising_env
     if distributed.count() > 1 or is_sharded(agent.process.model.denoiser):
         raise ValueError("the check-up runs in one process, with a denoiser that is not spread over ranks")
     if total_images is None:
         total_images = _ITERATIONS * (agent.images_per_iteration or n_images)
-    prompts = env.prompts.train
-    yield check_prompts(env.model, prompts, find_unusable(env.model, prompts, env.max_prompt_bytes))
     with restored(agent):
         # Momentum of a training would hide the direction of a step.
         agent.policy.optimizer.state.clear()

@@ -29,29 +29,42 @@ _REPEATABLE, _RANDOM = 1e-4, 0.05
 _SAME_IMAGE, _SAME_IMAGE_HALF = 1 / 255, 0.05
 
 
-def find_unusable(model: TextToImageModel, prompts: Sequence[str], max_prompt_bytes: int) -> dict[int, str]:
-    """Returns the prompts that a training would refuse, by their number, with the reason."""
-    return dict(find_unobservable(prompts, max_prompt_bytes)) | dict(model.find_unreadable(prompts))
-
-
-def check_prompts(model: TextToImageModel, prompts: Sequence[str], unusable: dict[int, str]) -> Finding:
-    """Checks how many prompts can be used, and how many come twice.
+def find_refused(model: TextToImageModel, prompts: Sequence[str], max_bytes: int, skip_long: bool) -> dict[int, str]:
+    """Returns the prompts that a training would refuse, by their number, with the reason.
 
     Args:
         model: the model that reads them.
         prompts: all prompts.
-        unusable: see :func:`find_unusable`.
+        max_bytes: bytes of UTF-8 that an observation can hold.
+        skip_long: whether prompts that are too long are left out instead.
     """
-    copies = len(prompts) - len(set(prompts))
+    refused = dict(find_unobservable(prompts, max_bytes)) | dict(model.find_unreadable(prompts))
+    skipped = {number for number, _ in model.find_long(prompts)} if skip_long else ()
+    return {number: reason for number, reason in refused.items() if number not in skipped}
+
+
+def check_prompts(model: TextToImageModel, prompts: Sequence[str], max_bytes: int, skip_long: bool = False) -> Finding:
+    """Checks how many prompts can be used, how long they are, and how many come twice; arguments as above."""
+    refused = find_refused(model, prompts, max_bytes, skip_long)
+    n_long, copies = len(list(model.find_long(prompts))), len(prompts) - len(set(prompts))
     length = f"{max(len(prompt.encode(errors='replace')) for prompt in prompts)} bytes"
     tokenizer = getattr(model, "tokenizer", None)  # a model of one's own may read texts in another way
     if tokenizer is not None:
         length = f"{max(count_tokens(tokenizer, prompts))} of {tokenizer.model_max_length} tokens"
-    measured = f"{len(prompts)}, the longest with {length}; {len(unusable)} too long or not readable; {copies} copies"
-    advice = f"the first one is number {min(unusable) + 1}: {unusable[min(unusable)]}" if unusable else ""
-    if copies and not unusable:
-        advice = "a prompt that stands there twice is drawn twice as often; leave out the copies if that is not meant"
-    return judge("prompts", measured, "none too long, no copies", advice, bool(unusable), copies > 0)
+    advice = "a prompt that stands there twice is drawn twice as often; leave out the copies if that is not meant"
+    if n_long:
+        advice = "prompts that are too long are left out, or lose their end: shorten them"
+    if refused:
+        number = min(refused)
+        advice = f"the first one that is refused is number {number + 1}: {refused[number]}"
+    return judge(
+        "prompts",
+        f"{len(prompts)}, the longest with {length}; {n_long} too long; {len(refused)} refused; {copies} copies",
+        "none too long or refused, no copies",
+        advice,
+        bool(refused),
+        copies + n_long > 0,
+    )
 
 
 def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list[Finding]:
@@ -180,6 +193,7 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
         logging.set_verbosity(verbosity)
     pipeline.set_progress_bar_config(disable=True)
     prompts, shape = list(prompts), (len(prompts), *model.latent_shape)
+    dtype = next(model.denoiser.parameters()).dtype
     start = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
     # The pipeline draws the noise of each step from the generator that it is given; so does the process here.
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -192,7 +206,7 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
     theirs = pipeline(
         prompts,
         negative_prompt=None if (told := model.options.get("negative_prompt")) is None else [told] * len(prompts),
-        latents=start.to(model.denoiser.dtype),
+        latents=start.to(dtype),
         generator=torch.Generator(model.device).manual_seed(seed),
         num_inference_steps=process.num_inference_steps,
         guidance_scale=config.guidance_scale,
@@ -204,7 +218,7 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
     if model.device.type != "cpu":
         model.offload_text_encoder()  # as the environment left it
     differences = (ours - theirs.float().cpu()).abs()
-    is_half = model.denoiser.dtype != torch.float32
+    is_half = dtype != torch.float32
     difference, limit = (differences.mean(), _SAME_IMAGE_HALF) if is_half else (differences.max(), _SAME_IMAGE)
     return judge(
         name,

@@ -50,10 +50,15 @@ def test_prompts_that_are_too_long(tiny_sd_folder, tmp_path, capsys):
     assert doctor(tiny_sd_folder, *options) == 1
     printed = capsys.readouterr().out
     assert "FAILED      prompts: 5, " in printed
-    assert "2 too long or not readable; 1 copies" in printed
-    assert "the first one is number 2: a prompt has" in printed
+    assert "2 too long; 2 refused; 1 copies" in printed
+    assert "the first one that is refused is number 2: a prompt has" in printed
     assert printed.count(" prompts: ") == 1
     assert "throughput" in printed
+    assert doctor(tiny_sd_folder, *options, "--long-prompts", "skip", "--report", str(tmp_path / "report.json")) == 0
+    finding = json.loads((tmp_path / "report.json").read_text())["findings"][0]
+    assert finding["status"] == "warning"
+    assert "2 too long; 0 refused" in finding["measured"]
+    capsys.readouterr()
     prompts.write_text("x" * 600)
     assert doctor(tiny_sd_folder, *options) == 1
     assert "throughput" not in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -71,14 +72,14 @@ def test_a_run_logs_a_second_opinion(finished):
 def test_a_run_that_pleases_its_reward_alone_says_so(tmp_path, capsys):
     """Followed without bound, brightness ends in bright images that show nothing."""
     options = ["--algo", "draft", "--reward", "tests.agents.cli.support:Brightness", "--max-kl", "None", "--seed", "1"]
-    options += ["--images", "80", "--images-per-iteration", "8", "--num-inference-steps", "4", "--eval-images", "1"]
+    options += ["--images", "160", "--images-per-iteration", "8", "--num-inference-steps", "4", "--eval-images", "1"]
     options += ["--final-lr-fraction", "1", "--target-modules", "attention", "--device", "cpu"]
     assert train(tmp_path / "run", *options) == 0
     printed = capsys.readouterr().out
-    assert "held-out reward: shapes-alignment" in printed
-    assert printed.count("warning: iteration 10: in the last 10 iterations the training reward rose") == 1
-    (warning,) = read_summary(tmp_path / "run")["warnings"]
-    assert f"warning: {warning}" in printed
+    assert "held-out reward: shapes-alignment, shapes-quality" in printed
+    assert len(re.findall(r"warning: iteration \d+: in the last \d+ iterations the training reward rose", printed)) == 1
+    for warning in read_summary(tmp_path / "run")["warnings"]:
+        assert f"warning: {warning}" in printed
 
 
 def test_the_lora_is_that_of_the_newest_checkpoint(finished):

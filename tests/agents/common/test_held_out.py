@@ -13,7 +13,7 @@ from torch import Tensor
 from agents.common.held_out import MAX_IMAGES, HeldOutReward, choose, chosen_images
 from tests.agents.algorithms.support import listen
 from tests.agents.common.support import collect, snapshot
-from tests.support import assert_same, every_other_fails, redness
+from tests.support import assert_same, colours, every_other_fails, redness
 
 
 def blueness(images: Tensor, prompts: list[str]) -> Tensor:
@@ -23,19 +23,20 @@ def blueness(images: Tensor, prompts: list[str]) -> Tensor:
 @pytest.mark.parametrize(
     ("reward", "expected"),
     [
-        ("shapes-alignment", "shapes-preference"),
-        ({"shapes-alignment": 1.0, "shapes-quality": 0.2}, "shapes-preference"),
-        ("shapes-preference", "shapes-alignment"),
-        ("jpeg-compressibility", "shapes-alignment"),
-        ({"shapes-alignment": 1.0, "shapes-preference": 1.0}, None),
+        ("shapes-alignment", ["shapes-preference"]),
+        ({"shapes-alignment": 1.0, "shapes-quality": 0.2}, ["shapes-preference"]),
+        ("shapes-preference", ["shapes-alignment", "shapes-quality"]),
+        ("jpeg-compressibility", ["shapes-alignment", "shapes-quality"]),
+        ({"shapes-alignment": 1.0, "shapes-preference": 1.0}, []),
     ],
 )
-def test_a_world_has_a_second_opinion(reward: Any, expected: str | None) -> None:
+def test_a_world_has_a_second_opinion(reward: Any, expected: list[str]) -> None:
     env = gymnasium.make_vec(
         "DPOK-Shapes-v0", num_envs=1, vectorization_mode="vector_entry_point", reward=reward, device="cpu"
     )
-    assert choose(env)[0] == expected
-    assert (expected or "no other reward") in HeldOutReward("auto", env).description
+    held_out = HeldOutReward("auto", env)
+    assert held_out.names == expected
+    assert (", ".join(expected) or "no other reward") in held_out.description
 
 
 def test_other_models_have_the_clip_score_if_it_is_there(
@@ -67,12 +68,23 @@ def test_scores(make_env: Callable[..., Any]) -> None:
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
     scorer, prompts = HeldOutReward(redness, make_env()), ["a"] * 20
     whole = scorer(images, prompts, range(20), 20)
+    assert whole.shape == (20, 1)
     parts = [scorer(images[rows], prompts[rows], range(20)[rows], 20) for rows in (slice(0, 7), slice(7, 20))]
     assert_same(torch.cat(parts), whole)
+    whole = whole[:, 0]
     assert {int(row) for row in whole.isfinite().nonzero()} == chosen_images(20)
     expected = redness(torch.from_numpy(images).permute(0, 3, 1, 2) / 255, prompts).double()
     torch.testing.assert_close(whole[whole.isfinite()], expected[whole.isfinite()])
-    assert HeldOutReward(None, make_env())(images, prompts, range(20), 20).isnan().all()
+    assert HeldOutReward(None, make_env())(images, prompts, range(20), 20).shape == (20, 0)
+
+
+def test_a_sum_has_a_column_for_each_reward(make_agent: Callable[..., Any]) -> None:
+    agent = make_agent(held_out_reward={redness: 2.0, blueness: -1.0, colours: 0.5})
+    rows = listen(agent)
+    agent.learn(12)
+    parts = [rows[0][f"held_out/{name}"] for name in ("redness", "blueness", "colours")]
+    assert sum(parts) == pytest.approx(rows[0]["rollout/held_out_reward"])
+    assert parts[1] < 0
 
 
 def test_an_image_without_a_finite_score_is_left_out(
@@ -91,7 +103,7 @@ def test_it_is_logged_and_learned_from_by_nobody(make_agent: Callable[..., Any])
         agent.learn(24)
     assert_same(snapshot(with_one), snapshot(without))
     extra = logs[0][1].keys() - logs[1][1].keys()
-    assert extra == {"rollout/held_out_reward", "rollout/held_out_std"}
+    assert extra == {"rollout/held_out_reward"}
 
 
 def test_it_is_made_before_anything_is_drawn(make_agent: Callable[..., Any]) -> None:

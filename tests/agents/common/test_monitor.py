@@ -19,7 +19,8 @@ from tests.support import assert_same
 SOUND = {
     "rollout/total_reward": (0.5, 0.4, 0.05),
     "rollout/held_out_reward": (0.3, 0.3, 0.2),
-    "rollout/held_out_std": (0.8, 0.0, 0.1),
+    "held_out/alignment": (0.2, 0.2, 0.1),
+    "held_out/quality": (0.1, 0.1, 0.1),
     "rollout/equal_share": (0.2, 0.3, 0.1),
     "images/brightness": (0.6, 0.05, 0.02),
     "images/saturation": (0.2, 0.05, 0.02),
@@ -81,6 +82,11 @@ def test_each_alarm(name: str, n: int) -> None:
 
 def test_every_detector_has_a_test() -> None:
     assert BROKEN.keys() == DETECTORS.keys()
+
+
+def test_a_part_of_the_held_out_reward_that_falls() -> None:
+    (warning,) = watch(history(35, **{"held_out/quality": (0.7, -0.5, 0.1)})).values()
+    assert "while held_out/quality fell by" in warning
 
 
 def test_a_held_out_reward_that_rises_first_and_then_falls() -> None:
