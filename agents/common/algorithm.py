@@ -6,13 +6,11 @@ Letters used for shapes: B elements of a batch, N images of an iteration, T deno
 from __future__ import annotations
 
 import inspect
-import pathlib
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -32,9 +30,8 @@ from agents.common.agent_state import check_algorithm, get_state, set_state
 from agents.common.arguments import check_arguments, show_inherited_arguments
 from agents.common.buffer import TrajectoryBuffer
 from agents.common.critic import CriticKind
+from agents.common.exportable import Exportable
 from agents.common.held_out import HeldOutReward
-from agents.common.hub import upload_model
-from agents.common.model_card import Training, write_card
 from agents.common.monitor import Monitor, TrainingWarning
 from agents.common.normalization import RewardNormalizer
 from agents.common.policy import DenoisingPolicy
@@ -42,7 +39,6 @@ from agents.common.randomness import Purpose, make_generator
 from agents.common.rollouts import draw_rollout
 from agents.common.updates import UpdatingAlgorithm
 from agents.common.vec_env import GymnasiumVecEnv, find_denoising_env
-from dpok_gym.models.lora_files import Ranks
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig, Transition
 from dpok_gym.utils.batching import BatchSize
 from dpok_gym.utils.device import find_device
@@ -56,7 +52,7 @@ DEFAULT_N_ENVS = 64
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="DenoisingAlgorithm")
 
 
-class DenoisingAlgorithm(UpdatingAlgorithm):
+class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
     """Draws images with a :class:`~agents.common.policy.DenoisingPolicy` and learns from them, iteration by iteration.
 
     For an algorithm of your own, subclass :class:`~agents.algorithms.policy_gradient.PolicyGradient`,
@@ -241,7 +237,6 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         self._setup_lr_schedule()
         self._micro_batches = BatchSize("micro_batch_size", self.micro_batch_size)
         self._anchor = None
-        self._training: Training | None = None  # that of a run, which load_run() sets
         self._held_out: HeldOutReward | None = None
         self.set_random_seed(self.seed)
         if self.env is not None:
@@ -508,78 +503,6 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         if kwargs.get("seed") is not None:
             agent.run_seed = run_seed
         return agent
-
-    def save_lora(self, folder: str | pathlib.Path) -> pathlib.Path:
-        """Writes the LoRA as diffusers' ``load_lora_weights(folder)`` reads it; returns the file's path."""
-        return self.policy.save_lora(folder)
-
-    @property
-    def training(self) -> Training:
-        """What a model card tells of this agent's training; that of a run knows its scores and figures too."""
-        known = self._training
-        if known is None:
-            return Training.of(self)
-        if known.images == self.images_drawn:
-            return known
-        return replace(known, images=self.images_drawn, scores={}, figures=())  # these are of the agent before
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Push what was learned",
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        figures: bool = True,
-    ) -> str:
-        """Uploads what was learned, with a model card, to a model repository of the Hugging Face hub.
-
-        It uploads the LoRA in diffusers' format, or the whole pipeline after ``lora_rank=0``; and ``README.md``, with
-        the settings, the scores and the names of the prompts and the rewards. If there is one prompt only, the prompt
-        itself is in it. An agent of :func:`~agents.load_run` also uploads the figures of its run, which show images and
-        prompts. The repository is public unless ``private`` or your organisation says otherwise.
-
-        Args:
-            repo_id: ``"user/name"``; made if it is not there.
-            commit_message: of the commit.
-            private: whether a new repository is private; None for the default of its owner.
-            token: of the hub; None for the one that ``hf auth login`` stored.
-            revision: branch to commit to; None for the main one. A branch that is not there is made.
-            create_pr: whether to open a pull request in place of a commit.
-            figures: whether to upload the figures of the run.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            ValueError: if the repository's name is no such name, or diffusers has no pipeline for the model.
-            OSError: if the hub cannot be reached, or refuses.
-        """
-        training = self.training if figures else replace(self.training, figures=())
-
-        def write(folder: pathlib.Path) -> None:
-            if self.policy.lora is None:
-                self.save_pretrained(folder)
-                write_card(folder, training, "merged", repo_id=repo_id)
-            else:
-                self.save_lora(folder)
-                write_card(folder, training, "diffusers", Ranks.of(self.policy.lora.state_dict()), repo_id)
-
-        return upload_model(write, repo_id, commit_message, private, token, revision, create_pr)
-
-    def pipeline(self) -> Any:
-        """Returns a diffusers pipeline that draws with what was learned.
-
-        The LoRA is merged into a copy of the denoiser; the other networks are shared with the agent. Draw with
-        ``eta=...`` and ``guidance_scale=...`` of the environment.
-        """
-        return self.process.model.to_pipeline(self.policy.merged_denoiser())
-
-    def save_pretrained(self, folder: str | pathlib.Path) -> None:
-        """Writes :meth:`pipeline` as a folder that diffusers' ``from_pretrained`` and ``model=folder`` read."""
-        self.pipeline().save_pretrained(folder)
 
 
 def _shaped(schedule: Schedule, warmup: float, final_fraction: float, progress_remaining: float) -> float:
