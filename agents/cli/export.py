@@ -54,7 +54,6 @@ def run(options: Export) -> int:
     from rich.console import Console
 
     from agents.cli.config import Config
-    from agents.cli.run_folder import describe_run
     from agents.cli.tables import say
     from agents.common.model_card import write_card
 
@@ -64,24 +63,20 @@ def run(options: Export) -> int:
         raise FileExistsError(f"{folder} is there already; choose another folder with --out")
     if options.model is not None and options.format != "merged":
         raise UsageError("--model is for --format merged; a LoRA is written without the model")
-    training = describe_run(options.run, config)
+    write = _write_merged if options.format == "merged" else _write_lora
+    training, ranks = write(options, config, folder)
     if not options.figures:
         training = replace(training, figures=())
-    ranks = None
-    if options.format == "merged":
-        _write_merged(options, config, folder)
-    else:
-        ranks = _write_lora(options, folder, training)
     card = write_card(folder, training, options.format, ranks)
     say(Console(), f"wrote {folder}; {card} says how to use it")
     return 0
 
 
-def _write_lora(options: Export, folder: Path, training: Training) -> Ranks:
-    """Writes the LoRA of a run, for which no model is loaded."""
-    from agents.cli.run_folder import LORA
+def _write_lora(options: Export, config: Config, folder: Path) -> tuple[Training, Ranks]:
+    """Writes the LoRA of a run, for which no model is loaded; returns what the card tells, and the ranks."""
+    from agents.cli.run_folder import LORA, describe_run
     from agents.common.checkpoint import find_checkpoint, list_checkpoints
-    from agents.common.model_card import hub_id
+    from agents.common.model_card import hub_id, noted_sampling
     from dpok_gym.models.lora_files import FILE_NAME, Ranks, read_saved, write_diffusers, write_kohya, write_peft
 
     # The newest checkpoint is at least as new as the folder of the LoRA, but may have been removed.
@@ -93,6 +88,7 @@ def _write_lora(options: Export, folder: Path, training: Training) -> Ranks:
             )
         raise FileNotFoundError(f"{options.run} has no LoRA yet; go on with: dpok train --resume --out {options.run}")
     saved = read_saved(last / FILE_NAME)
+    training = describe_run(options.run, config, noted_sampling(saved.notes))
     if options.format == "diffusers":
         write_diffusers(saved.state, folder, saved.prefix, saved.notes)
     elif options.format == "peft":
@@ -101,11 +97,11 @@ def _write_lora(options: Export, folder: Path, training: Training) -> Ranks:
         raise UsageError("kohya's format is for Stable Diffusion's UNets, and the run trained another denoiser")
     else:
         write_kohya(saved.state, folder / f"{folder.name}.safetensors", saved.notes)
-    return Ranks.of(saved.state)
+    return training, Ranks.of(saved.state)
 
 
-def _write_merged(options: Export, config: Config, folder: Path) -> None:
-    """Writes the run's model, with what was learned in its weights."""
+def _write_merged(options: Export, config: Config, folder: Path) -> tuple[Training, None]:
+    """Writes the run's model, with what was learned in its weights; returns what the card tells."""
     from agents.cli.run_folder import load_agent
 
     if options.model is not None and not options.model.exists():
@@ -113,7 +109,9 @@ def _write_merged(options: Export, config: Config, folder: Path) -> None:
     changes = {} if options.model is None else {"model": str(options.model)}
     # Nothing is scored, and a reward may be a large network.
     env = config.make_env(1, device=options.device, reward=_no_reward, **changes)
-    load_agent(options.run, config, env, options.device).save_pretrained(folder)
+    agent = load_agent(options.run, config, env, options.device)
+    agent.save_pretrained(folder)
+    return agent.training, None
 
 
 def _no_reward(images: Tensor, prompts: list[str]) -> Tensor:

@@ -38,7 +38,7 @@ from agents.common.checkpoint import (
     save_checkpoint,
 )
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
-from agents.common.model_card import SAMPLING, Training, public_name
+from agents.common.model_card import Training, public_name, sampling_of
 from agents.common.monitor import TrainingWarning
 from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
 from dpok_gym.prompts import list_prompt_sets
@@ -389,7 +389,7 @@ def load_agent(folder: Path, config: Config, env: DenoisingVectorEnv, device: st
     checkpoint = find_checkpoint(folder)
     agent = _make_agent(config, env, checkpoint, device)
     load_checkpoint(agent, checkpoint)
-    agent._training = describe_run(folder, config)
+    agent._training = describe_run(folder, config, sampling_of(agent.process))
     return agent
 
 
@@ -403,8 +403,14 @@ def _make_agent(
     return config.make_agent(env, device)
 
 
-def describe_run(folder: Path, config: Config) -> Training:
-    """Returns what a model card tells of a run, without its model: of its newest checkpoint, or of its summary."""
+def describe_run(folder: Path, config: Config, sampling: Mapping[str, Any]) -> Training:
+    """Returns what a model card tells of a run, whose model is not loaded.
+
+    Args:
+        folder: the run folder.
+        config: its settings.
+        sampling: how it draws, see :class:`~agents.common.model_card.Training`.
+    """
     try:
         summary = dict(read_json(folder / SUMMARY))
     except (FileNotFoundError, ValueError, TypeError):
@@ -421,7 +427,7 @@ def describe_run(folder: Path, config: Config) -> Training:
         prompts=public_name(prompts),
         is_one_prompt=not is_set,
         rewards={name: _weight(value) for name, value in config.env_kwargs["reward"].items()},
-        sampling={name: config.env_kwargs[name] for name in SAMPLING if name in config.env_kwargs},
+        sampling=sampling,
         settings=config.algo_kwargs | config.policy_kwargs,
         seed=config.seed,
         images=images,

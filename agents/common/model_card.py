@@ -21,6 +21,7 @@ from dpok_gym.models.lora_files import Ranks
 from dpok_gym.models.registry import find_source
 from dpok_gym.rewards.remote.access import is_address
 from dpok_gym.utils.files import replacing, write_text
+from dpok_gym.utils.reading import parse_json
 from dpok_gym.utils.validation import shorten
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ Format = Literal["diffusers", "kohya", "peft", "merged"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LIBRARIES = {"diffusers": "diffusers", "kohya": "diffusers", "peft": "peft", "merged": "diffusers"}
 #: What an image depends on beside prompt and seed.
-SAMPLING = ("num_inference_steps", "eta", "guidance_scale", "negative_prompt", "image_size")
+SAMPLING = ("num_inference_steps", "eta", "guidance_scale", "negative_prompt", "image_size", "timestep_spacing")
+#: The note in a LoRA's file that has these values, as JSON.
+_SAMPLING_NOTE = "dpok_gym.sampling"
 #: Arguments of an algorithm that say nothing about how it learned.
 _NOT_SHOWN = ("policy", "env", "policy_kwargs", "stats_window_size", "tensorboard_log", "verbose", "device", "seed")
 
@@ -99,8 +102,27 @@ class Training:
 
 def sampling_of(process: DenoisingProcess) -> dict[str, Any]:
     """Returns the arguments of a sampler, as :class:`Training` has them."""
-    own = {name: getattr(process.config, name) for name in SAMPLING if hasattr(process.config, name)}
-    return own | {name: process.model.options.get(name) for name in SAMPLING if name not in own}
+    model, known = process.model, process.config
+    return {
+        "num_inference_steps": known.num_inference_steps,
+        "eta": known.eta,
+        "guidance_scale": known.guidance_scale,
+        "negative_prompt": model.options.get("negative_prompt"),
+        "image_size": model.options.get("image_size"),
+        "timestep_spacing": model.scheduler_config.get("timestep_spacing", "leading"),
+    }
+
+
+def noted_sampling(notes: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the values of :data:`SAMPLING` that the notes of a LoRA's file have.
+
+    Raises:
+        ValueError: if they have none.
+    """
+    values = parse_json(notes.get(_SAMPLING_NOTE, ""), f"the note {_SAMPLING_NOTE} of the LoRA")
+    if not isinstance(values, dict):
+        raise ValueError(f"the note {_SAMPLING_NOTE} of the LoRA is no mapping; write the LoRA again")
+    return {name: values.get(name) for name in SAMPLING}
 
 
 def public_name(text: str) -> str:
@@ -121,8 +143,8 @@ def hub_id(model: str) -> str | None:
 def usage_hint(sampling: Mapping[str, Any]) -> str:
     """Returns how to draw, in a few words: scheduler, steps and guidance."""
     return (
-        f"the scheduler DDIM (eta {sampling['eta']}), {sampling['num_inference_steps']} steps, guidance scale "
-        f"{sampling['guidance_scale']}"
+        f"the scheduler DDIM (eta {sampling['eta']}, spacing {sampling['timestep_spacing']}), "
+        f"{sampling['num_inference_steps']} steps, guidance scale {sampling['guidance_scale']}"
     )
 
 
@@ -142,6 +164,7 @@ def lora_notes(process: DenoisingProcess) -> dict[str, str]:
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.usage_hint": f"{usage_hint(sampling_of(process))}, strength 1",
         "ss_sd_model_name": name,
+        _SAMPLING_NOTE: json.dumps(sampling_of(process)),
         **_family_notes(model),
     }
 
@@ -245,7 +268,9 @@ def _usage(training: Training, kind: Format, place: str) -> str:
         "",
         f"pipe = DiffusionPipeline.from_pretrained({base!r})",
         *load,
-        "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)",
+        "pipe.scheduler = DDIMScheduler.from_config(",
+        f"    pipe.scheduler.config, {_scheduler_arguments(training.sampling)}",
+        ")",
         f"image = pipe({_arguments(training)}).images[0]",
     ]
     lines = [
@@ -267,9 +292,17 @@ def _usage(training: Training, kind: Format, place: str) -> str:
     return "\n".join(lines)
 
 
+def _scheduler_arguments(sampling: Mapping[str, Any]) -> str:
+    """Returns what a model's own scheduler config may have otherwise, as code."""
+    spacing = sampling["timestep_spacing"]
+    offset = ", steps_offset=1" if spacing == "leading" else ""
+    return f"timestep_spacing={spacing!r}{offset}, set_alpha_to_one=False, clip_sample=False"
+
+
 def _arguments(training: Training) -> str:
     """Returns the arguments of a pipeline's call, as code."""
     sampling = {name: value for name, value in training.sampling.items() if value is not None}
+    del sampling["timestep_spacing"]  # the scheduler's
     size = sampling.pop("image_size", None)
     if size is not None:
         sampling["height"], sampling["width"] = (size, size) if isinstance(size, int) else size

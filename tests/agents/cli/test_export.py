@@ -6,8 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler, DiffusionPipeline
-from peft import PeftModel
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -41,12 +40,20 @@ def run(tiny_sd_folder, tmp_path_factory):
 
 
 def draw(pipeline):
-    """Draws as the card says, two images."""
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    """Draws an image as the agent did in training."""
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
     settings = {"num_inference_steps": 2, "eta": 1.0, "guidance_scale": 3.0, "output_type": "pt"}
-    return pipeline([PROMPT] * 2, generator=generator, **settings).images
+    return pipeline(PROMPT, generator=torch.Generator().manual_seed(0), **settings).images[0]
+
+
+def draw_as_the_card_says(folder, base):
+    """Runs the code of a card, with the places that a reader fills in."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace(repr(base.name), repr(str(base))).replace(repr(f"path/to/{folder.name}"), repr(str(folder)))
+    code = code.replace(").images", ", generator=torch.Generator().manual_seed(0), output_type='pt').images")
+    names = {"torch": torch}
+    exec(code, names)
+    return names["image"]
 
 
 def export(run, out, kind, *options):
@@ -60,26 +67,19 @@ def front_matter(folder):
 
 @pytest.mark.slow
 def test_every_format_draws_the_same_images(run, tiny_sd_folder, tmp_path, capsys):
-    expected = draw(load_run(run, "cpu").pipeline())
-    plain = draw(DiffusionPipeline.from_pretrained(tiny_sd_folder))
-    assert not torch.allclose(plain, expected, atol=1e-2)
+    agent = load_run(run, "cpu")
+    expected = draw(agent.pipeline())
+    assert not torch.allclose(draw(agent.process.model.to_pipeline()), expected, atol=1e-2)
     for kind in ("diffusers", "kohya", "peft", "merged"):
         out = tmp_path / f"rabbit-{kind}"
         assert export(run, out, kind) == 0
         assert f"wrote {out}; {out / 'README.md'} says how to use it" in capsys.readouterr().out
-        if kind == "merged":
-            pipeline = DiffusionPipeline.from_pretrained(out)
-        else:
-            pipeline = DiffusionPipeline.from_pretrained(tiny_sd_folder)
-            if kind == "peft":
-                pipeline.unet = PeftModel.from_pretrained(pipeline.unet, out)
-            else:
-                pipeline.load_lora_weights(out)
-        torch.testing.assert_close(draw(pipeline), expected, rtol=1e-4, atol=1e-4)
+        images = draw_as_the_card_says(out, tiny_sd_folder)
+        torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
         card = (out / "README.md").read_text()
         assert "![before after](before_after.png)" in card
         assert (out / "before_after.png").read_bytes() == (run / "before_after.png").read_bytes()
-        assert "the scheduler DDIM (eta 1.0), 2 steps, guidance scale 3.0" in card
+        assert "the scheduler DDIM (eta 1.0, spacing leading), 2 steps, guidance scale 3.0" in card
         assert ("ComfyUI" in card) == (kind == "kohya")
         assert ("lora" in front_matter(out)["tags"]) == (kind != "merged")
         assert front_matter(out)["instance_prompt"] == PROMPT
@@ -91,7 +91,10 @@ def test_every_format_draws_the_same_images(run, tiny_sd_folder, tmp_path, capsy
     assert notes["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert (notes["ss_network_dim"], notes["ss_network_alpha"]) == ("2", "2.0")
     assert notes["ss_sd_model_name"] == tiny_sd_folder.name
-    assert notes["modelspec.usage_hint"] == "the scheduler DDIM (eta 1.0), 2 steps, guidance scale 3.0, strength 1"
+    assert (
+        notes["modelspec.usage_hint"]
+        == "the scheduler DDIM (eta 1.0, spacing leading), 2 steps, guidance scale 3.0, strength 1"
+    )
     with safe_open(tmp_path / "rabbit-diffusers" / FILE_NAME, "pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 2
 
@@ -147,9 +150,27 @@ def test_a_whole_denoiser_is_no_lora(tiny_sd_folder, tmp_path, capsys, fresh_mod
         "trained the whole denoiser (--lora-rank 0), which is no LoRA: use --format merged" in capsys.readouterr().err
     )
     assert export(run, tmp_path / "out", "merged") == 0
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(draw(pipeline), draw(load_run(run, "cpu").pipeline()), rtol=1e-4, atol=1e-4)
+    pipeline = draw_as_the_card_says(tmp_path / "out", tiny_sd_folder)
+    torch.testing.assert_close(pipeline, draw(load_run(run, "cpu").pipeline()), rtol=1e-4, atol=1e-4)
     assert "- a whole pipeline, with what was learned in its weights" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_model_with_another_scheduler(tiny_sd_folder, tmp_path, fresh_models):
+    """The card names the spacing of the steps, which the model's own scheduler has otherwise."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    euler = {"timestep_spacing": "linspace", "steps_offset": 0}
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config, **euler)
+    pipe.save_pretrained(tmp_path / "model")
+    run = tmp_path / "run"
+    words = ["--env", "DPOK-SD15-v0", "--model", str(tmp_path / "model"), "--prompts", PROMPT]
+    assert train(run, *words, *OPTIONS) == 0
+    expected = draw(load_run(run, "cpu").pipeline())
+    for kind in ("kohya", "merged"):
+        assert export(run, tmp_path / kind, kind) == 0
+        images = draw_as_the_card_says(tmp_path / kind, tmp_path / "model")
+        torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+        assert "spacing trailing" in (tmp_path / kind / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -8,11 +8,18 @@ import pytest
 import torch
 import yaml
 
-from agents.common.model_card import Training, hub_id, lora_notes, public_name, usage_hint, write_card
+from agents.common.model_card import Training, hub_id, lora_notes, noted_sampling, public_name, usage_hint, write_card
 from dpok_gym.models.lora_files import Ranks
 from tests.support import make_process
 
-SAMPLING = {"num_inference_steps": 20, "eta": 1.0, "guidance_scale": 5.0, "negative_prompt": None, "image_size": None}
+SAMPLING: dict[str, Any] = {
+    "num_inference_steps": 20,
+    "eta": 1.0,
+    "guidance_scale": 5.0,
+    "negative_prompt": None,
+    "image_size": None,
+    "timestep_spacing": "leading",
+}
 RANKS = Ranks(4, {}, ("a", "b"))
 
 
@@ -127,6 +134,7 @@ def test_notes_of_a_file(folder: str, request: pytest.FixtureRequest) -> None:
     notes = lora_notes(process)
     names = ("modelspec.architecture", "ss_base_model_version", "ss_v2", "modelspec.prediction_type")
     assert tuple(notes[name] for name in names) == FAMILIES[folder]
+    assert noted_sampling(notes) == SAMPLING | {"num_inference_steps": 3, "guidance_scale": 2.5}
     assert notes["modelspec.resolution"] == "16x16"
     assert notes["ss_sd_model_name"] == process.model.name.rpartition("/")[2]
     assert notes["modelspec.usage_hint"] == usage_hint(SAMPLING | {"num_inference_steps": 3, "guidance_scale": 2.5}) + (
