@@ -39,9 +39,6 @@ LIBRARIES = 2**29
 #: Copies of the trained weights beside themselves: the gradient, and the two moments of Adam.
 N_COPIES = 3
 
-#: Tokens of a prompt: those of CLIP.
-_N_TOKENS = 77
-
 
 class LiveMemory(TorchDispatchMode):
     """Within its ``with`` block, adds up the tensors that are made, for as long as they live; views count once.
@@ -57,10 +54,11 @@ class LiveMemory(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._alive: dict[int, int] = {}
+        #: Of each storage, by its address: what notices its end.
+        self._alive: dict[int, Any] = {}
         self._known = list(known)  # kept alive, so that no other storage gets the same address
         for tensor in self._known:
-            self._alive[tensor.untyped_storage()._cdata] = 0
+            self._alive[tensor.untyped_storage()._cdata] = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation, and counts its results."""
@@ -74,13 +72,15 @@ class LiveMemory(TorchDispatchMode):
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address not in self._alive:
-            self._alive[address] = storage.nbytes()
-            self.now += storage.nbytes()
+            size = storage.nbytes()
+            self.now += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._remove, address)
 
-    def _remove(self, address: int) -> None:
-        self.now -= self._alive.pop(address)
+            def remove(_: Any) -> None:
+                self.now -= size
+                del self._alive[address]
+
+            self._alive[address] = weakref.ref(storage, remove)
 
 
 class Rehearsal:
@@ -125,22 +125,23 @@ class Rehearsal:
         self._autocast = autocast
         rank = model.default_lora_rank if lora_rank is None else lora_rank
         self.lora: LoRA | None = None
+        self._copy: Any = None
         if rank:
             layers = model.lora_layers[target_modules] if isinstance(target_modules, str) else target_modules
             self.lora = LoRA(model.denoiser, rank, layers)
         else:
-            model.denoiser.requires_grad_(True)
+            self._copy = architecture.make(getattr(torch, dtype)).denoiser.requires_grad_(True)
         self._fake = FakeTensorMode()
         with self._fake:
-            for network in (model.denoiser, model.vae):
-                _without_content(network)
+            for network in (model.denoiser, model.vae, self._copy):
+                if network is not None:
+                    _without_content(network)
         model.device = torch.device("cpu")  # where the tensors claim to be
 
     @property
     def denoiser_bytes(self) -> int:
         """The frozen denoiser."""
-        trained = self.trained if self.lora else []
-        return size_of(self.model.denoiser.parameters()) - size_of(trained)
+        return size_of(value for value in self.model.denoiser.parameters() if not value.requires_grad)
 
     @property
     def decoder_bytes(self) -> int:
@@ -156,7 +157,11 @@ class Rehearsal:
     @property
     def trained(self) -> list[nn.Parameter]:
         """The parameters that are trained."""
-        return [value for value in self.model.denoiser.parameters() if value.requires_grad]
+        return [value for value in self._trained_denoiser.parameters() if value.requires_grad]
+
+    @property
+    def _trained_denoiser(self) -> Any:
+        return self._copy or self.model.denoiser
 
     def update(
         self,
@@ -176,18 +181,18 @@ class Rehearsal:
             n_steps: denoising steps in a row that the gradient goes through.
             decodes: whether the gradient goes through the decoder too; what a reward adds is not known.
         """
-        denoiser = self.model.denoiser
+        denoiser = self._trained_denoiser
         (denoiser.enable_gradient_checkpointing if gradient_checkpointing else denoiser.disable_gradient_checkpointing)()
         with self._fake:
             for value in self.trained:
                 value.grad = torch.empty_like(value)  # counted with the optimiser
         with self._counted() as memory:
             latents = torch.empty(n, *self.model.latent_shape)
-            with self._trained_model():
+            with self._adapter(True):
                 for _ in range(n_steps):
                     latents = latents + self._predict(latents, guided)
-                    with torch.no_grad(), self._reference():
-                        self._predict(latents.detach(), guided)
+                    with torch.no_grad(), self._adapter(False):
+                        self._predict(latents.detach(), guided, reference=True)
                 result = self.model.decode(latents) if decodes else latents
                 result.sum().backward()
         return memory.peak
@@ -207,7 +212,7 @@ class Rehearsal:
     @torch.no_grad()
     def rollout(self, n: int) -> int:
         """The peak of a call of the denoiser with ``n`` states, without a gradient."""
-        with self._counted() as memory, self._trained_model():
+        with self._counted() as memory, self._adapter(True):
             self._predict(torch.empty(n, *self.model.latent_shape), guided=True)
         return memory.peak
 
@@ -218,19 +223,19 @@ class Rehearsal:
             self.model.decode(torch.empty(n, *self.model.latent_shape))
         return memory.peak
 
-    def _predict(self, latents: Tensor, guided: bool) -> Tensor:
+    def _predict(self, latents: Tensor, guided: bool, reference: bool = False) -> Tensor:
         scale = self._guidance_scale if guided else 1.0
         conditioning, timesteps = self._conditioning(len(latents)), torch.empty(len(latents))
         self.model._unconditional = self._conditioning(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
-            return self.model.predict(
-                latents, timesteps, conditioning, scale, guidance_gradient=self._guidance_gradient
-            )
+            denoiser = None if reference else self._copy
+            return self.model.predict(latents, timesteps, conditioning, scale, denoiser, self._guidance_gradient)
 
     def _conditioning(self, n: int) -> Conditioning:
         """What the denoiser is told about ``n`` prompts, in the shapes that the text encoders give."""
         config, dtype = self.model.denoiser.config, self.model.dtype
-        told = {"encoder_hidden_states": torch.empty(n, _N_TOKENS, config.cross_attention_dim, dtype=dtype)}
+        n_tokens = self.model.text_encoder.config.max_position_embeddings
+        told = {"encoder_hidden_states": torch.empty(n, n_tokens, config.cross_attention_dim, dtype=dtype)}
         if config.addition_embed_type == "text_time":
             told["text_embeds"] = torch.empty(n, self.model.text_width, dtype=dtype)
             told["time_ids"] = torch.empty(n, 6, dtype=dtype)
@@ -238,25 +243,17 @@ class Rehearsal:
 
     @contextmanager
     def _counted(self) -> Iterator[LiveMemory]:
-        known = [*self.model.denoiser.parameters(), *self.model.vae.parameters()]
+        known = [*self.model.denoiser.parameters(), *self.model.vae.parameters(), *self.trained]
         known += [value.grad for value in self.trained if value.grad is not None]
         with self._fake, LiveMemory(known) as memory:
             yield memory
 
     @contextmanager
-    def _trained_model(self) -> Iterator[None]:
+    def _adapter(self, enabled: bool) -> Iterator[None]:
         if self.lora is None:
             yield
             return
-        with self.lora.enabled():
-            yield
-
-    @contextmanager
-    def _reference(self) -> Iterator[None]:
-        if self.lora is None:
-            yield
-            return
-        with self.lora.disabled():
+        with self.lora.enabled() if enabled else self.lora.disabled():
             yield
 
 
