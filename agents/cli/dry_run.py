@@ -240,7 +240,10 @@ def count_update_passes(config: Config) -> Passes | None:
         return Passes(n, forward * n, backward * n, without_gradient * n, batches)
 
     if issubclass(algorithm, PolicyGradient):
-        n = round(algo["timestep_fraction"] * n_images * n_steps) * algo["n_epochs"]
+        # "auto" leaves out two steps of Stable Diffusion's schedules. A KL holds the steps that are left out.
+        skipped = 2 if algo["skip_last_steps"] == "auto" else algo["skip_last_steps"]
+        trained = n_steps if reference else n_steps - skipped
+        n = round(algo["timestep_fraction"] * n_images * trained) * algo["n_epochs"]
         return of_batches(n, guided, back, guided * reference)
     if issubclass(algorithm, OnlineForwardProcess):
         n = n_images * (algo["steps_per_image"] or n_steps) * algo["n_epochs"]

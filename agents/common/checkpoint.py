@@ -18,7 +18,6 @@ and one that lacks a file was damaged later.
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import time
@@ -250,7 +249,7 @@ class CheckpointCallback(BaseCallback):
         minutes: float | None = None,
     ) -> None:
         super().__init__()
-        self._seconds = math.inf if minutes is None else 60 * check_positive("checkpointing_minutes", minutes)
+        self._minutes = None if minutes is None else check_positive("checkpointing_minutes", minutes)
         self._saved_at = time.monotonic()
         self._folder, self._every = Path(run_folder), check_integer("checkpointing_steps", every)
         if total_limit is not None:
@@ -262,8 +261,9 @@ class CheckpointCallback(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         agent: Any = self.model
-        # The clocks of the ranks differ, and they save together.
-        is_late = distributed.any_of(time.monotonic() - self._saved_at >= self._seconds)
+        is_late = False
+        if self._minutes is not None:  # the clocks of the ranks differ, and they save together
+            is_late = distributed.any_of(time.monotonic() - self._saved_at >= 60 * self._minutes)
         # At iteration 0 there is nothing to save yet.
         if agent.iteration and (is_late or agent.iteration % self._every == 0):
             self._saved_at = time.monotonic()

@@ -97,9 +97,9 @@ def test_durations_are_readable() -> None:
     [
         # elements, forward, backward, without a gradient, steps
         (["--algo", "dpok"], (640, 1280, 1280, 1280, 10)),
-        (["--algo", "dpok", "--kl-coef", "0", "--guidance-gradient", "conditional"], (640, 1280, 640, 0, 10)),
+        (["--algo", "dpok", "--kl-coef", "0", "--guidance-gradient", "conditional"], (576, 1152, 576, 0, 9)),
         (["--algo", "dpok", "--guidance-scale", "1", "--n-epochs", "2"], (1280, 1280, 1280, 1280, 20)),
-        (["--algo", "reinforce"], (160, 320, 320, 0, 1)),
+        (["--algo", "reinforce"], (144, 288, 288, 0, 1)),
         (["--algo", "diffusion-nft"], (384, 384, 384, 384, 4)),
         (["--algo", "awm"], (384, 384, 384, 768, 4)),
         (["--algo", "draft"], (64, 128, 128, 0, 4)),
@@ -116,7 +116,7 @@ def test_passes_of_an_update(words: list[str], expected: tuple[int, ...]) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algo", ["dpok", "grpo", "diffusion-nft", "awm"])
+@pytest.mark.parametrize("algo", ["dpok", "ddpo", "diffusion-nft", "awm"])
 def test_the_passes_are_those_of_a_run(algo: str) -> None:
     """Counted by the process, whose denoiser's every call goes through one method."""
     config = _config(
