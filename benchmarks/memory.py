@@ -45,7 +45,7 @@ _SCHEDULER = {
     "steps_offset": 1,
 }
 
-#: The C library keeps small pieces of memory that were freed, and returns larger ones at once. So it returns nearly all.
+#: The C library keeps small pieces of memory that were freed, and returns larger ones. So it returns nearly all.
 _RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
 
 
@@ -69,9 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(measure(**json.loads(options.measure))))
         return
     rows = []
-    for dtype, checkpoints, n in itertools.product(
-        options.dtypes, options.checkpointing, options.micro_batch_sizes
-    ):
+    for dtype, checkpoints, n in itertools.product(options.dtypes, options.checkpointing, options.micro_batch_sizes):
         settings = {
             "model": options.model,
             "dtype": dtype,

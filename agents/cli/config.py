@@ -24,7 +24,15 @@ from dpok_gym.registration import ENVIRONMENTS, TASKS
 from dpok_gym.rewards.registry import is_place, list_rewards
 from dpok_gym.utils.files import replacing
 from dpok_gym.utils.reading import read_yaml
-from dpok_gym.utils.validation import MAX_COUNT, MAX_SEED, check_integer, check_mapping, check_names, check_positive, suggest
+from dpok_gym.utils.validation import (
+    MAX_COUNT,
+    MAX_SEED,
+    check_integer,
+    check_mapping,
+    check_names,
+    check_positive,
+    suggest,
+)
 from dpok_gym.vector_env import MAX_ENVS, DenoisingVectorEnv
 
 FILE_NAME = "config.yaml"
@@ -165,7 +173,9 @@ class Config:
     def code(self) -> list[str]:
         """Returns what in the config makes Python run other code than this package; see :func:`named_code`."""
         kwargs = self.env_kwargs
-        return named_code(self.env, self.algo, kwargs.get("model"), kwargs.get("reward", {}), kwargs.get("model_kwargs"))
+        return named_code(
+            self.env, self.algo, kwargs.get("model"), kwargs.get("reward", {}), kwargs.get("model_kwargs")
+        )
 
     def check_keys(self) -> None:
         """Checks that environment, algorithm and policy have exactly these arguments.

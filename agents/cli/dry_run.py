@@ -115,9 +115,7 @@ class Memory:
         return with_margin(self.counted, "cuda" if self.on_gpu else "cpu")
 
 
-def estimate_memory(
-    config: Config, architecture: Architecture, on_gpu: bool = True, free: int | None = None
-) -> Memory:
+def estimate_memory(config: Config, architecture: Architecture, on_gpu: bool = True, free: int | None = None) -> Memory:
     """Estimates the memory of a training from its settings alone.
 
     Args:
@@ -278,7 +276,8 @@ def _describe_passes(config: Config) -> Iterator[str]:
         yield "            ?  update: not known for this algorithm"
     else:
         when = "update" if update.is_per_iteration else "fit, once, after all iterations"
-        yield f"  {update.forward:>11,}  {when}: forward, of {update.elements:,} elements in {update.optimizer_steps:,} steps"
+        of_what = f"of {update.elements:,} elements in {update.optimizer_steps:,} steps"
+        yield f"  {update.forward:>11,}  {when}: forward, {of_what}"
         yield f"  {update.backward:>11,}  {when}: backward, about twice a forward pass each"
         yield f"  {update.without_gradient:>11,}  {when}: forward without a gradient, of the pre-trained or old model"
         of_update = update.forward + update.backward + update.without_gradient
@@ -298,9 +297,9 @@ def _describe_time(config: Config, log: Path | None) -> Iterator[str]:
     rows = read_log(log) if log is not None and log.is_file() else []
     seconds = seconds_left(rows, config.images)
     if seconds is None:
-        yield "time: dpok train says it once two iterations have run; then this command does too, with --resume --out FOLDER"
+        yield "time: dpok train says it once two iterations have run; then --dry-run --resume --out FOLDER does too"
     else:
-        yield f"time: {format_seconds(seconds)} more for the images that are left, as fast as the latest iteration in {log}"
+        yield f"time: {format_seconds(seconds)} more for the images that are left, at the latest speed in {log}"
     if issubclass(load_algorithm(config.algo), ForwardProcess):
         yield "  the fit comes on top of it"
 

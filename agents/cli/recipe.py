@@ -45,7 +45,9 @@ class Recipe:
         self.path = path
         options = read_yaml(path)
         if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
-            raise ValueError(f"{path} is no recipe: it must be a mapping of options to values, such as learning-rate: 1e-4")
+            raise ValueError(
+                f"{path} is no recipe: it must be a mapping of options to values, such as learning-rate: 1e-4"
+            )
         self.options: dict[str, Any] = options
 
     def check_code(self, trust: bool) -> None:

@@ -26,7 +26,6 @@ from agents.cli.arguments import (
     to_command_line,
 )
 from agents.cli.config import FILE_NAME, Config, config_file, default_config, describe_settings, find_paths
-from agents.cli.dry_run import describe
 from agents.cli.environments import environment_class
 from agents.cli.recipe import Recipe
 from agents.cli.run_folder import LOG, SUMMARY, Run
@@ -91,7 +90,7 @@ class RunOptions:
     config: Annotated[Path | None, default_hint("FILE", "none")] = None
     """YAML file of options, named as here without the hyphens in front. Options of the command line change them."""
     dry_run: bool = False
-    """Print the settings, the memory and the work to expect, and draw nothing. What is printed is a file for --config."""
+    """Print the settings, the memory and the work to expect; draw nothing. What is printed is a file for --config."""
 
 
 @dataclass
@@ -169,6 +168,8 @@ def run(options: Train) -> int:
     Several ranks train together if torchrun or accelerate launch has started them; rank 0 alone writes.
     """
     if options.is_dry:
+        from agents.cli.dry_run import describe  # diffusers takes seconds to import
+
         log = options.out / LOG if options.out and options.resume_from else None
         print(describe(options.config, log))
         return 0

@@ -182,7 +182,11 @@ class Rehearsal:
             decodes: whether the gradient goes through the decoder too; what a reward adds is not known.
         """
         denoiser = self._trained_denoiser
-        (denoiser.enable_gradient_checkpointing if gradient_checkpointing else denoiser.disable_gradient_checkpointing)()
+        (
+            denoiser.enable_gradient_checkpointing
+            if gradient_checkpointing
+            else denoiser.disable_gradient_checkpointing
+        )()
         with self._fake:
             for value in self.trained:
                 value.grad = torch.empty_like(value)  # counted with the optimiser

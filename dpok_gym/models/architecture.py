@@ -93,9 +93,7 @@ _OPEN_CLIP_G = {
 
 #: The published architectures, by the registered name of a model. What is not here has the defaults of diffusers.
 PUBLISHED: dict[str, Architecture] = {
-    "sd15": Architecture(
-        "StableDiffusionPipeline", {"sample_size": 64, "cross_attention_dim": 768}, _VAE, _CLIP_L, {}
-    ),
+    "sd15": Architecture("StableDiffusionPipeline", {"sample_size": 64, "cross_attention_dim": 768}, _VAE, _CLIP_L, {}),
     "sd21": Architecture(
         "StableDiffusionPipeline",
         {

@@ -12,8 +12,8 @@ from agents.cli.arguments import (
     clean_docstring,
     format_reward,
     given,
-    make_options,
     kinds_of_options,
+    make_options,
     parse_options,
 )
 from agents.cli.option_types import parse_mapping

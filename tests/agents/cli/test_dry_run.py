@@ -71,7 +71,7 @@ def test_time_of_a_run_that_has_begun(finished: Path, capsys: pytest.CaptureFixt
     before = sorted(path.name for path in finished.iterdir())
     assert main(["train", "--resume", "--out", str(finished), "--images", "1000", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "more for the images that are left, as fast as the latest iteration in" in printed
+    assert "more for the images that are left, at the latest speed in" in printed
     assert "reward shapes-alignment, shapes-quality" in printed  # whose memory is not known
     assert sorted(path.name for path in finished.iterdir()) == before
 
@@ -121,7 +121,16 @@ def test_the_passes_are_those_of_a_run(algo: str) -> None:
     """Counted by the process, whose denoiser's every call goes through one method."""
     config = _config(
         *("--env", "DPOK-SD15-v0", "--algo", algo, "--model", "shapes", "--prompts", "a red circle"),
-        *("--reward", "shapes-quality", "--images-per-iteration", "16", "--num-inference-steps", "6", "--device", "cpu"),
+        *(
+            "--reward",
+            "shapes-quality",
+            "--images-per-iteration",
+            "16",
+            "--num-inference-steps",
+            "6",
+            "--device",
+            "cpu",
+        ),
         *("--max-batch-size", "16", "--micro-batch-size", "16", "--gradient-checkpointing", "False"),
     )
     agent = config.make_agent(config.make_env(16))

@@ -61,9 +61,7 @@ def test_only_the_configs_are_needed(tiny_sd_folder: Path, tmp_path: Path) -> No
         find_architecture(str(tmp_path))
 
 
-def test_configs_in_the_cache_of_the_hub(
-    tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_configs_in_the_cache_of_the_hub(tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cached(repository: str, name: str, revision: str | None = None) -> str | None:
         path = tiny_sd_folder / name
         return str(path) if (repository, revision) == ("some/model", "main") and path.is_file() else None
@@ -83,7 +81,9 @@ def test_configs_in_the_cache_of_the_hub(
         ("something.else", None),
     ],
 )
-def test_a_single_file_is_one_of_the_published(tmp_path: Path, key: str, name: str | None, tiny_sd_folder: Path) -> None:
+def test_a_single_file_is_one_of_the_published(
+    tmp_path: Path, key: str, name: str | None, tiny_sd_folder: Path
+) -> None:
     path = tmp_path / "model.safetensors"
     save_file({key: torch.zeros(1)}, path)
     if name:
