@@ -71,7 +71,7 @@ def parse_options(options: type[Options], prog: str, argv: Sequence[str]) -> Opt
     parsed, unknown = _call_tyro(options, argv, prog=prog)
     # tyro's own error for an unknown option names no similar one, so it hands unknown words back instead.
     if unknown:
-        raise UsageError(_describe_unknown(unknown, option_names(options), argv))
+        raise UsageError(_describe_unknown(unknown, list(kinds_of_options(options)), argv))
     return parsed
 
 
@@ -131,16 +131,16 @@ def given(options: Any, *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def option_names(options: type) -> list[str]:
-    """Returns the options of a dataclass as they are written, those of nested ones included."""
-    names: list[str] = []
+def kinds_of_options(options: type) -> dict[str, Any]:
+    """Returns the type of each option of a dataclass by its name as it is written, those of nested ones included."""
+    kinds: dict[str, Any] = {}
     for name, annotation in get_type_hints(options, include_extras=True).items():
         kind, *notes = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
         if is_dataclass(kind):
-            names += option_names(kind)  # type: ignore[arg-type]
+            kinds |= kinds_of_options(kind)  # type: ignore[arg-type]
         elif tyro.conf.Positional not in notes:
-            names.append(f"--{name.replace('_', '-')}")
-    return names
+            kinds[f"--{name.replace('_', '-')}"] = kind
+    return kinds
 
 
 def make_options(name: str, arguments: Iterable[Argument], defaults: Mapping[str, Any]) -> type:

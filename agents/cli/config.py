@@ -14,17 +14,25 @@ import yaml
 
 from agents.algorithms.presets import PRESETS, default_preset
 from agents.algorithms.registry import ALGORITHMS, load_algorithm
-from agents.cli.environments import environment_class, environment_kwargs, make_env, parse_reward
+from agents.cli.environments import environment_class, environment_kwargs, make_env, parse_reward, registered_kwargs
 from agents.common.algorithm import DEFAULT_N_ENVS, DenoisingAlgorithm
 from agents.common.arguments import Argument, describe_arguments
 from agents.common.policy import DenoisingPolicy
-from dpok_gym.models.registry import is_factory, list_models
+from dpok_gym.models.registry import find_source, is_factory, list_models
 from dpok_gym.prompts import list_prompt_sets
-from dpok_gym.registration import TASKS
+from dpok_gym.registration import ENVIRONMENTS, TASKS
 from dpok_gym.rewards.registry import is_place, list_rewards
 from dpok_gym.utils.files import replacing
 from dpok_gym.utils.reading import read_yaml
-from dpok_gym.utils.validation import MAX_COUNT, MAX_SEED, check_integer, check_mapping, check_names, suggest
+from dpok_gym.utils.validation import (
+    MAX_COUNT,
+    MAX_SEED,
+    check_integer,
+    check_mapping,
+    check_names,
+    check_positive,
+    suggest,
+)
 from dpok_gym.vector_env import MAX_ENVS, DenoisingVectorEnv
 
 FILE_NAME = "config.yaml"
@@ -55,6 +63,16 @@ _MAXIMA = {
 }
 
 
+#: What the options of a run are if neither the preset nor the command line says more.
+_RUN_OPTIONS: dict[str, Any] = {
+    "n_envs": DEFAULT_N_ENVS,
+    "eval_images": 256,
+    "checkpointing_steps": 10,
+    "checkpointing_minutes": None,
+    "checkpoints_total_limit": 2,
+}
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that a run depends on.
@@ -69,6 +87,7 @@ class Config:
         eval_images: images drawn before and after training.
         device: device of the networks.
         checkpointing_steps: iterations between two checkpoints.
+        checkpointing_minutes: minutes after which one is due in any case; None for no limit.
         checkpoints_total_limit: number of checkpoints that are kept.
         env_kwargs: arguments of the environment; ``reward`` is always a dict.
         algo_kwargs: arguments of the algorithm.
@@ -87,6 +106,7 @@ class Config:
     eval_images: int
     device: str
     checkpointing_steps: int
+    checkpointing_minutes: float | None
     checkpoints_total_limit: int
     env_kwargs: dict[str, Any]
     algo_kwargs: dict[str, Any]
@@ -95,6 +115,8 @@ class Config:
     def __post_init__(self) -> None:
         for name, maximum in _MAXIMA.items():
             check_integer(name, getattr(self, name), maximum=maximum)
+        if self.checkpointing_minutes is not None:
+            check_positive("checkpointing_minutes (or None)", self.checkpointing_minutes)
         check_integer("the seed", self.seed, minimum=0, maximum=MAX_SEED)
         for name in ("env", "algo", "preset", "device"):
             if not isinstance(getattr(self, name), str):
@@ -149,20 +171,10 @@ class Config:
         return config
 
     def code(self) -> list[str]:
-        """Returns what in the config makes Python run other code than this package: modules to import, and pickles."""
-        named = []
-        if ":" in self.env:
-            named.append(f"the environment {self.env!r}")
-        if self.algo not in ALGORITHMS and ":" in self.algo:
-            named.append(f"the algorithm {self.algo!r}")
-        model = self.env_kwargs.get("model")
-        if isinstance(model, str) and model not in list_models() and is_factory(model):
-            named.append(f"the model {model!r}")
-        rewards = [*self.env_kwargs.get("reward", {}), *_names_of(self.algo_kwargs.get("held_out_reward"))]
-        named += [f"the reward {name!r}" for name in rewards if is_place(name)]
-        if (self.env_kwargs.get("model_kwargs") or {}).get("allow_pickle"):
-            named.append("the model's allow_pickle")
-        return named
+        """Returns what in the config makes Python run other code than this package; see :func:`named_code`."""
+        kwargs = self.env_kwargs
+        rewards = [*kwargs.get("reward", {}), *names_of(self.algo_kwargs.get("held_out_reward"))]
+        return named_code(self.env, self.algo, kwargs.get("model"), rewards, kwargs.get("model_kwargs"))
 
     def check_keys(self) -> None:
         """Checks that environment, algorithm and policy have exactly these arguments.
@@ -211,6 +223,21 @@ class Config:
         return algorithm("DenoisingPolicy", env, seed=self.seed, device=device or self.device, **settings)
 
 
+def named_code(env: str, algo: str, model: Any, rewards: Collection[str], model_kwargs: Any) -> list[str]:
+    """Returns which of some settings make Python run other code than this package: modules to import, and pickles."""
+    named = []
+    if ":" in env:
+        named.append(f"the environment {env!r}")
+    if algo not in ALGORITHMS and ":" in algo:
+        named.append(f"the algorithm {algo!r}")
+    if isinstance(model, str) and model not in list_models() and is_factory(model):
+        named.append(f"the model {model!r}")
+    named += [f"the reward {name!r}" for name in rewards if is_place(name)]
+    if (model_kwargs or {}).get("allow_pickle"):
+        named.append("the model's allow_pickle")
+    return named
+
+
 def _check_settings(owner: str, settings: Mapping[str, Any], known: Collection[str]) -> None:
     check_names(f"argument of {owner}", settings, known)
     missing = [name for name in known if name not in settings]
@@ -240,14 +267,20 @@ def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Co
     preset = PRESETS[preset_name]
     # Users may add presets to the dict, so the settings of a preset are checked like those of a command line.
     chosen = dict(preset.algorithm_kwargs(algo))
-    n_envs = chosen.pop("n_envs", DEFAULT_N_ENVS)
+    run_options = _RUN_OPTIONS | preset.run
+    check_names(f"option of a run in the preset {preset_name!r}", run_options, _RUN_OPTIONS)
     policy_kwargs = settings_of(DenoisingPolicy) | chosen.pop("policy_kwargs", {})
     own = settings_of(algorithm)
     check_names(f"argument of {algo} in the preset {preset_name!r}", chosen, own)
     check_names(f"argument of {env_class.__name__} in the preset", preset.env_kwargs, environment_kwargs(env_id))
     env_kwargs = environment_kwargs(env_id)
-    if env_id.rpartition(":")[2] not in TASKS:  # a task's settings are fixed
-        env_kwargs |= preset.env_kwargs
+    name = env_id.rpartition(":")[2]
+    if name not in TASKS:  # a task's settings are fixed
+        # What users register an id of their own with, they mean.
+        own_kwargs = {} if name in ENVIRONMENTS else registered_kwargs(env_id)
+        env_kwargs |= preset.env_kwargs | own_kwargs
+    if isinstance(env_kwargs["model"], str) and is_factory(find_source(env_kwargs["model"])):
+        env_kwargs["dtype"] = "float32"  # what a function makes has its own precision
     env_kwargs.pop("device")  # a field of the config, since the agent needs it too
     return Config(
         env=env_id,
@@ -255,11 +288,8 @@ def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Co
         preset=preset_name,
         seed=0,
         images=preset.images,
-        n_envs=n_envs,
-        eval_images=256,
         device="auto",
-        checkpointing_steps=10,
-        checkpoints_total_limit=2,
+        **run_options,
         env_kwargs=find_paths(env_kwargs),
         algo_kwargs=find_held_out_reward(own | chosen),
         policy_kwargs=policy_kwargs,
@@ -314,7 +344,7 @@ def find_held_out_reward(algo_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**algo_kwargs, "held_out_reward": reward if reward in ("auto", None) else find_reward(reward)}
 
 
-def _names_of(held_out_reward: Any) -> list[str]:
+def names_of(held_out_reward: Any) -> list[str]:
     """Returns the rewards that a held-out reward is made of."""
     return [] if held_out_reward in ("auto", None) else list(parse_reward(held_out_reward))
 

@@ -50,7 +50,12 @@ def environment_kwargs(env_id: str) -> dict[str, Any]:
     defaults = {name: argument.default for name, argument in arguments.items()}
     for name in ("num_envs", "render_mode", "autoreset_mode"):  # these do not change the images
         defaults.pop(name, None)
-    return defaults | _find_spec(env_id).kwargs
+    return defaults | registered_kwargs(env_id)
+
+
+def registered_kwargs(env_id: str) -> dict[str, Any]:
+    """Returns the arguments that an environment's id is registered with; errors as :func:`environment_class`."""
+    return dict(_find_spec(env_id).kwargs)
 
 
 def make_env(env_id: str, num_envs: int, **kwargs: Any) -> DenoisingVectorEnv:

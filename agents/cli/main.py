@@ -98,7 +98,7 @@ def _describe(error: Exception) -> str | None:
     if is_memory or (isinstance(error, RuntimeError) and any(text in str(error) for text in _MEMORY_IS_FULL)):
         return (
             "the device's memory is full; take fewer or smaller images at once; training also takes less with "
-            "--micro-batch-size auto, --gradient-checkpointing and --dtype bfloat16"
+            "--micro-batch-size 1, --gradient-checkpointing and --dtype bfloat16; --dry-run says how much it takes"
         )
     # The classes of the errors that users cause. Their messages say what to do, without a traceback.
     return str(error) if isinstance(error, (ValueError, TypeError, OSError, ImportError)) else None

@@ -53,6 +53,8 @@ def _expressible_union(parts: Sequence[Any]) -> Any:
             return Annotated[dict | None, _mapping_spec(optional)]
         if _is_subclass(outer, Collection) and outer is not str and _is_of_any_length(kind):
             return Annotated[tuple | str | None, _words_spec(kind, optional, kinds)]
+        if kind is bool and len(kinds) > 1:
+            return Annotated[bool | str, _switch_spec([word for other in kinds for word in get_args(other)])]
     expressible = [kind for kind in map(expressible_type, kinds) if kind is not None]
     if not expressible:
         return None
@@ -96,6 +98,30 @@ def _words_spec(sequence: Any, optional: bool, union: Sequence[Any] = ()) -> Pri
     metavar = "NAME [NAME ...]" if convert is str else f"{convert.__name__.upper()} ..."
     return PrimitiveConstructorSpec(
         nargs="*", metavar=metavar, instance_from_str=read, is_instance=lambda value: True, str_from_instance=write
+    )
+
+
+def _switch_spec(words: Sequence[str]) -> PrimitiveConstructorSpec[Any]:
+    """Reads a switch that may also have a value: ``--x`` or ``--x True``, ``--x False``, ``--x auto``.
+
+    Args:
+        words: the values beside True and False.
+    """
+    values: dict[str, Any] = {"True": True, "False": False} | {word: word for word in words}
+
+    def read(given: list[str]) -> Any:
+        if not given:
+            return True
+        if given[0] not in values:
+            raise ValueError(f"it takes {', '.join(values)}, not {given[0]!r}")
+        return values[given[0]]
+
+    return PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar=f"[{'|'.join(values)}]",
+        instance_from_str=read,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
     )
 
 

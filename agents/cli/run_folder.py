@@ -221,6 +221,7 @@ class Run:
             config.checkpoints_total_limit,
             self._state,
             [self.folder / LOG],
+            config.checkpointing_minutes,
         )
         logs: list[KVWriter] = [log for log in (self._csv, self._tensorboard) if log is not None]
         self.agent.set_logger(Logger(None, logs))

@@ -35,7 +35,8 @@ from agents.cli.config import (
     find_paths,
 )
 from agents.cli.environments import environment_class
-from agents.cli.run_folder import LORA, SUMMARY, Run
+from agents.cli.recipe import Recipe
+from agents.cli.run_folder import LOG, LORA, SUMMARY, Run
 from agents.cli.signals import SIGNALS, exit_code
 from agents.cli.tables import say
 from agents.common import distributed
@@ -48,7 +49,7 @@ from dpok_gym.utils.files import locked
 from dpok_gym.utils.validation import check_path
 
 #: Options that may change when a run is resumed.
-_CHANGEABLE = ("images", "device", "checkpointing_steps", "checkpoints_total_limit")
+_CHANGEABLE = ("images", "device", "checkpointing_steps", "checkpointing_minutes", "checkpoints_total_limit")
 
 _ENV_HELP = (
     f"Environment, which sets the model, the prompts and the reward: {', '.join(ENVIRONMENTS)}; or MODULE:ID of one of "
@@ -86,6 +87,8 @@ class RunOptions:
     """Device of the networks: auto, cpu, cuda, cuda:1, ..."""
     checkpointing_steps: int = 10
     """Iterations between two checkpoints, 1 or more. A killed run loses at most these."""
+    checkpointing_minutes: float | None = None
+    """Minutes after which a checkpoint is due before that, above 0; iterations of large models take long."""
     checkpoints_total_limit: int = 2
     """Number of checkpoints to keep, 1 or more. The oldest ones are removed."""
     resume: bool = False
@@ -93,7 +96,11 @@ class RunOptions:
     resume_from_checkpoint: Annotated[str | None, default_hint("latest|NAME|PATH", "latest, with --resume")] = None
     """Go on from this checkpoint; later ones are removed. It implies --resume."""
     trust: bool = False
-    """Run the code that the config of a resumed run names: rewards, algorithms, models, environments of modules."""
+    """Run the code that a resumed run's config, or --config, names: rewards, algorithms, models, environments."""
+    config: Annotated[Path | None, default_hint("FILE", "none")] = None
+    """YAML file of options, named as here without the hyphens in front. Options of the command line change them."""
+    dry_run: bool = False
+    """Print the settings, the memory and the work to expect; draw nothing. What is printed is a file for --config."""
 
 
 @dataclass
@@ -108,6 +115,7 @@ class _FirstOptions:
     resume: bool = False
     resume_from_checkpoint: str | None = None
     trust: bool = False
+    config: Path | None = None
 
 
 @dataclass
@@ -118,11 +126,13 @@ class Train:
         out: the run folder; None for a new one in runs/.
         config: the settings.
         resume_from: "latest", or the name or path of a checkpoint; None for a new run.
+        is_dry: whether only to say what the training would take.
     """
 
     out: Path | None
     config: Config
     resume_from: str | None
+    is_dry: bool = False
 
 
 def parse(argv: Sequence[str]) -> Train:
@@ -138,19 +148,28 @@ def parse(argv: Sequence[str]) -> Train:
     resumes = first.resume or first.resume_from_checkpoint is not None
     if resumes and first.out is None:
         raise UsageError("--resume needs the run folder: --out FOLDER")
+    if resumes and first.config is not None:
+        raise UsageError("--resume keeps the run's own settings; leave out --config")
+    recipe = None if first.config is None else Recipe(first.config)
+    if recipe is not None:
+        recipe.check_code(first.trust)
+        # The last of two values counts, so the command line comes last.
+        first = parse_some_options(_FirstOptions, [*recipe.first_words(("env", "algo", "preset")), *argv])
     if resumes and first.out is not None and (first.out / FILE_NAME).is_file():
         base = Config.read(first.out, first.trust)
     else:
         algo = first.algo or default_algorithm(first.preset)
         base = default_config(first.env or DEFAULT_ENVIRONMENT, algo, first.preset)
-    parsed: Any = parse_options(_options_class(base), "dpok train", argv)
+    options = _options_class(base)
+    words = [] if recipe is None else recipe.words(options)
+    parsed: Any = parse_options(options, "dpok train", [*words, *argv])
     config = _config_of(parsed, base)
     if not resumes:
-        return Train(parsed.run.out, config, None)
+        return Train(parsed.run.out, config, None, parsed.run.dry_run)
     changed = _changed_options(config, base)
     if changed and (first.out / FILE_NAME).is_file():  # type: ignore[operator]  # checked above
         raise UsageError(f"--resume keeps the run's own settings; leave out {', '.join(changed)}")
-    return Train(parsed.run.out, config, parsed.run.resume_from_checkpoint or "latest")
+    return Train(parsed.run.out, config, parsed.run.resume_from_checkpoint or "latest", parsed.run.dry_run)
 
 
 def run(options: Train) -> int:
@@ -158,6 +177,12 @@ def run(options: Train) -> int:
 
     Several ranks train together if torchrun or accelerate launch has started them; rank 0 alone writes.
     """
+    if options.is_dry:
+        from agents.cli.dry_run import describe  # diffusers takes seconds to import
+
+        log = options.out / LOG if options.out and options.resume_from else None
+        print(describe(options.config, log))
+        return 0
     distributed.start()
     try:
         code = _train(options)

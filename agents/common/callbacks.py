@@ -13,6 +13,8 @@ from tqdm import tqdm
 class ProgressCallback(BaseCallback):
     """A progress bar in images, with the mean reward and the latest update's statistics.
 
+    Once two iterations have run, it says how long the others will take.
+
     Args:
         images: number of images that the training will have drawn in the end.
         disable: True for no bar; None shows it in a terminal only.
@@ -25,6 +27,8 @@ class ProgressCallback(BaseCallback):
         self._images, self._disable = images, disable
         self._started: float | None = None
         self._seconds = seconds
+        #: When each iteration of this process began, and the images drawn until then.
+        self._begun: list[tuple[float, int]] = []
 
     def _on_training_start(self) -> None:
         self._bar = tqdm(
@@ -38,6 +42,16 @@ class ProgressCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+    def _on_rollout_start(self) -> None:
+        self._begun.append((time.perf_counter(), self._drawn()))
+        if len(self._begun) == 3 and self._disable is not True:
+            # The first iteration is slower: it compiles, and fills caches.
+            (before, drawn_before), (now, drawn) = self._begun[1:]
+            if drawn_before < drawn < self._images:
+                seconds = (now - before) / (drawn - drawn_before)
+                left = format_seconds(seconds * (self._images - drawn))
+                tqdm.write(f"{self._images - drawn} images are left: {left}, at {seconds:.3g} seconds an image")
 
     def _on_rollout_end(self) -> None:
         assert self._bar is not None
@@ -69,3 +83,12 @@ class ProgressCallback(BaseCallback):
 
     def _drawn(self) -> int:
         return self.model.num_timesteps // self.model.process.num_inference_steps  # type: ignore[attr-defined]
+
+
+def format_seconds(seconds: float) -> str:
+    """Returns a duration for people to read: 50 seconds, 12 minutes, 3.5 hours, 2.1 days."""
+    for unit, length, most in (("seconds", 1, 90), ("minutes", 60, 90), ("hours", 3600, 36)):
+        if seconds < most * length:
+            number = seconds / length
+            return f"{number:.0f} {unit}" if unit != "hours" else f"{number:.1f} {unit}"
+    return f"{seconds / 86400:.1f} days"

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
 from dpok_gym.utils.files import flush_to_disk, naming, replacing, write_text
 from dpok_gym.utils.reading import read_json
 from dpok_gym.utils.tensors import load_tensors, save_tensors
-from dpok_gym.utils.validation import check_integer, check_mapping, suggest
+from dpok_gym.utils.validation import check_integer, check_mapping, check_positive, suggest
 
 if TYPE_CHECKING:
     from agents.common.algorithm import DenoisingAlgorithm
@@ -236,9 +237,11 @@ class CheckpointCallback(BaseCallback):
         total_limit: number of checkpoints to keep, at least 1; None keeps all.
         extra_state: returns what is saved beside the agent; see :func:`save_checkpoint`.
         extra_files: files that are copied into each checkpoint; see there.
+        minutes: minutes after which a checkpoint is due even if fewer iterations have passed, above 0; None for no such
+            limit.
 
     Raises:
-        ValueError: if one of the numbers is below 1.
+        ValueError: if one of the numbers is out of range.
     """
 
     def __init__(
@@ -248,17 +251,27 @@ class CheckpointCallback(BaseCallback):
         total_limit: int | None = 2,
         extra_state: Callable[[], Mapping[str, Any]] = dict,
         extra_files: Iterable[Path] = (),
+        minutes: float | None = None,
     ) -> None:
         super().__init__()
+        self._minutes = None if minutes is None else check_positive("checkpointing_minutes", minutes)
+        self._saved_at = time.monotonic()
         self._folder, self._every = Path(run_folder), check_integer("checkpointing_steps", every)
         if total_limit is not None:
             check_integer("checkpoints_total_limit", total_limit)
         self._total_limit, self._extra_state, self._extra_files = total_limit, extra_state, tuple(extra_files)
 
+    def _on_training_start(self) -> None:
+        self._saved_at = time.monotonic()
+
     def _on_rollout_start(self) -> None:
         agent: Any = self.model
+        is_late = False
+        if self._minutes is not None:  # the clocks of the ranks differ, and they save together
+            is_late = distributed.any_of(time.monotonic() - self._saved_at >= 60 * self._minutes)
         # At iteration 0 there is nothing to save yet.
-        if agent.iteration and agent.iteration % self._every == 0:
+        if agent.iteration and (is_late or agent.iteration % self._every == 0):
+            self._saved_at = time.monotonic()
             distributed.check_equal(list(agent.policy.parameters()))
             save_checkpoint(agent, self._folder, self._extra_state(), self._total_limit, self._extra_files)
 

@@ -63,7 +63,8 @@ class DenoisingPolicy(ActorCriticPolicy):
             feed-forward layers too, which small models need; or ends of layer names.
         autocast: run the denoiser in bfloat16, where the device is faster at it; the transitions stay float32.
         gradient_checkpointing: compute parts of the denoiser again in the backward pass instead of keeping all of it:
-            about a third slower, for a fraction of the memory.
+            about a third slower, for a fraction of the memory. "auto" does so if memory asks for it, see
+            :func:`agents.common.memory.asks_for_checkpointing`. No number changes.
         max_batch_size: most states in one call of the denoiser when no gradient is needed, at least 1; None for no
             limit, "auto" for as many as fit into memory.
         critic_hidden: width of the layers of the critic "network", at least 1.
@@ -94,7 +95,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         lora: str | Path | None = None,
         target_modules: str | Sequence[str] = "attention",
         autocast: bool = False,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Literal["auto"] = False,
         max_batch_size: int | Literal["auto"] | None = 64,
         critic_hidden: int = 256,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
@@ -123,7 +124,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         self.model = process.model
         self.guidance_gradient: GuidanceGradient = guidance_gradient
         self.autocast = autocast
-        self.gradient_checkpointing = gradient_checkpointing
+        check_choice("gradient_checkpointing", gradient_checkpointing, True, False, "auto")
         self._batch_size = BatchSize("max_batch_size", max_batch_size)
         # Resolved here, so that a saved policy does not depend on the default of a later version.
         rank = self.model.default_lora_rank if lora_rank is None else lora_rank
@@ -147,7 +148,12 @@ class DenoisingPolicy(ActorCriticPolicy):
             "keep_old": keep_old,
         }
         self._make_trainable(rank, target_modules, lora)
-        if gradient_checkpointing:
+        self.gradient_checkpointing = gradient_checkpointing is True
+        if gradient_checkpointing == "auto":
+            from agents.common.memory import asks_for_checkpointing  # diffusers takes seconds to import
+
+            self.gradient_checkpointing = asks_for_checkpointing(self)
+        if self.gradient_checkpointing:
             network: Any = self.denoiser or self.model.denoiser
             network.enable_gradient_checkpointing()
         if keep_old and is_sharded(self.denoiser):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from agents.algorithms.registry import list_algorithms
 from agents.cli import fit_reward, train
-from agents.cli.arguments import option_names
+from agents.cli.arguments import kinds_of_options
 from agents.cli.config import default_config
 from agents.cli.evaluate import Evaluate
 from agents.cli.export import Export
@@ -84,7 +84,7 @@ OPTIONS = {
 
 def _annotations(options):
     """Returns the types of a dataclass's options by name, those of nested ones included."""
-    known = set(option_names(options))
+    known = set(kinds_of_options(options))
     found = {}
     for name, annotation in get_type_hints(options, include_extras=True).items():
         kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
@@ -178,7 +178,7 @@ def _misspelt():
         **OPTIONS,
         "train": train._options_class(default_config("DPOK-Shapes-v0", "dpok")),
     }.items():
-        for name in option_names(options):
+        for name in kinds_of_options(options):
             if len(name) > 5:
                 yield pytest.param(command, f"{name[:3]}{name[4:]}", name, id=f"{command}{name}")
 

@@ -9,10 +9,14 @@ from typing import Any
 
 import gymnasium
 import pytest
+import torch
 
 from agents import DPOK, GRPO, PRESETS
 from agents.algorithms.presets import default_algorithm, default_preset
 from agents.algorithms.registry import load_algorithm
+from agents.cli.config import default_config
+from agents.cli.dry_run import count_update_passes
+from agents.common import losses
 from agents.common.arguments import describe_arguments
 from agents.common.buffer import even_sizes
 from agents.common.policy import DenoisingPolicy
@@ -48,11 +52,13 @@ def test_an_agent_takes_them(preset: str, name: str, make_env: MakeEnv) -> None:
     """The number of environments is the environment's: it is a matter of memory."""
     kwargs = PRESETS[preset].algorithm_kwargs(name)
     assert "n_envs" not in kwargs
-    agent: Any = load_algorithm(name)(env=make_env(3), seed=0, device="cpu", **kwargs)
+    env = make_env(3, num_inference_steps=max(T, kwargs.get("steps_per_image", 0)))
+    agent: Any = load_algorithm(name)(env=env, seed=0, device="cpu", **kwargs)
     assert agent.n_envs == 3
     assert len(agent.rollout_buffer) == kwargs["images_per_iteration"]
     for argument, value in kwargs.items():
         assert getattr(agent, argument) == value
+    assert PRESETS[preset].run.keys() <= {"n_envs", "eval_images", "checkpointing_minutes"}
 
 
 def test_an_algorithms_own_settings_come_last() -> None:
@@ -103,6 +109,67 @@ def test_optimiser_steps_of_the_published_codes(preset: str, name: str, updates:
     assert kwargs["images_per_iteration"] % kwargs.get("group_size", 1) == 0
     # 1e-4 in each dimension of a latent of Stable Diffusion.
     assert kwargs["clip_range"] == pytest.approx(1.6384)
+
+
+#: The learning rate of a LoRA in public codes is 1e-5 (DPOK) to 3e-4 (TRL's DDPO, Flow-GRPO, AWM).
+LEARNING_RATES = (1e-5, 3e-4)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("env_id", ["DPOK-SD15-v0", "DPOK-SD21-v0", "DPOK-SDXL-v0"])
+def test_defaults_of_published_models(env_id: str, name: str) -> None:
+    config = default_config(env_id, name)
+    assert LEARNING_RATES[0] <= config.algo_kwargs["learning_rate"] <= LEARNING_RATES[1]
+    assert config.env_kwargs["dtype"] == "bfloat16"
+    assert config.env_kwargs["decode_batch_size"] == config.algo_kwargs["micro_batch_size"] == 1
+    assert config.policy_kwargs["max_batch_size"] == 1  # as in updates, so that the first ratio is exactly 1
+    assert config.policy_kwargs["gradient_checkpointing"] in ("auto", True)
+    assert config.policy_kwargs["lora_rank"] != 0
+    assert config.checkpointing_minutes == 15
+    passes = count_update_passes(config)
+    assert passes is not None
+    assert passes.optimizer_steps >= (1 if name == "reinforce" else 4)
+    # The two evaluations take less than a tenth of what training does.
+    per_image = config.env_kwargs["num_inference_steps"] * 2
+    assert 3 * config.eval_images * per_image < 0.1 * config.images * per_image
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_models")
+@pytest.mark.parametrize("name", ["dpok", "ddpo", "grpo"])
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_the_first_ratios_are_exactly_1_in_half_precision(
+    name: str, family: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the KL is exactly 0: rollouts and updates call the denoiser with equally many."""
+    ratios: list[Any] = []
+    loss_of = losses.policy_gradient_loss
+
+    def noted(*args: Any) -> Any:
+        loss, metrics = loss_of(*args)
+        ratios.append(metrics["mean_ratio"])
+        return loss, metrics
+
+    monkeypatch.setattr(losses, "policy_gradient_loss", noted)
+    config = default_config("DPOK-SD15-v0", name)
+    env = config.make_env(
+        config.n_envs,
+        model=str(request.getfixturevalue(f"tiny_{family}_folder")),
+        prompts=["a dog", "a green rabbit"],
+        reward="jpeg-compressibility",
+        num_inference_steps=4,
+        device="cpu",
+    )
+    few = {"images_per_iteration": 16, "batch_size": None}
+    agent: Any = dataclasses.replace(config, algo_kwargs=config.algo_kwargs | few).make_agent(env, "cpu")
+    assert agent.process.model.dtype == torch.bfloat16
+    agent.learn(16 * 4)
+    assert agent._n_updates == 1
+    # Half of the steps; without a KL, half of those that explore.
+    assert torch.cat(ratios).tolist() == [1.0] * (16 if name == "ddpo" else 32)
+    assert agent.latest_metrics.get("kl_to_reference", 0.0) == 0
+    assert agent.latest_metrics["clip_fraction"] == 0
+    assert agent.latest_metrics["grad_norm"] > 0
 
 
 def test_the_preset_of_an_environment() -> None:

@@ -12,8 +12,8 @@ from agents.cli.arguments import (
     clean_docstring,
     format_reward,
     given,
+    kinds_of_options,
     make_options,
-    option_names,
     parse_options,
 )
 from agents.cli.option_types import parse_mapping
@@ -167,13 +167,13 @@ def test_errors_are_one_line(words, message, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_option_names():
+def test_names_of_options():
     @dataclass
     class Outer:
         first_one: int = 0
 
-    assert option_names(Outer) == ["--first-one"]
-    assert option_names(_options())[:2] == ["--rate", "--size"]
+    assert list(kinds_of_options(Outer)) == ["--first-one"]
+    assert list(kinds_of_options(_options()))[:2] == ["--rate", "--size"]
 
 
 def test_docstrings_lose_their_marks():

@@ -67,9 +67,6 @@ def test_settings_of_each_algorithm():
             if name == "policy_kwargs":
                 continue
             assert config.algo_kwargs[name] == value
-        elsewhere = default_config("DPOK-SD15-v0", algo)
-        assert elsewhere.algo_kwargs["learning_rate"] == 1e-3
-        assert elsewhere.images == 20_000
 
 
 @pytest.mark.slow
@@ -95,6 +92,8 @@ def test_presets_and_options():
     assert other.preset == "published-model"
     assert other.env_kwargs["prompts"] == "dpok"
     assert other.env_kwargs["reward"] == {"image-reward": 1.0}
+    assert other.env_kwargs["dtype"] == "bfloat16"
+    assert (other.n_envs, other.eval_images, other.checkpointing_minutes) == (8, 32, 15.0)
     exact = _config("--env", "DPOK-Mixture-v0")
     assert (exact.preset, exact.algo_kwargs["kl_placement"]) == ("exact-objective", "reward")
 
@@ -109,7 +108,8 @@ def test_a_preset_does_not_change_a_task() -> None:
     assert _config("--env", "DPOK-Mixture-Ring-v0").preset == "exact-objective"
 
 
-#: Another value of every option, "no" for one that is on; "--resume" and its like are in test_resume.py.
+#: Another value of every option, "no" for one that is on; "--resume" and its like are in test_resume.py,
+#: "--config" and "--dry-run" in test_recipe.py and test_dry_run.py.
 OTHER = {
     "seed": "1",
     "env": "DPOK-SD15-v0",
@@ -120,6 +120,7 @@ OTHER = {
     "eval_images": "3",
     "device": "cpu",
     "checkpointing_steps": "3",
+    "checkpointing_minutes": "3.5",
     "checkpoints_total_limit": "3",
     "model": "sd15",
     "prompts": "count",
@@ -192,6 +193,8 @@ def test_no_option_is_ignored():
         "resume",
         "resume_from_checkpoint",
         "trust",
+        "config",
+        "dry_run",
     }
     names |= default.env_kwargs.keys() | default.algo_kwargs.keys() | default.policy_kwargs.keys()
     assert names == OTHER.keys()
@@ -303,12 +306,26 @@ def test_a_folder_with_a_reward_is_found_from_elsewhere(tmp_path, monkeypatch):
 
 def test_an_environment_of_another_module(tmp_path, monkeypatch):
     register = "dpok_gym:DenoisingVectorEnv"
-    text = f"import gymnasium\ngymnasium.register('Mine-v0', vector_entry_point={register!r}, kwargs={{'eta': 0.5}})\n"
+    text = f"import gymnasium\ngymnasium.register('Ring-v0', vector_entry_point={register!r}, kwargs={{'eta': 0.5}})\n"
     (tmp_path / "my_envs.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    assert _config("--env", "my_envs:Mine-v0").env_kwargs["eta"] == 0.5
+    config = _config("--env", "my_envs:Mine-v0")
+    assert (config.env_kwargs["eta"], config.preset) == (0.5, "published-model")
     with pytest.raises(ValueError, match="there is no environment 'no_envs:Mine-v0'"):
         _config("--env", "no_envs:Mine-v0")
+
+
+def test_what_users_register_an_id_with_stays(tmp_path, monkeypatch):
+    """The preset of published models has other steps, and half precision, which this model's function does not know."""
+    kwargs = {"model": "mixture", "prompts": "ring of six", "reward": "mixture-bump", "num_inference_steps": 7}
+    register = f"gymnasium.register('Ring-v0', vector_entry_point='dpok_gym:DenoisingVectorEnv', kwargs={kwargs!r})"
+    (tmp_path / "my_ids.py").write_text(f"import gymnasium\n{register}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = _config("--env", "my_ids:Ring-v0")
+    assert config.env_kwargs["num_inference_steps"] == 7
+    assert config.env_kwargs["dtype"] == "float32"
+    assert config.preset == "published-model"
+    assert config.make_agent(config.make_env(2), "cpu").policy.gradient_checkpointing is False
 
 
 def test_an_algorithm_of_another_module(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import io
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,21 @@ def test_the_seconds_go_on(make_agent: Callable[..., Any]) -> None:
     elapsed = (time.time_ns() - agent.start_time) / 1e9
     assert 100 < elapsed < 160
     assert agent._num_timesteps_at_start == 0
+
+
+def test_the_rest_is_estimated_after_two_iterations(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    bar = ProgressCallback(10 * N)
+    bar.model = SimpleNamespace(process=SimpleNamespace(num_inference_steps=T), num_timesteps=0)
+    said = []
+    for seconds, iterations in ((0.0, 0), (500.0, 1), (540.0, 2), (600.0, 3)):  # the first one compiles
+        now[0], bar.model.num_timesteps = seconds, iterations * N * T
+        bar._on_rollout_start()
+        said.append(capsys.readouterr().out)
+    assert said == ["", "", "32 images are left: 5 minutes, at 10 seconds an image\n", ""]
 
 
 @pytest.mark.slow

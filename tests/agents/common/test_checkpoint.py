@@ -263,6 +263,21 @@ def test_the_callback_saves_before_an_iteration(tmp_path):
             CheckpointCallback(tmp_path, **wrong)
 
 
+def test_the_callback_saves_by_time_too(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    agent: Any = Agent()
+    save = CheckpointCallback(tmp_path, every=4, total_limit=None, minutes=2.0)
+    save.model = agent
+    # Iteration 2 begins after 140 seconds; the next one is due at 260. Iteration 4 is due by count.
+    for iteration, seconds in enumerate([0.0, 70, 140, 210, 230, 340, 349, 360]):
+        agent.iteration, agent.images_drawn, now[0] = iteration, 8 * iteration, seconds
+        save.on_rollout_start()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-16", "checkpoint-32", "checkpoint-56"]
+    with pytest.raises(ValueError, match="checkpointing_minutes must be"):
+        CheckpointCallback(tmp_path, minutes=0.0)
+
+
 def test_the_agents_arrays_need_not_be_contiguous(tmp_path):
     agent = Agent(1)
     assert not agent.tensors["optimizer"]["0.exp_avg"].is_contiguous()

@@ -1,0 +1,319 @@
+"""How much memory a training takes, told from the configs of the model's networks: no weights, and no computing.
+
+The networks' own code runs, gradient checkpointing, guidance and LoRA included, on tensors that have a shape and no
+content (torch's ``FakeTensorMode``). What is alive at each moment is added up. ``python -m benchmarks.memory`` compares
+the result with the memory of a real update.
+
+Not counted: what a GPU's driver and libraries take (0.3 to 0.8 GiB), workspaces inside single operations, and holes
+between tensors. :data:`MARGIN` and :data:`LIBRARIES` stand for these.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dpok_gym.models.architecture import Architecture
+from dpok_gym.models.base import Conditioning, GuidanceGradient
+from dpok_gym.models.lora import LoRA
+from dpok_gym.models.stable_diffusion import StableDiffusion
+
+if TYPE_CHECKING:
+    from agents.common.policy import DenoisingPolicy
+
+#: Share of the sum that is added for what is not counted.
+MARGIN = 0.1
+
+#: Bytes that a GPU's driver and libraries take.
+LIBRARIES = 2**29
+
+#: Copies of the trained weights beside themselves: the gradient, and the two moments of Adam.
+N_COPIES = 3
+
+
+class LiveMemory(TorchDispatchMode):
+    """Within its ``with`` block, adds up the tensors that are made, for as long as they live; views count once.
+
+    Args:
+        known: tensors that are there already, and are not counted.
+
+    Attributes:
+        now: bytes of what is alive.
+        peak: the largest value of ``now`` so far.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        #: Of each storage, by its address: what notices its end.
+        self._alive: dict[int, Any] = {}
+        self._known = list(known)  # kept alive, so that no other storage gets the same address
+        for tensor in self._known:
+            self._alive[tensor.untyped_storage()._cdata] = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation, and counts its results."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self._alive:
+            size = storage.nbytes()
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+            def remove(_: Any) -> None:
+                self.now -= size
+                del self._alive[address]
+
+            self._alive[address] = weakref.ref(storage, remove)
+
+
+class Rehearsal:
+    """A model without weights, on which a training's passes can be run for their memory.
+
+    All results are bytes, without the weights themselves.
+
+    Args:
+        architecture: of the model.
+        dtype: of the frozen weights, such as "bfloat16".
+        image_size: as for :func:`dpok_gym.models.load_model`.
+        vae_tiling: whether the autoencoder decodes in tiles.
+        lora_rank: 0 for training the whole denoiser.
+        target_modules: of the LoRA: the name of a set, or endings of layer names.
+        guidance_scale: of the denoising process.
+        guidance_gradient: of the policy, as ``autocast`` is.
+        autocast: whether the denoiser runs in bfloat16.
+
+    Attributes:
+        model: the model without weights.
+        lora: its LoRA; None if the whole denoiser is trained.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        dtype: str = "float32",
+        image_size: int | Sequence[int] | None = None,
+        *,
+        vae_tiling: bool = False,
+        lora_rank: int | None = None,
+        target_modules: str | Sequence[str] = "attention",
+        guidance_scale: float = 1.0,
+        guidance_gradient: GuidanceGradient = "both",
+        autocast: bool = False,
+    ) -> None:
+        networks = architecture.make(getattr(torch, dtype))
+        if vae_tiling:
+            networks.vae.enable_tiling()
+        self.model = model = networks.configured(image_size, None)
+        self._guidance_scale, self._guidance_gradient = guidance_scale, guidance_gradient
+        self._autocast = autocast
+        rank = model.default_lora_rank if lora_rank is None else lora_rank
+        self.lora: LoRA | None = None
+        self._copy: Any = None
+        if rank:
+            layers = model.lora_layers[target_modules] if isinstance(target_modules, str) else target_modules
+            self.lora = LoRA(model.denoiser, rank, layers)
+        else:
+            self._copy = architecture.make(getattr(torch, dtype)).denoiser.requires_grad_(True)
+        self._fake = FakeTensorMode()
+        with self._fake:
+            for network in (model.denoiser, model.vae, self._copy):
+                if network is not None:
+                    _without_content(network)
+        model.device = torch.device("cpu")  # where the tensors claim to be
+
+    @property
+    def denoiser_bytes(self) -> int:
+        """The frozen denoiser."""
+        return size_of(value for value in self.model.denoiser.parameters() if not value.requires_grad)
+
+    @property
+    def decoder_bytes(self) -> int:
+        """The autoencoder."""
+        return size_of(self.model.vae.parameters())
+
+    @property
+    def text_encoder_bytes(self) -> int:
+        """The text encoders."""
+        encoders = [self.model.text_encoder, getattr(self.model, "text_encoder_2", None)]
+        return sum(size_of(encoder.parameters()) for encoder in encoders if encoder is not None)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are trained."""
+        return [value for value in self._trained_denoiser.parameters() if value.requires_grad]
+
+    @property
+    def _trained_denoiser(self) -> Any:
+        return self._copy or self.model.denoiser
+
+    def update(
+        self,
+        n: int,
+        gradient_checkpointing: bool,
+        *,
+        guided: bool = True,
+        n_steps: int = 1,
+        decodes: bool = False,
+    ) -> int:
+        """The peak of a forward and backward pass of ``n`` elements, with the pre-trained model's pass beside it.
+
+        Args:
+            n: elements of the micro-batch.
+            gradient_checkpointing: of the policy.
+            guided: whether the trained output is the guided one.
+            n_steps: denoising steps in a row that the gradient goes through.
+            decodes: whether the gradient goes through the decoder too; what a reward adds is not known.
+        """
+        denoiser = self._trained_denoiser
+        (
+            denoiser.enable_gradient_checkpointing
+            if gradient_checkpointing
+            else denoiser.disable_gradient_checkpointing
+        )()
+        with self._fake:
+            for value in self.trained:
+                value.grad = torch.empty_like(value)  # counted with the optimiser
+        with self._counted() as memory:
+            latents = torch.empty(n, *self.model.latent_shape)
+            with self._adapter(True):
+                for _ in range(n_steps):
+                    latents = latents + self._predict(latents, guided)
+                    with torch.no_grad(), self._adapter(False):
+                        self._predict(latents.detach(), guided, reference=True)
+                result = self.model.decode(latents) if decodes else latents
+                result.sum().backward()
+        return memory.peak
+
+    def needs_checkpointing(self, n: Any, free: int | None) -> bool:
+        """Returns whether updates need gradient checkpointing to fit beside the networks.
+
+        Half of the free memory is left for the images of the rollouts and for decoding.
+
+        Args:
+            n: elements of a micro-batch; 1 if it is no number.
+            free: bytes; None if that is not known.
+        """
+        needed = self.update(n if isinstance(n, int) else 1, False) + N_COPIES * size_of(self.trained)
+        return free is None or 2 * needed > free
+
+    @torch.no_grad()
+    def rollout(self, n: int) -> int:
+        """The peak of a call of the denoiser with ``n`` states, without a gradient."""
+        with self._counted() as memory, self._adapter(True):
+            self._predict(torch.empty(n, *self.model.latent_shape), guided=True)
+        return memory.peak
+
+    @torch.no_grad()
+    def decode(self, n: int) -> int:
+        """The peak of decoding ``n`` images at a time."""
+        with self._counted() as memory:
+            self.model.decode(torch.empty(n, *self.model.latent_shape))
+        return memory.peak
+
+    def _predict(self, latents: Tensor, guided: bool, reference: bool = False) -> Tensor:
+        scale = self._guidance_scale if guided else 1.0
+        conditioning, timesteps = self._conditioning(len(latents)), torch.empty(len(latents))
+        self.model._unconditional = self._conditioning(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
+            denoiser = None if reference else self._copy
+            return self.model.predict(latents, timesteps, conditioning, scale, denoiser, self._guidance_gradient)
+
+    def _conditioning(self, n: int) -> Conditioning:
+        """What the denoiser is told about ``n`` prompts, in the shapes that the text encoders give."""
+        config, dtype = self.model.denoiser.config, self.model.dtype
+        n_tokens = self.model.text_encoder.config.max_position_embeddings
+        told = {"encoder_hidden_states": torch.empty(n, n_tokens, config.cross_attention_dim, dtype=dtype)}
+        if config.addition_embed_type == "text_time":
+            told["text_embeds"] = torch.empty(n, self.model.text_width, dtype=dtype)
+            told["time_ids"] = torch.empty(n, 6, dtype=dtype)
+        return told
+
+    @contextmanager
+    def _counted(self) -> Iterator[LiveMemory]:
+        known = [*self.model.denoiser.parameters(), *self.model.vae.parameters(), *self.trained]
+        known += [value.grad for value in self.trained if value.grad is not None]
+        with self._fake, LiveMemory(known) as memory:
+            yield memory
+
+    @contextmanager
+    def _adapter(self, enabled: bool) -> Iterator[None]:
+        if self.lora is None:
+            yield
+            return
+        with self.lora.enabled() if enabled else self.lora.disabled():
+            yield
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Returns the bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Returns the bytes that are free on a device; None if it does not tell."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available if device.type == "cpu" else None
+
+
+def asks_for_checkpointing(policy: DenoisingPolicy) -> bool:
+    """Returns whether the updates of a policy need gradient checkpointing to fit into the memory that is free.
+
+    A micro-batch is taken to be as large as the policy's ``max_batch_size``.
+
+    Args:
+        policy: with its networks on their device. If they are not those of Stable Diffusion, the answer is no.
+    """
+    model, settings = policy.model, policy._get_constructor_parameters()
+    if not isinstance(model, StableDiffusion):
+        return False
+    rehearsal = Rehearsal(
+        Architecture.of_model(model),
+        model.options.get("dtype", "float32"),
+        model.image_shape,
+        lora_rank=settings["lora_rank"],
+        target_modules=settings["target_modules"],
+        guidance_scale=policy.process.config.guidance_scale,
+        guidance_gradient=policy.guidance_gradient,
+        autocast=policy.autocast,
+    )
+    return rehearsal.needs_checkpointing(settings["max_batch_size"], free_memory(model.device))
+
+
+def with_margin(counted: int, device: str) -> int:
+    """Returns the bytes to have at hand for so many that were counted."""
+    return round((1 + MARGIN) * counted) + (0 if device == "cpu" else LIBRARIES)
+
+
+def _without_content(network: nn.Module) -> None:
+    """Puts tensors without content, which claim to be on the CPU, in place of those on the device "meta"."""
+    for module in network.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                module._parameters[name] = nn.Parameter(_like(value), requires_grad=value.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = _like(buffer)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    # nn.Module.to() would need to swap the tensors, which fake ones do not allow.
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")

@@ -1,0 +1,184 @@
+"""The expected memory of an update beside the measured one: ``python -m benchmarks.memory``.
+
+For each precision, with and without gradient checkpointing, and each number of elements at a time, a process of its own
+makes the denoiser at full size with random weights, and a policy with a LoRA. It takes one forward and backward pass on
+the CPU, with the pre-trained model's pass beside it, and reports two peaks: of the process, without what it took before
+the networks were made, and of the tensors that were alive. The first also has what operations use inside. The
+expectation is :class:`agents.common.memory.Rehearsal`'s, from the configs alone.
+
+It prints one table, and writes JSON with ``--out``. A full run takes ten minutes and 8 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium.spaces import Box, Dict
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from agents.common.memory import LiveMemory, Rehearsal, size_of
+from agents.common.policy import DenoisingPolicy
+from dpok_gym.models.architecture import Architecture, find_architecture
+from dpok_gym.samplers import DenoisingProcess, State
+
+#: Stable Diffusion's noise schedule.
+_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+#: The C library keeps small pieces of memory that were freed, and returns larger ones. So it returns nearly all.
+_RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the options; None for those of the process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sd15", help="a registered name, or a diffusers folder, for its configs")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--checkpointing", type=int, nargs="+", default=[0, 1], choices=[0, 1])
+    parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--guidance-scale", type=float, default=1.0)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # the settings of one row, in a process of its own
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints and writes."""
+    options = parse(arguments)
+    if options.measure:
+        print(json.dumps(measure(**json.loads(options.measure))))
+        return
+    rows = []
+    for dtype, checkpoints, n in itertools.product(options.dtypes, options.checkpointing, options.micro_batch_sizes):
+        settings = {
+            "model": options.model,
+            "dtype": dtype,
+            "gradient_checkpointing": bool(checkpoints),
+            "n": n,
+            "guidance_scale": options.guidance_scale,
+        }
+        measured = measure_apart(settings)
+        counted = expect(**settings)
+        rows.append(settings | measured | {"expected": counted, "ratio": counted / measured["process"]})
+    show(rows)
+    if options.out:
+        software = {"torch": torch.__version__, "hardware": platform.processor() or platform.machine()}
+        options.out.write_text(json.dumps({"settings": software, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+def measure_apart(settings: dict[str, Any]) -> dict[str, int]:
+    """Returns what :func:`measure` does in a process of its own, whose peak is that of these settings alone."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--measure", json.dumps(settings)]
+    done = subprocess.run(command, env=os.environ | _RETURNS_MEMORY, stdout=subprocess.PIPE, check=True, text=True)
+    measured: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def expect(model: str, dtype: str, gradient_checkpointing: bool, n: int, guidance_scale: float) -> int:
+    """Returns the expected bytes: the denoiser, the LoRA with its gradient, and the passes.
+
+    The optimiser's moments come after the first backward pass, which is the one that is measured.
+    """
+    rehearsal = Rehearsal(find_architecture(model), dtype, guidance_scale=guidance_scale)
+    weights = rehearsal.denoiser_bytes + 2 * size_of(rehearsal.trained)
+    return weights + rehearsal.update(n, gradient_checkpointing)
+
+
+def measure(model: str, dtype: str, gradient_checkpointing: bool, n: int, guidance_scale: float) -> dict[str, int]:
+    """Takes a forward and backward pass; returns the peaks in bytes, of the ``process`` and of its ``tensors``."""
+    architecture = find_architecture(model)
+    before = resident_bytes("VmRSS")
+    policy = make_policy(architecture, getattr(torch, dtype), gradient_checkpointing, guidance_scale)
+    networks = size_of([*policy.model.denoiser.parameters()])
+    for value in policy.denoiser_parameters():
+        value.grad = torch.zeros_like(value)
+    state = make_state(policy, architecture, n)
+    known = [*policy.model.denoiser.parameters(), *(value.grad for value in policy.denoiser_parameters())]
+    with LiveMemory(value for value in known if value is not None) as memory, policy.adapter_enabled():
+        mean, _ = policy.transition(state)
+        policy.reference_transition(state)
+        mean.sum().backward()
+    tensors = networks + size_of(policy.denoiser_parameters()) + memory.peak
+    return {"process": resident_bytes("VmHWM") - before, "tensors": tensors}
+
+
+def make_policy(
+    architecture: Architecture, dtype: torch.dtype, gradient_checkpointing: bool, guidance_scale: float
+) -> DenoisingPolicy:
+    """Makes a policy with a LoRA on a denoiser of random weights, on the CPU. The other networks are left out."""
+    model = architecture.make(dtype)
+    model.denoiser.to_empty(device="cpu")
+    with torch.no_grad():
+        for value in model.denoiser.parameters():
+            value.normal_(std=0.02)
+    model.device, model.scheduler_config = torch.device("cpu"), _SCHEDULER
+    process = DenoisingProcess(model, num_inference_steps=20, guidance_scale=guidance_scale)
+    latent = Box(-1, 1, model.latent_shape)
+    return DenoisingPolicy(
+        Dict({"latent": latent}),
+        latent,
+        lambda _: 1e-4,
+        process=process,
+        gradient_checkpointing=gradient_checkpointing,
+        max_batch_size=None,
+    )
+
+
+def make_state(policy: DenoisingPolicy, architecture: Architecture, n: int) -> State:
+    """Makes ``n`` states with random latents and prompts."""
+    model: Any = policy.model
+    shape = model.text_encoder.config.max_position_embeddings, model.denoiser.config.cross_attention_dim
+
+    def told(rows: int) -> dict[str, Tensor]:
+        conditioning = {"encoder_hidden_states": torch.randn(rows, *shape).to(model.dtype)}
+        if architecture.text_encoder_2:
+            conditioning["text_embeds"] = torch.randn(rows, model.text_width).to(model.dtype)
+            conditioning["time_ids"] = torch.zeros(rows, 6, dtype=model.dtype)
+        return conditioning
+
+    model._unconditional = told(1)
+    return policy.process.state(torch.randn(n, *model.latent_shape), 0, told(n))
+
+
+def resident_bytes(name: str) -> int:
+    """Returns the resident memory of this process: "VmRSS" is that of now, "VmHWM" the largest. Linux only."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 2**10
+    raise OSError(f"/proc/self/status has no {name}; run this on Linux")
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints the table."""
+    table = Table(title=f"{rows[0]['model']}, one forward and backward pass, GiB with the weights")
+    for heading in ("weights", "checkpointing", "at a time", "expected", "tensors", "process", "expected / process"):
+        table.add_column(heading)
+    for row in rows:
+        sizes = [f"{row[name] / 2**30:.2f}" for name in ("expected", "tensors", "process")]
+        checkpoints = "yes" if row["gradient_checkpointing"] else "no"
+        table.add_row(row["dtype"], checkpoints, str(row["n"]), *sizes, f"{row['ratio']:.2f}")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""``dpok train --dry-run``: settings, memory, passes and time, without a model and without a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agents import list_algorithms
+from agents.cli.dry_run import count_update_passes, describe, estimate_memory, options_of, seconds_left
+from agents.cli.main import main
+from agents.cli.recipe import format_recipe
+from agents.cli.train import parse
+from agents.common.algorithm import DenoisingAlgorithm
+from agents.common.callbacks import format_seconds
+from dpok_gym.models.architecture import find_architecture
+
+#: Settings of Stable Diffusion 1.5 with which the memory is soon told: eight times smaller images.
+SMALL = ["--env", "DPOK-SD15-v0", "--image-size", "64", "--device", "cpu"]
+
+
+def _config(*words: str) -> Any:
+    return parse(list(words)).config
+
+
+@pytest.mark.slow
+def test_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *SMALL, "--gradient-checkpointing", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())  # no run folder
+    assert "learning-rate: 0.0001" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("#")]
+    text = "\n".join(lines)
+    for what in ("denoiser, bfloat16", "autoencoder", "text encoders", "LoRA, 4 times", "trajectories of 64 images"):
+        assert what in text
+    assert "reward image-reward" in text
+    assert "update, 1 at a time, with gradient checkpointing" in text
+    # 64 images in 20 steps, each guided; half of the steps are learned from, and the KL is to the pre-trained model.
+    assert "2,560  rollout of 64 images in 20 steps" in text
+    assert text.count("1,280  update") == 3
+    assert "640 elements in 10 steps" in text
+    assert "3,840  evaluation of 32 images" in text
+    assert "time: dpok train says it once two iterations have run" in text
+    # What was printed is a recipe of the same run.
+    (tmp_path / "mine.yaml").write_text(printed)
+    assert _config("--config", "mine.yaml") == _config(*SMALL, "--gradient-checkpointing")
+
+
+@pytest.mark.parametrize("algo", list_algorithms())
+@pytest.mark.parametrize("env", ["DPOK-Shapes-v0", "DPOK-SD15-v0"])
+def test_every_config_can_be_written_as_a_recipe(tmp_path: Path, algo: str, env: str) -> None:
+    config = _config("--env", env, "--algo", algo, "--image-size", "64", "128", "--target-modules", "to_q", "to_k")
+    (tmp_path / "mine.yaml").write_text(format_recipe(options_of(config)))
+    assert _config("--config", str(tmp_path / "mine.yaml")) == config
+
+
+def test_unknown_models_are_said_to_be_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--env", "DPOK-SD15-v0", "--model", "someone/theirs", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "memory: not known: the files of the model 'someone/theirs' are not here" in printed
+    assert "hf download someone/theirs --include '*.json'" in printed
+    assert main(["train", "--env", "DPOK-Mixture-v0", "--dry-run"]) == 0
+    assert "memory: not known: the model 'mixture' is made by a function" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_time_of_a_run_that_has_begun(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its log has two iterations of two images, all of them; with more images there is something left."""
+    before = sorted(path.name for path in finished.iterdir())
+    assert main(["train", "--resume", "--out", str(finished), "--images", "1000", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "more for the images that are left, at the latest speed in" in printed
+    assert "reward shapes-alignment, shapes-quality" in printed  # whose memory is not known
+    assert sorted(path.name for path in finished.iterdir()) == before
+
+
+def test_seconds_left() -> None:
+    slow = {"rollout/images": 64.0, "time/rollout_images_per_second": 0.5, "time/update_images_per_second": 0.5}
+    fast = slow | {"rollout/images": 128.0, "time/rollout_images_per_second": 2.0}
+    assert seconds_left([slow], 1000) is None
+    assert seconds_left([slow, fast], 228) == 100 * (1 / 2 + 2)
+    assert seconds_left([slow, fast], 100) == 0
+    fit = {"rollout/images": 128.0, "time/update_images_per_second": 9.0}  # a row of a fit draws nothing
+    drawn = {name: value for name, value in fast.items() if "update" not in name}
+    assert seconds_left([drawn, drawn, fit], 130) == 1.0
+
+
+def test_durations_are_readable() -> None:
+    durations = {3: "3 seconds", 89: "89 seconds", 90: "2 minutes", 7200: "2.0 hours", 3 * 86400: "3.0 days"}
+    assert {seconds: format_seconds(seconds) for seconds in durations} == durations
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        # elements, forward, backward, without a gradient, steps
+        (["--algo", "dpok"], (640, 1280, 1280, 1280, 10)),
+        (["--algo", "dpok", "--kl-coef", "0", "--guidance-gradient", "conditional"], (576, 1152, 576, 0, 9)),
+        (["--algo", "dpok", "--guidance-scale", "1", "--n-epochs", "2"], (1280, 1280, 1280, 1280, 20)),
+        (["--algo", "reinforce"], (144, 288, 288, 0, 1)),
+        (["--algo", "diffusion-nft"], (384, 384, 384, 384, 4)),
+        (["--algo", "awm"], (384, 384, 384, 768, 4)),
+        (["--algo", "draft"], (64, 128, 128, 0, 4)),
+        (["--algo", "sft"], (64000, 64000, 64000, 0, 2000)),
+        (["--algo", "sft", "--regularization", "KL-O"], (64000, 64000, 64000, 64000, 2000)),
+    ],
+)
+def test_passes_of_an_update(words: list[str], expected: tuple[int, ...]) -> None:
+    passes = count_update_passes(_config("--env", "DPOK-SD15-v0", *words))
+    assert passes is not None
+    counted = (passes.elements, passes.forward, passes.backward, passes.without_gradient, passes.optimizer_steps)
+    assert counted == expected
+    assert passes.is_per_iteration == ("sft" not in words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["dpok", "ddpo", "diffusion-nft", "awm"])
+def test_the_passes_are_those_of_a_run(algo: str) -> None:
+    """Counted by the process, whose denoiser's every call goes through one method."""
+    config = _config(
+        *("--env", "DPOK-SD15-v0", "--algo", algo, "--model", "shapes", "--prompts", "a red circle"),
+        *(
+            "--reward",
+            "shapes-quality",
+            "--images-per-iteration",
+            "16",
+            "--num-inference-steps",
+            "6",
+            "--device",
+            "cpu",
+        ),
+        *("--max-batch-size", "16", "--micro-batch-size", "16", "--gradient-checkpointing", "False"),
+    )
+    agent = config.make_agent(config.make_env(16))
+    agent.learn(16 * 6)
+    passes = count_update_passes(config)
+    assert passes is not None
+    rollout = 16 * 6 * 2
+    assert agent.process.num_function_evaluations == rollout + passes.forward + passes.without_gradient
+    assert agent._n_updates == passes.optimizer_steps
+
+
+class OfTheirOwn(DenoisingAlgorithm):
+    def train(self) -> None: ...
+
+    def loss(self, batch: Any) -> Any: ...
+
+
+def test_an_algorithm_of_ones_own_base() -> None:
+    config = _config("--env", "DPOK-Mixture-v0", "--algo", f"{__name__}:OfTheirOwn")
+    assert count_update_passes(config) is None
+    assert "update: not known for this algorithm" in describe(config)
+
+
+@pytest.mark.slow
+def test_memory_of_each_setting(tiny_sd_folder: Path) -> None:
+    architecture = find_architecture(str(tiny_sd_folder))
+    plain = ["--env", "DPOK-SD15-v0", "--dtype", "float32", "--gradient-checkpointing", "False"]
+
+    def expected(*words: str, on_gpu: bool = True) -> int:
+        return estimate_memory(_config(*plain, *words), architecture, on_gpu).counted
+
+    usual = expected()
+    assert expected("--dtype", "bfloat16", "--gradient-checkpointing") < usual
+    assert expected("--micro-batch-size", "4") > usual
+    assert expected("--lora-rank", "0") > usual
+    assert expected("--critic-kind", "network", "--reward", "jpeg-compressibility") < usual
+    assert expected("--images-per-iteration", "128", on_gpu=False) > usual
+    # With little memory free, "auto" computes parts again.
+    auto = _config(*plain, "--gradient-checkpointing", "auto")
+    for free, how in ((2**40, "without"), (2**20, "with"), (None, "with")):
+        phases = estimate_memory(auto, architecture, free=free).phases
+        assert f"update, 1 at a time, {how} gradient checkpointing" in phases
+
+
+def test_what_is_kept(tiny_sd_folder: Path) -> None:
+    architecture = find_architecture(str(tiny_sd_folder))
+    words = ["--env", "DPOK-SD15-v0", "--dtype", "float32", "--gradient-checkpointing", "False"]
+    of_nft = estimate_memory(_config(*words, "--algo", "diffusion-nft"), architecture, on_gpu=False)
+    # A third copy of the 4 x 8 x 8 latents would be one too many: x_T to x_0, and the mean of each step.
+    assert of_nft.kept["trajectories of 64 images"] == 64 * (21 + 20) * 256 * 4
+    assert of_nft.kept["reward image-reward"] == 446_000_000 * 4
+    assert "LoRA, 5 times: its gradient, AdamW and the old policy" in of_nft.kept
+    assert "text encoders" in of_nft.kept
+    of_rwr = estimate_memory(_config(*words, "--algo", "rwr", "--images", "100"), architecture)
+    assert of_rwr.kept["100 latents to learn from"] == 100 * 256 * 4
+    assert of_rwr.kept["reward image-reward"] == 446_000_000 * 2
+    assert "LoRA, 4 times: its gradient, AdamW" in of_rwr.kept
+    assert "text encoders" not in of_rwr.kept
+    assert of_rwr.expected > 1.1 * of_rwr.counted > of_nft.counted / 4
