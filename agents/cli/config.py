@@ -268,7 +268,7 @@ def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Co
     preset = PRESETS[preset_name]
     # Users may add presets to the dict, so the settings of a preset are checked like those of a command line.
     chosen = dict(preset.algorithm_kwargs(algo))
-    run_options = _RUN_OPTIONS | preset.run
+    run_options = {**_RUN_OPTIONS, **preset.run}
     check_names(f"option of a run in the preset {preset_name!r}", run_options, _RUN_OPTIONS)
     policy_kwargs = settings_of(DenoisingPolicy) | chosen.pop("policy_kwargs", {})
     own = settings_of(algorithm)
@@ -279,7 +279,7 @@ def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Co
     if name not in TASKS:  # a task's settings are fixed
         # What users register an id of their own with, they mean.
         own_kwargs = {} if name in ENVIRONMENTS else registered_kwargs(env_id)
-        env_kwargs |= preset.env_kwargs | own_kwargs
+        env_kwargs |= {**preset.env_kwargs, **own_kwargs}
     if isinstance(env_kwargs["model"], str) and is_factory(find_source(env_kwargs["model"])):
         env_kwargs["dtype"] = "float32"  # what a function makes has its own precision
     env_kwargs.pop("device")  # a field of the config, since the agent needs it too
