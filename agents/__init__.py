@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from agents.algorithms.sft import RewardWeightedSFT as RewardWeightedSFT
     from agents.cli.run_folder import load_run as load_run
     from agents.common.algorithm import DenoisingAlgorithm as DenoisingAlgorithm
+    from agents.common.doctor import Finding as Finding
+    from agents.common.doctor import diagnose as diagnose
     from agents.common.evaluation import Evaluation as Evaluation
     from agents.common.evaluation import evaluate as evaluate
+    from agents.common.monitor import TrainingWarning as TrainingWarning
     from agents.common.policy import DenoisingPolicy as DenoisingPolicy
     from agents.common.residual_actor import ResidualActorPolicy as ResidualActorPolicy
     from agents.common.steering import SVDD as SVDD
@@ -53,12 +56,15 @@ __getattr__, __dir__, __all__ = lazy_names(
         "DiffusionNFT": "algorithms.diffusion_nft",
         "Evaluation": "common.evaluation",
         "FKSteering": "common.steering",
+        "Finding": "common.doctor",
         "ForwardProcess": "algorithms.forward_process",
         "GymnasiumVecEnv": "common.vec_env",
         "OnlineForwardProcess": "algorithms.online_forward_process",
         "PolicyGradient": "algorithms.policy_gradient",
         "ResidualActorPolicy": "common.residual_actor",
         "RewardWeightedSFT": "algorithms.sft",
+        "TrainingWarning": "common.monitor",
+        "diagnose": "common.doctor",
         "evaluate": "common.evaluation",
         "list_algorithms": "algorithms.registry",
         "load_run": "cli.run_folder",

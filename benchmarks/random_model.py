@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 at full size with random weights: speed and memory do not depend on the weights."""
+"""Published models at full size with random weights: speed and memory do not depend on the weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dpok_gym.shapes.pretrain import train_clip_tokenizer
@@ -35,6 +41,20 @@ def save_random_sd15(folder: Path) -> Path:
 def make_sd15_unet() -> UNet2DConditionModel:
     """Makes the denoiser of Stable Diffusion 1.5 with random weights."""
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the other defaults are those of 1.5
+
+
+def make_sd3_transformer() -> SD3Transformer2DModel:
+    """Makes the denoiser of Stable Diffusion 3 medium with random weights."""
+    return SD3Transformer2DModel(
+        sample_size=128,
+        num_layers=24,
+        num_attention_heads=24,
+        attention_head_dim=64,
+        caption_projection_dim=1536,
+        joint_attention_dim=4096,
+        pooled_projection_dim=2048,
+        pos_embed_max_size=192,
+    )
 
 
 def _make_tokenizer() -> CLIPTokenizer:

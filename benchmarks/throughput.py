@@ -153,7 +153,7 @@ def measure(env: DenoisingVectorEnv, options: argparse.Namespace) -> Measurement
     collect()  # warms up: kernels, compilation, encoded prompts
     with peak_memory(device) as rollout_memory:
         rollout_seconds = seconds_of(collect, device, options.rollouts)
-    with FlopCounterMode(display=False) as counter:
+    with counted_flops() as counter:
         collect()
     denoiser_flops = sum(counter.flop_counts[type(env.model.denoiser).__name__].values())
     spent = time_parts(env, collect, options.rollouts)
@@ -164,7 +164,7 @@ def measure(env: DenoisingVectorEnv, options: argparse.Namespace) -> Measurement
     update()  # warms up
     with peak_memory(device) as update_memory:
         update_seconds = seconds_of(update, device)
-    with FlopCounterMode(display=False) as counter:
+    with counted_flops() as counter:
         update()
     return Measurement(
         images=env.num_envs,
@@ -232,6 +232,13 @@ def timed(owner: Any, method: str, spent: dict[str, float], name: str, device: t
             delattr(owner, method)
         else:
             setattr(owner, method, replaced)
+
+
+@contextmanager
+def counted_flops() -> Iterator[FlopCounterMode]:
+    """Yields a counter of the floating-point operations in the block, which runs without compilation: it hides them."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        yield counter
 
 
 @contextmanager

@@ -81,6 +81,8 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     | `guidance_scale`          | 1.0                   | classifier-free guidance of the acting policy; 1 is none   |
     | `negative_prompt`         | None                  | text that guidance leads away from                         |
     | `image_size`              | None                  | pixels of a side, or (height, width); None: as trained     |
+    | `long_prompts`            | `"error"`             | `"truncate"` or `"skip"` prompts too long for the model    |
+    | `timestep_spacing`        | None                  | `"leading"`, `"trailing"`; None: as the model's scheduler  |
     | `device`, `dtype`         | `"auto"`, `"float32"` | where the networks run, and their weights' precision       |
     | `model_kwargs`            | None                  | of `load_model()`: `revision`, `variant`, `compile`, ...   |
     | `max_prompt_bytes`        | 512                   | L, bytes of the observed prompt                            |

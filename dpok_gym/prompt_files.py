@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
-from collections.abc import Callable, Mapping
-from functools import partial
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,22 @@ MAX_BYTES = 2**30
 Entries = list[tuple[str, float, int]]
 
 #: Names of the field or column that holds the prompt.
-_PROMPT_FIELDS = ("prompt", "text", "caption")
+_PROMPT_FIELDS = ("prompt", "prompts", "text", "caption")
 
 
 def read_prompt_file(path: Path) -> Entries:
     """Reads the prompts of a UTF-8 file. Its ending says the format:
 
     - ``.json``: ``{prompt: {"category": ...}}`` as DrawBench is published, or a list of prompts;
-    - ``.jsonl``: an object on each line, with the prompt under ``prompt``, ``text`` or ``caption``;
-    - ``.csv``, ``.tsv``: a header, and the prompt in a column of one of these names, in upper or lower case;
-    - anything else: a prompt on each line. Blank lines and lines that start with ``#`` are skipped.
+    - ``.jsonl``: an object on each line, with the prompt under ``prompt``, ``prompts``, ``text`` or ``caption``;
+    - ``.csv``: a header, and the prompt in a column of one of these names. A cell with commas has quotation marks
+      around it; where the prompt is the only column, it needs none;
+    - ``.tsv``: the same with tabs. Quotation marks have no meaning, a line is a row;
+    - anything else but :data:`UNREADABLE`: a prompt on each line. Blank lines and lines that start with ``#`` are
+      skipped.
 
-    Where an entry has fields, the field ``weight`` says how often its prompt is sampled. Without it the weight is 1.
+    Names of columns and fields may be in upper or lower case. Where an entry has fields, the field ``weight`` says how
+    often its prompt is sampled. Without it the weight is 1.
 
     Args:
         path: of the file.
@@ -40,11 +44,16 @@ def read_prompt_file(path: Path) -> Entries:
     Raises:
         ValueError: if the file is not UTF-8, is not of its format, or has no prompt.
     """
+    suffix = path.suffix.lower()
+    if suffix in UNREADABLE:
+        raise ValueError(
+            f"the file of prompts {str(path)!r} is of a format that is not read; save it as a .jsonl, .csv or .txt, "
+            "such as with pandas.read_parquet(file).to_json('prompts.jsonl', orient='records', lines=True)"
+        )
     try:
         content = check_file(path, MAX_BYTES).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"the file of prompts {str(path)!r} is not UTF-8 text: {error}") from error
-    suffix = path.suffix.lower()
     try:
         entries = _READERS.get(suffix, _read_lines)(content)
     except (ValueError, TypeError, RecursionError) as error:  # json's errors are ValueErrors
@@ -57,9 +66,17 @@ def read_prompt_file(path: Path) -> Entries:
     return entries
 
 
+def _number_lines(content: str) -> Iterator[tuple[int, str]]:
+    """Yields the lines that are not blank, with their numbers."""
+    # Not splitlines(): a text may hold further line separators, such as U+2028.
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
 def _read_lines(content: str) -> Entries:
-    lines = enumerate(map(str.strip, content.split("\n")), start=1)
-    return [(line, 1.0, number) for number, line in lines if line and not line.startswith("#")]
+    lines = ((number, line.strip()) for number, line in _number_lines(content))
+    return [(line, 1.0, number) for number, line in lines if not line.startswith("#")]
 
 
 def _read_json(content: str) -> Entries:
@@ -75,11 +92,8 @@ def _read_json(content: str) -> Entries:
 
 
 def _read_json_lines(content: str) -> Entries:
-    # Not splitlines(): JSON texts may hold further line separators, such as U+2028, unescaped.
     entries = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in _number_lines(content):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -90,22 +104,51 @@ def _read_json_lines(content: str) -> Entries:
     return entries
 
 
-def _read_table(content: str, delimiter: str) -> Entries:
-    rows = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+def _read_tsv(content: str) -> Entries:
+    rows = [(number, line.split("\t")) for number, line in _number_lines(content)]
+    return _read_rows(rows, "cells are separated by tabs")
+
+
+def _read_csv(content: str) -> Entries:
+    lines = [f"{line}\n" for line in content.removesuffix("\n").split("\n")]
+    reader = csv.reader(lines, strict=True)
+    rows: list[tuple[int, list[str]]] = []
+    end = 0  # lines read so far: a row has several if a cell does
     try:
-        return [_read_entry(row, rows.line_num) for row in rows]
+        for cells in reader:
+            start, end = end, reader.line_num
+            if len(cells) > 1 and rows and len(rows[0][1]) == 1 and not re.search('(^|,)"', lines[start]):
+                cells = [lines[start].rstrip("\n")]  # the commas of an only column separate nothing
+            if cells:
+                rows.append((start + 1, cells))
     except csv.Error as error:
-        raise ValueError(f"line {rows.reader.line_num}: {error}") from error
+        raise ValueError(
+            f'line {reader.line_num}: {error}; a cell with commas or quotation marks is written as "a sign, ""stop"""'
+        ) from error
+    return _read_rows(rows, 'write quotation marks around a cell with commas, such as "a dog, asleep"')
 
 
-def _read_entry(fields: dict[Any, Any], line: int) -> tuple[str, float, int]:
-    # The keys of a table's row are not all texts: csv puts surplus cells under None.
-    lower = {key.lower().strip(): value for key, value in fields.items() if isinstance(key, str)}
+def _read_rows(rows: Sequence[tuple[int, list[str]]], advice: str) -> Entries:
+    """Reads the rows of a table, each with its line. The first one is the header."""
+    if not rows:
+        return []
+    (_, header), *body = rows
+    entries = []
+    for line, cells in body:
+        if len(cells) > len(header):
+            raise ValueError(f"line {line} has {len(cells)} cells, and the header has {len(header)}; {advice}")
+        entries.append(_read_entry(dict(zip_longest(header, cells)), line))
+    return entries
+
+
+def _read_entry(fields: Mapping[str, Any], line: int) -> tuple[str, float, int]:
+    lower = {key.lower().strip(): value for key, value in fields.items()}
     for name in _PROMPT_FIELDS:
         if name in lower:
             return lower[name], _read_weight(lower, lower[name]), line
     fields_here, wanted = (", ".join(map(repr, names)) for names in (lower, _PROMPT_FIELDS))
-    raise ValueError(f"none of the fields {fields_here} is named {wanted}")
+    where = f"line {line}: " if line else ""
+    raise ValueError(f"{where}none of the fields {fields_here} is named {wanted}; name the one with the prompts so")
 
 
 def _read_weight(fields: Mapping[str, Any], text: Any) -> float:
@@ -121,9 +164,11 @@ def _read_weight(fields: Mapping[str, Any], text: Any) -> float:
 _READERS: dict[str, Callable[[str], Entries]] = {
     ".json": _read_json,
     ".jsonl": _read_json_lines,
-    ".csv": partial(_read_table, delimiter=","),
-    ".tsv": partial(_read_table, delimiter="\t"),
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
 }
 
+#: Endings of files that may hold prompts, in formats that are not read here.
+UNREADABLE = (".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods", ".yaml", ".yml", ".gz", ".zip", ".npy", ".pkl")
 #: Endings by which a text is taken for the path of a file.
-SUFFIXES = (".txt", *_READERS)
+SUFFIXES = (".txt", *_READERS, *UNREADABLE)

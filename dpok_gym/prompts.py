@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,6 +83,25 @@ class PromptSet:
             )
         return weights
 
+    def without(self, train: Collection[int], held_out: Collection[int] = ()) -> PromptSet:
+        """Returns the set without some prompts, the others with their weights and lines.
+
+        Args:
+            train: indices of prompts of ``train`` to leave out.
+            held_out: indices of prompts of ``held_out`` to leave out.
+
+        Raises:
+            ValueError: if no prompt of ``train`` is left, or none with a weight.
+        """
+        kept = [index for index in range(len(self.train)) if index not in train]
+        return PromptSet(
+            self.name,
+            tuple(self.train[index] for index in kept),
+            tuple(text for index, text in enumerate(self.held_out) if index not in held_out),
+            tuple(self.weights[index] for index in kept) if self.weights else (),
+            tuple(self.lines[index] for index in kept) if self.lines else (),
+        )
+
     def sample(self, np_random: np.random.Generator, n: int) -> list[str]:
         """Draws ``n`` prompts from ``train`` with replacement, by their weights."""
         if self.weights:
@@ -147,10 +166,13 @@ def load_prompts(spec: PromptSet | str | os.PathLike[str] | Sequence[str]) -> Pr
             - a list or tuple of texts;
             - any other text: it is the only prompt of the set.
 
-            Only named sets hold prompts out.
+            A text where no file is counts as a path, and not as a prompt, if it ends like a file of prompts or of a
+            table (:data:`dpok_gym.prompt_files.SUFFIXES`), if it is one word with a slash, or if a folder is there, or
+            at the part before its last slash. A prompt that looks so can be given as a list. Only named sets hold
+            prompts out.
 
     Raises:
-        FileNotFoundError: if there is no file at a path, or at a text that ends like the name of a prompt file.
+        FileNotFoundError: if there is no file at a path.
         TypeError: if the spec is of another type, or a registered function returns no prompt set.
         ValueError: if there is no prompt, if a prompt is blank or not a text, if a file is not UTF-8 or not of the
             format that its ending says, or if the text is one word that looks like a misspelt name of a set. A prompt
@@ -168,18 +190,39 @@ def load_prompts(spec: PromptSet | str | os.PathLike[str] | Sequence[str]) -> Pr
         )
     if isinstance(spec, str) and spec in PROMPT_SETS:
         return _load_named(spec)
-    if os.path.isfile(spec):  # Path.is_file() would raise for a text that is too long to be a path
-        return _load_file(Path(spec))
-    if not isinstance(spec, str) or spec.lower().endswith(SUFFIXES):
-        raise FileNotFoundError(f"there is no file of prompts at {str(spec)!r}; check the path and the working folder")
+    path = os.path.expanduser(spec)
+    if os.path.isfile(path):  # Path.is_file() would raise for a text that is too long to be a path
+        return _load_file(Path(path))
+    if os.path.isdir(path):
+        raise FileNotFoundError(
+            f"{str(spec)!r} is a folder, and not a file of prompts; give a file (a prompt that is the name of a folder "
+            "goes into a file, or in Python into a list)"
+        )
+    if not isinstance(spec, str) or _looks_like_path(spec):
+        raise FileNotFoundError(
+            f"there is no file of prompts at {str(spec)!r}; check the path and the working folder (a prompt that looks "
+            "like a path goes into a file, or in Python into a list)"
+        )
     close = difflib.get_close_matches(spec, PROMPT_SETS.names(), n=1, cutoff=0.8)
-    has_one_word = not any(character.isspace() for character in spec)
-    if close and has_one_word:
+    if close and _is_one_word(spec):
         raise ValueError(
             f"there is no prompt set {spec!r}; did you mean {close[0]!r}? The sets are "
             f"{', '.join(list_prompt_sets())}. If it is meant as a prompt, give a list: [{spec!r}]"
         )
     return PromptSet("text", (spec,))
+
+
+def _looks_like_path(text: str) -> bool:
+    if text.lower().rstrip().endswith(SUFFIXES):
+        return True
+    # "data/prompts" is a path, "a black/white cat" is none, and "data/my prompts" is one where the folder exists.
+    folder = os.path.dirname(os.path.expanduser(text))
+    has_slash = "/" in text or "\\" in text
+    return has_slash and (_is_one_word(text) or (folder.strip("/") != "" and os.path.isdir(folder)))
+
+
+def _is_one_word(text: str) -> bool:
+    return not any(character.isspace() for character in text)
 
 
 def _load_named(name: str) -> PromptSet:

@@ -46,18 +46,21 @@ WORDS = ("green", "rabbit", "dog", "moon")
 _BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def save_tiny_pipeline(folder: Path, family: TinyFamily = "stable-diffusion") -> Path:
+def save_tiny_pipeline(
+    folder: Path, family: TinyFamily = "stable-diffusion", tokenizer: CLIPTokenizer | None = None
+) -> Path:
     """Saves a diffusers pipeline of random weights, the same ones each time.
 
     It draws 16 x 16 images from 4 x 8 x 8 latents. The networks have about a million parameters and the layers of the
-    real ones: attention, cross-attention and convolutions. The tokenizers read lower-case letters, digits and a little
-    punctuation, at most 40 tokens.
+    real ones: attention, cross-attention and convolutions. Their own tokenizers read lower-case letters, digits and a
+    little punctuation, at most 40 tokens.
 
     Args:
         folder: where the pipeline is written; made if it is not there.
         family: "stable-diffusion" is like version 1.5 and predicts the noise; "stable-diffusion-v" is the same but
             predicts the velocity, like version 2.1; "stable-diffusion-xl" has two text encoders, and tokenizers that
             fill up short prompts with different tokens.
+        tokenizer: another CLIP tokenizer, such as a published model's; None for the small one.
 
     Returns:
         The folder, for :func:`dpok_gym.models.load_model` or ``DiffusionPipeline.from_pretrained``.
@@ -66,20 +69,20 @@ def save_tiny_pipeline(folder: Path, family: TinyFamily = "stable-diffusion") ->
         ValueError: if the family is unknown.
     """
     check_choice("family", family, "stable-diffusion", "stable-diffusion-v", "stable-diffusion-xl")
+    tokenizer = _make_tokenizer() if tokenizer is None else tokenizer
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay the same
         if family == "stable-diffusion-xl":
             torch.manual_seed(2)
-            _make_xl().save_pretrained(folder)
+            _make_xl(tokenizer).save_pretrained(folder)
             _add_to_scheduler_config(Path(folder), set_alpha_to_one=False)
         else:
             torch.manual_seed(1)
             prediction_type = "v_prediction" if family == "stable-diffusion-v" else "epsilon"
-            _make_stable_diffusion(prediction_type).save_pretrained(folder)
+            _make_stable_diffusion(tokenizer, prediction_type).save_pretrained(folder)
     return Path(folder)
 
 
-def _make_stable_diffusion(prediction_type: str) -> StableDiffusionPipeline:
-    tokenizer = _make_tokenizer()
+def _make_stable_diffusion(tokenizer: CLIPTokenizer, prediction_type: str) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         text_encoder=CLIPTextModel(_make_text_config(tokenizer)),
         unet=_make_unet(),
@@ -94,8 +97,7 @@ def _make_stable_diffusion(prediction_type: str) -> StableDiffusionPipeline:
     )
 
 
-def _make_xl() -> StableDiffusionXLPipeline:
-    tokenizer = _make_tokenizer()
+def _make_xl(tokenizer: CLIPTokenizer) -> StableDiffusionXLPipeline:
     tokenizer_2 = copy.deepcopy(tokenizer)
     tokenizer_2.pad_token = "z"  # as in the real one: another than the first tokenizer's
     second = _make_text_config(tokenizer, hidden_size=TEXT_WIDTH_2, projection_dim=TEXT_WIDTH_2)
@@ -149,7 +151,7 @@ def _make_text_config(tokenizer: CLIPTokenizer, **changes: Any) -> CLIPTextConfi
         "intermediate_size": 2 * TEXT_WIDTH,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "max_position_embeddings": MAX_TOKENS,
+        "max_position_embeddings": tokenizer.model_max_length,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -6,6 +6,7 @@ image.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
@@ -26,16 +27,18 @@ from dpok_gym import diffusion
 from dpok_gym.judging import ImageJudge, Outcome, make_info
 from dpok_gym.models import TextToImageModel
 from dpok_gym.models.loading import find_model
-from dpok_gym.prompts import PromptSet, find_unobservable, load_prompts, prompt_to_bytes, prompts_from_bytes
+from dpok_gym.models.scheduler_configs import TimestepSpacing
+from dpok_gym.prompt_checks import check_prompts, skip_long_prompts
+from dpok_gym.prompts import PromptSet, load_prompts, prompt_to_bytes, prompts_from_bytes
 from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
 from dpok_gym.reset_options import read_reset_mask, read_reset_options
 from dpok_gym.rewards import Reward, make_reward
 from dpok_gym.samplers import DenoisingProcess, State
 from dpok_gym.utils.images import to_uint8
+from dpok_gym.utils.pickling import check_picklable
 from dpok_gym.utils.validation import (
     check_bool,
     check_choice,
-    check_entries,
     check_integer,
     check_mapping,
     check_non_negative,
@@ -56,6 +59,9 @@ MAX_ENVS = 2**17
 
 #: Prompts that are encoded when the environment is made; a longer list is encoded as its prompts are drawn.
 _MAX_PROMPTS_ENCODED_AHEAD = 512
+
+#: Attributes that the constructor makes anew of its arguments.
+_MADE_OF_ARGUMENTS = ("model", "process", "prompts", "reward", "_judge", "_reference", "world")
 
 _DEFAULTS = ENVIRONMENTS[DEFAULT_ENVIRONMENT]
 
@@ -83,12 +89,17 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             uses 5 to 7.5.
         negative_prompt: text that guidance leads away from; it needs a guidance scale other than 1.
         image_size: pixels of a side, or height and width; None for the size that the model was trained with.
+        long_prompts: what becomes of prompts that are longer than the model reads: "error" refuses them, "truncate"
+            draws without their end, as diffusers' pipelines do, and "skip" leaves them out.
+        timestep_spacing: "leading", as in the published Stable Diffusion models, or "trailing", which begins at the
+            last training timestep; None for that of the model's scheduler.
         device: where the networks run: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ... A loaded model
             stays where it is.
         dtype: precision of the frozen weights: "float32", or "bfloat16" for half of the memory; "float16" can draw but
             not learn.
         model_kwargs: further arguments of :func:`dpok_gym.models.load_model`, such as ``{"revision": "main"}``. A
-            loaded model has its own: these, dtype, image size and negative prompt are refused for it.
+            loaded model has its own: these, dtype, image size, negative prompt, "truncate" and timestep spacing are
+            refused for it.
         max_prompt_bytes: L, length of the observed prompt in bytes of UTF-8; longer prompts are refused.
         non_finite: "error" stops at a reward that is not finite; "mask" marks the image as not valid and goes on.
         decode_batch_size: images decoded at a time, or "auto" for as many as fit into memory. With 1, an image does not
@@ -128,6 +139,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         guidance_scale: float = 1.0,
         negative_prompt: str | None = None,
         image_size: int | Sequence[int] | None = None,
+        long_prompts: Literal["error", "truncate", "skip"] = "error",
+        timestep_spacing: TimestepSpacing | None = None,
         device: str = "auto",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         model_kwargs: Mapping[str, Any] | None = None,
@@ -141,6 +154,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         render_mode: str | None = None,
         **unknown: Any,
     ) -> None:
+        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "unknown")}
         _check_no_unknown(unknown)
         self.num_envs = check_integer("num_envs", num_envs, maximum=MAX_ENVS)
         self.max_prompt_bytes = check_integer("max_prompt_bytes", max_prompt_bytes, maximum=2**16)
@@ -154,16 +168,21 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         check_non_negative("reference_log_prob_coef", reference_log_prob_coef)
         self.reference_info, self.reference_log_prob_coef = reference_info, reference_log_prob_coef
 
-        own = {"negative_prompt": negative_prompt, "image_size": image_size}
+        check_choice("long_prompts", long_prompts, "error", "truncate", "skip")
+        own = {
+            "negative_prompt": negative_prompt,
+            "image_size": image_size,
+            "long_prompts": "truncate" if long_prompts == "truncate" else "error",
+            "timestep_spacing": timestep_spacing,
+        }
         self.model = find_model(model, device, dtype, own, {} if model_kwargs is None else model_kwargs)
         if negative_prompt is not None and guidance_scale == 1:
             raise ValueError("a negative prompt has no effect with guidance_scale=1; use another one, usually 5 to 7.5")
         self.process = DenoisingProcess(self.model, "ddim", num_inference_steps, eta, guidance_scale)
         self.prompts = load_prompts(prompts)
-        # An error now is better than one in the middle of a long run.
-        train, lines = self.prompts.train, self.prompts.lines
-        check_entries(self.model.find_unreadable(train), len(train), lines)
-        check_entries(find_unobservable(train, self.max_prompt_bytes), len(train), lines)
+        if long_prompts == "skip":
+            self.prompts = skip_long_prompts(self.prompts, self.model, self.max_prompt_bytes)
+        check_prompts(self.prompts, self.model, self.max_prompt_bytes)
         self.reward: Reward = make_reward(reward, non_finite)
         self._judge = ImageJudge(self.model, self.reward, decode_batch_size, self.reward_workers)
         if self.model.device.type != "cpu" and len(self.prompts.train) <= _MAX_PROMPTS_ENCODED_AHEAD:
@@ -179,6 +198,35 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self._texts = [""] * num_envs
         self._steps = np.full(num_envs, -1)  # denoising steps done: -1 before the first episode, T after an episode
         self._reference: tuple[Tensor, Tensor] | None = None  # the pre-trained transition, once it is known
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the arguments that make this environment again, and its episodes with their random state.
+
+        Raises:
+            TypeError: if an argument cannot be pickled, or holds weights.
+        """
+        # The prompts themselves: a file may be somewhere else where this is read.
+        arguments = self._arguments | {"prompts": self.prompts}
+        advice = "give the model by its name, folder or file, and a reward by its name or as 'module:function'"
+        check_picklable("an environment is pickled as its arguments", arguments, advice)
+        own = {name: value for name, value in vars(self).items() if name not in _MADE_OF_ARGUMENTS}
+        return own | {"_arguments": arguments}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        DenoisingVectorEnv.__init__(self, **state["_arguments"])
+        vars(self).update(state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DenoisingVectorEnv:
+        """Returns an environment with the same model and reward, not copies of them, and episodes of its own."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        # Wherever else they are, such as in a spec: whatever is in the memo is not copied.
+        for shared in (self.model, self.reward, self.prompts, self._reference, self.world, *self._arguments.values()):
+            memo[id(shared)] = shared
+        own = {name: value for name, value in vars(self).items() if name not in ("process", "_judge")}
+        vars(twin).update(copy.deepcopy(own, memo))
+        twin.process = copy.copy(self.process)
+        twin._judge = ImageJudge(self.model, self.reward, self._arguments["decode_batch_size"], self.reward_workers)
+        return twin
 
     def _make_spaces(self) -> None:
         shape = self.model.latent_shape

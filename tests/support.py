@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gzip
 import math
 from collections.abc import Mapping, Sequence
+from importlib.metadata import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
     from dpok_gym.samplers.process import DenoisingProcess
 
 
@@ -116,3 +121,25 @@ def make_process(folder: Path, num_inference_steps: int = 3, **kwargs: Any) -> D
     settings = {name: kwargs.pop(name) for name in of_process}
     model = load_model(folder, "cpu", **kwargs)
     return DenoisingProcess(model, num_inference_steps=num_inference_steps, **settings)
+
+
+@functools.cache
+def real_clip_tokenizer() -> CLIPTokenizer:
+    """Returns the tokenizer of Stable Diffusion 1.5, with CLIP's real vocabulary: it reads at most 77 tokens.
+
+    ``save_tiny_pipeline(folder, tokenizer=real_clip_tokenizer())`` saves a small pipeline that reads prompts with it.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    # The package's code is not imported: it needs torchvision.
+    (path,) = (file for file in files("openai-clip") or () if file.name == "bpe_simple_vocab_16e6.txt.gz")
+    with gzip.open(path.locate(), "rt", encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    # The file has a line about itself, and more merges than CLIP uses: its vocabulary has 49,408 tokens.
+    merges = [tuple(line.split()) for line in lines[1 : 49_408 - 2 * 256 - 2 + 1]]
+    characters = sorted(ByteLevel.alphabet())
+    tokens = [*characters, *(f"{each}</w>" for each in characters), *map("".join, merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)

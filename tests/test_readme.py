@@ -48,6 +48,7 @@ SUBSTITUTES = {
         '"path/to/model").to("cuda")': f"{str(WEIGHTS)!r})",
         "DPOK-SD15-v0": "DPOK-Shapes-v0",
     },
+    "docs/lora_files.md": {'"path/to/model"': repr(str(WEIGHTS))},
 }
 
 #: The reader's own module, which pages call my_module.
@@ -142,9 +143,11 @@ def test_readme_code_runs_and_learns(readers_folder: Path, capsys: pytest.Captur
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/") and blocks(page, "python")])
 def test_code_of_the_documentation_runs(page: str, readers_folder: Path) -> None:
-    if page == "docs/runs.md":
+    if page in ("docs/runs.md", "docs/lora_files.md"):
         few = ["--images", "4", "--images-per-iteration", "4", "--eval-images", "2", "--num-inference-steps", "2"]
         assert main(["train", "--out", "runs/mine", *few]) == 0
+    if page == "docs/lora_files.md":
+        assert main(["export", "runs/mine", "--format", "kohya", "--out", "three_squares"]) == 0
     names = run_python(page)
     if page == "docs/algorithms.md":
         names["agent"].learn(1)
@@ -204,7 +207,7 @@ def test_single_options_are_known(page: str, words: list[str], readers_folder: P
 def test_command_lines_are_found() -> None:
     """Guards the test above, which would pass on pages where no command is found."""
     found = {words[0] for _, words in commands("dpok")}
-    assert found >= {"train", "sample", "evaluate", "fit-reward", "serve-reward"}
+    assert found >= {"train", "sample", "evaluate", "export", "fit-reward", "serve-reward"}
 
 
 def test_a_wrong_option_would_be_noticed(readers_folder: Path) -> None:

@@ -282,9 +282,3 @@ class DPOK(PolicyGradient):
         self.advantage_statistics = RunningStatistics(*state["advantage_statistics"])
         if self.target_kl is not None:
             self.kl_coef = state["kl_coef"]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts, variables = super()._get_torch_save_params()
-        # It is no module, so the policy's own state does not hold it.
-        own = ["policy.critic"] if isinstance(self.policy.critic, RewardCritic) else []
-        return [*state_dicts, *own], variables

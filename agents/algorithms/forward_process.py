@@ -203,7 +203,3 @@ class ForwardProcess(DenoisingAlgorithm):
         super().load_algorithm_state(state)
         self.image_prompts = list(state["image_prompts"])
         self._n_updates_before = state["n_updates_before"]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts, variables = super()._get_torch_save_params()
-        return state_dicts, [*variables, "image_latents", "image_rewards"]

@@ -27,7 +27,13 @@ Options = TypeVar("Options")
 
 #: Arguments that are always one text on the command line, with the name of the text in the help. In Python they may
 #: also be objects.
-_TEXTS = {"model": "NAME|FOLDER|HUB-ID", "prompts": "TEXT|SET|FILE", "reward": "NAME[=WEIGHT],..."}
+_TEXTS = {
+    "model": "NAME|FOLDER|HUB-ID",
+    "prompts": "TEXT|SET|FILE",
+    "reward": "NAME[=WEIGHT],...",
+    "lora": "FOLDER|FILE",
+    "held_out_reward": "NAME[=WEIGHT],...",
+}
 
 #: The box that tyro draws around its messages, and the rules in it. For a terminal without such characters it draws no
 #: box, and rules of hyphens.
@@ -161,7 +167,7 @@ def make_options(name: str, arguments: Iterable[Argument], defaults: Mapping[str
 
 def to_command_line(name: str, value: Any) -> Any:
     """Returns an argument's value as the options hold it: a reward is a text, a sequence a tuple."""
-    if name == "reward":
+    if isinstance(value, Mapping) and name in _TEXTS:  # a reward
         return format_reward(value)
     if name in _TEXTS:
         return value if value is None else str(value)

@@ -173,9 +173,8 @@ class Config:
     def code(self) -> list[str]:
         """Returns what in the config makes Python run other code than this package; see :func:`named_code`."""
         kwargs = self.env_kwargs
-        return named_code(
-            self.env, self.algo, kwargs.get("model"), kwargs.get("reward", {}), kwargs.get("model_kwargs")
-        )
+        rewards = [*kwargs.get("reward", {}), *reward_names(self.algo_kwargs.get("held_out_reward"))]
+        return named_code(self.env, self.algo, kwargs.get("model"), rewards, kwargs.get("model_kwargs"))
 
     def check_keys(self) -> None:
         """Checks that environment, algorithm and policy have exactly these arguments.
@@ -292,7 +291,7 @@ def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Co
         device="auto",
         **run_options,
         env_kwargs=find_paths(env_kwargs),
-        algo_kwargs=own | chosen,
+        algo_kwargs=find_held_out_reward(own | chosen),
         policy_kwargs=policy_kwargs,
     )
 
@@ -327,12 +326,27 @@ def find_paths(env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an environment's arguments with absolute paths, and with the reward as a dict."""
     # A run can be resumed from another working folder, where relative paths would name other files.
     resolved = dict(env_kwargs)
-    weights = parse_reward(resolved["reward"])
-    resolved["reward"] = {_absolute(name, list_rewards()): weight for name, weight in weights.items()}
+    resolved["reward"] = find_reward(resolved["reward"])
     if os.path.isfile(str(resolved["prompts"])):  # a prompt may be the name of a folder by chance
         resolved["prompts"] = _absolute(resolved["prompts"], list_prompt_sets())
     resolved["model"] = _absolute(resolved["model"], list_models())
     return resolved
+
+
+def find_reward(reward: Any) -> dict[str, Any]:
+    """Returns a reward, perhaps a text, as a dict with absolute paths."""
+    return {_absolute(name, list_rewards()): weight for name, weight in parse_reward(reward).items()}
+
+
+def find_held_out_reward(algo_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an algorithm's arguments with the held-out reward as a dict, unless it is "auto" or None."""
+    reward = algo_kwargs["held_out_reward"]
+    return {**algo_kwargs, "held_out_reward": reward if reward in ("auto", None) else find_reward(reward)}
+
+
+def reward_names(held_out_reward: Any) -> list[str]:
+    """Returns the rewards that a held-out reward is made of."""
+    return [] if held_out_reward in ("auto", None) else list(parse_reward(held_out_reward))
 
 
 def _absolute(text: Any, names: Collection[str]) -> Any:

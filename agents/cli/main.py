@@ -1,4 +1,4 @@
-"""The command line: ``dpok train``, ``sample``, ``evaluate``, ``fit-reward`` and ``serve-reward``.
+"""The command line, ``dpok COMMAND``, with the commands of :data:`COMMANDS`.
 
 Each command is a module of this package with two functions: ``parse`` reads its options, ``run`` does its work. They
 are imported once the command is known, and torch once its work begins.
@@ -21,8 +21,10 @@ from dpok_gym.utils.threads import is_busy
 #: The module of each command, and its line in the help.
 COMMANDS = {
     "train": ("agents.cli.train", "Fine-tune a text-to-image model with a reward, and compare it with the original."),
+    "doctor": ("agents.cli.doctor", "Check a training in minutes, before hours are spent on it."),
     "sample": ("agents.cli.sample", "Draw images for a prompt with a pre-trained or a fine-tuned model."),
     "evaluate": ("agents.cli.evaluate", "Score a run on its training prompts and on prompts that it never saw."),
+    "export": ("agents.cli.export", "Write what a run learned for diffusers, ComfyUI, peft, or as a whole model."),
     "fit-reward": ("agents.cli.fit_reward", "Learn a reward from people's choices between two images."),
     "serve-reward": ("agents.cli.serve_reward", "Serve a reward over HTTP."),
 }

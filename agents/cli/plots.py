@@ -24,7 +24,15 @@ INK, FAINT = "#262626", "#8c8c8c"
 REWARD, KL, ALIGNED, NOT_ALIGNED = "#0072B2", "#D55E00", "#009E73", "#c4c4c4"
 
 #: Columns under ``rollout/`` that are no components of the reward.
-_NO_COMPONENTS = {"images", "valid_share", "ep_rew_mean", "ep_len_mean"}
+_NO_COMPONENTS = {
+    "images",
+    "valid_share",
+    "ep_rew_mean",
+    "ep_len_mean",
+    "total_reward",
+    "reward_std",
+    "equal_share",
+}
 _CELL = 1.05  # inches, of an image with its margin
 
 

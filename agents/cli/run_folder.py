@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from agents.common.checkpoint import (
     TRAINER_STATE,
     CheckpointCallback,
     find_checkpoint,
+    images_of,
     list_checkpoints,
     load_checkpoint,
     remove_later_checkpoints,
@@ -34,7 +38,10 @@ from agents.common.checkpoint import (
     save_checkpoint,
 )
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
-from dpok_gym.models.lora import FILE_NAME as LORA_FILE
+from agents.common.model_card import Training, public_name, sampling_of
+from agents.common.monitor import TrainingWarning
+from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
+from dpok_gym.prompts import list_prompt_sets
 from dpok_gym.utils.files import flush_to_disk, replacing
 from dpok_gym.utils.reading import read_arrays, read_json
 from dpok_gym.utils.sharding import whole
@@ -62,10 +69,11 @@ class Run:
     def __init__(self, folder: Path, config: Config, checkpoint: Path | None = None) -> None:
         self.folder, self.config, self.console = folder, config, Console(quiet=not distributed.is_main())
         self.env = config.make_env(config.n_envs)
-        self.agent = config.make_agent(self.env)
+        self.agent = _make_agent(config, self.env, checkpoint)
         self._checkpoint, seconds = checkpoint, 0.0
         if checkpoint is not None:
             seconds = self._load(checkpoint)
+        self.held_out = self.agent.held_out.description  # made now: an error after the first evaluation would be late
         self.prompts = cycle_prompts(self.env.prompts.train, config.eval_images)
         self.progress = ProgressCallback(self._total_images(), None if distributed.is_main() else True, seconds)
         self.interrupts = InterruptCallback()
@@ -119,6 +127,7 @@ class Run:
         self._check_places()
         self.config.write(self.folder)
         say(self.console, f"writing to {self.folder}")
+        say(self.console, self.held_out)
         if self._total_images() != self.config.images:
             say(self.console, f"{self._total_images()} images will be drawn, in whole iterations")
         if self._checkpoint is None:
@@ -219,11 +228,12 @@ class Run:
         try:
             # The checkpoint callback comes before the interrupts: a signal must not cost a checkpoint that is due.
             # learn() counts the steps of this call; num_timesteps those of the whole run.
-            self.agent.learn(
-                max(total - self.agent.num_timesteps, 0),
-                [self.progress, save, self.interrupts],
-                reset_num_timesteps=not self.agent.num_timesteps,
-            )
+            with _training_warnings(self.console):
+                self.agent.learn(
+                    max(total - self.agent.num_timesteps, 0),
+                    [self.progress, save, self.interrupts],
+                    reset_num_timesteps=not self.agent.num_timesteps,
+                )
         finally:
             SIGNALS.deferred = distributed.count() > 1
 
@@ -326,9 +336,27 @@ class Run:
             "pictures": self.agent.images_drawn,
             "seconds": round(self.progress.seconds, 1),
             "interrupted": after is None,
+            "warnings": list(self.agent.monitor.warned.values()),
         }
         # A summary without evaluations has None for every score, so its keys are always the same.
         return summary | scores_of(before, after)
+
+
+@contextmanager
+def _training_warnings(console: Console) -> Iterator[None]:
+    """Within the block, what an agent warns of is a line on the console."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TrainingWarning)
+        show = warnings.showwarning
+
+        def show_line(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, TrainingWarning):
+                say(console, f"warning: {message}")
+            else:
+                show(message, category, *where)
+
+        warnings.showwarning = show_line  # type: ignore[assignment]
+        yield
 
 
 def load_run(
@@ -360,9 +388,57 @@ def load_run(
 def load_agent(folder: Path, config: Config, env: DenoisingVectorEnv, device: str) -> DenoisingAlgorithm:
     """Returns the agent of a run's newest checkpoint, in an environment with the run's model and sampler."""
     checkpoint = find_checkpoint(folder)
-    agent = config.make_agent(env, device)
+    agent = _make_agent(config, env, checkpoint, device)
     load_checkpoint(agent, checkpoint)
+    agent._training = describe_run(folder, config, sampling_of(agent.process))
     return agent
+
+
+def _make_agent(
+    config: Config, env: DenoisingVectorEnv, checkpoint: Path | None, device: str | None = None
+) -> DenoisingAlgorithm:
+    """Makes the agent that a checkpoint is loaded into, or that a run begins with."""
+    if checkpoint is not None and config.policy_kwargs["lora"] is not None:
+        # The file of the LoRA that the run began with may be gone; the checkpoint's has the same layers and ranks.
+        config = replace(config, policy_kwargs=config.policy_kwargs | {"lora": str(checkpoint / LORA_FILE)})
+    return config.make_agent(env, device)
+
+
+def describe_run(folder: Path, config: Config, sampling: Mapping[str, Any]) -> Training:
+    """Returns what a model card tells of a run, whose model is not loaded.
+
+    Args:
+        folder: the run folder.
+        config: its settings.
+        sampling: how it draws, see :class:`~agents.common.model_card.Training`.
+    """
+    try:
+        summary = dict(read_json(folder / SUMMARY))
+    except (FileNotFoundError, ValueError, TypeError):
+        summary = {}  # the run has not come to its end
+    checkpoints = list_checkpoints(folder)
+    images = images_of(checkpoints[-1]) if checkpoints else summary.get("pictures", 0)
+    is_complete = summary.get("interrupted") is False and summary.get("pictures") == images
+    prompts = str(config.env_kwargs["prompts"])
+    is_set = prompts in list_prompt_sets() or public_name(prompts) != prompts
+    figures = [folder / name for name in (BEFORE_AFTER, LEARNING_CURVE) if is_complete and (folder / name).is_file()]
+    return Training(
+        model=str(config.env_kwargs["model"]),
+        algorithm=config.algo.upper() if ":" not in config.algo else config.algo.rpartition(":")[2],
+        prompts=public_name(prompts),
+        is_one_prompt=not is_set,
+        rewards={name: _weight(value) for name, value in config.env_kwargs["reward"].items()},
+        sampling=sampling,
+        settings=config.algo_kwargs | config.policy_kwargs,
+        seed=config.seed,
+        images=images,
+        scores=summary if is_complete else {},
+        figures=figures,
+    )
+
+
+def _weight(value: Any) -> float:
+    return value.get("weight", 1.0) if isinstance(value, Mapping) else value
 
 
 def save_evaluation(evaluation: Evaluation, path: Path) -> None:

@@ -29,7 +29,7 @@ class Sample:
     prompt: str
     """Text to draw."""
     lora: Annotated[Path | None, default_hint("FOLDER", "none: the pre-trained model")] = None
-    """Run folder of dpok train (its model and sampler settings are used too), or folder with a LoRA."""
+    """Run folder of dpok train (its model and sampler settings are used too), or file or folder of a LoRA."""
     env: Annotated[str | None, default_hint("ID", "the run's, or that of dpok train")] = None
     """Environment id, for its model and sampler settings."""
     model: Annotated[str | None, default_hint("NAME|FOLDER|HUB-ID", "the environment's")] = None
@@ -51,11 +51,12 @@ class Sample:
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_hint("NAME", "float32")] = None
     """Precision of the frozen weights: float32, or bfloat16 or float16 for half of the memory."""
     trust: bool = False
-    """Run the code that the config of a run in --lora names: models, rewards and the like of modules."""
+    """Run the code that the config of a run in --lora names: models, rewards and the like of modules. Also read a LoRA
+    that is a pickle, which may run code."""
     device: str = "auto"
     """Device of the networks: auto, cpu, cuda, cuda:1, ..."""
     reward: Annotated[str | None, default_hint("NAME[=WEIGHT],...", "the run's, or the environment's")] = None
-    """Reward that --steering chooses by."""
+    """Reward that --best-of or --steering chooses by."""
     steer: Annotated[SteeringOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=SteeringOptions)
 
 
@@ -72,15 +73,16 @@ def run(options: Sample) -> int:
     from agents.cli import plots
     from agents.cli.config import FILE_NAME, Config
     from agents.cli.tables import say
+    from agents.common.steering import UNSTEERED
     from dpok_gym.utils.validation import MAX_SEED, check_integer
 
     check_integer("--n", options.n, maximum=10**6)
     check_integer("--seed", options.seed, minimum=0, maximum=MAX_SEED)
     if not options.prompt.strip():
         raise ValueError("--prompt is blank; give the text to draw, in quotation marks")
-    if options.reward is not None and options.steer.steering is None:
-        raise UsageError("--reward is what --steering chooses by; give both, or neither")
     steering = make_steering(options.steer)
+    if options.reward is not None and steering == UNSTEERED:
+        raise UsageError("--reward is what --best-of or --steering chooses by; give one of these too")
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"--out must be a PNG file, such as sample.png, got {str(options.out)!r}")
     if options.out.is_dir() or any(folder.is_file() for folder in options.out.parents):
@@ -92,7 +94,7 @@ def run(options: Sample) -> int:
         run_folder = holders[0] if holders else None
         lora = lora / "lora" if run_folder == lora else lora
     config = None if run_folder is None else Config.read(run_folder, options.trust)
-    env = _make_env(options, config)
+    env = _make_env(options, config, steering)
     evaluation = _draw(options, env, lora, run_folder, steering)
     labels = [f"seed {options.seed + k}" for k in range(options.n)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,7 @@ def run(options: Sample) -> int:
     return 0
 
 
-def _make_env(options: Sample, config: Config | None) -> DenoisingVectorEnv:
+def _make_env(options: Sample, config: Config | None, steering: Steering) -> DenoisingVectorEnv:
     """Makes the environment to draw in, with the settings of the options, the run and the id, in this order."""
     from agents.cli.environments import (
         EVALUATION_BATCH_SIZE,
@@ -112,6 +114,7 @@ def _make_env(options: Sample, config: Config | None) -> DenoisingVectorEnv:
         make_env,
         parse_reward,
     )
+    from agents.common.steering import UNSTEERED
     from dpok_gym.registration import DEFAULT_ENVIRONMENT
 
     if config is not None and options.env is None:
@@ -120,7 +123,7 @@ def _make_env(options: Sample, config: Config | None) -> DenoisingVectorEnv:
         env_id = DEFAULT_ENVIRONMENT if options.env is None else options.env
         kwargs = environment_kwargs(env_id)
     reward = kwargs["reward"] if options.reward is None else options.reward
-    wanted = parse_reward(reward) if options.steer.steering else {}
+    wanted = {} if steering == UNSTEERED else parse_reward(reward)
     changes = ("model", "num_inference_steps", "guidance_scale", "negative_prompt", "image_size", "dtype")
     kwargs |= given(options, *changes) | {"device": options.device, "prompts": [options.prompt], "reward": _no_reward}
     n_envs = min(options.n, EVALUATION_BATCH_SIZE)
@@ -150,7 +153,8 @@ def _draw(
         denoiser = _load_denoiser(run_folder, env)
         return sample(transition=partial(env.process.transition, denoiser=denoiser))
     model = env.process.model
-    with LoRA.from_folder(model.denoiser, lora, model.lora_prefix).enabled():
+    allow_pickle = options.trust or model.options.get("allow_pickle", False)
+    with LoRA.from_folder(model.denoiser, lora, model.lora_prefix, allow_pickle).enabled():
         return sample()
 
 

@@ -18,6 +18,8 @@ class SteeringOptions:
     steering: Annotated[Literal["best-of", "fk", "svdd"] | None, default_hint("NAME", "none")] = None
     """best-of keeps the best of several finished images; fk (Feynman-Kac) copies promising particles and drops others
     on the way; svdd goes on with one of several candidates after each step."""
+    best_of: Annotated[int | None, default_hint("INT", "none")] = None
+    """Short for --steering best-of with so many --n-particles."""
     n_particles: Annotated[int | None, default_hint("INT", "8")] = None
     """Particles of each image, 1 or more, usually 2 to 16. More cost as many times the denoiser calls."""
     temperature: Annotated[float | None, default_hint("FLOAT", "fk 0.1, svdd 0")] = None
@@ -41,6 +43,11 @@ def make_steering(options: SteeringOptions) -> Steering:
     """
     from agents.common.steering import SVDD, UNSTEERED, BestOf, FKSteering
 
+    if options.best_of is not None:
+        others = [_written(name) for name, value in asdict(options).items() if value is not None and name != "best_of"]
+        if others:
+            raise UsageError(f"--best-of is a way of steering by itself; leave out {', '.join(others)}")
+        return BestOf(options.best_of)
     methods: dict[str, type[Steering]] = {"best-of": BestOf, "fk": FKSteering, "svdd": SVDD}
     settings = given(options, *(field.name for field in fields(options) if field.name != "steering"))
     if options.steering is None:

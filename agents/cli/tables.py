@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from agents.common.doctor import Finding
 from agents.common.evaluation import Evaluation
 from dpok_gym.rewards.preference.fit import Measured
 from dpok_gym.utils.files import write_text
@@ -71,6 +72,14 @@ def calibration_table(held_out: Measured) -> Table:
     for predicted, observed, count in zip(held_out.predicted, held_out.observed, held_out.counts, strict=True):
         table.add_row(f"{predicted:.1%}", f"{observed:.1%}", str(count))
     return table
+
+
+def describe_finding(finding: Finding) -> str:
+    """Returns the lines of a finding: what was measured and what is normal; and what to do, unless all is well."""
+    lines = [f"{finding.status.upper():<12}{finding.name}: {finding.measured}", f"{'':12}normal: {finding.normal}"]
+    if finding.advice and finding.status not in ("ok", "not checked"):
+        lines.append(f"{'':12}what to do: {finding.advice}")
+    return "\n".join(lines)
 
 
 def say(console: Console, text: str) -> None:

@@ -25,18 +25,28 @@ from agents.cli.arguments import (
     parse_some_options,
     to_command_line,
 )
-from agents.cli.config import FILE_NAME, Config, config_file, default_config, describe_settings, find_paths
+from agents.cli.config import (
+    FILE_NAME,
+    Config,
+    config_file,
+    default_config,
+    describe_settings,
+    find_held_out_reward,
+    find_paths,
+)
 from agents.cli.environments import environment_class
 from agents.cli.recipe import Recipe
-from agents.cli.run_folder import LOG, SUMMARY, Run
+from agents.cli.run_folder import LOG, LORA, SUMMARY, Run
 from agents.cli.signals import SIGNALS, exit_code
 from agents.cli.tables import say
 from agents.common import distributed
 from agents.common.arguments import describe_arguments
 from agents.common.checkpoint import find_checkpoint, list_checkpoints
 from agents.common.policy import DenoisingPolicy
+from dpok_gym.models.lora_files import find_lora_file
 from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
 from dpok_gym.utils.files import locked
+from dpok_gym.utils.validation import check_path
 
 #: Options that may change when a run is resumed.
 _CHANGEABLE = ("images", "device", "checkpointing_steps", "checkpointing_minutes", "checkpoints_total_limit")
@@ -219,7 +229,7 @@ def _prepare(folder: Path, options: Train) -> Run:
                 f"{folder} already holds a run; choose another --out, or resume it: "
                 f"dpok train --resume --out {shlex.quote(str(folder))}"
             )
-        return Run(folder, config)
+        return Run(folder, _find_lora(config))
     if which == "latest" and not list_checkpoints(folder):
         if (folder / SUMMARY).exists():
             raise FileNotFoundError(f"{folder} has no checkpoint any more; train anew, in another --out")
@@ -280,7 +290,18 @@ def _config_of(parsed: Any, base: Config) -> Config:
                 settings[option] = list(value) if isinstance(value, tuple) else value
         values[name] = settings
     values["env_kwargs"] = find_paths(values["env_kwargs"])
+    values["algo_kwargs"] = find_held_out_reward(values["algo_kwargs"])
     return replace(base, **values)
+
+
+def _find_lora(config: Config) -> Config:
+    """Returns the config with the absolute path of the LoRA's file, which a run in another working folder finds too."""
+    if config.policy_kwargs["lora"] is None:
+        return config
+    path = check_path("--lora", config.policy_kwargs["lora"])
+    if (path / FILE_NAME).is_file():  # the folder of a run
+        path = path / LORA
+    return replace(config, policy_kwargs=config.policy_kwargs | {"lora": str(find_lora_file(path).absolute())})
 
 
 def _changed_options(config: Config, base: Config) -> list[str]:

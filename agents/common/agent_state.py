@@ -49,8 +49,19 @@ def get_state(agent: DenoisingAlgorithm) -> dict[str, Any]:
         "n_updates": agent._n_updates,
         "recent_rewards": [episode["r"] for episode in agent.ep_info_buffer or ()],
         "algorithm_state": agent.algorithm_state(),
+        "monitor": agent.monitor.state_dict(),
     }
     return {"tensors": tensors, "state": state}
+
+
+def check_algorithm(algorithm: type[DenoisingAlgorithm], state: Mapping[str, Any]) -> None:
+    """Checks that a state is of this algorithm.
+
+    Raises:
+        ValueError: if it is of another one.
+    """
+    if state["algorithm"] != algorithm.__name__:
+        raise ValueError(f"the state is of {state['algorithm']}, and the agent is {algorithm.__name__}")
 
 
 def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
@@ -60,8 +71,7 @@ def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
         ValueError: if it is of another algorithm, sampler or network, or a counter is no number.
     """
     tensors, state = saved["tensors"], saved["state"]
-    if state["algorithm"] != type(agent).__name__:
-        raise ValueError(f"the state is of {state['algorithm']}, and the agent is {type(agent).__name__}")
+    check_algorithm(type(agent), state)
     assert agent.sampler_config is not None
     SamplerConfig.from_dict(state["sampler"]).check_equal(agent.sampler_config)
     check_integer("run_seed", state["run_seed"], minimum=0, maximum=MAX_SEED)
@@ -96,3 +106,4 @@ def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
     agent.ep_info_buffer = deque(recent, maxlen=agent._stats_window_size)
     agent.ep_success_buffer = deque(maxlen=agent._stats_window_size)  # SB3 makes both or none
     agent.load_algorithm_state(state["algorithm_state"])
+    agent.monitor.load_state_dict(state["monitor"])

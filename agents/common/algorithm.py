@@ -5,9 +5,10 @@ Letters used for shapes: B elements of a batch, N images of an iteration, T deno
 
 from __future__ import annotations
 
-import pathlib
+import inspect
+import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -19,15 +20,19 @@ import torch
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.save_util import load_from_zip_file, save_to_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 import dpok_gym  # noqa: F401  (registers the environments)
-from agents.common.agent_state import get_state, set_state
+from agents.common import distributed
+from agents.common.agent_state import check_algorithm, get_state, set_state
 from agents.common.arguments import check_arguments, show_inherited_arguments
 from agents.common.buffer import TrajectoryBuffer
 from agents.common.critic import CriticKind
+from agents.common.exportable import Exportable
+from agents.common.held_out import HeldOutReward
+from agents.common.monitor import Monitor, TrainingWarning
 from agents.common.normalization import RewardNormalizer
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
@@ -47,7 +52,7 @@ DEFAULT_N_ENVS = 64
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="DenoisingAlgorithm")
 
 
-class DenoisingAlgorithm(UpdatingAlgorithm):
+class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
     """Draws images with a :class:`~agents.common.policy.DenoisingPolicy` and learns from them, iteration by iteration.
 
     For an algorithm of your own, subclass :class:`~agents.algorithms.policy_gradient.PolicyGradient`,
@@ -82,6 +87,9 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         max_grad_norm: largest norm of the denoiser's gradient, above 0; infinity for no limit.
         normalize_rewards: standardise each reward of a sum by its running mean and standard deviation before
             weighting, so that weights compare rewards of different scales. Logs and evaluations stay raw.
+        held_out_reward: a reward that is logged and not trained on, of at most 16 images of an iteration, and compared
+            with the training reward: a name, ``{name: weight}``, a callable or an address. "auto" is another reward of
+            an embedded world, or the CLIP score if its files are there; None for none.
         stats_window_size: images that the logged mean reward goes over, at least 1.
         tensorboard_log: folder for TensorBoard; None for no log.
         policy_kwargs: arguments of :class:`~agents.common.policy.DenoisingPolicy`, such as ``{"lora_rank": 16}``.
@@ -93,6 +101,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         process: the denoising process of the environment.
         images_drawn: images drawn and learned from so far.
         iteration: iterations done so far.
+        monitor: what warns of a training that goes wrong, with a :class:`~agents.common.monitor.TrainingWarning`.
 
     Raises:
         TypeError: if there is no such argument.
@@ -103,6 +112,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
     policy: DenoisingPolicy
     rollout_buffer: TrajectoryBuffer  # type: ignore[assignment]
     process: DenoisingProcess
+    _arguments: dict[str, Any]
 
     #: Whether rollouts compute the KL of each transition to the reference's.
     records_reference_kl: bool = False
@@ -120,9 +130,11 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         show_inherited_arguments(cls)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Checks the names of the arguments."""
+        """Checks the names of the arguments, and notes the values: a saved agent is made anew of them."""
         check_arguments(cls, kwargs)
-        return super().__new__(cls)
+        agent = super().__new__(cls)
+        agent._arguments = dict(zip(list(inspect.signature(cls.__init__).parameters)[1:], args, strict=False)) | kwargs
+        return agent
 
     def __init__(
         self,
@@ -140,6 +152,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         anchor_coef: float = 0.0,
         anchor_images: int = 64,
         normalize_rewards: bool = False,
+        held_out_reward: str | Mapping[str, float] | Callable[..., Any] | None = "auto",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -181,6 +194,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         if images_per_iteration is not None:
             self.images_per_iteration = check_integer("images_per_iteration", images_per_iteration)
         self.reward_normalizer = RewardNormalizer() if normalize_rewards else None
+        self.held_out_reward = held_out_reward
+        self.monitor = Monitor()
         self.images_drawn = 0
         self.iteration = 0
         self.latest_metrics = {}
@@ -222,6 +237,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         self._setup_lr_schedule()
         self._micro_batches = BatchSize("micro_batch_size", self.micro_batch_size)
         self._anchor = None
+        self._held_out: HeldOutReward | None = None
         self.set_random_seed(self.seed)
         if self.env is not None:
             self._take_process(self.denoising_env)
@@ -278,6 +294,18 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
             raise ValueError("the agent has no environment: give it one with set_env()")
         return find_denoising_env(self.env)
 
+    @property
+    def held_out(self) -> HeldOutReward:
+        """The held-out reward; its networks are loaded when it is first asked for, before a training draws images.
+
+        Raises:
+            ValueError: if there is no such reward; further errors as :func:`dpok_gym.rewards.make_reward`.
+        """
+        # Agents that only draw or evaluate need none.
+        if self._held_out is None:
+            self._held_out = HeldOutReward(self.held_out_reward, self.denoising_env)
+        return self._held_out
+
     def _take_process(self, env: DenoisingVectorEnv) -> None:
         """Takes the environment's denoising process, which must sample as the one that was learned with."""
         # An agent that was loaded has learned one sampler; with another, its ratios and KLs would mean nothing.
@@ -290,7 +318,9 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         wrapped = self._wrap_env(env, self.verbose)
         assert self.sampler_config is not None
         self.sampler_config.check_equal(find_denoising_env(wrapped).process.config)
+        self.n_envs = wrapped.num_envs  # SB3 would refuse another number, which changes memory and speed only
         super().set_env(wrapped, force_reset)
+        self._held_out = None  # it suits the reward that is trained on
 
     def learn(
         self,
@@ -326,6 +356,10 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
         callback.on_training_end()
         return self
 
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        _ = self.held_out  # if it is missing, no image was drawn in vain
+        return super()._setup_learn(*args, **kwargs)
+
     @contextmanager
     def _whole_iteration(self) -> Iterator[None]:
         """Around an iteration: if it does not come to its end, it counts no images, no steps and no rewards.
@@ -344,6 +378,9 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
     def _finish_iteration(self, log_interval: int) -> None:
         self.iteration += 1
         self.images_drawn += len(self.rollout_buffer)
+        for text in self.monitor.add(self.iteration, self.logger.name_to_value):
+            if distributed.is_main():
+                warnings.warn(text, TrainingWarning, stacklevel=3)
         if log_interval and self.iteration % log_interval == 0:
             self.dump_logs(self.iteration)
 
@@ -401,47 +438,71 @@ class DenoisingAlgorithm(UpdatingAlgorithm):
 
     def load_algorithm_state(self, state: Mapping[str, Any]) -> None:
         """Goes on with what :meth:`algorithm_state` returned."""
-        if self.reward_normalizer:
+        # They begin anew if the agent was loaded with other arguments than it was saved with.
+        if self.reward_normalizer and "reward_statistics" in state:
             self.reward_normalizer.load_state_dict(state["reward_statistics"])
+
+    def save(self, path: Any) -> None:  # type: ignore[override]
+        """Writes a zip file that :meth:`load` reads: the constructor's arguments and the :meth:`state_dict`.
+
+        Args:
+            path: of the file, or an open one.
+        """
+        state = self.state_dict()
+        # The number of environments is a matter of speed; the images of an iteration are not.
+        given_anew = ("policy", "env", "device", "n_envs", "_init_setup_model")
+        arguments = {name: value for name, value in self._arguments.items() if name not in given_anew}
+        data = {
+            "policy_class": self.policy_class,
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "arguments": arguments | {"images_per_iteration": self.images_per_iteration},
+            "state": state["state"],
+        }
+        save_to_zip_file(path, data, state["tensors"])
 
     @classmethod
     def load(  # type: ignore[override]
-        cls: type[SelfAlgorithm], path: Any, env: GymEnv | VectorEnv | None = None, **kwargs: Any
+        cls: type[SelfAlgorithm],
+        path: Any,
+        env: GymEnv | VectorEnv | None = None,
+        device: torch.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        **kwargs: Any,
     ) -> SelfAlgorithm:
-        """Loads what SB3's :meth:`save` wrote; ``env`` may be any denoising environment.
+        """Loads what :meth:`save` wrote.
 
         The file holds a pickle, which can run code of whoever wrote it: load only files that you trust. The folders
         that ``dpok train`` writes hold none.
 
+        Args:
+            path: of the file, or an open one.
+            env: any denoising environment with the sampler that was learned; None to draw only.
+            device: where the policy runs, as for the constructor.
+            custom_objects: what to take in place of entries of the file, see SB3.
+            print_system_info: whether to print on what system the file was written, and on what it is read.
+            **kwargs: arguments of the constructor that change; they are checked there.
+
         Raises:
-            ValueError: if the environment has another model, number of steps or latent shape than the agent.
+            TypeError: if there is no such argument.
+            ValueError: if an argument is out of range, the file is of another algorithm, or the environment has another
+                model, number of steps or latent shape than the agent.
         """
-        of_sb3 = ("custom_objects", "print_system_info", "force_reset")
-        check_arguments(cls, {name: value for name, value in kwargs.items() if name not in of_sb3})
-        if env is not None:
-            env = cls._wrap_env(env)
-            data, _, _ = load_from_zip_file(path, load_data=True, device="cpu")
-            data["sampler_config"].check_equal(find_denoising_env(env).process.config)  # type: ignore[index]
-        return super().load(path, env, **kwargs)
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "process", "_last_obs", "_last_original_obs", "_metrics", "_anchor"]
-
-    def save_lora(self, folder: str | pathlib.Path) -> pathlib.Path:
-        """Writes the LoRA as diffusers' ``load_lora_weights(folder)`` reads it; returns the file's path."""
-        return self.policy.save_lora(folder)
-
-    def pipeline(self) -> Any:
-        """Returns a diffusers pipeline that draws with what was learned.
-
-        The LoRA is merged into a copy of the denoiser; the other networks are shared with the agent. Draw with
-        ``eta=...`` and ``guidance_scale=...`` of the environment.
-        """
-        return self.process.model.to_pipeline(self.policy.merged_denoiser())
-
-    def save_pretrained(self, folder: str | pathlib.Path) -> None:
-        """Writes :meth:`pipeline` as a folder that diffusers' ``from_pretrained`` and ``model=folder`` read."""
-        self.pipeline().save_pretrained(folder)
+        data, tensors, _ = load_from_zip_file(path, True, custom_objects, "cpu", print_system_info=print_system_info)
+        if not data or not data.keys() >= {"policy_class", "arguments", "state"}:
+            raise ValueError(f"{path} was not written by save() of this version; save the agent again")
+        check_algorithm(cls, data["state"])
+        agent = cls(data["policy_class"], env, device=device, _init_setup_model=False, **data["arguments"] | kwargs)
+        agent.sampler_config = SamplerConfig.from_dict(data["state"]["sampler"])
+        if env is None:
+            agent.observation_space, agent.action_space = data["observation_space"], data["action_space"]
+        run_seed = agent.run_seed
+        agent._setup_model()
+        agent.load_state_dict({"tensors": tensors, "state": data["state"]})
+        if kwargs.get("seed") is not None:
+            agent.run_seed = run_seed
+        return agent
 
 
 def _shaped(schedule: Schedule, warmup: float, final_fraction: float, progress_remaining: float) -> float:

@@ -211,8 +211,21 @@ class TrajectoryBuffer:
             self.conditioning[name][rows] = values
 
     def add(self, rows: slice, step: DenoisingStep) -> None:
-        """Stores one denoising step of some of this rank's images."""
-        self.latents[rows, step.index] = step.state.latents
+        """Stores one denoising step of some of this rank's images.
+
+        Raises:
+            RuntimeError: if it does not begin at the latents that the step before it led to.
+        """
+        latents = step.state.latents
+        if step.index == 0:
+            self.latents[rows, 0] = latents
+        elif not torch.allclose(self.latents[rows, step.index], latents, rtol=0, atol=0, equal_nan=True):
+            # Nothing could be learned from it: these actions were never taken.
+            raise RuntimeError(
+                f"the latents of denoising step {step.index} are not the action of the step before it: something "
+                "writes into the latents that it is given, such as the predict() of a model of your own; let it write "
+                "into a copy"
+            )
         self.latents[rows, step.index + 1] = step.next_latents
         self.means[rows, step.index] = step.mean
 

@@ -29,7 +29,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from agents.common import distributed
-from dpok_gym.models.lora import FILE_NAME as LORA_FILE
+from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
 from dpok_gym.utils.files import flush_to_disk, naming, replacing, write_text
 from dpok_gym.utils.reading import read_json
 from dpok_gym.utils.tensors import load_tensors, save_tensors
@@ -127,6 +127,11 @@ def list_checkpoints(run_folder: str | Path) -> list[Path]:
     """Returns a run's checkpoints, the oldest first."""
     folders = [path for path in Path(run_folder).glob("checkpoint-*") if _is_checkpoint(path)]
     return sorted(folders, key=_age)
+
+
+def images_of(checkpoint: Path) -> int:
+    """Returns the images drawn until a checkpoint, of which its name tells."""
+    return _age(checkpoint)[0]
 
 
 def find_checkpoint(run_folder: str | Path, which: str | Path = "latest") -> Path:

@@ -20,15 +20,17 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from agents.common.critic import CriticKind, RewardCritic, ValueNetwork
+from agents.common.model_card import lora_notes
 from agents.common.slow_copy import SlowCopy
 from dpok_gym import diffusion
 from dpok_gym.models.base import GuidanceGradient
-from dpok_gym.models.lora import MAX_RANK, LoRA, reference_copy
+from dpok_gym.models.lora import LoRA, reference_copy
+from dpok_gym.models.lora_files import MAX_RANK
 from dpok_gym.prompts import prompts_from_bytes
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig, State
 from dpok_gym.utils.batching import BatchSize
 from dpok_gym.utils.sharding import is_sharded, sharded_copy
-from dpok_gym.utils.validation import check_choice, check_integer, check_names
+from dpok_gym.utils.validation import check_choice, check_integer, check_names, check_path
 
 #: An eps far below any gradient: a step of AdamW then does not depend on the scale of the loss.
 DEFAULT_OPTIMIZER_KWARGS = {"weight_decay": 0.0, "eps": 1e-15}
@@ -55,6 +57,8 @@ class DenoisingPolicy(ActorCriticPolicy):
             constant, which saves about a third of the update's time and half of its memory.
         lora_rank: rank of the LoRA, usually 4 to 16; 0 trains a copy of the whole denoiser instead; None for the rank
             that suits the model, 8 for diffusion models of the usual size.
+        lora: file or folder of a LoRA to start from; its ranks and layers count, in place of ``lora_rank`` and
+            ``target_modules``. The reference stays the pre-trained model, so the KL counts what this LoRA changes too.
         target_modules: layers that get a LoRA: "attention" is usual for large models; "all" has convolutions and
             feed-forward layers too, which small models need; or ends of layer names.
         autocast: run the denoiser in bfloat16, where the device is faster at it; the transitions stay float32.
@@ -88,6 +92,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         process: DenoisingProcess | Mapping[str, Any],
         guidance_gradient: GuidanceGradient = "both",
         lora_rank: int | None = None,
+        lora: str | Path | None = None,
         target_modules: str | Sequence[str] = "attention",
         autocast: bool = False,
         gradient_checkpointing: bool | Literal["auto"] = False,
@@ -123,12 +128,15 @@ class DenoisingPolicy(ActorCriticPolicy):
         self._batch_size = BatchSize("max_batch_size", max_batch_size)
         # Resolved here, so that a saved policy does not depend on the default of a later version.
         rank = self.model.default_lora_rank if lora_rank is None else lora_rank
+        if lora is not None and lora_rank == 0:
+            raise ValueError("lora_rank=0 trains the whole denoiser, which starts from no LoRA; leave out one of them")
         check_integer("lora_rank", rank, minimum=0, maximum=MAX_RANK)
         check_integer("critic_hidden", critic_hidden, maximum=2**16)
         self._constructor = {
             "process": process.config.to_dict(),
             "guidance_gradient": guidance_gradient,
             "lora_rank": rank,
+            "lora": None if lora is None else str(check_path("the LoRA", lora)),
             "target_modules": target_modules,
             "autocast": autocast,
             "gradient_checkpointing": gradient_checkpointing,
@@ -139,7 +147,7 @@ class DenoisingPolicy(ActorCriticPolicy):
             "critic_kwargs": critic_kwargs,
             "keep_old": keep_old,
         }
-        self._make_trainable(rank, target_modules)
+        self._make_trainable(rank, target_modules, lora)
         self.gradient_checkpointing = gradient_checkpointing is True
         if gradient_checkpointing == "auto":
             from agents.common.memory import asks_for_checkpointing  # diffusers takes seconds to import
@@ -170,12 +178,16 @@ class DenoisingPolicy(ActorCriticPolicy):
         check_names(f"argument of {optimizer_class.__name__}", self.optimizer_kwargs, known)
         self.optimizer = optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
-    def _make_trainable(self, lora_rank: int, target_modules: str | Sequence[str]) -> None:
+    def _make_trainable(self, lora_rank: int, target_modules: str | Sequence[str], start: str | Path | None) -> None:
         """Makes the LoRA, or for rank 0 the copy of the denoiser."""
         self.lora: LoRA | None = None
         self.denoiser: nn.Module | None = None
-        if lora_rank:
+        if start is not None:
+            allow_pickle = self.model.options.get("allow_pickle", False)
+            self.lora = LoRA.from_folder(self.model.denoiser, start, self.model.lora_prefix, allow_pickle)
+        elif lora_rank:
             self.lora = LoRA(self.model.denoiser, lora_rank, self._layer_names(target_modules))
+        if self.lora is not None:
             # A parameter's name in a module must have no dots; nor must it depend on how many LoRAs were made before.
             names = {name: name.replace(f".{self.lora.name}.", ".").replace(".", "/") for name in self.lora.parameters}
             self.adapter = nn.ParameterDict({names[name]: value for name, value in self.lora.parameters.items()})
@@ -364,6 +376,11 @@ class DenoisingPolicy(ActorCriticPolicy):
         flat = mean.flatten(1)
         return DiagGaussianDistribution(flat.shape[1]).proba_distribution(flat, std.log()[:, None].expand_as(flat))
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that this policy was made with, without its denoising process."""
+        return {name: value for name, value in self._constructor.items() if name != "process"}
+
     def _get_lora(self) -> LoRA:
         if self.lora is None:
             raise ValueError("this policy trains the whole denoiser (lora_rank=0) and has no LoRA")
@@ -371,7 +388,7 @@ class DenoisingPolicy(ActorCriticPolicy):
 
     def save_lora(self, folder: str | Path) -> Path:
         """Writes the LoRA as diffusers' ``load_lora_weights(folder)`` reads it; returns the file's path."""
-        return self._get_lora().save(folder, self.model.lora_prefix)
+        return self._get_lora().save(folder, self.model.lora_prefix, lora_notes(self.process))
 
     def load_lora(self, folder: str | Path) -> None:
         """Reads a LoRA of the same model, rank and layers; errors as :meth:`dpok_gym.models.lora.LoRA.load`."""

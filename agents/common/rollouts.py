@@ -6,18 +6,21 @@ Letters used for shapes: N images of the iteration, n of them on this rank, T de
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
 
 from agents.common import distributed
 from agents.common.buffer import TrajectoryBuffer
+from agents.common.image_statistics import describe_images, equal_share, summarise_images, variance_within
 from agents.common.randomness import ImageNoise, Purpose, make_generator
 from dpok_gym import diffusion
-from dpok_gym.judging import make_info
+from dpok_gym.judging import Outcome, make_info
 from dpok_gym.rewards import RewardBatch
 from dpok_gym.rewards.workers import check_same_components
 
@@ -44,35 +47,72 @@ def draw_rollout(agent: DenoisingAlgorithm, buffer: TrajectoryBuffer, callback: 
     timesteps = agent.num_timesteps
     buffer.prompts = draw_prompts(agent, range(agent.images_drawn, agent.images_drawn + len(buffer)))
     batches: list[RewardBatch] = []
+    seen: list[Tensor] = []
     for rows in _chunks(len(buffer.own), agent.n_envs):
-        batch = _draw_images(agent, buffer, callback, rows)
-        if batch is None:
+        outcome = _draw_images(agent, buffer, callback, rows)
+        if outcome is None:
             break
-        batches.append(batch)
+        batches.append(outcome.rewards)
+        seen.append(_look_at(agent, buffer, rows, outcome.images))
     # One rank may have been stopped, and the others not.
-    if distributed.any_of(batch is None):
+    if distributed.any_of(outcome is None):
         return False
     agent.num_timesteps = timesteps + len(buffer) * agent.process.num_inference_steps
     rewards = _gather(buffer, _join(batches))
     # All at once, so that the statistics do not depend on how many images are drawn side by side.
     total = agent.reward_normalizer(rewards) if agent.reward_normalizer else rewards.total
     buffer.finish(total, rewards.valid)
+    _record_rewards(agent, buffer.prompts, rewards)
+    _record_images(agent, buffer.prompts, buffer.gather(torch.cat(seen)))
     _note_episodes(agent, rewards)
     seconds = time.perf_counter() - started
     agent.logger.record("rollout/images", agent.images_drawn + len(buffer))
     agent.logger.record("rollout/valid_share", buffer.valid.float().mean().item())
     agent.logger.record("time/rollout_images_per_second", len(buffer) / seconds)
-    components = {name: values[rewards.valid] for name, values in rewards.components.items()}
-    for column, values in zip(shorten_names(list(components)), components.values(), strict=True):
-        if len(values):  # perhaps no image has a valid reward
-            agent.logger.record(f"rollout/{column}", values.mean().item())
     return True
+
+
+def _record_rewards(agent: DenoisingAlgorithm, prompts: Sequence[str], rewards: RewardBatch) -> None:
+    """Logs the mean of each component, the mean of the total and how it differs within a prompt; all raw."""
+    valid = rewards.valid
+    if not valid.any():
+        return
+    components = {name: values[valid] for name, values in rewards.components.items()}
+    for column, values in zip(shorten_names(list(components)), components.values(), strict=True):
+        agent.logger.record(f"rollout/{column}", values.mean().item())
+    total, prompts = rewards.total[valid], [prompts[row] for row in torch.nonzero(valid).flatten().tolist()]
+    agent.logger.record("rollout/total_reward", total.double().mean().item())
+    variance, equal = variance_within(total[:, None], prompts), equal_share(total, prompts)
+    if variance is not None and equal is not None:
+        agent.logger.record("rollout/reward_std", variance.sqrt().item())
+        agent.logger.record("rollout/equal_share", equal)
+
+
+def _look_at(agent: DenoisingAlgorithm, buffer: TrajectoryBuffer, rows: slice, images: NDArray[np.uint8]) -> Tensor:
+    """Returns what some of this rank's images are like, after their held-out rewards, (B, ...)."""
+    of_all = range(buffer.own.start + rows.start, buffer.own.start + rows.stop)
+    held_out = agent.held_out(images, buffer.own_prompts[rows], of_all, len(buffer))
+    return torch.cat([held_out.float(), describe_images(images)], dim=1)
+
+
+def _record_images(agent: DenoisingAlgorithm, prompts: Sequence[str], seen: Tensor) -> None:
+    """Logs what the images of an iteration are like, from what :func:`_look_at` returned for all of them, (N, ...)."""
+    names = agent.held_out.names
+    for name, value in summarise_images(seen[:, len(names) :], prompts).items():
+        agent.logger.record(f"images/{name}", value)
+    held_out = seen[:, : len(names)].double()
+    held_out = held_out[held_out.isfinite().all(dim=1)]
+    if names and len(held_out):
+        agent.logger.record("rollout/held_out_reward", held_out.sum(dim=1).mean().item())
+        if len(names) > 1:
+            for name, mean in zip(shorten_names(names), held_out.mean(dim=0).tolist(), strict=True):
+                agent.logger.record(f"held_out/{name}", mean)
 
 
 def _draw_images(
     agent: DenoisingAlgorithm, buffer: TrajectoryBuffer, callback: BaseCallback, rows: slice
-) -> RewardBatch | None:
-    """Draws n images side by side; returns their rewards, or None if the callback ended the training."""
+) -> Outcome | None:
+    """Draws n images side by side; returns them and their rewards, or None if the callback ended the training."""
     process, policy, env = agent.process, agent.policy, agent.denoising_env
     first = agent.images_drawn + buffer.own.start
     images, prompts = range(first + rows.start, first + rows.stop), buffer.own_prompts[rows]
@@ -101,7 +141,7 @@ def _draw_images(
         callback.update_locals({"infos": infos, "rewards": rewards, "dones": dones})
         if not callback.on_step():
             return None
-    return outcome.rewards
+    return outcome
 
 
 def _episodes(agent: DenoisingAlgorithm, rewards: RewardBatch, infos: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -131,14 +131,15 @@ def find_denoising_env(env: Any) -> DenoisingVectorEnv:
     """Returns the denoising environment that an agent draws its images with.
 
     An agent draws whole trajectories on the model's device and does not step the environment. So a wrapper that
-    changes observations, actions or rewards would have no effect, and is refused.
+    changes observations, actions or rewards would have no effect, and is refused, as is a subclass that steps in its
+    own way.
 
     Args:
         env: a denoising environment, scalar or vector, or SB3's vector of one.
 
     Raises:
-        ValueError: if there is no denoising environment inside, a wrapper is around it, or its reward has the
-            pre-trained model's log-probability in it.
+        ValueError: if there is no denoising environment inside, a wrapper is around it, it steps in its own way, or its
+            reward has the pre-trained model's log-probability in it.
     """
     layers = [env]
     while not isinstance(layers[-1], (DenoisingVectorEnv, DenoisingEnv)):
@@ -156,6 +157,13 @@ def find_denoising_env(env: Any) -> DenoisingVectorEnv:
                 "off. The action is the next latent; rewards are changed with the environment's argument reward"
             )
     found = layers[-1]
+    for method in ("step", "reset"):
+        of_base = DenoisingEnv if isinstance(found, DenoisingEnv) else DenoisingVectorEnv
+        if getattr(type(found), method) is not getattr(of_base, method):
+            raise ValueError(
+                f"an agent draws its images itself and would not notice {type(found).__name__}.{method}(): leave it "
+                "out; rewards are changed with the environment's argument reward"
+            )
     batch = found.batch if isinstance(found, DenoisingEnv) else found
     if batch.reference_log_prob_coef:
         raise ValueError(

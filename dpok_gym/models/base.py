@@ -5,6 +5,7 @@ Letters used for sizes: B images, N prompts, F features, C x h x w a latent, H x
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from dpok_gym.models.conditioning_cache import ConditioningCache
-from dpok_gym.utils.validation import check_entries
+from dpok_gym.models.scheduler_configs import TimestepSpacing, with_density
+from dpok_gym.utils.validation import check_choice, check_entries
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Conditioning = dict[str, Tensor]
 GuidanceGradient = Literal["both", "conditional"]
+LongPrompts = Literal["error", "truncate"]
 
 #: Most bytes of conditioning that a model keeps. One prompt has 230 KiB with Stable Diffusion 1.5 in float32 (77 x 768
 #: numbers) and 620 KiB with XL, so this is enough for about 1100 and 400 prompts.
@@ -48,7 +51,10 @@ class TextToImageModel(ABC):
         image_shape: (H, W) in pixels.
         text_width: F, number of features of a prompt in :meth:`text_features`.
         denoiser: the network that is fine-tuned.
-        scheduler_config: config of the diffusers scheduler that the model was trained with.
+        scheduler_config: config of the diffusers scheduler that the model was trained with; every step of DDIM adds
+            noise with it.
+        long_prompts: what becomes of a prompt that is longer than the model reads: "error", or "truncate" to leave out
+            its end, as diffusers' pipelines do.
         lora_layers: sets of layers for a LoRA: "attention" and "all", each a tuple of endings of layer names.
         lora_prefix: name of the denoiser in a LoRA file, with a dot, as diffusers' ``load_lora_weights`` expects it.
         default_lora_rank: rank of the LoRA that fine-tuning trains by default; 0 means: train the whole denoiser.
@@ -64,11 +70,16 @@ class TextToImageModel(ABC):
     scheduler_config: Mapping[str, Any]
     lora_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     lora_prefix: str = ""
+    long_prompts: LongPrompts = "error"
     default_lora_rank: int = 8
 
     def __init__(self) -> None:
         self.options = {}
         self._conditioning = ConditioningCache(CONDITIONING_CACHE_BYTES)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextToImageModel:
+        """Returns the model itself: everyone shares its networks. Gymnasium copies an environment's arguments often."""
+        return self
 
     @classmethod
     def from_pipeline(
@@ -77,6 +88,8 @@ class TextToImageModel(ABC):
         *,
         image_size: int | Sequence[int] | None = None,
         negative_prompt: str | None = None,
+        long_prompts: LongPrompts = "error",
+        timestep_spacing: TimestepSpacing | None = None,
     ) -> TextToImageModel:
         """Makes a model of a live diffusers pipeline.
 
@@ -87,6 +100,8 @@ class TextToImageModel(ABC):
             pipe: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
             image_size: pixels of a side, or (height, width); None for the size that the model was trained with.
             negative_prompt: what guidance leads away from; None for what the model was trained with.
+            long_prompts: see :meth:`with_options`.
+            timestep_spacing: see :meth:`with_options`.
 
         Raises:
             ValueError: if pipelines of this class are not supported, if a part is missing, if its networks are
@@ -100,7 +115,12 @@ class TextToImageModel(ABC):
                 f"a {type(pipe).__name__} is made into a {type(model).__name__}, not into a {cls.__name__}; call "
                 "TextToImageModel.from_pipeline"
             )
-        return model.with_options(image_size=image_size, negative_prompt=negative_prompt)
+        return model.with_options(
+            image_size=image_size,
+            negative_prompt=negative_prompt,
+            long_prompts=long_prompts,
+            timestep_spacing=timestep_spacing,
+        )
 
     def configured(self, image_size: int | Sequence[int] | None, negative_prompt: str | None) -> TextToImageModel:
         """Returns a model with the same networks, not a copy of them, for other images.
@@ -120,27 +140,64 @@ class TextToImageModel(ABC):
         )
 
     def with_options(
-        self, *, image_size: int | Sequence[int] | None = None, negative_prompt: str | None = None
+        self,
+        *,
+        image_size: int | Sequence[int] | None = None,
+        negative_prompt: str | None = None,
+        long_prompts: LongPrompts = "error",
+        timestep_spacing: TimestepSpacing | None = None,
     ) -> TextToImageModel:
-        """Returns the model of :meth:`configured`, and notes the arguments in its ``options``.
+        """Returns a model with the same networks, not a copy of them, and notes the arguments in its ``options``.
 
         Args:
             image_size: as for :meth:`configured`.
-            negative_prompt: as for :meth:`configured`. If both are None, the model itself is returned.
+            negative_prompt: as for :meth:`configured`.
+            long_prompts: what becomes of a prompt that is longer than the model reads: "error", or "truncate" to leave
+                out its end, as diffusers' pipelines do.
+            timestep_spacing: of DDIM's steps: "leading", as in the published Stable Diffusion models, or "trailing",
+                which begins at the last training timestep; None for that of the model's scheduler.
+
+        Returns:
+            A light copy; the model itself if all arguments have their defaults.
+
+        Raises:
+            ValueError: if the model has no such images or takes no negative prompt, or an argument has no such choice.
         """
-        if image_size is None and negative_prompt is None:
-            return self
-        model = self.configured(image_size, negative_prompt)
+        check_choice("long_prompts", long_prompts, "error", "truncate")
         size = list(image_size) if isinstance(image_size, Sequence) else image_size
-        given = {"image_size": size, "negative_prompt": negative_prompt}
-        model.options = self.options | {name: value for name, value in given.items() if value is not None}
+        given: dict[str, Any] = {"image_size": size, "negative_prompt": negative_prompt}
+        given["long_prompts"] = None if long_prompts == "error" else long_prompts
+        given["timestep_spacing"] = timestep_spacing
+        given = {name: value for name, value in given.items() if value is not None}
+        if not given:
+            return self
+        model = copy.copy(self)
+        # A cache of its own: with another size XL's conditioning differs, and a prompt may be too long for one only.
+        model._conditioning = ConditioningCache(CONDITIONING_CACHE_BYTES)
+        model.long_prompts = long_prompts
+        if timestep_spacing is not None:
+            check_choice("timestep_spacing", timestep_spacing, "leading", "trailing")
+            model.scheduler_config = with_density(self.scheduler_config, timestep_spacing)
+        if image_size is not None or negative_prompt is not None:
+            model = model.configured(image_size, negative_prompt)
+        model.options = self.options | given
         return model
+
+    def find_long(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """Yields the index of each prompt that is longer than the model reads, and a sentence that says so.
+
+        It does not run the text encoder, and takes seconds for a million prompts.
+
+        Args:
+            prompts: N texts.
+        """
+        return iter(())
 
     @abstractmethod
     def find_unreadable(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """Yields the index of each prompt that the model cannot read, and a sentence that says why.
+        """Yields the index of each prompt that the model refuses, and a sentence that says why.
 
-        It does not run the text encoder, and takes seconds for a million prompts.
+        They are those of :meth:`find_long`, unless the model truncates them, and those with unknown words.
 
         Args:
             prompts: N texts.

@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 
-from dpok_gym.models.base import TextToImageModel
+from dpok_gym.models.base import LongPrompts, TextToImageModel
 from dpok_gym.models.registry import ModelFactory, find_source, is_factory
+from dpok_gym.models.scheduler_configs import TimestepSpacing
 from dpok_gym.utils.device import find_device
 from dpok_gym.utils.registry import import_attribute
 from dpok_gym.utils.validation import check_bool, check_choice, check_mapping, check_names, check_path, shorten
+
+#: Arguments of :func:`load_model` that make a light copy around the same networks.
+_LIGHT_OPTIONS = ("image_size", "negative_prompt", "long_prompts", "timestep_spacing")
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,25 @@ class ModelSpec:
     dtype: str = "float32"
     image_size: int | tuple[int, ...] | None = None
     negative_prompt: str | None = None
+    long_prompts: LongPrompts = "error"
+    timestep_spacing: TimestepSpacing | None = None
     revision: str | None = None
     variant: str | None = None
     allow_pickle: bool = False
     config: str | None = None
+    vae: str | None = None
     vae_tiling: bool = False
     compile: bool = False
     shard: bool = False
 
     def of_networks(self) -> ModelSpec:
-        """Returns the spec of the model with the same networks, and the image size that it was trained with."""
-        return replace(self, image_size=None, negative_prompt=None)
+        """Returns the spec of the model with the same networks, as it was published."""
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in _LIGHT_OPTIONS}
+        return replace(self, **defaults)
+
+    def light_options(self) -> dict[str, Any]:
+        """Returns the arguments of :meth:`TextToImageModel.with_options`."""
+        return {name: getattr(self, name) for name in _LIGHT_OPTIONS}
 
     def options(self) -> dict[str, Any]:
         """Returns the arguments of :func:`load_model` that are not defaults, without name and device."""
@@ -68,10 +80,13 @@ def load_model(
     *,
     image_size: int | Sequence[int] | None = None,
     negative_prompt: str | None = None,
+    long_prompts: LongPrompts = "error",
+    timestep_spacing: TimestepSpacing | None = None,
     revision: str | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
     config: str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | None = None,
     vae_tiling: bool = False,
     compile: bool = False,  # noqa: A002 (as torch and diffusers call it)
     shard: bool = False,
@@ -79,7 +94,7 @@ def load_model(
 ) -> TextToImageModel:
     """Loads a model once per process, so that environments and policies share one copy of its weights.
 
-    Models that differ in image size or negative prompt only share their networks. :func:`clear_model_cache` forgets
+    Models that differ in image size, prompts or timesteps only share their networks. :func:`clear_model_cache` forgets
     them all.
 
     Args:
@@ -91,10 +106,16 @@ def load_model(
         dtype: of the networks' weights: "float32", "bfloat16" or "float16".
         image_size: pixels of a side, or (height, width); None for the size that the model was trained with.
         negative_prompt: what classifier-free guidance leads away from; None for nothing in particular.
+        long_prompts: what becomes of a prompt with more tokens than the text encoder reads: "error", or "truncate" to
+            leave out its end, as diffusers' pipelines do.
+        timestep_spacing: of DDIM's steps: "leading", as in the published Stable Diffusion models, or "trailing", which
+            begins at the last training timestep; None for that of the model's scheduler.
         revision: branch, tag or commit of a hub id.
-        variant: of the weight files, such as "fp16".
+        variant: of the weight files, such as "fp16"; None takes the plain ones, or the only variant that a folder has.
         allow_pickle: whether weights that are no safetensors may be read.
         config: for a single file, a diffusers folder or hub id of the same architecture, which the file does not tell.
+        vae: another autoencoder, or one for a single file that has none: a folder of diffusers or a hub id, of the
+            autoencoder or of a whole model.
         vae_tiling: decode large images in overlapping tiles: less memory, and slightly different images.
         compile: run the denoiser through ``torch.compile``: minutes at first, then faster on a GPU.
         shard: spread the denoiser's weights over the ranks of a training (FSDP2), for models that one GPU cannot hold;
@@ -111,6 +132,9 @@ def load_model(
     known = ["name_or_path", *(field.name for field in fields(ModelSpec)[2:])]
     check_names("argument of load_model", unknown, known)
     check_choice("dtype", dtype, "float32", "bfloat16", "float16")
+    check_choice("long_prompts", long_prompts, "error", "truncate")
+    if timestep_spacing is not None:
+        check_choice("timestep_spacing", timestep_spacing, "leading", "trailing")
     for name, text in {"negative_prompt": negative_prompt, "revision": revision, "variant": variant}.items():
         if text is not None and not isinstance(text, str):
             raise ValueError(f"{name} must be a text or None, got {text!r}")
@@ -125,9 +149,9 @@ def load_model(
         raise ValueError("a denoiser that is spread over the ranks cannot be compiled: leave out shard or compile")
     check_path("the model", name_or_path)
     name = os.fspath(name_or_path)
-    if config is not None:
-        check_path("config", config)
-        config = os.fspath(config)
+    for option, path in {"config": config, "vae": vae}.items():
+        if path is not None:
+            check_path(option, path)
     spec = ModelSpec(
         name,
         find_source(name),
@@ -135,20 +159,22 @@ def load_model(
         dtype,
         _hashable_size(image_size),
         negative_prompt,
+        long_prompts,
+        timestep_spacing,
         revision,
         variant,
         allow_pickle,
-        config,
+        None if config is None else os.fspath(config),
+        None if vae is None else os.fspath(vae),
         vae_tiling,
         compile,
         shard,
     )
     if spec not in _models:
-        # Models for other image sizes or negative prompts are light copies around the same networks.
         plain = spec.of_networks()
         if plain not in _models:
             _models[plain] = _load_networks(plain)
-        _models[spec] = _models[plain].with_options(image_size=spec.image_size, negative_prompt=spec.negative_prompt)
+        _models[spec] = _models[plain].with_options(**spec.light_options())
     return _models[spec]
 
 
@@ -184,10 +210,13 @@ def find_model(
         raise TypeError(f"the model must be a name, a path or a loaded TextToImageModel, got {shorten(model)}")
     if device != "auto" and find_device(device) != model.device:
         raise ValueError(f"the loaded model is on {model.device}: leave out device={device!r}, or load it there")
-    # None, False and float32 are the defaults, with which nothing was asked for.
-    given = [name for name, value in (options | {"dtype": dtype}).items() if value not in (None, False, "float32")]
+    # The defaults, with which nothing was asked for.
+    default = (None, False, "float32", "error")
+    given = [name for name, value in (options | {"dtype": dtype}).items() if value not in default]
     if given:
-        raise ValueError(f"a loaded model has its own {', '.join(given)}: give these to load_model() instead")
+        raise ValueError(
+            f"a loaded model has its own {', '.join(given)}: give these to load_model() or from_pipeline() instead"
+        )
     return model
 
 
@@ -212,13 +241,14 @@ def _hashable_size(image_size: Any) -> Any:
 
 
 def _load_networks(spec: ModelSpec) -> TextToImageModel:
-    """Makes the model of a spec without image size and negative prompt."""
+    """Makes the model of a spec without the options of :data:`_LIGHT_OPTIONS`."""
     if is_factory(spec.source):
         return _make_by_factory(spec)
     from dpok_gym.models.pipelines import model_from_source  # diffusers takes seconds to import
 
-    files = (spec.revision, spec.variant, spec.allow_pickle, spec.config, spec.shard)
-    model = model_from_source(spec.name, str(spec.source), spec.device, getattr(torch, spec.dtype), *files)
+    files = {name: getattr(spec, name) for name in ("revision", "variant", "allow_pickle", "config", "vae")}
+    dtype = getattr(torch, spec.dtype)
+    model = model_from_source(spec.name, str(spec.source), spec.device, dtype, **files, spread=spec.shard)
     if spec.vae_tiling:
         model.vae.enable_tiling()
     if spec.compile:

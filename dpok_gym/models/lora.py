@@ -15,19 +15,10 @@ from weakref import WeakKeyDictionary
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dpok_gym.utils.files import replacing
-from dpok_gym.utils.reading import check_tensors, parse_json
-from dpok_gym.utils.validation import check_integer, check_non_negative, check_path, shorten
-
-#: The file that diffusers' ``load_lora_weights`` looks for.
-FILE_NAME = "pytorch_lora_weights.safetensors"
-
-#: The largest rank: that of the widest layers of published denoisers, with which nothing is low-rank any more.
-MAX_RANK = 5120
+from dpok_gym.models.lora_files import MAX_RANK, Ranks, read_lora, write_diffusers
+from dpok_gym.utils.validation import check_integer, check_path, shorten
 
 _numbers = itertools.count()
 
@@ -50,6 +41,7 @@ class LoRA:
         rank: of the change; 4 to 16 is usual. Each target layer gets rank x (inputs + outputs) parameters.
         target_modules: endings of the names of the layers to change, such as ``("to_q", "to_v")``;
             :attr:`TextToImageModel.lora_layers` has the usual sets.
+        other_ranks: the rank of each layer that has another one, by the layer's whole name.
 
     Attributes:
         parameters: the trainable parameters by name.
@@ -58,7 +50,13 @@ class LoRA:
         ValueError: if the rank is not positive or no layer has such a name.
     """
 
-    def __init__(self, network: nn.Module, rank: int, target_modules: Sequence[str]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        rank: int,
+        target_modules: Sequence[str],
+        other_ranks: Mapping[str, int] | None = None,
+    ) -> None:
         self.rank = check_integer("the LoRA rank", rank, maximum=MAX_RANK)
         is_list = isinstance(target_modules, Sequence) and not isinstance(target_modules, str)
         if not (is_list and all(isinstance(name, str) for name in target_modules)):
@@ -69,7 +67,10 @@ class LoRA:
         _remove_forgotten(network)
         self.name = f"lora{next(_numbers)}"
         self.target_modules = tuple(target_modules)
-        config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(target_modules))
+        ranks = Ranks(self.rank, dict(other_ranks or {}), self.target_modules)
+        for layer, other in ranks.others.items():
+            check_integer(f"the LoRA rank of the layer {layer}", other, maximum=MAX_RANK)
+        config = LoraConfig(**ranks.to_peft())
         before = [_state(layer) for layer in _layers(network)]
         trainable: list[nn.Parameter] = []  # of other LoRAs, which peft would freeze
         for layer in _layers(network):
@@ -129,30 +130,26 @@ class LoRA:
         expected = {key: value.shape for key, value in self.state_dict().items()}
         if {key: value.shape for key, value in state.items()} != expected:
             raise ValueError(
-                f"{what} is of another model: it changes {len(state) // 2} layers with rank {_rank(state)}, and not "
-                f"the same layers and sizes as here, {len(expected) // 2} with rank {self.rank}"
+                f"{what} is of another model: it changes {Ranks.of(state)}, and not the same layers and sizes as here, "
+                f"{Ranks.of(self.state_dict())}"
             )
         set_peft_model_state_dict(self._network, dict(state), adapter_name=self.name)
 
-    def save(self, folder: str | Path, prefix: str) -> Path:
+    def save(self, folder: str | Path, prefix: str, notes: Mapping[str, str] | None = None) -> Path:
         """Writes the file that diffusers' ``load_lora_weights(folder)`` reads.
 
         Args:
             folder: made if it is not there.
             prefix: the model's ``lora_prefix``, such as "unet.".
+            notes: texts for the file's header, by name.
 
         Returns:
             The file's path.
         """
-        state = {prefix + key: value.cpu().contiguous() for key, value in self.state_dict().items()}
-        path = check_path("the folder of the LoRA", folder) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
-            save_file(state, part)
-        return path
+        return write_diffusers(self.state_dict(), check_path("the folder of the LoRA", folder), prefix, notes or {})
 
     def load(self, folder: str | Path, prefix: str) -> None:
-        """Reads a file that :meth:`save` wrote into the parameters.
+        """Reads a file into the parameters.
 
         Args:
             folder: the folder, or the file itself.
@@ -160,32 +157,30 @@ class LoRA:
 
         Raises:
             FileNotFoundError: if there is none.
-            ValueError: if it is damaged, or of another model, rank or choice of layers.
+            ValueError: as :func:`~dpok_gym.models.lora_files.read_lora`, or if it is of another rank or choice of
+                layers.
         """
-        self._copy_from(_read(folder, prefix), f"the LoRA in {folder}")
+        self._copy_from(read_lora(folder, self._network, prefix), f"the LoRA in {folder}")
 
     @classmethod
-    def from_folder(cls, network: nn.Module, folder: str | Path, prefix: str) -> LoRA:
-        """Adds the LoRA that a file holds to a network; rank and layers are taken from the file.
+    def from_folder(cls, network: nn.Module, folder: str | Path, prefix: str, allow_pickle: bool = False) -> LoRA:
+        """Adds the LoRA that a file holds to a network; ranks and layers are taken from the file.
 
         Args:
             network: changed in place.
-            folder: the folder, or the file itself.
+            folder: the folder, or the file itself, of any format that
+                :func:`~dpok_gym.models.lora_files.read_lora` reads.
             prefix: as in :meth:`save`.
+            allow_pickle: whether a file that is no safetensors may be read.
 
         Raises:
             FileNotFoundError: if there is no file.
-            ValueError: if it is damaged, or of another model.
+            ValueError: as :func:`~dpok_gym.models.lora_files.read_lora`.
         """
-        state = _read(folder, prefix)
-        ending = ".lora_A.weight"  # each layer has one such tensor, and one that ends in .lora_B.weight
-        targets = sorted(key.removesuffix(ending) for key in state if key.endswith(ending))
-        names = {name for name, _ in network.named_modules()}
-        missing = [target for target in targets if target not in names]
-        if missing:
-            raise ValueError(f"the LoRA in {folder} is of another model: there is no layer {missing[0]!r} here")
-        lora = cls(network, _rank(state), targets)
-        lora.load(folder, prefix)
+        state = read_lora(folder, network, prefix, allow_pickle)
+        ranks = Ranks.of(state)
+        lora = cls(network, ranks.rank, ranks.layers, ranks.others)
+        lora._copy_from(state, f"the LoRA in {folder}")
         return lora
 
     def merged_copy(self) -> nn.Module:
@@ -272,41 +267,3 @@ def _switch(states: list[_State]) -> None:
     for layer, names, on in states:
         layer._active_adapter = names
         layer._disable_adapters = not on
-
-
-def _read(folder: str | Path, prefix: str) -> dict[str, Tensor]:
-    """Reads a LoRA file: the tensors by their names without the prefix."""
-    path = check_path("the LoRA", folder)
-    path = path / FILE_NAME if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no LoRA at {folder}: expected a file {FILE_NAME}, as save_lora() writes it")
-    try:
-        with safe_open(check_tensors(path), "pt") as file:
-            state = {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
-            noted = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
-        scale = _read_scale(parse_json(noted, "its note lora_adapter_metadata"), prefix)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"the LoRA file {path} is damaged ({error}); write or copy it again") from error
-    if not _rank(state):
-        raise ValueError(f"the file {path} holds no LoRA weights; give a file that save_lora() or diffusers wrote")
-    not_finite = [key for key, value in state.items() if not value.isfinite().all()]
-    if not_finite:
-        raise ValueError(f"the LoRA file {path} has values that are not finite, in {not_finite[0]}; train it again")
-    return {key: value * scale if key.endswith(".lora_B.weight") else value for key, value in state.items()}
-
-
-def _read_scale(noted: Any, prefix: str) -> float:
-    """Returns alpha / rank, by which other tools scale the change, of what diffusers notes. Here it goes into B."""
-    try:
-        scale = noted.get(f"{prefix}lora_alpha", 1) / noted.get(f"{prefix}r", 1)
-    except (AttributeError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"its note lora_adapter_metadata has no numbers for alpha and rank: {error}") from error
-    return check_non_negative("its scale, alpha / rank,", scale)
-
-
-def _rank(state: Mapping[str, Tensor]) -> int:
-    """Returns the rank of a LoRA's tensors; 0 if they are none."""
-    for key, value in state.items():
-        if key.endswith(".lora_A.weight") and value.dim():
-            return len(value)
-    return 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from dpok_gym.models.base import LIVE_PIPELINE
 from dpok_gym.models.registry import list_local_models, list_models
 from dpok_gym.models.stable_diffusion import StableDiffusion
 from dpok_gym.models.stable_diffusion_xl import StableDiffusionXL
-from dpok_gym.utils.hub import NO_CODE, describe_wrong_weights, has_vocabulary
+from dpok_gym.utils.hub import NO_CODE, check_hub_id, describe_wrong_weights, find_outage, has_vocabulary
 from dpok_gym.utils.reading import check_model_folder, check_tensors, check_torch_file, read_json
 from dpok_gym.utils.sharding import shard
 from dpok_gym.utils.validation import check_integer
@@ -34,6 +36,13 @@ FAMILIES: dict[str, type[StableDiffusion]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
 }
+
+#: Files of weights, perhaps one of many shards, and their variant.
+_WEIGHTS = re.compile(
+    r"(diffusion_pytorch_model|pytorch_model|model)(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.(?P<format>safetensors|bin)"
+)
+
+logger = logging.getLogger(__name__)
 
 #: Parts of a pipeline that are not needed to draw: not loaded, and not downloaded.
 _UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
@@ -48,6 +57,7 @@ def model_from_source(
     variant: str | None = None,
     allow_pickle: bool = False,
     config: str | None = None,
+    vae: str | None = None,
     spread: bool = False,
 ) -> StableDiffusion:
     """Loads the networks of a model; see :func:`dpok_gym.models.load_model`.
@@ -61,6 +71,7 @@ def model_from_source(
         variant: of the weight files.
         allow_pickle: whether weights that are no safetensors may be read.
         config: for a single file, a diffusers folder or hub id of the same architecture.
+        vae: a folder or hub id of another autoencoder.
         spread: whether to spread the denoiser over the ranks.
 
     Raises:
@@ -78,16 +89,29 @@ def model_from_source(
         )
     disable_progress_bar()  # transformers shows one even for a file that loads in milliseconds
     try:
-        if path.is_file():
-            family, parts = _parts_of_file(path, dtype, allow_pickle, config)
-        else:
-            family, parts = _parts_of_folder(path, dtype, variant, allow_pickle)
+        given = {} if vae is None else {"vae": _load_vae(vae, dtype, allow_pickle)}
+        with _quiet_diffusers():
+            if path.is_file():
+                family, parts = _parts_of_file(path, dtype, allow_pickle, config, given)
+            else:
+                family, parts = _parts_of_folder(path, dtype, variant, allow_pickle, given)
         if spread:  # before it is on the device, which could not hold it
             parts["unet"] = shard(parts["unet"], device)
         return family(name, device=device, **parts)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{what} cannot be loaded: {reason}. {advice}; if a file is damaged, get it again") from error
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Lets diffusers be silent about what is checked here, such as weights that are missing."""
+    verbosity = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        diffusers.logging.set_verbosity(verbosity)
 
 
 def model_from_pipeline(pipe: DiffusionPipeline) -> StableDiffusion:
@@ -151,33 +175,39 @@ def _parts_of_pipeline(pipe: Any, family: type[StableDiffusion]) -> dict[str, An
 
 
 def _parts_of_folder(
-    folder: Path, dtype: torch.dtype, variant: str | None, allow_pickle: bool
+    folder: Path, dtype: torch.dtype, variant: str | None, allow_pickle: bool, given: Mapping[str, Any]
 ) -> tuple[type[StableDiffusion], dict[str, Any]]:
+    """Returns the family and its parts, those that are given among them."""
     check_model_folder(folder)
     index, kind = _read_index(folder / "model_index.json")
     if kind not in FAMILIES:
         raise ValueError(_describe_unsupported(kind))
     family = FAMILIES[kind]
-    weights: dict[str, Any] = {"variant": variant, "use_safetensors": _use_safetensors(allow_pickle)}
-    of_diffusers = {"torch_dtype": dtype, **weights}
-    load: dict[str, Callable[[Path], Any]] = {
-        "tokenizer": _load_tokenizer,
-        "text_encoder": partial(_load_text_encoder, CLIPTextModel, dtype=dtype, **weights),
-        "unet": partial(UNet2DConditionModel.from_pretrained, **of_diffusers),
-        "vae": partial(AutoencoderKL.from_pretrained, **of_diffusers),
-        "scheduler": _load_scheduler_config,
+    diffusers_dtype, text = {"torch_dtype": dtype}, {"dtype": dtype, **NO_CODE}
+    networks: dict[str, tuple[Any, dict[str, Any]]] = {
+        "text_encoder": (CLIPTextModel, text),
+        "unet": (UNet2DConditionModel, diffusers_dtype),
+        "vae": (AutoencoderKL, diffusers_dtype),
     }
+    readers = {"tokenizer": _load_tokenizer, "scheduler": _load_scheduler_config}
     if family is StableDiffusionXL:
-        load["tokenizer_2"] = _load_tokenizer
-        load["text_encoder_2"] = partial(_load_text_encoder, CLIPTextModelWithProjection, dtype=dtype, **weights)
-    parts = {}
-    for name, function in load.items():
+        networks["text_encoder_2"] = (CLIPTextModelWithProjection, text)
+        readers["tokenizer_2"] = _load_tokenizer
+    parts, variants = dict(given), set()
+    for name in [name for name in (*readers, *networks) if name not in given]:
         try:
-            parts[name] = function(folder / name)
+            if name in readers:
+                parts[name] = readers[name](folder / name)
+            else:
+                variants.add(found := _find_variant(folder / name, variant, allow_pickle))
+                network_class, arguments = networks[name]
+                parts[name] = _load_network(network_class, folder / name, found, allow_pickle, **arguments)
         except (ValueError, OSError) as error:
             raise ValueError(f"its {name}: {error}") from error
         except Exception as error:  # the libraries raise many kinds for damaged files
             raise ValueError(f"its {name} cannot be read ({type(error).__name__}: {error})") from error
+    if other := variants - {variant}:
+        logger.warning("%s has weights of the variant %s only; they are used", folder, ", ".join(map(str, other)))
     parts["scheduler_config"] = parts.pop("scheduler")
     if family is StableDiffusionXL:
         parts["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)
@@ -202,8 +232,8 @@ def _load_tokenizer(folder: Path) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     if not has_vocabulary(tokenizer):
         raise ValueError("it has no vocabulary (vocab.json and merges.txt, or tokenizer.json)")
-    # Without tokenizer_config.json, transformers takes a length without end, and prompts would never be too long.
-    check_integer("its model_max_length in tokenizer_config.json", tokenizer.model_max_length, maximum=10**6)
+    # Without one, transformers takes 10^30; the model then takes the length of its text encoder.
+    check_integer("its model_max_length in tokenizer_config.json", tokenizer.model_max_length, maximum=10**31)
     return tokenizer
 
 
@@ -216,40 +246,109 @@ def _load_scheduler_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _load_text_encoder(network_class: Any, folder: Path, **kwargs: Any) -> Any:
-    text_encoder, info = network_class.from_pretrained(folder, output_loading_info=True, **NO_CODE, **kwargs)
+def _load_network(
+    network_class: Any, source: str | Path, variant: str | None, allow_pickle: bool, **kwargs: Any
+) -> Any:
+    """Loads a network of transformers or diffusers from a folder or the hub, and checks that it has all weights."""
+    files = {"variant": variant, "use_safetensors": _use_safetensors(allow_pickle)}
+    network, info = network_class.from_pretrained(source, output_loading_info=True, **files, **kwargs)
     if wrong := describe_wrong_weights(info):
         raise ValueError(f"it {wrong}")
-    return text_encoder
+    return network
+
+
+def _find_variant(folder: Path, variant: str | None, allow_pickle: bool) -> str | None:
+    """Returns the variant of a network's files to load: the given one, or the only one if there are no plain files.
+
+    Raises:
+        ValueError: if there are no such files; the message has the argument that helps.
+    """
+    matches = [match for path in folder.glob("*") if (match := _WEIGHTS.fullmatch(path.name))]
+    variants = {match["variant"] for match in matches if allow_pickle or match["format"] == "safetensors"}
+    if variant in variants:
+        return variant
+    if variant is None and len(variants) == 1:
+        return variants.pop()
+    asked = f" of the variant {variant!r}" if variant else ""
+    if names := sorted(name for name in variants if name):
+        way = f"there are {', '.join(names)}; choose one with {_in_both('variant', names[0])}"
+    elif variants:
+        way = "there are plain ones; leave out the variant"
+    elif matches:
+        trust = _in_both("allow_pickle", True)
+        way = f"there are pickles, which may run code of their author's; if you trust them, pass {trust}"
+    else:
+        way = f"download them; if the model has a variant only, with {_in_both('variant', 'fp16')}"
+    raise ValueError(f"there are no weights{asked} in {folder} as .safetensors: {way}")
+
+
+def _in_both(name: str, value: str | bool) -> str:
+    """Returns how an argument of ``load_model`` is written in Python, and as an option of the command line."""
+    return f"{name}={value!r} (in an environment model_kwargs={{{name!r}: {value!r}}}, --model-kwargs {name}={value})"
 
 
 def _parts_of_file(
-    path: Path, dtype: torch.dtype, allow_pickle: bool, config: str | None
+    path: Path, dtype: torch.dtype, allow_pickle: bool, config: str | None, given: Mapping[str, Any]
 ) -> tuple[type[StableDiffusion], dict[str, Any]]:
-    """Returns the parts of a single-file checkpoint, in the layout of the models' authors."""
+    """Returns the parts of a single-file checkpoint, in the layout of the models' authors, and those that are given."""
     if path.suffix == ".safetensors":
         with safe_open(check_tensors(path), "pt") as file:
             keys = list(file.keys())
     elif allow_pickle:
-        keys = list(torch.load(check_torch_file(path), map_location="meta", weights_only=True).get("state_dict", {}))
+        content = torch.load(check_torch_file(path), map_location="meta", weights_only=True)
+        keys = list(content.get("state_dict", content))
     else:
         raise ValueError(
             "it is no .safetensors file, and a pickle may run code of its author's; get the .safetensors of the same "
-            "model, or pass allow_pickle=True (in an environment, model_kwargs={'allow_pickle': True}) if you trust it"
+            f"model, or if you trust it pass {_in_both('allow_pickle', True)}"
         )
     is_xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
     if not is_xl and not any(key.startswith("cond_stage_model.") for key in keys):
         raise ValueError("it holds no Stable Diffusion 1.x, 2.x or XL with its text encoders")
     kind = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
+    if "vae" not in given and not any(key.startswith("first_stage_model.") for key in keys):
+        raise ValueError(f"it holds no autoencoder: name the folder or hub id of one with {_in_both('vae', 'FOLDER')}")
+    outage = None
+    if config is None or not Path(config).expanduser().is_dir():
+        check_hub_id("config", config or kind)
+        outage = find_outage()
+    settings: dict[str, Any] = {"torch_dtype": dtype, "config": config, "local_files_only": outage is not None}
     try:
-        pipeline = getattr(diffusers, kind).from_single_file(str(path), torch_dtype=dtype, config=config, **_UNUSED)
+        pipeline = getattr(diffusers, kind).from_single_file(str(path), **settings, **given, **_UNUSED)
     except OSError as error:
         raise OSError(
-            f"{error} (a single file does not tell its architecture: pass the diffusers folder of a model of the same "
-            "architecture as config=, in an environment model_kwargs={'config': folder}, where the hub cannot be "
-            "reached)"
+            f"{outage or error} (a single file does not tell its architecture; where the hub cannot be reached, name "
+            f"the diffusers folder of a model of the same architecture with {_in_both('config', 'FOLDER')})"
         ) from error
-    return FAMILIES[kind], _parts_of_pipeline(pipeline, FAMILIES[kind])
+    except NotImplementedError as error:  # "Cannot copy out of meta tensor"
+        raise ValueError(
+            "it lacks weights of the denoiser or the autoencoder: it is cut, or of another architecture than config="
+        ) from error
+    parts = _parts_of_pipeline(pipeline, FAMILIES[kind])
+    for name in [name for name, part in parts.items() if isinstance(part, nn.Module)]:
+        if missing := [key for key, value in parts[name].named_parameters() if value.is_meta]:
+            raise ValueError(f"its {name} {describe_wrong_weights({'missing_keys': missing, 'mismatched_keys': []})}")
+    return FAMILIES[kind], parts
+
+
+def _load_vae(source: str, dtype: torch.dtype, allow_pickle: bool) -> AutoencoderKL:
+    """Loads an autoencoder from its own folder or hub id, or from that of a model that has one."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        check_model_folder(folder)
+        folder = folder / "vae" if (folder / "vae").is_dir() else folder
+        variant = _find_variant(folder, None, allow_pickle)
+        return _load_network(AutoencoderKL, folder, variant, allow_pickle, torch_dtype=dtype)
+    check_hub_id("the autoencoder", source)
+    outage = find_outage()
+    arguments = {"torch_dtype": dtype, "local_files_only": outage is not None}
+    for subfolder in (None, "vae"):
+        try:
+            return _load_network(AutoencoderKL, source, None, allow_pickle, subfolder=subfolder, **arguments)
+        except OSError as error:  # there is no config
+            reason = outage or str(error)
+    check_hub_id("the autoencoder", source, is_unknown=True)
+    raise FileNotFoundError(f"the autoencoder {source!r} is no folder, and not in the Hugging Face cache ({reason})")
 
 
 def _describe_unsupported(pipeline: str) -> str:
@@ -268,33 +367,32 @@ def _find_folder(name: str, source: str, revision: str | None, variant: str | No
         if not (folder / "model_index.json").is_file():
             raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json")
         return folder
-    wanted: Mapping[str, Any] = {
-        "revision": revision,
-        "variant": variant,
-        "use_safetensors": _use_safetensors(allow_pickle),
-    }
+    check_hub_id(f"the model {name!r}", source)
+    outage = find_outage()
+    wanted: dict[str, Any] = {"revision": revision, "local_files_only": outage is not None}
     try:
-        index = Path(hf_hub_download(source, "model_index.json", revision=revision))
-        _, pipeline = _read_index(index)
+        _, pipeline = _read_index(Path(hf_hub_download(source, "model_index.json", **wanted)))
         if pipeline in FAMILIES:
+            wanted |= {"variant": variant, "use_safetensors": _use_safetensors(allow_pickle)}
             return Path(DiffusionPipeline.download(source, **wanted, **_UNUSED))
     except Exception as error:
-        raise FileNotFoundError(_describe_missing(name, source, revision, allow_pickle, error)) from error
+        check_hub_id(f"the model {name!r}", source, is_unknown=True)
+        reason = outage or f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise FileNotFoundError(_describe_missing(name, source, revision, allow_pickle, reason)) from error
     raise ValueError(f"the model {source!r} cannot be loaded: {_describe_unsupported(pipeline)}")
 
 
-def _describe_missing(name: str, source: str, revision: str | None, allow_pickle: bool, error: Exception) -> str:
+def _describe_missing(name: str, source: str, revision: str | None, allow_pickle: bool, reason: str) -> str:
     """Returns the message for a model that was found nowhere: what was tried, and the ways to get one."""
     close = difflib.get_close_matches(name, list_models(), n=1)
     hint = f" Did you mean {close[0]!r}?" if close and name not in list_models() else ""
     version = f" at the revision {revision!r}" if revision else ""
-    reason = " ".join(str(error).split())
-    pickles = not allow_pickle and "safetensors" in str(error)
-    trust = "if it has pickles only and you trust them, pass allow_pickle=True; " if pickles else ""
+    pickles = not allow_pickle and "safetensors" in reason
+    trust = f"if it has pickles only and you trust them, pass {_in_both('allow_pickle', True)}; " if pickles else ""
     local = ", ".join(f"model={known!r}" for known in list_local_models())
     return (
         f"the model {name!r} is neither a local folder or file, nor in the Hugging Face cache, nor could it be "
-        f"downloaded as {source!r}{version} ({type(error).__name__}: {reason}).{hint} Ways out: {trust}pass "
-        f"model='/path/to/a/diffusers/folder'; run `hf download {source}` where there is a network and set HF_HOME to "
-        f"that cache; or use a model that needs no download ({local})"
+        f"downloaded as {source!r}{version} ({reason}).{hint} Ways out: {trust}pass "
+        f"model='/path/to/a/diffusers/folder' (--model); run `hf download {source}` where there is a network and set "
+        f"HF_HOME to that cache; or use a model that needs no download ({local})"
     )

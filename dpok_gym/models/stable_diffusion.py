@@ -6,6 +6,10 @@ Letters used for sizes: B images, N prompts, L tokens of a prompt, F features, C
 from __future__ import annotations
 
 import copy
+import heapq
+import itertools
+import logging
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, ClassVar
@@ -15,14 +19,17 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dpok_gym.models.base import CONDITIONING_CACHE_BYTES, Conditioning, GuidanceGradient, TextToImageModel
-from dpok_gym.models.conditioning_cache import ConditioningCache
+from dpok_gym.models.base import Conditioning, GuidanceGradient, TextToImageModel
 from dpok_gym.models.lora import reference_view
+from dpok_gym.models.scheduler_configs import describe_changes, with_density
 from dpok_gym.models.token_counts import count_tokens
 from dpok_gym.utils.sharding import is_sharded
+from dpok_gym.utils.validation import shorten
 
 #: The largest height or width in pixels: four times that of Stable Diffusion XL.
 MAX_SIDE = 4096
+
+logger = logging.getLogger(__name__)
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
@@ -78,9 +85,16 @@ class StableDiffusion(TextToImageModel):
         self.name = name
         self.device = torch.device(device)
         self.dtype = unet.dtype
-        self.tokenizer = tokenizer
+        self.tokenizer = bound_length(tokenizer, text_encoder)
         self.text_encoder, self.denoiser, self.vae = map(self._prepare, (text_encoder, unet, vae))
-        self.scheduler_config = scheduler_config
+        self.scheduler_config = with_density(scheduler_config)
+        if changes := describe_changes(scheduler_config, self.scheduler_config):
+            logger.warning(
+                "the scheduler of the model %s ends without noise, so its last step has no log-probability; it is used "
+                "with %s (timestep_spacing= chooses)",
+                name,
+                changes,
+            )
         self.negative_prompt: str | None = None
         self._unconditional: Conditioning | None = None
         size = unet.config.sample_size
@@ -114,8 +128,6 @@ class StableDiffusion(TextToImageModel):
             ValueError: if the autoencoder cannot draw images of this size.
         """
         other = copy.copy(self)
-        # A cache of its own, because the conditioning of XL contains the size.
-        other._conditioning = ConditioningCache(CONDITIONING_CACHE_BYTES)
         other._unconditional = None
         other.negative_prompt = negative_prompt
         if negative_prompt is not None:
@@ -133,33 +145,43 @@ class StableDiffusion(TextToImageModel):
             other._set_latent_size(size[0] // factor, size[1] // factor)
         return other
 
+    def find_long(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """See the base class."""
+        return self._find_long(self.tokenizer, prompts)
+
+    def _find_long(self, tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
+        max_tokens = tokenizer.model_max_length
+        for index, n_tokens in enumerate(count_tokens(tokenizer, prompts)):
+            if n_tokens > max_tokens:
+                yield (
+                    index,
+                    f"a prompt has {n_tokens} tokens and the model {self.name!r} reads at most {max_tokens} (start and "
+                    "end included); shorten it, or choose long_prompts='truncate' or, for an environment, 'skip' "
+                    f"(--long-prompts): {shorten(prompts[index])}",
+                )
+
     def find_unreadable(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
         """See the base class."""
-        return self._find_unreadable(self.tokenizer, prompts)
+        unknown = self._find_unknown_words(prompts)
+        return unknown if self.long_prompts == "truncate" else merge_by_index(unknown, self.find_long(prompts))
 
-    def _find_unreadable(self, tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
-        words = tokenizer.init_kwargs.get("words")  # None for a tokenizer that reads any word
-        readable = frozenset(words or ())
-        max_tokens = tokenizer.model_max_length
-        for index, (prompt, n_tokens) in enumerate(zip(prompts, count_tokens(tokenizer, prompts), strict=True)):
-            if words is not None and not readable.issuperset(prompt.split()):
+    def _find_unknown_words(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
+        words = self.tokenizer.init_kwargs.get("words")
+        if words is None:  # it reads any word
+            return
+        readable = frozenset(words)
+        for index, prompt in enumerate(prompts):
+            if not readable.issuperset(prompt.split()):
                 unknown = [word for word in prompt.split() if word not in readable]
                 yield (
                     index,
                     f"the model {self.name!r} cannot read {', '.join(map(repr, unknown))} in the prompt {prompt!r}; "
                     f"its words are: {' '.join(words)}",
                 )
-            elif n_tokens > max_tokens:
-                # diffusers would cut a long prompt off. Here it is an error: training needs the whole prompt.
-                yield (
-                    index,
-                    f"a prompt has {n_tokens} tokens and the model {self.name!r} reads at most {max_tokens} (start and "
-                    f"end included); shorten it: {prompt!r}",
-                )
 
     def _tokenize(self, tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-        """Returns the token ids of prompts that can be read, (N, L) int64 on the model's device."""
-        ids = tokenizer(list(prompts), padding="max_length")["input_ids"]
+        """Returns the token ids of prompts, (N, L) int64 on the model's device. Long ones lose their end."""
+        ids = tokenizer(list(prompts), padding="max_length", truncation=True)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64, device=self.device)
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -251,6 +273,25 @@ class StableDiffusion(TextToImageModel):
             "vae": self.vae,
             "scheduler": scheduler,
         }
+
+
+def bound_length(tokenizer: CLIPTokenizer, text_encoder: Any) -> CLIPTokenizer:
+    """Returns a tokenizer that reads no more tokens than its text encoder: itself, or a copy.
+
+    Without a ``tokenizer_config.json``, transformers takes a length without end.
+    """
+    most = text_encoder.config.max_position_embeddings
+    if tokenizer.model_max_length > most:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.model_max_length = most
+    return tokenizer
+
+
+def merge_by_index(*problems: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Merges what was found in prompts, each in ascending order; of several problems of a prompt, the first is kept."""
+    by_index = operator.itemgetter(0)
+    for _, same in itertools.groupby(heapq.merge(*problems, key=by_index), by_index):
+        yield next(same)
 
 
 def _is_multiple(side: Any, factor: int) -> bool:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import heapq
-import itertools
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dpok_gym.models.base import Conditioning
-from dpok_gym.models.stable_diffusion import StableDiffusion
+from dpok_gym.models.stable_diffusion import StableDiffusion, bound_length, merge_by_index
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -58,17 +55,14 @@ class StableDiffusionXL(StableDiffusion):
             # A copy, because the pipeline that these networks come from expects its own in float16.
             vae = copy.deepcopy(vae).float()
         super().__init__(name, tokenizer, text_encoder, unet, vae, scheduler_config, device)
-        self.tokenizer_2 = tokenizer_2
+        self.tokenizer_2 = bound_length(tokenizer_2, text_encoder_2)
         self.text_encoder_2 = self._prepare(text_encoder_2)
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.text_width = text_encoder_2.config.projection_dim
 
-    def find_unreadable(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
+    def find_long(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
         """See the base class."""
-        by_index = operator.itemgetter(0)
-        first, second = super().find_unreadable(prompts), self._find_unreadable(self.tokenizer_2, prompts)
-        for _, same in itertools.groupby(heapq.merge(first, second, key=by_index), by_index):
-            yield next(same)
+        return merge_by_index(super().find_long(prompts), self._find_long(self.tokenizer_2, prompts))
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         # The two tokenizers may number their words differently, and they fill up short prompts with different tokens.

@@ -76,6 +76,11 @@ class Reward:
         """The names of the functions in the sum, of which each may have several components."""
         return list(self._parts)
 
+    @property
+    def functions(self) -> dict[str, RewardFunction]:
+        """The functions of the sum, by name."""
+        return {name: part.function for name, part in self._parts.items()}
+
     def __call__(self, images: Tensor, prompts: list[str]) -> RewardBatch:
         """Scores a batch of images.
 
@@ -252,6 +257,8 @@ def _evaluate(function: RewardFunction, name: str, images: Tensor, prompts: list
     # Copies, because a function may write into its arguments. Neither the next function nor the caller must see that.
     with noting_errors(name, function):
         returned = function(images.clone(), list(prompts))
+    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
+        returned, _ = returned  # scores and info, as rewards of ddpo-pytorch and TRL return them
     if isinstance(returned, Mapping) and not returned:
         raise ValueError(f"the reward {name!r} returned an empty mapping; it must have at least one component")
     by_component = returned if isinstance(returned, Mapping) else {name: returned}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dpok_gym.rewards.base import Part, Reward
 from dpok_gym.rewards.normalization import check_normalize
@@ -13,6 +14,9 @@ from dpok_gym.rewards.registry import RewardFunction, load_reward
 from dpok_gym.rewards.remote.access import TOKEN_VARIABLE, check_no_secret, is_address
 from dpok_gym.rewards.remote.client import RemoteReward
 from dpok_gym.utils.validation import check_finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def make_reward(
@@ -37,6 +41,8 @@ def make_reward(
               share the work, see :class:`~dpok_gym.rewards.RemoteReward`;
             - a callable ``(images, prompts) -> (B,)``: a single component, named like the function or its class;
             - a callable ``(images, prompts) -> {component: (B,)}``: the total is the sum of the entries;
+            - a callable ``(images, prompts, metadata) -> (scores, info)``, as in ddpo-pytorch and TRL: its metadata is
+              an empty dict for each prompt, and its info is not used;
             - ``{name: weight}``, with any of these in place of the name, and the finite number that it is multiplied
               by. In place of the number may be ``{"weight": 1.0, "normalize": [mean, std]}`` (or None in place of the
               pair), and for an address RemoteReward's arguments too, such as ``"timeout": 300``, but no token;
@@ -45,7 +51,7 @@ def make_reward(
             ValueError that names the reward and the prompt; ``"mask"`` gives it a total of 0 and ``valid = False``.
 
     Raises:
-        TypeError: if the spec is of another kind or a weight is not a number.
+        TypeError: if the spec is of another kind, a function takes other arguments, or a weight is not a number.
         ValueError: if a name is unknown, the mapping is empty, two rewards have the same name, a weight is not finite,
             a setting or ``normalize`` is unknown, or ``non_finite`` is neither of the two.
         ImportError: if a reward needs something that is not installed.
@@ -64,8 +70,42 @@ def make_reward(
         if name in parts:
             raise ValueError(f"two rewards are named {name!r}; rename one of them")
         weight = float(check_finite(f"the weight of the reward {name!r}", weight))
-        parts[name] = Part(load(), weight, check_normalize(normalize, name))
+        parts[name] = Part(_taking_two(load(), name), weight, check_normalize(normalize, name))
     return Reward(parts, non_finite)
+
+
+def _taking_two(function: Callable[..., Any], name: str) -> RewardFunction:
+    """Returns a reward as a function of images and prompts; one that also takes metadata gets an empty dict for each.
+
+    Raises:
+        TypeError: if it takes other arguments.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a builtin that does not say what it takes
+        return function
+    if _takes(signature, 2):
+        return function
+    if not _takes(signature, 3):
+        raise TypeError(
+            f"the reward {name!r} takes {signature}; it must take (images, prompts), or (images, prompts, metadata) as "
+            "rewards of ddpo-pytorch and TRL do"
+        )
+
+    @functools.wraps(function)
+    def without_metadata(images: Tensor, prompts: list[str]) -> Any:
+        return function(images, prompts, [{} for _ in prompts])
+
+    return without_metadata
+
+
+def _takes(signature: inspect.Signature, n: int) -> bool:
+    """Returns whether a function can be called with n arguments by position, and no others."""
+    try:
+        signature.bind(*[None] * n)
+    except TypeError:
+        return False
+    return True
 
 
 def _identify(key: Any, settings: Mapping[str, Any]) -> tuple[str, Callable[[], RewardFunction]]:

@@ -14,7 +14,8 @@ from dpok_gym.utils.registry import RAISED_BY, Registry, import_attribute
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: ``(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`` or ``-> {component: (B,)}``, with (B,) a tensor, array or list.
+#: ``(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`` or ``-> {component: (B,)}``, with (B,) a tensor, array or list;
+#: or, with a mapping that is not used, ``-> ((B,), info)``.
 RewardFunction = Callable[["Tensor", list[str]], Any]
 #: A callable without arguments that loads a reward function and returns it.
 RewardFactory = Callable[[], RewardFunction]

@@ -53,8 +53,8 @@ def make_ddim_table(scheduler_config: Mapping[str, Any], num_inference_steps: in
     variance = eta**2 * (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
     if not bool((variance > 0).all()):
         raise ValueError(
-            "the sampler's last step adds no noise, so it has no log-probability; use a scheduler config with "
-            "set_alpha_to_one=False and timestep_spacing 'leading' (with steps_offset=1) or 'trailing'"
+            "the sampler's last step adds no noise, so it has no log-probability; load the model with "
+            "timestep_spacing='leading' or 'trailing' (--timestep-spacing), or take fewer num_inference_steps"
         )
     clean, noise = _prediction_coefficients(scheduler.config.prediction_type, alpha)
 

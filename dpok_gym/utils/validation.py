@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import math
 import os
 import reprlib
@@ -182,11 +181,19 @@ def check_entries(problems: Iterable[tuple[int, str]], total: int, lines: Sequen
     for index, message in bad:
         if total == 1:
             raise ValueError(message)
-        first = [index, *(other for other, _ in itertools.islice(bad, MAX_PLACES - 1))]
-        n_more = sum(1 for _ in bad)
-        places = ", ".join(str(lines[index] if lines else index) for index in first) + (", ..." if n_more else "")
-        where = "in line" if lines else "with index"
-        raise ValueError(f"{message} ({len(first) + n_more} of {total} are wrong, {where} {places})")
+        wrong = [index, *(other for other, _ in bad)]
+        raise ValueError(f"{message} ({len(wrong)} of {total} are wrong, {name_places(wrong, lines)})")
+
+
+def name_places(indices: Sequence[int], lines: Sequence[int] = ()) -> str:
+    """Returns where entries of a list are, for a message: the first few of them.
+
+    Args:
+        indices: of the entries, at least one.
+        lines: the line of each entry of the list in its file; empty for none.
+    """
+    places = ", ".join(str(lines[index] if lines else index) for index in indices[:MAX_PLACES])
+    return f"{'in line' if lines else 'with index'} {places}{', ...' if len(indices) > MAX_PLACES else ''}"
 
 
 def suggest(name: str, known: Collection[str]) -> str:

@@ -12,6 +12,7 @@ from agents.cli import fit_reward, train
 from agents.cli.arguments import kinds_of_options
 from agents.cli.config import default_config
 from agents.cli.evaluate import Evaluate
+from agents.cli.export import Export
 from agents.cli.main import main
 from agents.cli.sample import Sample
 from agents.cli.serve_reward import ServeReward
@@ -67,11 +68,18 @@ _SYNONYMS = {
 BASE = {
     "sample": ["sample", "--prompt", "a red circle", "--n", "1", "--num-inference-steps", "2", "--device", "cpu"],
     "evaluate": ["evaluate", "{run}", "--images", "1", "--device", "cpu"],
+    "export": ["export", "{run}", "--format", "merged", "--out", "{here}/out", "--device", "cpu"],
     "fit-reward": ["fit-reward", "{choices}", "--out", "{here}/out", "--device", "cpu"],
     "serve-reward": ["serve-reward", "jpeg-compressibility"],
     "train": ["train", "--out", "{here}/out", "--num-inference-steps", "2", "--device", "cpu"],
 }
-OPTIONS = {"sample": Sample, "evaluate": Evaluate, "fit-reward": fit_reward.FitReward, "serve-reward": ServeReward}
+OPTIONS = {
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "export": Export,
+    "fit-reward": fit_reward.FitReward,
+    "serve-reward": ServeReward,
+}
 
 
 def _annotations(options):
@@ -191,6 +199,8 @@ def test_misspelt_options(shapes_run, choices, tmp_path, monkeypatch, capsys, co
         (["evaluate", ""], "FOLDER"),
         (["evaluate", "nowhere"], "nowhere"),
         (["evaluate", "."], "no run folder"),
+        (["export"], "FOLDER"),
+        (["export", "nowhere"], "nowhere"),
         (["fit-reward", "nowhere.jsonl", "--out", "out"], "nowhere.jsonl"),
         (["fit-reward", ".", "--out", "out"], "file of choices"),
         (["fit-reward", "--out", "out"], "FILE"),
@@ -215,6 +225,8 @@ def test_misspelt_options(shapes_run, choices, tmp_path, monkeypatch, capsys, co
         (["train", "--algo", "draft", "--reward", "jpeg-compressibility"], "gradient"),
         (["train", "--env", "DPOK-Mixture-v0", "--guidance-scale", "2"], "guidance"),
         (["train", "--dtype", "float16"], "float16"),
+        (["train", "--lora", "nowhere"], "nowhere"),
+        (["train", "--lora", "."], "LoRA"),
         (["train", "--dtype", "bfloat16", "--lora-rank", "0"], "bfloat16"),
         (["train", "--model-kwargs", "varient=fp16"], "variant"),
         (["train", "--optimizer-kwargs", "wieght_decay=1"], "wieght_decay"),

@@ -1,7 +1,9 @@
 """The scalar environment: the checkers of Gymnasium and Stable-Baselines3, an episode, and what is refused."""
 
+import copy
 import inspect
 import math
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import dpok_gym
 from dpok_gym import DenoisingEnv, DenoisingVectorEnv, NoiseAction, PromptSet, TextFeatures, TextToImageModel
 from dpok_gym.prompts import prompt_to_bytes, prompts_from_bytes
 from dpok_gym.registration import ENVIRONMENTS
-from tests.support import GYMNASIUM_ADVICE, SB3_ADVICE, always_nan
+from tests.support import GYMNASIUM_ADVICE, SB3_ADVICE, always_nan, assert_same
 
 RED_CIRCLE = "a red circle"
 T = 3
@@ -27,6 +29,15 @@ T = 3
 
 def make(**kwargs: Any) -> DenoisingEnv:
     return DenoisingEnv(**{"num_inference_steps": T, "device": "cpu"} | kwargs)
+
+
+def make_long(tiny_sd_folder: Path, **kwargs: Any) -> DenoisingEnv:
+    """With three prompts of six, and one unseen one of two, that have more than 40 tokens or 100 bytes."""
+    fits, tokens, size = ("a dog", "a cat", "a moon"), "a " * 60, "green " * 30
+    prompts = PromptSet(
+        "mine", (fits[0], tokens, fits[1], size, tokens, fits[2]), (tokens, "a rabbit"), (1, 2, 3, 4, 5, 6)
+    )
+    return make(model=tiny_sd_folder, prompts=prompts, reward="jpeg-compressibility", max_prompt_bytes=150, **kwargs)
 
 
 def act(env: gymnasium.Env, seed: int = 0) -> np.ndarray:
@@ -503,3 +514,121 @@ class TestOptimalValue:
 def test_one_environment_does_not_reset_itself() -> None:
     with pytest.raises(TypeError, match="autoreset_mode is an argument of make_vec"):
         make(autoreset_mode="NextStep")
+
+
+# --- Prompts that are too long
+
+
+def test_long_prompts_are_counted(tiny_sd_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"has 62 tokens .*--long-prompts\).*\(2 of 6 are wrong, with index 1, 4\)"):
+        make_long(tiny_sd_folder)
+    with pytest.raises(ValueError, match="long_prompts must be one of 'error', 'truncate', 'skip', got 'cut'"):
+        make(long_prompts="cut")
+
+
+def test_long_prompts_are_left_out(tiny_sd_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prompts = make_long(tiny_sd_folder, long_prompts="skip").prompts
+    assert (prompts.train, prompts.weights) == (("a dog", "a cat", "a moon"), (1, 3, 6))
+    assert prompts.held_out == ("a rabbit",)
+    (message,) = caplog.messages
+    assert message.startswith("3 of 6 prompts of 'mine' (with index 1, 3, 4) are too long for the model ")
+    assert message.endswith(" and are left out, and 1 of 2 unseen ones")
+    with pytest.raises(ValueError, match="all 1 prompts of 'list' are too long"):
+        make(model=tiny_sd_folder, prompts=["a " * 60], long_prompts="skip")
+
+
+def test_long_prompts_are_truncated(tiny_sd_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The networks do not see their end; the observation, the reward and the infos have all of them."""
+    seen: list[str] = []
+
+    def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        seen.extend(prompts)
+        return images.mean((1, 2, 3))
+
+    long = "a " * 60 + "dog"
+    env = make(model=tiny_sd_folder, prompts=["a dog", long], reward=reward, long_prompts="truncate")
+    assert "1 of 2 prompts of 'list' (with index 1) are too long" in caplog.text
+    observation, _ = env.reset(seed=0, options={"prompt": long})
+    assert text_of(observation) == long
+    for i in range(T):
+        info = env.step(act(env, i))[-1]
+    assert (info["prompt"], seen) == (long, [long])
+    told = env.batch.model.encode([long, long[:-3] + "cat"])["encoder_hidden_states"]
+    assert torch.equal(told[0], told[1])
+    assert env.batch.process.config.model_kwargs == {"long_prompts": "truncate"}
+
+
+def test_every_prompt_is_checked_before_anything_is_drawn(tmp_path: Path) -> None:
+    """Also the one beyond the first thousands, and the unseen ones."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(["a red circle"] * 2500 + ["a red dragon"]))
+    with pytest.raises(ValueError, match=r"cannot read 'dragon' .*\(1 of 2501 are wrong, in line 2501\)"):
+        make(prompts=str(path))
+    with pytest.raises(ValueError, match="cannot read 'dragon'"):
+        make(prompts=PromptSet("mine", ("a red circle",), ("a red dragon",)))
+
+
+def test_timestep_spacing() -> None:
+    env = make(timestep_spacing="trailing")
+    assert env.batch.process.table.timesteps.tolist() == [999, 666, 332]
+    assert env.batch.process.config.model_kwargs == {"timestep_spacing": "trailing"}
+    with pytest.raises(ValueError, match="timestep_spacing must be one of"):
+        make(timestep_spacing="linspace")
+    model = dpok_gym.load_model("shapes", "cpu", timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="a loaded model has its own timestep_spacing"):
+        make(model=model, timestep_spacing="trailing")
+    assert make(model=model).batch.process.table.timesteps[0] == 999
+
+
+# --- Copies
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
+def test_a_copy_goes_on_as_the_environment_would(copied: str, wrapped: bool, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
+    env: Any = gymnasium.make(
+        "DPOK-Shapes-v0",
+        num_inference_steps=T,
+        device="cpu",
+        prompts=tmp_path / "prompts.txt",
+        reward={"jpeg-compressibility": 2.0},
+        reward_workers=2,
+        reference_info=True,
+    )
+    env = NoiseAction(env) if wrapped else env
+    env.reset(seed=5)
+    env.step(act(env))
+    (tmp_path / "prompts.txt").unlink()  # what was read is kept
+    again: Any = copy.deepcopy(env) if copied == "deepcopy" else pickle.loads(pickle.dumps(env))
+    assert again.unwrapped.batch.model is env.unwrapped.batch.model
+    for episode in range(2):
+        for i in range(T - 1 + episode):
+            assert_same(again.step(act(env, i)), env.step(act(env, i)))
+        assert_same(again.reset(), env.reset())
+    again.reset(seed=1)  # the original's episode is its own
+    env.step(act(env))
+    assert again.unwrapped.batch.running.all()
+
+
+def test_copies_share_weights_and_pickles_have_none(only_warnings: Any) -> None:
+    model, scorer = dpok_gym.load_model("shapes", "cpu"), torch.nn.Linear(1, 1)
+    env = gymnasium.make("DPOK-Shapes-v0", model=model, reward=scorer, num_inference_steps=T)
+    again: Any = copy.deepcopy(env)
+    assert again.unwrapped.batch.model is model
+    assert again.unwrapped.reward is env.unwrapped.reward  # type: ignore[attr-defined]
+    assert again.unwrapped.spec.kwargs["model"] is again.spec.kwargs["model"] is model
+    plain = make(reward="shapes-preference")
+    assert len(pickle.dumps(plain)) < 1e5
+
+
+@pytest.mark.parametrize("what", ["model", "network", "lambda"])
+def test_what_cannot_be_pickled(what: str) -> None:
+    choices: dict[str, dict[str, Any]] = {
+        "model": {"model": dpok_gym.load_model("shapes", "cpu")},
+        "network": {"reward": torch.nn.Linear(1, 1)},
+        "lambda": {"reward": lambda images, prompts: images.mean((1, 2, 3))},
+    }
+    (name,) = choices[what]
+    with pytest.raises(TypeError, match=rf"pickled as its arguments, and {name}=.*give the model by its name.*module:"):
+        pickle.dumps(make(**choices[what]))

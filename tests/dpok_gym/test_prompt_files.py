@@ -25,8 +25,9 @@ def test_bad_files(tmp_path):
         load_prompts(str(binary))
     with pytest.raises(FileNotFoundError, match="no file of prompts"):
         load_prompts(tmp_path / "missing")
-    with pytest.raises(FileNotFoundError, match="no file of prompts"):
-        load_prompts(tmp_path)
+    for folder in (tmp_path, str(tmp_path)):
+        with pytest.raises(FileNotFoundError, match="is a folder, and not a file of prompts"):
+            load_prompts(folder)
 
 
 WEIGHTED = (("a cat", 3.0), ("a dog, asleep", 1.0))
@@ -42,6 +43,7 @@ WEIGHTED = (("a cat", 3.0), ("a dog, asleep", 1.0))
         ("table.csv", 'id,Prompt,weight\n1,a cat,3\n2,"a dog, asleep",1\n'),
         ("blank.csv", 'prompt,weight\na cat,3\n"a dog, asleep",\n'),
         ("short.csv", 'prompt,weight\na cat,3\n"a dog, asleep"\n'),
+        ("drawbench.csv", 'Prompts,Category,Weight\na cat,Pets,3\n"a dog, asleep",Pets,1\n'),
         ("table.TSV", "\ufeffweight\tcaption\r\n3\ta cat\r\n1\ta dog, asleep\r\n"),
     ],
 )
@@ -53,6 +55,32 @@ def test_formats(tmp_path, name, content):
     counts = Counter(prompts.sample(np.random.default_rng(0), 4000))
     assert 2900 < counts["a cat"] < 3100  # 3000 +- 27 (one standard deviation)
     assert counts.total() == 4000
+
+
+def test_tsv_has_no_quotation_marks(tmp_path):
+    """PartiPrompts: 1,632 prompts, one of which begins with a quoted word."""
+    texts = [f"prompt number {n}" for n in range(1632)]
+    texts[850] = '"G I G G L E" painted in letters'
+    texts[851] = 'a sign that says "Start", in "red'
+    rows = ["Prompt\tCategory\tChallenge\tNote", *(f"{text}\tAbstract\tBasic\t" for text in texts)]
+    (tmp_path / "PartiPrompts.tsv").write_text("\n".join(rows) + "\n")
+    prompts = load_prompts(tmp_path / "PartiPrompts.tsv")
+    assert prompts.train == tuple(texts)
+    assert prompts.lines == tuple(range(2, 1634))
+
+
+def test_commas_of_an_only_column(tmp_path):
+    lines = ["Prompt", "a cat, asleep", '"a dog, awake"', 'a sign, "stop"d', '"two\nlines, ""red"""', "", "a fish"]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    prompts = load_prompts(tmp_path / "a.csv")
+    assert prompts.train == ("a cat, asleep", "a dog, awake", 'a sign, "stop"d', 'two\nlines, "red"', "a fish")
+    assert prompts.lines == (2, 3, 4, 5, 8)
+
+
+def test_separators_that_are_no_new_line(tmp_path):
+    for name in ("a.csv", "a.tsv", "a.txt"):
+        (tmp_path / name).write_text("prompt\na cat\u2028asleep\x0b\na dog\n", encoding="utf-8")
+        assert load_prompts(tmp_path / name).train[-2:] == ("a cat\u2028asleep" + "\x0b" * (name != "a.txt"), "a dog")
 
 
 def test_equal_weights_are_none(tmp_path):
@@ -75,9 +103,31 @@ def test_equal_weights_are_none(tmp_path):
             "must be 2 finite numbers, one for each prompt, none negat",
         ),
         ("a.jsonl", '{"prompt": "a cat"}\n\n{', "line 3: Expecting property name"),
-        ("a.tsv", 'prompt\na cat\n"a dog\n', "line 3: unexpected end of data"),
+        ("a.csv", 'prompt\na cat\n"a dog\n', "line 3: unexpected end of data; a cell with commas or"),
+        ("a.csv", 'prompt\n"Stop" says, a sign\n', "line 2: ',' expected after '\"'"),
+        (
+            "a.csv",
+            'prompt\na cat\n"a dog", asleep\n',
+            "line 3 has 2 cells, and the header has 1; write quotation marks",
+        ),
+        ("a.csv", "id,prompt\n\n1,a cat\n2,a dog, asleep\n", "line 4 has 3 cells, and the header has 2"),
+        ("a.tsv", "prompt\tid\na cat\t1\ta\n", "line 2 has 3 cells, and the header has 2; cells are separated by tabs"),
+        (
+            "a.tsv",
+            "id\tprompt\n1\ta cat\n2\n",
+            r"must be a text that is not blank, not None \(1 of 2 are wrong, in line 3",
+        ),
+        (
+            "a.parquet",
+            "PAR1",
+            r"is of a format that is not read; save it as a .jsonl, .csv or .txt, such as with pandas",
+        ),
         ("a.jsonl", '"a cat"', "line 1: each line must be an object, such as"),
-        ("a.jsonl", '{"prompt": "a cat"}\n{"promt": "a dog"}', "none of the fields 'promt' is named 'prompt', 'text'"),
+        (
+            "a.jsonl",
+            '{"prompt": "a cat"}\n{"promt": "a dog"}',
+            "none of the fields 'promt' is named 'prompt', 'prompts'",
+        ),
         ("a.csv", "id,words\n1,a cat\n", "none of the fields 'id', 'words' is named"),
         ("a.csv", "prompt\n", "there is no prompt in the file"),
         ("a.csv", "prompt,weight\na cat,?\n", "the weight of the prompt 'a cat' must be a number, not '?'"),

@@ -74,6 +74,9 @@ def test_load_passes_on_prompt_sets_lists_and_single_texts():
     assert load_prompts(("a cat",)).train == ("a cat",)
     assert load_prompts("A cat, on the moon.") == PromptSet("text", ("A cat, on the moon.",))
     assert load_prompts("rabbit").train == ("rabbit",)
+    assert load_prompts("a black/white cat and/or dog").train == ("a black/white cat and/or dog",)
+    assert load_prompts("/imagine a cat").train == ("/imagine a cat",)
+    assert load_prompts(["data/prompts"]).train == ("data/prompts",)
     assert load_prompts("a shape").train == ("a shape",)  # near a name, but plainly a prompt
     assert load_prompts(["shape"]).train == ("shape",)
     assert len(load_prompts("a cat " * 1000).train[0]) == 6000  # too long to be asked for as a file name
@@ -91,9 +94,17 @@ def test_load_passes_on_prompt_sets_lists_and_single_texts():
         ("color", ValueError, "did you mean 'colour'.*give a list"),
         ("dpok-color", ValueError, "did you mean 'dpok-colour'"),
         ("missing/prompts.txt", FileNotFoundError, "no file of prompts at 'missing/prompts.txt'"),
+        ("data/prompts.parquet", FileNotFoundError, "no file of prompts at 'data/prompts.parquet'"),
+        ("my prompts.YAML", FileNotFoundError, "no file of prompts at 'my prompts.YAML'"),
+        ("data/prompts", FileNotFoundError, "no file of prompts at 'data/prompts'"),
+        ("./my prompts", FileNotFoundError, "no file of prompts at './my prompts'"),
+        ("~/no such prompts", FileNotFoundError, "no file of prompts at '~/no such prompts'"),
+        ("tests", FileNotFoundError, "'tests' is a folder, and not a file"),
     ],
 )
-def test_load_errors(spec, error, message):
+def test_load_errors(spec, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
     with pytest.raises(error, match=message):
         load_prompts(spec)
 

@@ -12,6 +12,7 @@ from transformers import CLIPTokenizer
 
 from dpok_gym.models import load_model
 from dpok_gym.testing import MAX_TOKENS, WORDS, save_tiny_pipeline
+from tests.support import real_clip_tokenizer
 
 FOLDERS = {
     "stable-diffusion": "tiny_sd_folder",
@@ -71,3 +72,14 @@ def test_unknown_family(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="family must be one of 'stable-diffusion', 'stable-diffusion-v', "):
         save_tiny_pipeline(tmp_path, "flux")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_published_vocabulary(tmp_path: Path) -> None:
+    """The real tokenizer gives the ids that CLIP's authors print, and a small pipeline reads prompts with it."""
+    tokenizer = real_clip_tokenizer()
+    ids = [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496, 49407]
+    assert tokenizer("a photo of an astronaut riding a horse on mars")["input_ids"] == ids
+    model: Any = load_model(save_tiny_pipeline(tmp_path, tokenizer=tokenizer), "cpu")
+    assert model.encode(["a photo of an astronaut"])["encoder_hidden_states"].shape == (1, 77, 32)
+    with pytest.raises(ValueError, match="has 78 tokens"):
+        model.check_prompts(["very " * 75 + "old"])

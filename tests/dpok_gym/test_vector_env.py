@@ -1,6 +1,8 @@
 """The vector environment: bit for bit the scalar one, seed by seed."""
 
+import copy
 import inspect
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -568,3 +570,27 @@ def test_a_bad_prompt_leaves_the_episode_alone() -> None:
     _, _, terminated, _, infos = env.step(noise(1))
     assert terminated.all()
     assert list(infos["final_info"]["prompt"]) == ["a star"] * N
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
+def test_a_copy_goes_on_as_the_environment_would(copied: str, mode: str) -> None:
+    """In the middle of episodes, with workers, over the ends of episodes."""
+    env: Any = gymnasium.make_vec(
+        "DPOK-Shapes-v0",
+        num_envs=N,
+        num_inference_steps=T,
+        device="cpu",
+        reward_workers=2,
+        autoreset_mode=mode,
+        decode_batch_size="auto",
+    )
+    env.reset(seed=[3, 1, 2])
+    env.step(noise())
+    again = copy.deepcopy(env) if copied == "deepcopy" else pickle.loads(pickle.dumps(env))
+    assert again.model is env.model
+    assert (again.np_random_seed, again.autoreset_mode) == ((3, 1, 2), env.autoreset_mode)
+    for k in range(4):
+        assert_same(again.step(noise(k)), env.step(noise(k)))
+    again.close()
+    env.step(noise())  # its workers are its own

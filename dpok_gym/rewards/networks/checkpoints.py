@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dpok_gym.utils.hub import has_vocabulary
+from dpok_gym.utils.hub import check_hub_id, find_outage, has_vocabulary
 from dpok_gym.utils.reading import check_model_folder, check_torch_file, read_tensors
 
 StateDict = dict[str, Tensor]
@@ -42,18 +42,18 @@ def find_file(reward: str, checkpoint: PathLike | None, repository: str, filenam
         return path
     from huggingface_hub import hf_hub_download
 
+    outage = find_outage()
     try:
-        return Path(hf_hub_download(repository, filename))
+        return Path(hf_hub_download(repository, filename, local_files_only=outage is not None))
     except Exception as error:
         raise FileNotFoundError(
             f"the reward {reward!r} needs {filename!r}, which is not in the Hugging Face cache and could not be "
-            f"downloaded from {repository!r} ({type(error).__name__}: {error}). Ways out: run `hf download "
-            f"{repository} {filename}` where there is a network and set HF_HOME to that cache; or make the reward "
-            "yourself with checkpoint='/path/to/the/file' and pass it instead of its name"
+            f"downloaded from {repository!r} ({outage or _reason(error)}). "
+            f"{_ways_out(f'{repository} {filename}', 'checkpoint')}"
         ) from error
 
 
-def from_hub(reward: str, what: str, source: PathLike, argument: str, load: Callable[[str], Loaded]) -> Loaded:
+def from_hub(reward: str, what: str, source: PathLike, argument: str, load: Callable[..., Loaded]) -> Loaded:
     """Calls ``load`` (a ``from_pretrained``) with a local folder or hub id.
 
     Args:
@@ -61,30 +61,44 @@ def from_hub(reward: str, what: str, source: PathLike, argument: str, load: Call
         what: the loaded thing, such as "a CLIP model", for error messages.
         source: the folder or hub id.
         argument: the reward's keyword argument that ``source`` came from, for error messages.
-        load: a function of the source that returns the loaded thing.
+        load: a function of the source that returns the loaded thing; it takes ``local_files_only``.
 
     Raises:
         FileNotFoundError: if the source is neither a folder, nor in the cache, nor can be downloaded.
         ValueError: if a folder cannot be loaded.
     """
     folder = Path(source).expanduser()
-    name = str(folder) if folder.is_dir() else str(source)
-    try:
-        if folder.is_dir():
+    if folder.is_dir():
+        try:
             check_model_folder(folder)
-        return load(name)
-    except Exception as error:
-        if folder.is_dir():
+            return load(str(folder), local_files_only=True)
+        except Exception as error:
             raise ValueError(
                 f"the reward {reward!r} cannot load {what} from the folder {folder}: {error}. If a file is damaged or "
                 "missing, get it again"
             ) from error
+    whose = f"{what} of the reward {reward!r}"
+    check_hub_id(whose, source)
+    outage = find_outage()
+    try:
+        return load(str(source), local_files_only=outage is not None)
+    except Exception as error:
+        check_hub_id(whose, source, is_unknown=True)
         raise FileNotFoundError(
             f"the reward {reward!r} needs {what}, and {str(source)!r} is neither a local folder, nor in the Hugging "
-            f"Face cache, nor could it be downloaded ({type(error).__name__}: {error}). Ways out: run `hf download "
-            f"{source}` where there is a network and set HF_HOME to that cache; or make the reward yourself with "
-            f"{argument}='/path/to/a/folder' and pass it instead of its name"
+            f"Face cache, nor could it be downloaded ({outage or _reason(error)}). {_ways_out(source, argument)}"
         ) from error
+
+
+def _ways_out(download: PathLike, argument: str) -> str:
+    return (
+        f"Ways out: run `hf download {download}` where there is a network and set HF_HOME to that cache; or make the "
+        f"reward yourself with {argument}='/path' and pass it instead of its name (--reward my_module:my_reward)"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def load_tokenizer(reward: str, what: str, source: PathLike, tokenizer_class: Any) -> Any:
@@ -101,8 +115,8 @@ def load_tokenizer(reward: str, what: str, source: PathLike, tokenizer_class: An
         ValueError: if a folder cannot be loaded, or has no vocabulary.
     """
 
-    def load(name: str) -> Any:
-        tokenizer = tokenizer_class.from_pretrained(name)
+    def load(name: str, local_files_only: bool) -> Any:
+        tokenizer = tokenizer_class.from_pretrained(name, local_files_only=local_files_only)
         if not has_vocabulary(tokenizer):
             raise ValueError("it has no vocabulary")
         return tokenizer

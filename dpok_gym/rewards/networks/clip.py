@@ -70,8 +70,9 @@ def load_pretrained(reward: str, source: PathLike, argument: str, dtype: torch.d
     """
     disable_progress_bar()
 
-    def load(name: str) -> Any:
-        return CLIPModel.from_pretrained(name, dtype=dtype, output_loading_info=True, use_safetensors=True, **NO_CODE)
+    def load(name: str, local_files_only: bool) -> Any:
+        settings = {"use_safetensors": True, "local_files_only": local_files_only, **NO_CODE}
+        return CLIPModel.from_pretrained(name, dtype=dtype, output_loading_info=True, **settings)
 
     model, info = from_hub(reward, "a CLIP model", source, argument, load)
     if wrong := describe_wrong_weights(info):

@@ -130,6 +130,8 @@ OTHER = {
     "guidance_scale": "0.7",
     "negative_prompt": "a dog",
     "image_size": "128",
+    "long_prompts": "skip",
+    "timestep_spacing": "trailing",
     "dtype": "bfloat16",
     "model_kwargs": "vae_tiling=true",
     "max_prompt_bytes": "100",
@@ -169,8 +171,10 @@ OTHER = {
     "anchor_coef": "0.7",
     "anchor_images": "3",
     "normalize_rewards": "",
+    "held_out_reward": "jpeg-compressibility",
     "guidance_gradient": "conditional",
     "lora_rank": "3",
+    "lora": "a_folder",
     "target_modules": "attention",
     "autocast": "",
     "gradient_checkpointing": "",
@@ -282,6 +286,17 @@ def test_a_folder_of_that_name_does_not_make_a_prompt_a_path(tmp_path, monkeypat
     assert _config("--env", "DPOK-SD15-v0", "--prompts", "dog").env_kwargs["prompts"] == str(tmp_path / "dog")
 
 
+def test_the_held_out_reward():
+    def held_out(*options):
+        return parse(["--reward", "shapes-quality", *options]).config.algo_kwargs["held_out_reward"]
+
+    assert held_out() == "auto"
+    assert held_out("--held-out-reward", "None") is None
+    written = held_out("--held-out-reward", "shapes-alignment=2,jpeg-compressibility")
+    assert written == {"shapes-alignment": 2.0, "jpeg-compressibility": 1.0}
+    assert parse(["--held-out-reward", "./here:there"]).config.code() == ["the reward './here:there'"]
+
+
 def test_a_folder_with_a_reward_is_found_from_elsewhere(tmp_path, monkeypatch):
     (tmp_path / "my_reward").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -291,7 +306,7 @@ def test_a_folder_with_a_reward_is_found_from_elsewhere(tmp_path, monkeypatch):
 
 def test_an_environment_of_another_module(tmp_path, monkeypatch):
     register = "dpok_gym:DenoisingVectorEnv"
-    text = f"import gymnasium\ngymnasium.register('Ring-v0', vector_entry_point={register!r}, kwargs={{'eta': 0.5}})\n"
+    text = f"import gymnasium\ngymnasium.register('Mine-v0', vector_entry_point={register!r}, kwargs={{'eta': 0.5}})\n"
     (tmp_path / "my_envs.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     config = _config("--env", "my_envs:Mine-v0")

@@ -4,7 +4,9 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from agents.cli.main import main
 from tests.agents.cli.support import TINY, sample, train
@@ -29,6 +31,21 @@ def test_sample(finished, tmp_path, capsys):
     assert sample(tmp_path, finished / "checkpoint-4")[0] == 0
     assert np.abs(_pixels(out) - fine_tuned).max() <= 1
     assert sample(tmp_path, finished / "typo")[0] == 2
+
+
+@pytest.mark.slow
+def test_loras_of_other_tools(finished, tmp_path, capsys):
+    _, out = sample(tmp_path, finished)
+    expected = _pixels(out)
+    assert main(["export", str(finished), "--format", "kohya", "--out", str(tmp_path / "kohya")]) == 0
+    state = load_file(tmp_path / "kohya" / "kohya.safetensors")
+    torch.save(state, tmp_path / "theirs.bin")
+    assert sample(tmp_path, tmp_path / "kohya")[0] == 0
+    assert np.abs(_pixels(out) - expected).max() <= 1  # of 255
+    assert sample(tmp_path, tmp_path / "theirs.bin")[0] == 2
+    assert "is a pickle, which may run code" in capsys.readouterr().err
+    assert sample(tmp_path, tmp_path / "theirs.bin", "--trust")[0] == 0
+    assert np.abs(_pixels(out) - expected).max() <= 1
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def _steering(*words):
 def test_options():
     assert _steering() == UNSTEERED
     assert _steering("--steering", "best-of") == BestOf(8)
-    assert _steering("--steering", "best-of", "--n-particles", "4") == BestOf(4)
+    assert _steering("--steering", "best-of", "--n-particles", "4") == _steering("--best-of", "4") == BestOf(4)
     assert _steering("--steering", "svdd", "--temperature", "0.2", "--resample-every", "2") == SVDD(8, 0.2, 2)
     words = ["--temperature", "inf", "--potential", "max", "--ess-threshold", "0.5", "--choice", "draw"]
     expected = FKSteering(8, float("inf"), potential="max", ess_threshold=0.5, choice="draw")
@@ -50,6 +50,7 @@ def test_the_defaults_of_the_help_are_those_of_the_methods(capsys, monkeypatch):
     [
         (["--n-particles", "4"], "--n-particles needs --steering best-of, fk, svdd"),
         (["--steering", "svdd", "--potential", "max"], "--steering svdd has no --potential; it has --n-particles, "),
+        (["--best-of", "4", "--n-particles", "2"], "--best-of is a way of steering by itself; leave out --n-particles"),
         (["--steering", "best-of", "--temperature", "1"], "best-of has no --temperature; it has --n-particles$"),
     ],
 )
@@ -60,7 +61,7 @@ def test_options_that_a_method_does_not_have(words, message):
 
 def test_a_reward_without_steering(capsys):
     assert main(["sample", "--prompt", "a red circle", "--reward", "shapes-quality"]) == 2
-    assert "--reward is what --steering chooses by" in capsys.readouterr().err
+    assert "--reward is what --best-of or --steering chooses by" in capsys.readouterr().err
 
 
 def test_description():
@@ -85,7 +86,7 @@ def test_sample(finished, tmp_path, capsys):
     drawn = []
     for name, options in {
         "alone": [],
-        "best": ["--steering", "best-of"],
+        "best": ["--best-of", "8"],
         "small": ["--steering", "svdd", "--n-particles", "3", "--reward", "jpeg-compressibility"],
         "run": ["--steering", "fk", "--n-particles", "2", "--lora", str(finished)],
     }.items():

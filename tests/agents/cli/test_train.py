@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -59,6 +60,28 @@ def test_a_run_leaves_everything(finished):
     assert before.aligned_share == summary["aligned_before"]
 
 
+def test_a_run_logs_a_second_opinion(finished):
+    """And what its images are like; the figure shows the opinion."""
+    for row in read_log(finished / "progress.csv"):
+        assert np.isfinite(row["rollout/held_out_reward"])  # shapes-preference, as the judge is trained on
+        assert all(0 <= row[f"images/{name}"] <= 1 for name in ("brightness", "saturation", "contrast", "diversity"))
+    assert read_summary(finished)["warnings"] == []
+
+
+@pytest.mark.slow
+def test_a_run_that_pleases_its_reward_alone_says_so(tmp_path, capsys):
+    """Followed without bound, brightness ends in bright images that show nothing."""
+    options = ["--algo", "draft", "--reward", "tests.agents.cli.support:Brightness", "--max-kl", "None", "--seed", "1"]
+    options += ["--images", "160", "--images-per-iteration", "8", "--num-inference-steps", "4", "--eval-images", "1"]
+    options += ["--final-lr-fraction", "1", "--target-modules", "attention", "--device", "cpu"]
+    assert train(tmp_path / "run", *options) == 0
+    printed = capsys.readouterr().out
+    assert "held-out reward: shapes-alignment, shapes-quality" in printed
+    assert len(re.findall(r"warning: iteration \d+: in the last \d+ iterations the training reward rose", printed)) == 1
+    for warning in read_summary(tmp_path / "run")["warnings"]:
+        assert f"warning: {warning}" in printed
+
+
 def test_the_lora_is_that_of_the_newest_checkpoint(finished):
     assert_same(load_file(finished / "lora" / LORA), load_file(finished / "checkpoint-4" / LORA))
 
@@ -74,6 +97,8 @@ def test_the_config_says_everything(finished):
         "guidance_scale": 1.0,
         "negative_prompt": None,
         "image_size": None,
+        "long_prompts": "error",
+        "timestep_spacing": None,
         "dtype": "float32",
         "model_kwargs": None,
         "max_prompt_bytes": 512,

@@ -24,6 +24,8 @@ def reward(images, prompts):
 CODE = {
     "reward": (("env_kwargs", "reward"), {"intruder:reward": 1.0}, "the reward 'intruder:reward'"),
     "builtin": (("env_kwargs", "reward"), {"os:abort": 1.0}, "the reward 'os:abort'"),
+    "held-out reward": (("algo_kwargs", "held_out_reward"), {"intruder:reward": 1}, "the reward 'intruder:reward'"),
+    "held-out text": (("algo_kwargs", "held_out_reward"), "intruder:reward", "the reward 'intruder:reward'"),
     "model": (("env_kwargs", "model"), "intruder:reward", "the model 'intruder:reward'"),
     "pickle": (("env_kwargs", "model_kwargs"), {"allow_pickle": True}, "the model's allow_pickle"),
     "algorithm": (("algo",), "intruder:DPOK", "the algorithm 'intruder:DPOK'"),

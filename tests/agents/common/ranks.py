@@ -56,7 +56,7 @@ def make(name: str, model: str | Path, lora_rank: int = 2, shard: bool = False, 
     # 0 but for rounding would decide on a whole step.
     network = {"lora_rank": lora_rank, "critic_hidden": 16, "optimizer_kwargs": {"weight_decay": 0.0, "eps": 1e-4}}
     settings: dict[str, Any] = {"learning_rate": 1e-3, "seed": 0, "device": "cpu", "images_per_iteration": N}
-    settings |= {"anchor_coef": 0.1, "anchor_images": 5}
+    settings |= {"anchor_coef": 0.1, "anchor_images": 5, "held_out_reward": Brightness()}
     settings |= {"max_kl": 1e6} if name == "DRaFT" else {"normalize_rewards": True}
     return cls(env=env, policy_kwargs=network, **settings | kwargs | changes)
 

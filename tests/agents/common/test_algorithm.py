@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from stable_baselines3.common.save_util import save_to_zip_file
 from torch import Tensor
 
 from agents import DDPO, DPOK, DenoisingPolicy, GymnasiumVecEnv, evaluate
@@ -274,6 +275,34 @@ def test_arguments_can_be_changed_when_loading(
     assert loaded.kl_coef == 0.5
     with pytest.raises(TypeError, match="DPOK has no argument 'kl_coeff'; did you mean 'kl_coef'"):
         DPOK.load(tmp_path / "agent", make_env(), device="cpu", kl_coeff=0.5)
+    with pytest.raises(ValueError, match=r"kl_coef must be a number of at least 0, got -1"):
+        DPOK.load(tmp_path / "agent", make_env(), device="cpu", kl_coef=-1)
+    with pytest.raises(ValueError, match="the state is of DPOK, and the agent is DDPO"):
+        DDPO.load(tmp_path / "agent", make_env(), device="cpu")
+
+
+@pytest.mark.slow
+def test_every_argument_that_changes_when_loading_has_its_effect(
+    make_env: Callable[..., Any], make_agent: Callable[..., Any], tmp_path: Path
+) -> None:
+    agent = make_agent(clip_range=2.5)
+    agent.learn(UPDATE)
+    agent.save(tmp_path / "agent")
+    changed = {"learning_rate": 0.5, "images_per_iteration": 2 * N, "normalize_rewards": True, "seed": 7}
+    loaded = DPOK.load(tmp_path / "agent", make_env(), device="cpu", **changed)
+    assert loaded.clip_range == 2.5
+    assert loaded.lr_schedule(1.0) == 0.5
+    assert len(loaded.rollout_buffer) == loaded.images_per_iteration == 2 * N
+    assert loaded.reward_normalizer is not None
+    assert loaded.run_seed == 7
+    assert loaded.images_drawn == N
+    loaded.learn(UPDATE)
+
+
+def test_files_of_others_are_refused(tmp_path: Path) -> None:
+    save_to_zip_file(tmp_path / "other.zip", {"policy_class": "MlpPolicy"}, {})
+    with pytest.raises(ValueError, match=r"other.zip was not written by save\(\) of this version"):
+        DPOK.load(tmp_path / "other.zip", device="cpu")
 
 
 # --- What was learned, in other people's hands

@@ -57,6 +57,20 @@ def full_buffer(valid: list[bool] | None = None) -> TrajectoryBuffer:
     return buffer
 
 
+def test_actions_that_were_not_taken_are_refused() -> None:
+    """A network that writes into its latents would leave others in the buffer than the policy has drawn."""
+    buffer = TrajectoryBuffer(N, T, SHAPE, "cpu")
+    latents, step = filled(torch.arange(N)).clone(), torch.zeros(N, dtype=torch.int64)
+    noisy, mean, std = latents + 1, -latents, torch.ones(N)
+    noisy[0] = torch.nan  # a model that diverged draws these; they are refused elsewhere
+    buffer.begin(slice(N), {})
+    buffer.add(slice(N), DenoisingStep(0, State(latents, step, {}), mean, std, noisy))
+    buffer.add(slice(N), DenoisingStep(1, State(noisy, step + 1, {}), mean, std, noisy))
+    noisy *= 0.999
+    with pytest.raises(RuntimeError, match="latents of denoising step 2 are not the action of the step before it"):
+        buffer.add(slice(N), DenoisingStep(2, State(noisy, step + 2, {}), mean, std, noisy))
+
+
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 

@@ -561,6 +561,37 @@ def test_saved_lora(process: DenoisingProcess, make_policy: Callable[..., Denois
             method(tmp_path)
 
 
+@pytest.mark.slow
+def test_it_starts_from_a_lora(
+    process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy], tmp_path: Path
+) -> None:
+    """With the ranks and layers of the file; the reference stays the pre-trained model."""
+    first, state = perturb(make_policy(process, target_modules=["to_q", "conv1"])), observed_states(process, N)
+    first.save_lora(tmp_path)
+    second = make_policy(process, lora=tmp_path, lora_rank=2)
+    assert torch.equal(mean_of(second, state), mean_of(first, state))
+    assert torch.equal(mean_of(second, state, reference=True), mean_of(first, state, reference=True))
+    assert set(second.state_dict()) == set(first.state_dict())
+    assert second.lora.rank == 4
+    take_a_step(second, state)
+    assert not torch.equal(mean_of(second, state), mean_of(first, state))
+    second.save(tmp_path / "policy.pt")
+    loaded = DenoisingPolicy.load(tmp_path / "policy.pt", device="cpu")
+    assert torch.equal(mean_of(loaded, state), mean_of(second, state))
+
+
+def test_a_lora_that_is_a_pickle(
+    tiny_sd_folder: Path, make_policy: Callable[..., DenoisingPolicy], tmp_path: Path
+) -> None:
+    """It is read if the model's own pickles are."""
+    process = make_process(tiny_sd_folder, T)
+    state = make_policy(process).lora.state_dict()
+    torch.save({f"unet.{name}": value for name, value in state.items()}, tmp_path / "theirs.bin")
+    with pytest.raises(ValueError, match=r"theirs\.bin is a pickle"):
+        make_policy(process, lora=tmp_path / "theirs.bin")
+    make_policy(make_process(tiny_sd_folder, T, allow_pickle=True), lora=tmp_path / "theirs.bin")
+
+
 # --- Bad input
 
 
@@ -571,6 +602,8 @@ def test_saved_lora(process: DenoisingProcess, make_policy: Callable[..., Denois
         ({"use_sde": True}, "use_sde must be False"),
         ({"max_batch_size": 0}, "max_batch_size .* must be an integer of at least 1, got 0"),
         ({"lora_rank": -1}, "lora_rank must be an integer of at least 0, got -1"),
+        ({"lora": " "}, "the LoRA must be a path that is not blank"),
+        ({"lora": "nowhere", "lora_rank": 0}, "lora_rank=0 trains the whole denoiser, which starts from no LoRA"),
         ({"target_modules": ["to_x"]}, r"no layer of the denoiser ends in any of \['to_x'\]"),
         ({"target_modules": "to_q"}, "target_modules must be one of 'attention', 'all', got 'to_q'"),
         ({"guidance_gradient": "none"}, "guidance_gradient must be one of 'both', 'conditional', got 'none'"),

@@ -326,6 +326,31 @@ def test_wrappers_that_would_have_no_effect_are_refused(name: str, settings: dic
             use(env)
 
 
+class HalfActions(DenoisingVectorEnv):
+    def step(self, actions: Any) -> Any:
+        return super().step(actions / 2)
+
+
+class FixedStart(DenoisingEnv):
+    def reset(self, **kwargs: Any) -> Any:
+        return super().reset(seed=0)
+
+
+class OwnReward(DenoisingVectorEnv):
+    """It is no other decision process: agents ask for its rewards."""
+
+    def judge(self, latents: Any, prompts: Any) -> Any:
+        return super().judge(-latents, prompts)
+
+
+def test_environments_that_step_in_their_own_way_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"would not notice HalfActions.step\(\): leave it out"):
+        find_denoising_env(HalfActions(2, **settings))
+    with pytest.raises(ValueError, match=r"would not notice FixedStart.reset\(\): leave it out"):
+        find_denoising_env(FixedStart(**settings))
+    assert find_denoising_env(OwnReward(2, **settings))
+
+
 OTHERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "several in one process": lambda settings: DummyVecEnv([lambda: DenoisingEnv(**settings)] * 2),
     "a process each": lambda settings: SubprocVecEnv([lambda: gymnasium.make("CartPole-v1")] * 2, "fork"),

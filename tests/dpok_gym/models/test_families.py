@@ -12,14 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from safetensors.torch import save_file
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from dpok_gym.models import TextToImageModel, load_model
 from dpok_gym.models.base import GuidanceGradient
 from dpok_gym.models.lora import LoRA, reference_copy
+from dpok_gym.models.pipelines import model_from_source
 from dpok_gym.samplers.process import DenoisingProcess, State
 from dpok_gym.testing import MAX_TOKENS
 from dpok_gym.vector_env import DenoisingVectorEnv
@@ -415,15 +422,54 @@ def test_pickles_only_for_those_who_insist(tiny_sd_folder: Path, tmp_path: Path)
     assert torch.equal(model.denoiser.conv_in.weight, pipeline.unet.conv_in.weight)
 
 
-def test_variants(tiny_sd_folder: Path, tmp_path: Path) -> None:
+def test_variants(tiny_sd_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
     with torch.no_grad():
         pipeline.unet.conv_in.weight.add_(1)
     pipeline.save_pretrained(tmp_path, variant="other")
-    model: Any = load_model(tmp_path, "cpu", variant="other")
-    assert torch.equal(model.denoiser.conv_in.weight, pipeline.unet.conv_in.weight)
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        load_model(tmp_path, "cpu")
+    for variant in ("other", None):
+        model: Any = load_model(tmp_path, "cpu", variant=variant)
+        assert torch.equal(model.denoiser.conv_in.weight, pipeline.unet.conv_in.weight)
+    (message,) = caplog.messages  # of the second one
+    assert message == f"{tmp_path} has weights of the variant other only; they are used"
+    with pytest.raises(ValueError, match=r"no weights of the variant 'fp16' .*there are other.*variant=other"):
+        load_model(tmp_path, "cpu", variant="fp16")
+    with pytest.raises(ValueError, match=r"no weights of the variant 'fp16' .*leave out the variant"):
+        load_model(tiny_sd_folder, "cpu", variant="fp16")
+    pipeline.save_pretrained(tmp_path, variant="more", max_shard_size="1MB")
+    with pytest.raises(ValueError, match=r"there are more, other; choose one with variant='more'"):
+        model_from_source("fresh", str(tmp_path), "cpu", torch.float32)
+
+
+def test_messages_about_weights(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(tiny_sd_folder, tmp_path / "model"))
+    path = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["conv_in.weight"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"its unet: it lacks 1 weights .* such as conv_in\.weight"):
+        load_model(copied, "cpu")
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(ValueError, match=r"there are pickles.*allow_pickle=True .*--model-kwargs allow_pickle=True"):
+        load_model(copied, "cpu")
+    path.with_suffix(".bin").unlink()
+    with pytest.raises(ValueError, match=r"download them; .*--model-kwargs variant=fp16"):
+        load_model(copied, "cpu")
+
+
+@pytest.mark.parametrize("family", ["tiny_sd_folder", "tiny_xl_folder"])
+def test_tokenizers_without_a_length(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    copied = Path(shutil.copytree(request.getfixturevalue(family), tmp_path / "model"))
+    for path in copied.glob("tokenizer*/tokenizer_config.json"):
+        settings = json.loads(path.read_text())
+        del settings["model_max_length"]
+        path.write_text(json.dumps(settings))
+    live = DiffusionPipeline.from_pretrained(copied)
+    for model in (load_model(copied, "cpu"), TextToImageModel.from_pipeline(live)):
+        assert model.encode(["a dog"])["encoder_hidden_states"].shape[1] == MAX_TOKENS
+        with pytest.raises(ValueError, match=f"reads at most {MAX_TOKENS}"):
+            model.check_prompts(["a " * MAX_TOKENS])
+    assert live.tokenizer.model_max_length > 10**6  # the user's own is as it was
 
 
 def single_file(pipeline: Any) -> dict[str, Tensor]:
@@ -550,6 +596,47 @@ def test_single_file(folder: str, pipeline: Any, tmp_path: Path, request: pytest
     assert model.options == {"config": str(config)}
 
 
+@pytest.mark.slow
+def test_single_files_that_lack_something(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    weights = single_file(StableDiffusionPipeline.from_pretrained(tiny_sd_folder))
+    expected: Any = load_model(tiny_sd_folder, "cpu")
+
+    def save(lacking: str) -> Path:
+        path = tmp_path / f"{lacking.replace('.', '-')}.safetensors"
+        save_file({key: value for key, value in weights.items() if lacking not in key}, path)
+        return path
+
+    path = save("first_stage_model")
+    with pytest.raises(ValueError, match=r"holds no autoencoder: .*vae='FOLDER' .*--model-kwargs vae=FOLDER"):
+        load_model(path, "cpu", config=tiny_sd_folder)
+    for vae in (tiny_sd_folder, tiny_sd_folder / "vae"):
+        model: Any = load_model(path, "cpu", config=tiny_sd_folder, vae=vae)
+        latents = torch.randn(1, 4, 8, 8)
+        torch.testing.assert_close(model.decode(latents), expected.decode(latents))
+    with pytest.raises(ValueError, match=r"there is no file or folder './vae'"):
+        load_model(path, "cpu", config=tiny_sd_folder, vae="./vae")
+    with pytest.raises(ValueError, match=r"there is no file or folder './config'"):
+        load_model(save("nothing"), "cpu", config="./config")
+    with pytest.raises(ValueError, match="it lacks weights of the denoiser or the autoencoder"):
+        load_model(save("input_blocks.0.0.weight"), "cpu", config=tiny_sd_folder)
+    with pytest.raises(ValueError, match=r"its text_encoder lacks 1 weights .* final_layer_norm\.weight"):
+        load_model(save("final_layer_norm.weight"), "cpu", config=tiny_sd_folder)
+    for name, content in (("plain.ckpt", weights), ("nested.ckpt", {"state_dict": weights, "epoch": 1})):
+        torch.save(content, tmp_path / name)
+        model = load_model(tmp_path / name, "cpu", allow_pickle=True, config=tiny_sd_folder)
+        assert torch.equal(model.denoiser.conv_in.weight, expected.denoiser.conv_in.weight)
+
+
+def test_another_autoencoder_for_a_folder(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(tiny_sd_folder / "vae")
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.add_(1)
+    vae.save_pretrained(tmp_path)
+    model: Any = load_model(tiny_sd_folder, "cpu", vae=tmp_path)
+    assert torch.equal(model.vae.decoder.conv_out.bias, vae.decoder.conv_out.bias)
+    assert model.options == {"vae": str(tmp_path)}
+
+
 def test_files_that_are_no_checkpoints(tmp_path: Path, tiny_sd_folder: Path) -> None:
     pickled = tmp_path / "model.ckpt"
     torch.save({"state_dict": {}}, pickled)
@@ -589,6 +676,7 @@ def test_hub_cache_and_revision_offline(tiny_sd_folder: Path, tmp_path: Path) ->
 from dpok_gym.models import load_model
 print(load_model("someone/tiny", "cpu").scheduler_config["prediction_type"])
 print(load_model("someone/tiny", "cpu", revision="v2").scheduler_config["prediction_type"])
+print(load_model("someone/tiny", "cpu", vae="someone/tiny").options)
 try:
     load_model("someone/tiny", "cpu", revision="v3")
 except FileNotFoundError as error:
@@ -600,7 +688,8 @@ except ValueError as error:
 """
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    first, second, message, refused = found.stdout.splitlines()
+    first, second, options, message, refused = found.stdout.splitlines()
+    assert options == "{'vae': 'someone/tiny'}"
     assert (first, second) == ("epsilon", "v_prediction")
     assert "nor could it be downloaded as 'someone/tiny' at the revision 'v3'" in message
     assert "flow-matching transformers are not supported" in refused

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from dpok_gym.models import TextToImageModel, clear_model_cache, load_model
@@ -23,6 +24,8 @@ from dpok_gym.models.stable_diffusion import StableDiffusion
 from dpok_gym.models.token_counts import count_tokens
 from dpok_gym.shapes import WEIGHTS
 from dpok_gym.shapes.scenes import render, sample_scenes
+from dpok_gym.testing import save_tiny_pipeline
+from tests.support import real_clip_tokenizer
 
 PROMPTS = ["a red circle", "a star", "two blue squares"]
 TIMESTEPS = torch.tensor([981, 501, 1])
@@ -100,10 +103,13 @@ def test_spec_tells_models_apart() -> None:
         "dtype": "bfloat16",
         "image_size": (16, 32),
         "negative_prompt": "",
+        "long_prompts": "truncate",
+        "timestep_spacing": "trailing",
         "revision": "v2",
         "variant": "fp16",
         "allow_pickle": True,
         "config": "folder",
+        "vae": "folder",
         "vae_tiling": True,
         "compile": True,
         "shard": True,
@@ -112,7 +118,7 @@ def test_spec_tells_models_apart() -> None:
     for name, value in changes.items():
         other = dataclasses.replace(spec, **{name: value})
         assert other != spec
-        shares_networks = name in ("image_size", "negative_prompt")
+        shares_networks = name in ("image_size", "negative_prompt", "long_prompts", "timestep_spacing")
         assert (other.of_networks() == spec) == shares_networks
         # How the weights lie in memory is no matter of the model.
         assert other.options() == ({} if name in ("name", "source", "device", "shard") else {name: value})
@@ -159,22 +165,43 @@ def test_unknown_dtype() -> None:
         load_model("shapes", "cpu", "float64")
 
 
-def test_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"neither a local folder.*hf download.*no download .*model='shapes'"):
-        load_model(str(tmp_path / "nothing"), "cpu")
+@pytest.mark.parametrize("path", ["nothing.safetensors", "./nothing", "~/nothing", "a/b/c", "models/sd15", "here/"])
+def test_paths_where_nothing_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """They are no hub ids: the hub is not in the message."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(f"there is no file or folder {path!r}; check the path")
+    ) as caught:
+        load_model(path, "cpu")
+    assert "hf download" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"there is no file or folder '/.*nothing'"):
+        load_model(tmp_path / "nothing", "cpu")
 
 
-def test_misspelt_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_network(*args: Any, **kwargs: Any) -> None:
-        raise OSError("there is no network")
-
-    monkeypatch.setattr("dpok_gym.models.pipelines.hf_hub_download", no_network)
+def test_names_that_are_found_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpok_gym.models.pipelines.find_outage", lambda: "there is no network")
     with pytest.raises(FileNotFoundError, match=r"there is no network\)\. Did you mean 'shapes'\?"):
         load_model("shaps", "cpu")
     with pytest.raises(FileNotFoundError) as caught:
         load_model("sd15", "cpu")
     assert "could it be downloaded as 'stable-diffusion-v1-5/stable-diffusion-v1-5'" in str(caught.value)
+    assert "pass model='/path/to/a/diffusers/folder' (--model)" in str(caught.value)
     assert "Did you mean" not in str(caught.value)
+
+
+def test_the_hub_is_asked_if_it_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(source: str, file: str, **kwargs: Any) -> None:
+        raise OSError(f"{source} {file} {kwargs}")
+
+    monkeypatch.setattr("dpok_gym.models.pipelines.hf_hub_download", download)
+    for outage, local in ((None, False), ("no network", True)):
+        monkeypatch.setattr("dpok_gym.models.pipelines.find_outage", lambda outage=outage: outage)
+        with pytest.raises(FileNotFoundError) as caught:
+            load_model("a/b", "cpu", revision="v2")
+        expected = f"a/b model_index.json {{'revision': 'v2', 'local_files_only': {local}}}"
+        assert str(caught.value.__cause__) == expected
+        assert ("no network" if local else expected) in str(caught.value)
 
 
 def test_folder_that_is_no_pipeline(tmp_path: Path) -> None:
@@ -272,7 +299,7 @@ def test_prompts_that_are_too_long(name: str, request: pytest.FixtureRequest) ->
     assert model.encode([longest])["encoder_hidden_states"].shape[:2] == (1, most)
     for read in (model.check_prompts, model.encode):
         with pytest.raises(
-            ValueError, match=f"has {most + 1} tokens and the model .* reads at most {most} .*shorten it"
+            ValueError, match=f"has {most + 1} tokens and the model .* at most {most} .*shorten it, or .*--long-prompts"
         ):
             read(["a star", "a " * (most - 1)])
 
@@ -286,6 +313,30 @@ def test_tokens_are_counted_by_words(name: str, request: pytest.FixtureRequest) 
     texts = ["".join(rng.choice(letters, rng.integers(0, 60))) for _ in range(500)]
     texts += ["", " ", "<|endoftext|>", "a<|startoftext|> b", "don't 12 x2"]
     assert list(count_tokens(tokenizer, texts)) == [len(ids) for ids in tokenizer(texts)["input_ids"]]
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion", "stable-diffusion-xl"])
+def test_truncated_prompts_equal_diffusers(family: Any, tmp_path: Path, fresh_models: Callable[[], None]) -> None:
+    """With CLIP's real vocabulary; the cut may fall into a word, and the last token is the end of the text."""
+    folder = save_tiny_pipeline(tmp_path, family, real_clip_tokenizer())
+    long = "a photo of an extraordinarily picturesque Neuschwanstein, trending on artstation, " * 9
+    texts = [long, "a photo of a dog", "a " * 200]
+    model: Any = load_model(folder, "cpu", long_prompts="truncate", negative_prompt=long)
+    assert model.options == {"long_prompts": "truncate", "negative_prompt": long}
+    assert [index for index, _ in model.find_long(texts)] == [0, 2]
+    pipe: Any = DiffusionPipeline.from_pretrained(folder)
+    expected = pipe.encode_prompt(
+        prompt=texts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    told = model.encode(texts)
+    torch.testing.assert_close(told["encoder_hidden_states"], expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.unconditional()["encoder_hidden_states"][0], told["encoder_hidden_states"][0])
+    if family == "stable-diffusion-xl":
+        torch.testing.assert_close(told["text_embeds"], expected[2], rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"has \d+ tokens .*2 of 3 are wrong, with index 0, 2"
+    ):  # the networks are shared
+        load_model(folder, "cpu").encode(texts)
 
 
 def test_checking_prompts_runs_no_network(fresh: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:

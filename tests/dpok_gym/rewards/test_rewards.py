@@ -153,6 +153,28 @@ def test_rewards_cannot_harm_each_other(images):
     assert seen_prompts == PROMPTS
 
 
+def test_rewards_of_ddpo_pytorch_and_trl(images):
+    """Their rewards take metadata of the prompts too, and return scores with a dict of anything."""
+
+    def brightness(images, prompts, metadata):
+        assert metadata == [{} for _ in prompts]
+        return images.mean((1, 2, 3)), {"images": images}
+
+    def optional(images, prompts, metadata=None):
+        return images.mean((1, 2, 3)).numpy(), {}
+
+    for function in (brightness, optional):
+        batch = make_reward({function: 2.0})(images, PROMPTS)
+        assert torch.allclose(batch.total, 2 * images.mean((1, 2, 3)))
+        assert list(batch.components) == [function.__name__]
+
+
+@pytest.mark.parametrize("function", [lambda images: images, lambda a, b, c, d: a, lambda images, *, prompts: images])
+def test_rewards_with_other_arguments_are_refused_at_once(function):
+    with pytest.raises(TypeError, match=r"takes \(.*\); it must take \(images, prompts\), or \(images, prompts, meta"):
+        make_reward(function)
+
+
 def test_a_reward_has_no_memory(images):
     """Its answer does not depend on what it was asked before."""
     spec = {"jpeg-compressibility": {"weight": 2.0, "normalize": [-2.0, 0.5]}, length: 0.1}

@@ -126,7 +126,7 @@ def test_numpy_numbers() -> None:
         ({}, 0, 1.0, "num_inference_steps must be an integer from 1 to 1000"),
         ({}, 2.5, 1.0, "num_inference_steps must be an integer"),
         ({}, 1001, 1.0, "num_inference_steps must be an integer from 1 to 1000"),
-        ({"set_alpha_to_one": True}, 10, 1.0, "set_alpha_to_one=False"),
+        ({"set_alpha_to_one": True}, 10, 1.0, "load the model with timestep_spacing='leading' or 'trailing' \\(--time"),
         ({"timestep_spacing": "linspace"}, 10, 1.0, "last step adds no noise"),
         ({"prediction_type": "flow"}, 10, 1.0, "prediction_type 'flow'"),
         ({}, 1000, 1.0, "spacing, 'leading' with offset 1, does not find 1000 of the 1000 training timesteps"),

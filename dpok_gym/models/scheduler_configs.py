@@ -1,0 +1,43 @@
+"""Configs of diffusers' schedulers, changed so that every denoising step has a density."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+TimestepSpacing = Literal["leading", "trailing"]
+
+logger = logging.getLogger(__name__)
+
+
+def with_density(config: Mapping[str, Any], spacing: TimestepSpacing | None = None) -> dict[str, Any]:
+    """Returns a config with which every step of DDIM adds noise.
+
+    The betas and what the network predicts stay as they are; they are all that DDIM needs of the scheduler that a model
+    comes with. A deterministic scheduler may let the last step end in the clean sample, without noise and so without a
+    density, as with ``timestep_spacing="linspace"`` or ``set_alpha_to_one=True``. Here it ends at the first training
+    timestep instead, as in the published Stable Diffusion models.
+
+    Args:
+        config: any config that ``DDIMScheduler.from_config`` reads.
+        spacing: of the timesteps: "leading" ends near timestep 1, "trailing" begins at the last timestep, which models
+            with a terminal signal-to-noise ratio of zero need. None takes the config's own, but "trailing" for
+            "linspace": that has no density, and begins at the same timestep.
+    """
+    from diffusers import DDIMScheduler  # slow to import
+
+    known = DDIMScheduler.from_config(config).config
+    if spacing is None:
+        spacing = "trailing" if known.timestep_spacing == "linspace" else known.timestep_spacing
+    changes = {"timestep_spacing": spacing, "set_alpha_to_one": False}
+    if spacing == "leading":
+        changes["steps_offset"] = max(1, known.steps_offset)
+    # What a class took for its default is no property of the model; diffusers would leave the changes out by this list.
+    kept = {name: value for name, value in config.items() if name != "_use_default_values"}
+    return kept | changes
+
+
+def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Returns the entries of one config that another one has differently; "" if there are none."""
+    return ", ".join(f"{name}={after[name]!r}" for name in before if name in after and before[name] != after[name])

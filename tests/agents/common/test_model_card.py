@@ -1,0 +1,154 @@
+"""Model cards: the header that the hub reads, the code that a reader copies, and what must not be published."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from agents.common.model_card import Training, hub_id, lora_notes, noted_sampling, public_name, usage_hint, write_card
+from dpok_gym.models.lora_files import Ranks
+from tests.support import make_process
+
+SAMPLING: dict[str, Any] = {
+    "num_inference_steps": 20,
+    "eta": 1.0,
+    "guidance_scale": 5.0,
+    "negative_prompt": None,
+    "image_size": None,
+    "timestep_spacing": "leading",
+}
+RANKS = Ranks(4, {}, ("a", "b"))
+
+
+def training(**changes: Any) -> Training:
+    known: dict[str, Any] = {
+        "model": "sd15",
+        "algorithm": "DPOK",
+        "prompts": "a green rabbit",
+        "is_one_prompt": True,
+        "rewards": {"jpeg-compressibility": 1.0},
+        "sampling": SAMPLING,
+        "settings": {"learning_rate": 1e-4},
+        "seed": 0,
+        "images": 1280,
+    }
+    return Training(**(known | changes))
+
+
+def test_header_names_the_base_model(tmp_path: Path) -> None:
+    card = write_card(tmp_path, training(), "diffusers", RANKS).read_text()
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert header["base_model_relation"] == "adapter"
+    assert header["instance_prompt"] == "a green rabbit"
+    assert "license" not in header  # the author's choice
+    assert "- a LoRA of 2 layers with rank 4" in card
+    assert "images drawn in training: 1,280" in card
+
+
+def test_code_of_the_card_draws_as_trained(tmp_path: Path) -> None:
+    sampling = SAMPLING | {"negative_prompt": "blurred", "image_size": [512, 768]}
+    card = write_card(tmp_path, training(sampling=sampling), "kohya", RANKS, "me/rabbits").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    call = "prompt='a green rabbit', num_inference_steps=20, eta=1.0, guidance_scale=5.0, negative_prompt='blurred', "
+    assert call + "height=512, width=768" in code
+    assert "pipe.load_lora_weights('me/rabbits')" in code
+    assert "ComfyUI" in card
+
+
+def test_prompts_of_a_set_are_not_in_the_card(tmp_path: Path) -> None:
+    card = write_card(tmp_path, training(prompts="mine.txt", is_one_prompt=False), "peft", RANKS).read_text()
+    assert "instance_prompt" not in card
+    assert "trained on the prompts `mine.txt`" in card
+    assert "prompt='...'" in card
+
+
+def test_nothing_of_the_machine_is_published(tmp_path: Path) -> None:
+    private = training(
+        model=str(tmp_path / "secret" / "model"),
+        rewards={"http://10.0.0.7:8000": 1.0, str(tmp_path / "secret" / "reward"): 0.5, "redness": None},
+        settings={"lora": str(tmp_path / "secret" / "first.safetensors"), "schedule": print, "n": [1, 2], "on": True},
+    )
+    card = write_card(tmp_path, private, "merged").read_text()
+    assert not any(text in card for text in ("secret", "10.0.0.7", str(tmp_path), "built-in"))
+    assert "`a reward server` (weight 1.0), `reward` (weight 0.5), `redness`" in card
+    assert "| `lora` | `first.safetensors` |" in card
+    assert "| `n` | `[1, 2]` |" in card
+    assert "`schedule`" not in card
+
+
+def test_scores_and_figures(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "card").mkdir()
+    (tmp_path / "run" / "curve.png").write_bytes(b"a picture")
+    scores: dict[str, Any] = {"eval_images": 8, "reward_before": 1.0, "reward_after": 2.0, "kl_to_pretrained": 3.0}
+    scores |= {"aligned_before": None, "rewards_before": {"x": 0.5}, "rewards_after": {"x": 0.75}}
+    figures = [tmp_path / "run" / "curve.png"]
+    card = write_card(tmp_path / "card", training(scores=scores, figures=figures), "merged").read_text()
+    assert "| `x` | 0.500 | 0.750 |" in card
+    assert "aligned" not in card
+    assert (tmp_path / "card" / "curve.png").read_bytes() == b"a picture"
+    interrupted = scores | {"reward_after": None}
+    assert "Results" not in write_card(tmp_path / "card", training(scores=interrupted), "merged").read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        ("somebody/model", "somebody/model"),
+        ("shapes", None),
+        ("my_module:model", None),
+        ("/a/folder", None),
+        ("~/folder/model", None),
+        ("./folder/model", None),
+    ],
+)
+def test_hub_ids(model: str, expected: str | None) -> None:
+    assert hub_id(model) == expected
+
+
+def test_public_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine").mkdir()
+    assert public_name("models/mine") == "mine"
+    assert public_name("somebody/model") == "somebody/model"
+    assert public_name("https://host/reward") == "a reward server"
+
+
+FAMILIES = {
+    "tiny_sd_folder": ("stable-diffusion-v1/lora", "sd_v1", "False", "epsilon"),
+    "tiny_v_folder": ("stable-diffusion-v1/lora", "sd_v1", "False", "v"),
+    "tiny_xl_folder": ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", "False", "epsilon"),
+}
+
+
+@pytest.mark.parametrize("folder", FAMILIES)
+def test_notes_of_a_file(folder: str, request: pytest.FixtureRequest) -> None:
+    process = make_process(request.getfixturevalue(folder), 3, guidance_scale=2.5)
+    notes = lora_notes(process)
+    names = ("modelspec.architecture", "ss_base_model_version", "ss_v2", "modelspec.prediction_type")
+    assert tuple(notes[name] for name in names) == FAMILIES[folder]
+    assert noted_sampling(notes) == SAMPLING | {"num_inference_steps": 3, "guidance_scale": 2.5}
+    assert notes["modelspec.resolution"] == "16x16"
+    assert notes["ss_sd_model_name"] == process.model.name.rpartition("/")[2]
+    assert notes["modelspec.usage_hint"] == usage_hint(SAMPLING | {"num_inference_steps": 3, "guidance_scale": 2.5}) + (
+        ", strength 1"
+    )
+
+
+def test_notes_of_stable_diffusion_2_and_of_another_denoiser(tiny_v_folder: Path) -> None:
+    process = make_process(tiny_v_folder, 3)
+    model: Any = process.model
+    wide = SimpleNamespace(**vars(model), lora_prefix="unet.")
+    wide.denoiser = SimpleNamespace(config={"cross_attention_dim": 1024})
+    stand_in: Any = SimpleNamespace(model=wide, config=process.config)
+    assert lora_notes(stand_in)["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    assert lora_notes(stand_in)["ss_v2"] == "True"
+    wide.denoiser = torch.nn.Linear(1, 1)
+    assert "modelspec.architecture" not in lora_notes(stand_in)

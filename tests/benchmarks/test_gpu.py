@@ -1,0 +1,92 @@
+"""The measurements on a GPU, and of a denoiser alone, at a small size on the processor."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from rich.console import Console
+
+from benchmarks import denoiser, gpu, throughput
+from benchmarks.random_model import make_sd3_transformer
+
+CPU = torch.device("cpu")
+
+
+def small_transformer() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        caption_projection_dim=32,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+    )
+
+
+SMALL = denoiser.Denoiser(
+    small_transformer,
+    {"hidden_states": (16, 8, 8), "encoder_hidden_states": (5, 24), "pooled_projections": (20,)},
+)
+
+
+def test_a_denoiser_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(denoiser.DENOISERS, "sd3-medium", SMALL)
+    out = tmp_path / "out.json"
+    words = ["--model", "sd3-medium", "--batch-sizes", "1", "2", "--passes", "1", "--dtype", "float32"]
+    denoiser.main([*words, "--out", str(out)])
+    results = json.loads(out.read_text())
+    assert [row["batch_size"] for row in results["rows"]] == [1, 2]
+    assert all(row[name] > 0 for row in results["rows"] for name in ("samples_per_second", "flops", "gib"))
+    assert results["update_seconds"] > 0
+    assert "LoRA" in capsys.readouterr().out
+
+
+def test_the_published_sizes() -> None:
+    with torch.device("meta"):
+        network = make_sd3_transformer()
+    assert 2.0e9 < sum(values.numel() for values in network.parameters()) < 2.1e9
+    for each in denoiser.DENOISERS.values():
+        with torch.device("meta"):
+            network, inputs = each.make(), denoiser.make_inputs(each, 2, torch.device("meta"), torch.float32)
+            first = next(iter(each.inputs))
+            assert network(**inputs).sample.shape == inputs[first].shape
+
+
+def test_the_plan_names_every_command_and_target(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.main(["--plan"])
+    printed = capsys.readouterr().out
+    for words in gpu.COMMANDS.values():
+        assert " ".join(words) in printed
+        # Every option is one that the command knows.
+        module = {"benchmarks.throughput": throughput, "benchmarks.denoiser": denoiser}[words[0]]
+        assert module.parse(words[1:]).device == "cuda"
+    for target in gpu.TARGETS:
+        assert f"{target.what}: {target.describe()}" in printed
+        assert target.command in gpu.COMMANDS
+
+
+def test_figures_beside_their_targets() -> None:
+    def row(images: int, speed: float) -> dict[str, Any]:
+        shares = {throughput.OUTSIDE: 0.02}
+        return {"images": images, "images_per_second": speed, "rollout_flops": 4.0, "shares": shares, "update_gib": 9.0}
+
+    results = {
+        "sd15": {"ceiling_flops": 10.0, "rows": [row(16, 2.0)]},
+        "sd15 update": {"ceiling_flops": 10.0, "rows": [row(1, 2.0)]},
+        "sd15 compiled": {"ceiling_flops": 10.0, "rows": [row(16, 3.0)]},
+    }
+    console = Console(width=200, record=True)
+    console.print(gpu.compare(results))
+    lines = console.export_text().splitlines()
+    found = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    assert [(cells[2], cells[3]) for cells in found] == [
+        ("9", "missed"),
+        ("0.4", "missed"),
+        ("0.02", "met"),
+        ("1.5", "met"),
+        ("not measured", ""),
+    ]
