@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,13 +63,15 @@ class Architecture:
             dtype: of the weights.
             name: the model's name.
         """
-        parts: dict[str, Any] = {"tokenizer": None, "scheduler_config": {}, "device": "meta"}
+        # Prompts cannot be read without a vocabulary, but the model asks for their length.
+        tokenizer = SimpleNamespace(model_max_length=0)
+        parts: dict[str, Any] = {"tokenizer": tokenizer, "scheduler_config": {}, "device": "meta"}
         with torch.device("meta"), _default_dtype(dtype):
             parts["unet"] = UNet2DConditionModel.from_config(dict(self.unet))
             parts["vae"] = AutoencoderKL.from_config(dict(self.vae))
             parts["text_encoder"] = CLIPTextModel(CLIPTextConfig(**self.text_encoder))
             if self.text_encoder_2:
-                parts["tokenizer_2"] = None
+                parts["tokenizer_2"] = tokenizer
                 parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**self.text_encoder_2))
         return FAMILIES[self.pipeline](name, **parts)
 
