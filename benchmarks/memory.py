@@ -80,10 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measured = measure_apart(settings)
         counted = expect(**settings)
         rows.append(settings | measured | {"expected": counted, "ratio": counted / measured["process"]})
+        if options.out:  # after each row, as all of them take long
+            software = {"torch": torch.__version__, "hardware": platform.processor() or platform.machine()}
+            options.out.write_text(json.dumps({"settings": software, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     show(rows)
-    if options.out:
-        software = {"torch": torch.__version__, "hardware": platform.processor() or platform.machine()}
-        options.out.write_text(json.dumps({"settings": software, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 def measure_apart(settings: dict[str, Any]) -> dict[str, int]:

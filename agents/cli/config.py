@@ -173,7 +173,7 @@ class Config:
     def code(self) -> list[str]:
         """Returns what in the config makes Python run other code than this package; see :func:`named_code`."""
         kwargs = self.env_kwargs
-        rewards = [*kwargs.get("reward", {}), *names_of(self.algo_kwargs.get("held_out_reward"))]
+        rewards = [*kwargs.get("reward", {}), *reward_names(self.algo_kwargs.get("held_out_reward"))]
         return named_code(self.env, self.algo, kwargs.get("model"), rewards, kwargs.get("model_kwargs"))
 
     def check_keys(self) -> None:
@@ -267,7 +267,7 @@ def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Co
     preset = PRESETS[preset_name]
     # Users may add presets to the dict, so the settings of a preset are checked like those of a command line.
     chosen = dict(preset.algorithm_kwargs(algo))
-    run_options = _RUN_OPTIONS | preset.run
+    run_options = {**_RUN_OPTIONS, **preset.run}
     check_names(f"option of a run in the preset {preset_name!r}", run_options, _RUN_OPTIONS)
     policy_kwargs = settings_of(DenoisingPolicy) | chosen.pop("policy_kwargs", {})
     own = settings_of(algorithm)
@@ -278,7 +278,7 @@ def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Co
     if name not in TASKS:  # a task's settings are fixed
         # What users register an id of their own with, they mean.
         own_kwargs = {} if name in ENVIRONMENTS else registered_kwargs(env_id)
-        env_kwargs |= preset.env_kwargs | own_kwargs
+        env_kwargs |= {**preset.env_kwargs, **own_kwargs}
     if isinstance(env_kwargs["model"], str) and is_factory(find_source(env_kwargs["model"])):
         env_kwargs["dtype"] = "float32"  # what a function makes has its own precision
     env_kwargs.pop("device")  # a field of the config, since the agent needs it too
@@ -344,7 +344,7 @@ def find_held_out_reward(algo_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**algo_kwargs, "held_out_reward": reward if reward in ("auto", None) else find_reward(reward)}
 
 
-def names_of(held_out_reward: Any) -> list[str]:
+def reward_names(held_out_reward: Any) -> list[str]:
     """Returns the rewards that a held-out reward is made of."""
     return [] if held_out_reward in ("auto", None) else list(parse_reward(held_out_reward))
 

@@ -17,7 +17,7 @@ from agents.algorithms.forward_process import ForwardProcess
 from agents.algorithms.online_forward_process import OnlineForwardProcess
 from agents.algorithms.policy_gradient import PolicyGradient
 from agents.algorithms.registry import load_algorithm
-from agents.cli.config import Config
+from agents.cli.config import Config, reward_names
 from agents.cli.logs import read_log
 from agents.cli.recipe import format_recipe
 from agents.common.callbacks import format_seconds
@@ -25,6 +25,7 @@ from agents.common.critic import ValueNetwork
 from agents.common.memory import LIBRARIES, MARGIN, N_COPIES, Rehearsal, free_memory, size_of, with_margin
 from dpok_gym.models.architecture import Architecture, find_architecture
 from dpok_gym.utils.device import find_device
+from dpok_gym.worlds import find_world
 
 #: Parameters of the reward networks, in millions, with the names of :func:`dpok_gym.rewards.registry.list_rewards`. On
 #: a GPU they are in half precision. Rewards that are not here have no network, or are somebody's own.
@@ -153,11 +154,19 @@ def estimate_memory(config: Config, architecture: Architecture, on_gpu: bool = T
     if issubclass(algorithm, ForwardProcess):
         kept[f"{config.images} latents to learn from"] = config.images * latent
     bytes_each = 2 if on_gpu else 4
-    known = [name for name in env["reward"] if name in _REWARD_PARAMETERS]
-    if known:
-        millions = sum(_REWARD_PARAMETERS[name] for name in known)
-        kept[f"reward {', '.join(known)}"] = round(millions * 1e6) * bytes_each
+    for what, names in (("reward", list(env["reward"])), ("held-out reward", _held_out_rewards(config))):
+        for name in names:
+            if name in _REWARD_PARAMETERS:
+                kept[f"{what} {name}"] = _REWARD_PARAMETERS[name] * 10**6 * bytes_each
     return Memory(kept, _phases(config, rehearsal, None if free is None else free - sum(kept.values())), on_gpu)
+
+
+def _held_out_rewards(config: Config) -> list[str]:
+    """Returns the rewards that are logged only; for "auto" the one that is taken if its files are here."""
+    chosen, model = config.algo_kwargs["held_out_reward"], config.env_kwargs["model"]
+    if chosen == "auto":
+        return [] if find_world(model) or "clip-score" in config.env_kwargs["reward"] else ["clip-score"]
+    return reward_names(chosen)
 
 
 def _phases(config: Config, rehearsal: Rehearsal, free: int | None) -> dict[str, int]:

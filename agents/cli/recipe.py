@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from agents.cli.arguments import UsageError, format_reward, kinds_of_options
-from agents.cli.config import named_code, names_of
+from agents.cli.config import named_code, reward_names
 from agents.cli.environments import parse_reward
 from dpok_gym.utils.reading import read_yaml
 from dpok_gym.utils.validation import check_names
@@ -61,8 +61,8 @@ class Recipe:
         """
         get = self.options.get
         model_kwargs = get("model-kwargs") if isinstance(get("model-kwargs"), dict) else {}
-        rewards = [*parse_reward(get("reward") or {}), *names_of(get("held-out-reward"))]
-        code = named_code(str(get("env", "")), str(get("algo", "")), get("model"), rewards, model_kwargs)
+        reward = [*parse_reward(get("reward") or {}), *reward_names(get("held-out-reward"))]
+        code = named_code(str(get("env", "")), str(get("algo", "")), get("model"), reward, model_kwargs)
         if code and not trust:
             raise ValueError(
                 f"{self.path} names code that would run: {', '.join(code)}; if you trust who wrote it, add --trust"
@@ -101,7 +101,7 @@ def _words(name: str, value: Any, is_flag: bool) -> Iterator[str]:
     elif isinstance(value, list):
         yield from (f"--{name}", *map(str, value))
     elif isinstance(value, Mapping):
-        yield f"--{name}={format_reward(value) if name == 'reward' else json.dumps(value)}"
+        yield f"--{name}={format_reward(value) if name.endswith('reward') else json.dumps(value)}"
     else:
         yield f"--{name}={value}"
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,13 +63,15 @@ class Architecture:
             dtype: of the weights.
             name: the model's name.
         """
-        parts: dict[str, Any] = {"tokenizer": None, "scheduler_config": {}, "device": "meta"}
+        # Prompts cannot be read without a vocabulary, but the model asks for their length.
+        tokenizer = SimpleNamespace(model_max_length=0)
+        parts: dict[str, Any] = {"tokenizer": tokenizer, "scheduler_config": {}, "device": "meta"}
         with torch.device("meta"), _default_dtype(dtype):
             parts["unet"] = UNet2DConditionModel.from_config(dict(self.unet))
             parts["vae"] = AutoencoderKL.from_config(dict(self.vae))
             parts["text_encoder"] = CLIPTextModel(CLIPTextConfig(**self.text_encoder))
             if self.text_encoder_2:
-                parts["tokenizer_2"] = None
+                parts["tokenizer_2"] = tokenizer
                 parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**self.text_encoder_2))
         return FAMILIES[self.pipeline](name, **parts)
 
@@ -148,8 +151,8 @@ def find_architecture(
     path = Path(str(source)).expanduser()
     if path.is_file():
         return find_architecture(config) if config else _of_file(path)
-    found = {name: _config_file(str(source), name, revision) for name in ("model_index.json", *_config_names())}
-    if found["model_index.json"] is None:
+    index = _config_file(str(source), "model_index.json", revision)
+    if index is None:
         if name_or_path in PUBLISHED:
             return PUBLISHED[name_or_path]
         if str(source).startswith(("/", ".", "~")):
@@ -158,18 +161,17 @@ def find_architecture(
             f"the files of the model {name_or_path!r} are not here, so its size is not known; to get its configs "
             f"alone (some KB): hf download {source} --include '*.json'"
         )
-    pipeline = read_json(found.pop("model_index.json")).get("_class_name")
+    pipeline = read_json(index).get("_class_name")
     if pipeline not in FAMILIES:
         raise ValueError(f"the model {name_or_path!r} is a {pipeline}, whose memory is not known")
-    configs = {part: read_json(file) if file else {} for part, file in zip(_PARTS, found.values(), strict=True)}
+    configs = {}
+    for part in _PARTS:
+        file = _config_file(str(source), f"{part}/config.json", revision)
+        configs[part] = read_json(file) if file else {}
     missing = [part for part in _PARTS[: 4 if "XL" in pipeline else 3] if not configs[part]]
     if missing:
         raise ValueError(f"the model {name_or_path!r} has no {missing[0]}/config.json; get it again")
     return Architecture(pipeline, **configs)
-
-
-def _config_names() -> list[str]:
-    return [f"{part}/config.json" for part in _PARTS]
 
 
 def _config_file(source: str, name: str, revision: str | None) -> Path | None:

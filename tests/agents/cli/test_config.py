@@ -306,7 +306,7 @@ def test_a_folder_with_a_reward_is_found_from_elsewhere(tmp_path, monkeypatch):
 
 def test_an_environment_of_another_module(tmp_path, monkeypatch):
     register = "dpok_gym:DenoisingVectorEnv"
-    text = f"import gymnasium\ngymnasium.register('Ring-v0', vector_entry_point={register!r}, kwargs={{'eta': 0.5}})\n"
+    text = f"import gymnasium\ngymnasium.register('Mine-v0', vector_entry_point={register!r}, kwargs={{'eta': 0.5}})\n"
     (tmp_path / "my_envs.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     config = _config("--env", "my_envs:Mine-v0")

@@ -101,11 +101,12 @@ def test_a_rehearsal_takes_what_the_real_passes_take(
     with LiveMemory(known) as counted, torch.no_grad():
         policy.transition(state)
     assert rehearsal.rollout(3) == pytest.approx(counted.peak, rel=0.08)
-    with LiveMemory(process.model.vae.parameters()) as counted, torch.no_grad():  # type: ignore[attr-defined]
+    model: Any = process.model
+    with LiveMemory(model.vae.parameters()) as counted, torch.no_grad():
         process.model.decode(state.latents)
     assert rehearsal.decode(3) == pytest.approx(counted.peak, rel=0.08)
     if checkpoints:
-        process.model.denoiser.disable_gradient_checkpointing()
+        model.denoiser.disable_gradient_checkpointing()
 
 
 def test_the_memory_of_an_update_is_proportional_to_its_elements(tiny_sd_folder: Path) -> None:

@@ -29,7 +29,7 @@ def _millions(network: Any) -> float:
 )
 def test_published_sizes(name: str, sizes: tuple[float, ...], latents: tuple[int, ...]) -> None:
     assert find_architecture(name) is PUBLISHED[name]
-    model = find_architecture(name).make(torch.bfloat16)
+    model: Any = find_architecture(name).make(torch.bfloat16)
     networks = [model.denoiser, model.vae, model.text_encoder]
     if len(sizes) == 4:
         networks.append(model.text_encoder_2)
