@@ -113,4 +113,5 @@ def test_five_commands(
     assert (images["evening_diffusers"] - images[None]).abs().max() > 1e-4
     state = load_file("evening_kohya/evening_kohya.safetensors")
     names = r"lora_unet_\w+attn[12]_to_(q|k|v|out_0)\.(lora_down\.weight|lora_up\.weight|alpha)"
-    assert state and all(re.fullmatch(names, key) for key in state)
+    assert state
+    assert all(re.fullmatch(names, key) for key in state)

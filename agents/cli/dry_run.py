@@ -22,6 +22,7 @@ from agents.cli.logs import read_log
 from agents.cli.recipe import format_recipe
 from agents.common.callbacks import format_seconds
 from agents.common.critic import ValueNetwork
+from agents.common.held_out import find_clip
 from agents.common.memory import LIBRARIES, MARGIN, N_COPIES, Rehearsal, free_memory, size_of, with_margin
 from dpok_gym.models.architecture import Architecture, find_architecture
 from dpok_gym.utils.device import find_device
@@ -165,7 +166,8 @@ def _held_out_rewards(config: Config) -> list[str]:
     """Returns the rewards that are logged only; for "auto" the one that is taken if its files are here."""
     chosen, model = config.algo_kwargs["held_out_reward"], config.env_kwargs["model"]
     if chosen == "auto":
-        return [] if find_world(model) or "clip-score" in config.env_kwargs["reward"] else ["clip-score"]
+        has_other = find_world(model) is not None or "clip-score" in config.env_kwargs["reward"]
+        return [] if has_other or find_clip() is None else ["clip-score"]
     return reward_names(chosen)
 
 

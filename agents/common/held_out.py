@@ -90,7 +90,7 @@ def choose(env: DenoisingVectorEnv) -> tuple[Any, str]:
         candidates = world.held_out_rewards if is_judged else world.evaluation_rewards
         others = dict.fromkeys((name for name in candidates if name not in trained), 1.0)
         return (others, "") if others else (None, " (this world has no other reward); image statistics are logged")
-    folder = _find_clip()
+    folder = find_clip()
     if folder is None or "clip-score" in trained:
         reason = "is not on this disk" if folder is None else "is trained on"
         return None, f" (the CLIP score {reason}); image statistics are logged; choose one with --held-out-reward"
@@ -99,7 +99,7 @@ def choose(env: DenoisingVectorEnv) -> tuple[Any, str]:
     return ClipScore(folder, folder), ""
 
 
-def _find_clip() -> Path | None:
+def find_clip() -> Path | None:
     """Returns the folder of CLIP in the cache of the hub, if all of its files are there."""
     from huggingface_hub import try_to_load_from_cache
 

@@ -160,10 +160,10 @@ def _check_variation(total: Tensor, prompts: list[str]) -> Finding:
     groups = number_groups(prompts)
     means = [total[groups == group].mean() for group in range(int(groups.max()) + 1)]
     between = torch.stack(means).std().item() if len(means) > 1 else 0.0
+    others = f", {between:.3g} between the means of {len(means)} prompts" * (len(means) > 1)
     return judge(
         name,
-        f"standard deviation {within:.3g} within a prompt, {between:.3g} between {len(means)}; {equal:.0%} of "
-        f"the {len(total)} images are of a prompt whose images all get the same",
+        f"standard deviation {within:.3g} within a prompt{others}; {equal:.0%} of the {len(total)} images are of a prompt whose images all get the same",
         normal,
         "images of a prompt are compared with each other, and equal rewards teach nothing: use a finer reward, or "
         "prompts that the model sometimes fulfils",
