@@ -163,7 +163,8 @@ def _check_variation(total: Tensor, prompts: list[str]) -> Finding:
     others = f", {between:.3g} between the means of {len(means)} prompts" * (len(means) > 1)
     return judge(
         name,
-        f"standard deviation {within:.3g} within a prompt{others}; {equal:.0%} of the {len(total)} images are of a prompt whose images all get the same",
+        f"standard deviation {within:.3g} within a prompt{others}; {equal:.0%} of the {len(total)} images "
+        "are of a prompt whose images all get the same",
         normal,
         "images of a prompt are compared with each other, and equal rewards teach nothing: use a finer reward, or "
         "prompts that the model sometimes fulfils",

@@ -107,8 +107,10 @@ def test_it_is_logged_and_learned_from_by_nobody(make_agent: Callable[..., Any])
 
 
 def test_it_is_made_before_anything_is_drawn(make_agent: Callable[..., Any]) -> None:
-    agent = make_agent(held_out_reward="misspelt")
-    with pytest.raises(ValueError, match="misspelt"):
+    with pytest.raises(ValueError, match="held_out_reward: unknown reward 'misspelt'"):
+        make_agent(held_out_reward="misspelt")
+    agent = make_agent(held_out_reward="no_such_module:reward")
+    with pytest.raises(ImportError, match="no_such_module"):
         agent.learn(12)
     assert agent.num_timesteps == 0
 
