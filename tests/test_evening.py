@@ -112,4 +112,5 @@ def test_five_commands(
     torch.testing.assert_close(images["evening_diffusers"], images["evening_kohya"])
     assert (images["evening_diffusers"] - images[None]).abs().max() > 1e-4
     state = load_file("evening_kohya/evening_kohya.safetensors")
-    assert any(key.startswith("lora_unet_down_blocks_0_attentions_0") for key in state)
+    names = r"lora_unet_\w+attn[12]_to_(q|k|v|out_0)\.(lora_down\.weight|lora_up\.weight|alpha)"
+    assert state and all(re.fullmatch(names, key) for key in state)

@@ -223,7 +223,7 @@ class Config:
         return algorithm("DenoisingPolicy", env, seed=self.seed, device=device or self.device, **settings)
 
 
-def named_code(env: str, algo: str, model: Any, reward: Collection[str], model_kwargs: Any) -> list[str]:
+def named_code(env: str, algo: str, model: Any, rewards: Collection[str], model_kwargs: Any) -> list[str]:
     """Returns which of some settings make Python run other code than this package: modules to import, and pickles."""
     named = []
     if ":" in env:
@@ -232,7 +232,7 @@ def named_code(env: str, algo: str, model: Any, reward: Collection[str], model_k
         named.append(f"the algorithm {algo!r}")
     if isinstance(model, str) and model not in list_models() and is_factory(model):
         named.append(f"the model {model!r}")
-    named += [f"the reward {name!r}" for name in reward if is_place(name)]
+    named += [f"the reward {name!r}" for name in rewards if is_place(name)]
     if (model_kwargs or {}).get("allow_pickle"):
         named.append("the model's allow_pickle")
     return named

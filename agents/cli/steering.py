@@ -42,12 +42,13 @@ def make_steering(options: SteeringOptions) -> Steering:
         ValueError: if a value is out of range.
     """
     from agents.common.steering import SVDD, UNSTEERED, BestOf, FKSteering
+    from dpok_gym.utils.validation import check_integer
 
     if options.best_of is not None:
         others = [_written(name) for name, value in asdict(options).items() if value is not None and name != "best_of"]
         if others:
             raise UsageError(f"--best-of is a way of steering by itself; leave out {', '.join(others)}")
-        return BestOf(options.best_of)
+        return BestOf(check_integer("--best-of", options.best_of, maximum=2**17))
     methods: dict[str, type[Steering]] = {"best-of": BestOf, "fk": FKSteering, "svdd": SVDD}
     settings = given(options, *(field.name for field in fields(options) if field.name != "steering"))
     if options.steering is None:

@@ -39,6 +39,7 @@ from agents.common.randomness import Purpose, make_generator
 from agents.common.rollouts import draw_rollout
 from agents.common.updates import UpdatingAlgorithm
 from agents.common.vec_env import GymnasiumVecEnv, find_denoising_env
+from dpok_gym.rewards import check_reward
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig, Transition
 from dpok_gym.utils.batching import BatchSize
 from dpok_gym.utils.device import find_device
@@ -194,6 +195,11 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
         if images_per_iteration is not None:
             self.images_per_iteration = check_integer("images_per_iteration", images_per_iteration)
         self.reward_normalizer = RewardNormalizer() if normalize_rewards else None
+        if held_out_reward is not None and not (isinstance(held_out_reward, str) and held_out_reward == "auto"):
+            try:
+                check_reward(held_out_reward)  # its networks are loaded when they are needed
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"held_out_reward: {error}") from error
         self.held_out_reward = held_out_reward
         self.monitor = Monitor()
         self.images_drawn = 0

@@ -26,6 +26,7 @@ from dpok_gym.models.architecture import Architecture
 from dpok_gym.models.base import Conditioning, GuidanceGradient
 from dpok_gym.models.lora import LoRA
 from dpok_gym.models.stable_diffusion import StableDiffusion
+from dpok_gym.samplers import DenoisingProcess, State
 
 if TYPE_CHECKING:
     from agents.common.policy import DenoisingPolicy
@@ -121,8 +122,7 @@ class Rehearsal:
         if vae_tiling:
             networks.vae.enable_tiling()
         self.model = model = networks.configured(image_size, None)
-        self._guidance_scale, self._guidance_gradient = guidance_scale, guidance_gradient
-        self._autocast = autocast
+        self._guidance_gradient, self._autocast = guidance_gradient, autocast
         rank = model.default_lora_rank if lora_rank is None else lora_rank
         self.lora: LoRA | None = None
         self._copy: Any = None
@@ -131,12 +131,13 @@ class Rehearsal:
             self.lora = LoRA(model.denoiser, rank, layers)
         else:
             self._copy = architecture.make(getattr(torch, dtype)).denoiser.requires_grad_(True)
-        self._fake = FakeTensorMode()
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)  # the transition table has content
         with self._fake:
             for network in (model.denoiser, model.vae, self._copy):
                 if network is not None:
                     _without_content(network)
         model.device = torch.device("cpu")  # where the tensors claim to be
+        self._process = DenoisingProcess(model, guidance_scale=guidance_scale)
 
     @property
     def denoiser_bytes(self) -> int:
@@ -228,12 +229,11 @@ class Rehearsal:
         return memory.peak
 
     def _predict(self, latents: Tensor, guided: bool, reference: bool = False) -> Tensor:
-        scale = self._guidance_scale if guided else 1.0
-        conditioning, timesteps = self._conditioning(len(latents)), torch.empty(len(latents))
+        state = State(latents, torch.zeros(len(latents), dtype=torch.int64), self._conditioning(len(latents)))
         self.model._unconditional = self._conditioning(1)
+        scale, denoiser = None if guided else 1.0, None if reference else self._copy
         with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
-            denoiser = None if reference else self._copy
-            return self.model.predict(latents, timesteps, conditioning, scale, denoiser, self._guidance_gradient)
+            return self._process.predict(state, scale, denoiser, self._guidance_gradient)
 
     def _conditioning(self, n: int) -> Conditioning:
         """What the denoiser is told about ``n`` prompts, in the shapes that the text encoders give."""

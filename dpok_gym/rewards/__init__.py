@@ -29,6 +29,7 @@ from dpok_gym.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from dpok_gym.rewards.base import Reward as Reward
     from dpok_gym.rewards.base import RewardBatch as RewardBatch
+    from dpok_gym.rewards.make import check_reward as check_reward
     from dpok_gym.rewards.make import make_reward as make_reward
     from dpok_gym.rewards.registry import RewardFunction as RewardFunction
     from dpok_gym.rewards.registry import list_rewards as list_rewards
@@ -43,6 +44,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Reward": "base",
         "RewardBatch": "base",
         "RewardFunction": "registry",
+        "check_reward": "make",
         "judge_chunks": "workers",
         "list_rewards": "registry",
         "make_reward": "make",

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpok_gym.rewards.base import Part, Reward
-from dpok_gym.rewards.normalization import check_normalize
-from dpok_gym.rewards.registry import RewardFunction, load_reward
+from dpok_gym.rewards.normalization import Normalize, check_normalize
+from dpok_gym.rewards.registry import RewardFunction, check_name, load_reward
 from dpok_gym.rewards.remote.access import TOKEN_VARIABLE, check_no_secret, is_address
 from dpok_gym.rewards.remote.client import RemoteReward
 from dpok_gym.utils.validation import check_finite
@@ -58,11 +58,23 @@ def make_reward(
     """
     if isinstance(spec, Reward):
         return spec
+    parts = {name: Part(_taking_two(load(), name), *scale) for name, (load, *scale) in _describe(spec).items()}
+    return Reward(parts, non_finite)
+
+
+def check_reward(spec: Any) -> None:
+    """Checks the description of a reward as :func:`make_reward` does, and loads nothing; errors are the same."""
+    if not isinstance(spec, Reward):
+        _describe(spec)
+
+
+def _describe(spec: Any) -> dict[str, tuple[Callable[[], RewardFunction], float, Normalize]]:
+    """Returns what loads each reward of a sum, by name, with its weight and its normalisation."""
     # A list of pairs and no dict, because a callable need not be hashable.
     entries = list(spec.items()) if isinstance(spec, Mapping) else [(spec, 1.0)]
     if not entries:
         raise ValueError("the mapping of rewards is empty; name at least one, such as {'jpeg-compressibility': 1.0}")
-    parts: dict[str, Part] = {}
+    parts: dict[str, tuple[Callable[[], RewardFunction], float, Normalize]] = {}
     for key, settings in entries:
         settings = dict(settings) if isinstance(settings, Mapping) else {"weight": settings}
         weight, normalize = settings.pop("weight", 1.0), settings.pop("normalize", None)
@@ -70,8 +82,8 @@ def make_reward(
         if name in parts:
             raise ValueError(f"two rewards are named {name!r}; rename one of them")
         weight = float(check_finite(f"the weight of the reward {name!r}", weight))
-        parts[name] = Part(_taking_two(load(), name), weight, check_normalize(normalize, name))
-    return Reward(parts, non_finite)
+        parts[name] = load, weight, check_normalize(normalize, name)
+    return parts
 
 
 def _taking_two(function: Callable[..., Any], name: str) -> RewardFunction:
@@ -127,6 +139,7 @@ def _identify(key: Any, settings: Mapping[str, Any]) -> tuple[str, Callable[[], 
         unknown = ", ".join(map(str, settings))
         raise ValueError(f"unknown settings {unknown} of the reward {key!r}; it has 'weight', 'normalize'")
     if isinstance(key, str):
+        check_name(key)
         return key, lambda: load_reward(key)
     if callable(key):
         return getattr(key, "__name__", type(key).__name__), lambda: key

@@ -90,6 +90,16 @@ def is_place(name: str) -> bool:
     return is_written_so and name not in REWARDS and not os.path.isdir(name)
 
 
+def check_name(name: str) -> None:
+    """Checks that a reward is a registered name, a folder or ``"module:name"``, and imports nothing.
+
+    Raises:
+        ValueError: if it is none of these; the message has the nearest name.
+    """
+    if not (os.path.isdir(name) or is_place(name)):
+        REWARDS.get(name)
+
+
 def load_reward(name: str) -> RewardFunction:
     """Loads a registered reward, the reward in a folder, or the reward at ``"module:name"``.
 
