@@ -155,7 +155,10 @@ def estimate_memory(config: Config, architecture: Architecture, on_gpu: bool = T
     if issubclass(algorithm, ForwardProcess):
         kept[f"{config.images} latents to learn from"] = config.images * latent
     bytes_each = 2 if on_gpu else 4
-    for what, names in (("reward", list(env["reward"])), ("held-out reward", _held_out_rewards(config))):
+    for what, names in (
+        ("reward", list(env["reward"])),
+        ("held-out reward, if it is here:", _held_out_rewards(config)),
+    ):
         for name in names:
             if name in _REWARD_PARAMETERS:
                 kept[f"{what} {name}"] = _REWARD_PARAMETERS[name] * 10**6 * bytes_each
