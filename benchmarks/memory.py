@@ -4,7 +4,8 @@ For each precision, with and without gradient checkpointing, and each number of 
 makes the denoiser at full size with random weights, and a policy with a LoRA. It takes one forward and backward pass on
 the CPU, with the pre-trained model's pass beside it, and reports two peaks: of the process, without what it took before
 the networks were made, and of the tensors that were alive. The first also has what operations use inside. The
-expectation is :class:`agents.common.memory.Rehearsal`'s, from the configs alone.
+expectation is :class:`agents.common.memory.Rehearsal`'s, from the configs alone. The C library is told to return what
+was freed: by default it keeps much of it, and a process on the CPU then grows up to a third beyond the expectation.
 
 It prints one table, and writes JSON with ``--out``. A full run takes ten minutes and 8 GB.
 """

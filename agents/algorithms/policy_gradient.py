@@ -160,8 +160,8 @@ class PolicyGradient(DenoisingAlgorithm):
             self.ratio,
         )
         loss = self.step_weights[batch.step] * loss
-        metrics["policy_gradient_loss"] = loss.detach() / self.loss_scale
-        return loss, {name: batch.weight * values for name, values in metrics.items()}
+        metrics["policy_gradient_loss"] = batch.weight * loss.detach() / self.loss_scale
+        return loss, metrics
 
     def kl_loss(self, batch: Transitions, mean: Tensor, std: Tensor) -> tuple[Tensor, Metrics]:
         """KL( p_theta || p_reference ) of each transition, with the weights of the steps.

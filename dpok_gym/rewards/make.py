@@ -58,7 +58,9 @@ def make_reward(
     """
     if isinstance(spec, Reward):
         return spec
-    parts = {name: Part(_taking_two(load(), name), *scale) for name, (load, *scale) in _describe(spec).items()}
+    parts = {}
+    for name, (load, weight, normalize) in _describe(spec).items():
+        parts[name] = Part(_taking_two(load(), name), weight, normalize)
     return Reward(parts, non_finite)
 
 
