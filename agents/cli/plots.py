@@ -23,7 +23,9 @@ INK, FAINT = "#262626", "#8c8c8c"
 #: Blue, orange and (for aligned images) green of the Okabe-Ito palette, which colour-blind people can tell apart.
 REWARD, KL, ALIGNED, NOT_ALIGNED = "#0072B2", "#D55E00", "#009E73", "#c4c4c4"
 
-#: Columns under ``rollout/`` that are no components of the reward.
+#: The column under ``rollout/`` of the reward that is not trained on.
+_HELD_OUT = "held_out_reward"
+#: Columns under ``rollout/`` that are no components of a reward.
 _NO_COMPONENTS = {
     "images",
     "valid_share",
@@ -50,6 +52,7 @@ def learning_curve(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     names = dict.fromkeys(itertools.chain.from_iterable(rows))  # without repetitions, in the order of the log
     logged = [name.removeprefix("rollout/") for name in names if name.startswith("rollout/")]
     components = [name for name in logged if name not in _NO_COMPONENTS]
+    components.sort(key=_HELD_OUT.__eq__)  # what is trained on comes first; the rest keeps its order
     rollouts = [row for row in rows if "rollout/images" in row]
     fits = any("train/denoising_loss" in row for row in rows)
     has_kl = not rollouts or any("train/kl_to_reference" in row for row in rows)
@@ -59,7 +62,7 @@ def learning_curve(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     # The last panel, for the KL or the loss, is left out by this zip.
     for axes, name in zip(panels, components, strict=False):
         _curve(axes, _points(rollouts, "rollout/images", f"rollout/{name}"), REWARD)
-        axes.set_ylabel(name)
+        axes.set_ylabel("held-out reward\n(not trained on)" if name == _HELD_OUT else name)
     # The panel of the denoising loss has another x axis, so it does not share that of the others.
     by_images = panels[:-1] if fits else panels
     for axes in by_images:

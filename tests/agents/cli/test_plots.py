@@ -105,11 +105,14 @@ def test_learning_curve(tmp_path, figures):
 
 def test_learning_curve_with_a_held_out_reward(tmp_path, figures):
     """What says how the rewards and images differ has no panel."""
-    columns = ["alignment", "held_out_reward", "total_reward", "reward_std", "equal_share"]
+    columns = ["held_out_reward", "alignment", "total_reward", "reward_std", "equal_share"]
     rows = [{"rollout/images": 64.0 * k} | {f"rollout/{name}": 0.1 * k for name in columns} for k in range(1, 6)]
     rows[0]["images/brightness"] = 0.5
     plots.learning_curve([row | {"train/kl_to_reference": 1.0} for row in rows], tmp_path / "curve.png")
-    assert [axes.get_ylabel() for axes in figures[0].axes[:-1]] == ["alignment", "held_out_reward"]
+    assert [axes.get_ylabel() for axes in figures[0].axes[:-1]] == [
+        "alignment",
+        "held-out reward\n(not trained on)",
+    ]
 
 
 @pytest.mark.slow
