@@ -5,13 +5,15 @@ network predicts (noise, velocity or the clean sample):
 
     mean_i = sample_coef[i] * x_t + output_coef[i] * output,        std[i],        timesteps[i].
 
-i counts denoising steps, 0 for the first (noisiest) one.
+i counts denoising steps, 0 for the first (noisiest) one. A step with a std of 0 is deterministic: it has no density, so
+nothing can be learned from which x_{t-1} it took.
 
 Letters used for shapes: T denoising steps, B transitions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dpok_gym.diffusion import expand, reduce
-from dpok_gym.utils.validation import check_choice
+from dpok_gym.utils.validation import check_choice, check_integer, shorten
 
 #: What an error of the network is measured in.
 ErrorSpace = Literal["output", "clean", "velocity"]
@@ -30,10 +32,10 @@ class TransitionTable:
     """All denoising steps of one sampler, computed in float64 and kept in float32.
 
     Attributes:
-        timesteps: (T,) int64, what the network is told; falling.
+        timesteps: (T,) what the network is told, falling: int64, or float32 for a flow-matching model.
         sample_coef: (T,) coefficient of x_t in the mean of x_{t-1}.
         output_coef: (T,) coefficient of the network's output in that mean.
-        std: (T,) standard deviation of x_{t-1} in each dimension, above 0.
+        std: (T,) standard deviation of x_{t-1} in each dimension; 0 where the step is deterministic.
         signal: (T,) coefficient of x_0 in x_t.
         noise: (T,) coefficient of the noise: x_t = signal x_0 + noise eps.
         clean_sample_coef: (T,) coefficient of x_t in the predicted x_0.
@@ -104,19 +106,26 @@ class TransitionTable:
         The score of a step, as a function of the network's output, has a standard deviation of |output_coef| / std. So
         a policy gradient with these weights reaches the output with the same strength at every step. Without them, one
         late step has most of its variance: with Stable Diffusion's betas at T = 20 the last but one has 73 % (86 % if
-        the network predicts the velocity), though little of the image is left to decide there.
+        the network predicts the velocity), though little of the image is left to decide there. The weight of a
+        deterministic step is 0.
         """
         return self.std / self.output_coef.abs()
 
     @property
+    def stochastic(self) -> Tensor:
+        """(T,) bool: whether a step draws x_{t-1} from a density. The others take the mean."""
+        return self.std > 0
+
+    @property
     def exploring(self) -> Tensor:
-        """(T,) bool: whether the noise of a step is at least a tenth of the largest one.
+        """(T,) bool: whether the noise of a step is at least a tenth of the largest one. Deterministic steps explore
+        nothing.
 
         With Stable Diffusion's betas, the last two steps explore nothing, whatever T is: their std is below 0.05. What
         they draw cannot be seen, but their KL can be huge. The last but one removes most of the noise that is left, so
         its |output_coef| / std is 3 to 8, and everywhere else at most 1.2. A KL goes with the square of that.
         """
-        return self.std >= 0.1 * self.std.max()
+        return self.stochastic & (self.std >= 0.1 * self.std.max())
 
     def error_scale(self, space: ErrorSpace) -> Tensor:
         """Returns by how much an error of the network's output counts in another space, (T,).
@@ -141,3 +150,34 @@ class TransitionTable:
             other_mean: (B, ...), of the same x_t.
         """
         return reduce(((mean - other_mean) / expand(self.output_coef[step], mean)).square(), "mean")
+
+
+def eta_of_steps(eta: float, n_steps: int, sde_steps: Sequence[int] | None = None) -> Tensor:
+    """Returns the eta of each denoising step, (T,) float64: 0, which is no noise, outside of the stochastic steps.
+
+    Args:
+        eta: amount of noise of the stochastic steps.
+        n_steps: T.
+        sde_steps: the first stochastic step, in [0, T), and the number of them, at least 1 (the window of MixGRPO and
+            Flow-GRPO-Fast); None for all steps.
+
+    Raises:
+        ValueError: if the window is not within the T steps.
+    """
+    etas = torch.full((n_steps,), float(eta), dtype=torch.float64)
+    if sde_steps is None:
+        return etas
+    if isinstance(sde_steps, str) or not isinstance(sde_steps, Sequence) or len(sde_steps) != 2:
+        raise ValueError(
+            f"sde_steps must be two integers, the first stochastic step and the number of them, got "
+            f"{shorten(sde_steps)}"
+        )
+    first = check_integer("the first of sde_steps", sde_steps[0], minimum=0)
+    end = first + check_integer("the number of sde_steps", sde_steps[1])
+    if end > n_steps:
+        raise ValueError(
+            f"sde_steps={tuple(sde_steps)} ends after step {end - 1}, but the last of the {n_steps} denoising steps is "
+            f"step {n_steps - 1}: begin earlier, or take fewer"
+        )
+    etas[:first] = etas[end:] = 0
+    return etas
