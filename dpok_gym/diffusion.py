@@ -1,5 +1,8 @@
 """The Gaussian of a denoising step: sample, log-probability, log-ratio, KL. No networks, no samplers.
 
+With a std of 0 a step is deterministic: its sample is the mean, and it has no density. Then everything that is computed
+from a density is 0, and so is its gradient.
+
 Letters used for shapes: B transitions, D dimensions of one latent, all its axes together.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from dpok_gym.utils.validation import check_choice
@@ -32,6 +36,11 @@ def reduce(values: Tensor, reduction: Reduction) -> Tensor:
     return flat.mean(1) if reduction == "mean" else flat.sum(1)
 
 
+def _divisor(std: Tensor, like: Tensor) -> Tensor:
+    """The std (B,) with trailing axes; infinite where it is 0, so that what is divided by it becomes 0."""
+    return expand(std.masked_fill(std == 0, math.inf), like)
+
+
 def sample(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
     """Draws x_{t-1} = mean + std * noise.
 
@@ -47,14 +56,14 @@ def sample(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
 
 
 def recover_noise(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Returns the noise (B, ...) that made a sample: the inverse of :func:`sample`.
+    """Returns the noise (B, ...) that made a sample: the inverse of :func:`sample`; 0 where the std is 0.
 
     Args:
         sample: (B, ...) x_{t-1}.
         mean: (B, ...).
-        std: (B,), above 0.
+        std: (B,).
     """
-    return (sample - mean) / expand(std, mean)
+    return (sample - mean) / _divisor(std, mean)
 
 
 def log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -63,13 +72,14 @@ def log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     Args:
         sample: (B, ...) x_{t-1}.
         mean: (B, ...).
-        std: (B,), above 0.
+        std: (B,).
 
     Returns:
-        (B,).
+        (B,), 0 where the std is 0.
     """
-    std = expand(std, sample)
-    return reduce(-0.5 * ((sample - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi), "sum")
+    each = expand(std.masked_fill(std == 0, 1), sample)
+    density = reduce(-0.5 * ((sample - mean) / each).square() - each.log() - 0.5 * math.log(2 * math.pi), "sum")
+    return torch.where(std > 0, density, 0)
 
 
 def log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
@@ -82,12 +92,12 @@ def log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Te
         sample: (B, ...) drawn from the old Gaussian.
         mean: (B, ...) of the new Gaussian.
         old_mean: (B, ...) of the old one.
-        std: (B,), above 0.
+        std: (B,).
 
     Returns:
-        (B,), exactly 0 where the means are equal.
+        (B,), exactly 0 where the means are equal, or the std is 0.
     """
-    return reduce((mean - old_mean) * (sample - 0.5 * (mean + old_mean)) / expand(std, sample).square(), "sum")
+    return reduce((mean - old_mean) * (sample - 0.5 * (mean + old_mean)) / _divisor(std, sample).square(), "sum")
 
 
 def kl_divergence(mean: Tensor, other_mean: Tensor, std: Tensor) -> Tensor:
@@ -96,9 +106,9 @@ def kl_divergence(mean: Tensor, other_mean: Tensor, std: Tensor) -> Tensor:
     Args:
         mean: (B, ...).
         other_mean: (B, ...).
-        std: (B,), above 0.
+        std: (B,).
 
     Returns:
-        (B,), exactly 0 where the means are equal.
+        (B,), exactly 0 where the means are equal, or the std is 0.
     """
-    return reduce(0.5 * ((mean - other_mean) / expand(std, mean)).square(), "sum")
+    return reduce(0.5 * ((mean - other_mean) / _divisor(std, mean)).square(), "sum")

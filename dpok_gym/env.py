@@ -51,7 +51,8 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     With ``reference_info=True`` each step's ``info`` has ``reference_mean`` (the latent's shape, float32) and
     ``reference_std`` of the pre-trained model's Gaussian, and ``log_prob_reference``: log p_pre(x_{t-1} | x_t, z) of
-    the action, in nats of the whole latent.
+    the action, in nats of the whole latent. A deterministic step has no density: its std and ``log_prob_reference``
+    are 0.
 
     With ``reference_log_prob_coef=beta`` each step's reward gets beta * log p_pre(x_{t-1} | x_t, z). The KL to the
     pre-trained model is -E[log p_pre] - H, where H is the entropy of the policy's steps. So an agent that maximises
@@ -77,7 +78,9 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     | `prompts`                 | the embedded world's  | a named set, a text, a list of texts, or a file            |
     | `reward`                  | the embedded world's  | a name, `http://` address, `{name: weight}`, or a callable |
     | `num_inference_steps`     | 20                    | T: more steps, finer images, longer episodes               |
-    | `eta`                     | 1.0                   | amount of noise, in (0, 1]; 1 is that of the posterior     |
+    | `sampler`                 | `"ddim"`              | or `"ode"`; flow models also have `"flow-sde"`, ...        |
+    | `eta`                     | the sampler's         | amount of noise; for DDIM at most 1, that of the posterior |
+    | `sde_steps`               | None                  | first stochastic step and their number; None for all       |
     | `guidance_scale`          | 1.0                   | classifier-free guidance of the acting policy; 1 is none   |
     | `negative_prompt`         | None                  | text that guidance leads away from                         |
     | `image_size`              | None                  | pixels of a side, or (height, width); None: as trained     |

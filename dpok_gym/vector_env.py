@@ -34,6 +34,7 @@ from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
 from dpok_gym.reset_options import read_reset_mask, read_reset_options
 from dpok_gym.rewards import Reward, make_reward
 from dpok_gym.samplers import DenoisingProcess, State
+from dpok_gym.samplers.flow_matching import Kernel
 from dpok_gym.utils.images import to_uint8
 from dpok_gym.utils.pickling import check_picklable
 from dpok_gym.utils.validation import (
@@ -84,7 +85,13 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
             draw from its training prompts.
         reward: a name, ``{name: weight}``, a callable or an address; see :func:`dpok_gym.rewards.make_reward`.
         num_inference_steps: T, denoising steps of an image, usually 10 to 50; more give finer images and cost more.
-        eta: amount of noise in each step, in (0, 1]; 1 is that of the diffusion's posterior, less explores less.
+        sampler: how noise is added: "ddim", or "ode" for none, which only algorithms can use that learn from finished
+            images. Flow-matching models also know "flow-sde", "dance-sde", "cps" and "precise", see
+            :func:`dpok_gym.samplers.make_flow_table`.
+        eta: amount of noise in each step, at least 0, and at most 1 for "ddim" and "cps"; 1 for "ddim" is that of the
+            diffusion's posterior, less explores less. None for the sampler's usual one, 1 for "ddim".
+        sde_steps: the first stochastic step, from 0, and the number of them: the other steps are deterministic, so less
+            has to be learned from each image, and less is explored. None for all steps.
         guidance_scale: scale of classifier-free guidance, at least 0; 1 is none and halves the cost, Stable Diffusion
             uses 5 to 7.5.
         negative_prompt: text that guidance leads away from; it needs a guidance scale other than 1.
@@ -92,7 +99,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         long_prompts: what becomes of prompts that are longer than the model reads: "error" refuses them, "truncate"
             draws without their end, as diffusers' pipelines do, and "skip" leaves them out.
         timestep_spacing: "leading", as in the published Stable Diffusion models, or "trailing", which begins at the
-            last training timestep; None for that of the model's scheduler.
+            last training timestep, and is the only one that flow-matching models know; None for that of the model's
+            scheduler.
         device: where the networks run: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ... A loaded model
             stays where it is.
         dtype: precision of the frozen weights: "float32", or "bfloat16" for half of the memory; "float16" can draw but
@@ -135,7 +143,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         prompts: str | Sequence[str] | PromptSet = _DEFAULTS["prompts"],
         reward: Any = _DEFAULTS["reward"],
         num_inference_steps: int = 20,
-        eta: float = 1.0,
+        sampler: Kernel = "ddim",
+        eta: float | None = None,
+        sde_steps: Sequence[int] | None = None,
         guidance_scale: float = 1.0,
         negative_prompt: str | None = None,
         image_size: int | Sequence[int] | None = None,
@@ -178,7 +188,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self.model = find_model(model, device, dtype, own, {} if model_kwargs is None else model_kwargs)
         if negative_prompt is not None and guidance_scale == 1:
             raise ValueError("a negative prompt has no effect with guidance_scale=1; use another one, usually 5 to 7.5")
-        self.process = DenoisingProcess(self.model, "ddim", num_inference_steps, eta, guidance_scale)
+        self.process = DenoisingProcess(self.model, sampler, num_inference_steps, eta, guidance_scale, sde_steps)
         self.prompts = load_prompts(prompts)
         if long_prompts == "skip":
             self.prompts = skip_long_prompts(self.prompts, self.model, self.max_prompt_bytes)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpok_gym.models.conditioning_cache import ConditioningCache
-from dpok_gym.models.scheduler_configs import TimestepSpacing, with_density
+from dpok_gym.models.scheduler_configs import TimestepSpacing, with_spacing
 from dpok_gym.utils.validation import check_choice, check_entries
 
 if TYPE_CHECKING:
@@ -51,8 +51,10 @@ class TextToImageModel(ABC):
         image_shape: (H, W) in pixels.
         text_width: F, number of features of a prompt in :meth:`text_features`.
         denoiser: the network that is fine-tuned.
-        scheduler_config: config of the diffusers scheduler that the model was trained with; every step of DDIM adds
-            noise with it.
+        scheduler_config: config of the diffusers scheduler that the model was trained with, which decides on the kind
+            of its transitions; see :func:`dpok_gym.samplers.make_ddim_table` and ``make_flow_table``.
+        sequence_length: tokens of an image in the transformer, where the scheduler shifts the noise levels by that;
+            else None.
         long_prompts: what becomes of a prompt that is longer than the model reads: "error", or "truncate" to leave out
             its end, as diffusers' pipelines do.
         lora_layers: sets of layers for a LoRA: "attention" and "all", each a tuple of endings of layer names.
@@ -68,6 +70,7 @@ class TextToImageModel(ABC):
     text_width: int
     denoiser: nn.Module
     scheduler_config: Mapping[str, Any]
+    sequence_length: int | None = None
     lora_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     lora_prefix: str = ""
     long_prompts: LongPrompts = "error"
@@ -154,8 +157,9 @@ class TextToImageModel(ABC):
             negative_prompt: as for :meth:`configured`.
             long_prompts: what becomes of a prompt that is longer than the model reads: "error", or "truncate" to leave
                 out its end, as diffusers' pipelines do.
-            timestep_spacing: of DDIM's steps: "leading", as in the published Stable Diffusion models, or "trailing",
-                which begins at the last training timestep; None for that of the model's scheduler.
+            timestep_spacing: of the denoising steps: "leading", as in the published Stable Diffusion models, or
+                "trailing", which begins at the last training timestep; None for that of the model's scheduler. A
+                flow-matching model knows "trailing" alone, the noise levels 1, 1 - 1/T, ..., 1/T before their shift.
 
         Returns:
             A light copy; the model itself if all arguments have their defaults.
@@ -176,8 +180,7 @@ class TextToImageModel(ABC):
         model._conditioning = ConditioningCache(CONDITIONING_CACHE_BYTES)
         model.long_prompts = long_prompts
         if timestep_spacing is not None:
-            check_choice("timestep_spacing", timestep_spacing, "leading", "trailing")
-            model.scheduler_config = with_density(self.scheduler_config, timestep_spacing)
+            model.scheduler_config = with_spacing(self.scheduler_config, timestep_spacing)
         if image_size is not None or negative_prompt is not None:
             model = model.configured(image_size, negative_prompt)
         model.options = self.options | given
@@ -285,7 +288,8 @@ class TextToImageModel(ABC):
 
         Args:
             latents: (B, C, h, w) x_t.
-            timesteps: (B,) in the units of the model's training schedule.
+            timesteps: (B,) in the units of the model's training schedule: int64, or float32 for flow matching, where
+                they are 1000 times the noise level.
             conditioning: of B prompts, from :meth:`encode`.
             guidance_scale: scale of classifier-free guidance (Ho & Salimans 2022); 1 means none.
             denoiser: a fine-tuned network to use in place of the model's own.

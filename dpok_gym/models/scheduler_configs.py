@@ -6,9 +6,42 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from dpok_gym.utils.validation import check_choice
+
 TimestepSpacing = Literal["leading", "trailing"]
 
 logger = logging.getLogger(__name__)
+
+
+def is_flow_matching(config: Mapping[str, Any]) -> bool:
+    """Returns whether a model with such a diffusers scheduler was trained with flow matching."""
+    return (
+        "FlowMatch" in str(config.get("_class_name"))
+        or config.get("prediction_type") == "flow_prediction"
+        or bool(config.get("use_flow_sigmas"))
+    )
+
+
+def with_spacing(config: Mapping[str, Any], spacing: TimestepSpacing) -> dict[str, Any]:
+    """Returns a config with another spacing of the timesteps.
+
+    Args:
+        config: of any scheduler.
+        spacing: as for :func:`with_density`. A flow-matching model knows "trailing" alone: the noise levels 1, 1 - 1/T,
+            ..., 1/T, before they are shifted, whatever its scheduler finds by itself.
+
+    Raises:
+        ValueError: if a model of that kind has no such spacing.
+    """
+    check_choice("timestep_spacing", spacing, "leading", "trailing")
+    if not is_flow_matching(config):
+        return with_density(config, spacing)
+    if spacing != "trailing":
+        raise ValueError(
+            f"a flow-matching model has no timestep_spacing={spacing!r}: choose 'trailing', or leave it out for the "
+            "noise levels of its own scheduler"
+        )
+    return {**config, "timestep_spacing": spacing}
 
 
 def with_density(config: Mapping[str, Any], spacing: TimestepSpacing | None = None) -> dict[str, Any]:
@@ -17,7 +50,7 @@ def with_density(config: Mapping[str, Any], spacing: TimestepSpacing | None = No
     The betas and what the network predicts stay as they are; they are all that DDIM needs of the scheduler that a model
     comes with. A deterministic scheduler may let the last step end in the clean sample, without noise and so without a
     density, as with ``timestep_spacing="linspace"`` or ``set_alpha_to_one=True``. Here it ends at the first training
-    timestep instead, as in the published Stable Diffusion models.
+    timestep instead, as in the published Stable Diffusion models. The config of a flow-matching model stays as it is.
 
     Args:
         config: any config that ``DDIMScheduler.from_config`` reads.
@@ -27,6 +60,8 @@ def with_density(config: Mapping[str, Any], spacing: TimestepSpacing | None = No
     """
     from diffusers import DDIMScheduler  # slow to import
 
+    if is_flow_matching(config):
+        return dict(config)
     known = DDIMScheduler.from_config(config).config
     if spacing is None:
         spacing = "trailing" if known.timestep_spacing == "linspace" else known.timestep_spacing

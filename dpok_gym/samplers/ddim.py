@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpok_gym.samplers.transition_table import TransitionTable
+from dpok_gym.samplers.transition_table import TransitionTable, eta_of_steps
 from dpok_gym.utils.validation import check_fraction
 
 #: Of x_t and of the network's output, each (T,).
 Coefficients = tuple[Tensor, Tensor]
 
 
-def make_ddim_table(scheduler_config: Mapping[str, Any], num_inference_steps: int, eta: float = 1.0) -> TransitionTable:
+def make_ddim_table(
+    scheduler_config: Mapping[str, Any],
+    num_inference_steps: int,
+    eta: float = 1.0,
+    sde_steps: Sequence[int] | None = None,
+) -> TransitionTable:
     """Builds the table of DDIM (Song et al. 2021, Eq. 12 and 16) from the config of a diffusers scheduler.
 
     The predicted clean sample is never clipped: with clipping, the mean would not be linear in the output.
@@ -25,16 +30,18 @@ def make_ddim_table(scheduler_config: Mapping[str, Any], num_inference_steps: in
         scheduler_config: any config that ``DDIMScheduler.from_config`` reads. It has the betas, the spacing of the
             timesteps, and what the network predicts.
         num_inference_steps: T, from 1 to the number of training timesteps.
-        eta: amount of noise, in (0, 1]. 1 is that of the diffusion's posterior (DDPM); near 0 there is almost none.
+        eta: amount of noise, in [0, 1]. 1 is that of the diffusion's posterior (DDPM); with 0 all steps are
+            deterministic.
+        sde_steps: the first stochastic step and the number of them; the other steps have an eta of 0. None for all.
 
     Raises:
-        ValueError: if T or eta is out of range, if the spacing has no T timesteps, if a transition has no noise (and
-            so no density), if the config belongs to another kind of diffusion, or if the prediction type is not one of
+        ValueError: if T, eta or the window is out of range, if the spacing has no T timesteps, if a transition stays at
+            the same noise, if the config belongs to another kind of diffusion, or if the prediction type is not one of
             epsilon, v_prediction and sample.
     """
     from diffusers import DDIMScheduler  # slow to import, and only needed here
 
-    check_fraction("eta", eta, zero=False)  # without noise a denoising step has no log-probability
+    check_fraction("eta", eta)
     kind = scheduler_config.get("_class_name", "DDIMScheduler")
     if kind not in {cls.__name__ for cls in DDIMScheduler().compatibles} - {"EDMEulerScheduler"}:
         raise ValueError(
@@ -49,13 +56,14 @@ def make_ddim_table(scheduler_config: Mapping[str, Any], num_inference_steps: in
     alpha = alphas[timesteps]
     alpha_prev = torch.where(previous >= 0, alphas[previous.clamp(min=0)], scheduler.final_alpha_cumprod.double())
 
-    # Eq. 16: the variance of x_{t-1} given x_t.
-    variance = eta**2 * (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
-    if not bool((variance > 0).all()):
+    if not bool((alpha_prev > alpha).all()):
         raise ValueError(
-            "the sampler's last step adds no noise, so it has no log-probability; load the model with "
-            "timestep_spacing='leading' or 'trailing' (--timestep-spacing), or take fewer num_inference_steps"
+            "the sampler's last step removes no noise; load the model with timestep_spacing='leading' or 'trailing' "
+            "(--timestep-spacing), or take fewer num_inference_steps"
         )
+    # Eq. 16: the variance of x_{t-1} given x_t.
+    etas = eta_of_steps(eta, len(timesteps), sde_steps)
+    variance = etas**2 * (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
     clean, noise = _prediction_coefficients(scheduler.config.prediction_type, alpha)
 
     # Eq. 12: x_{t-1} = sqrt(alpha_prev) x_0 + direction * eps + std * noise, where x_0 and eps are linear in x_t and

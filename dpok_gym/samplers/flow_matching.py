@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dpok_gym.samplers.transition_table import TransitionTable, eta_of_steps
-from dpok_gym.utils.validation import check_choice, check_finite, check_fraction, check_integer, check_non_negative
+from dpok_gym.utils.validation import check_choice, check_fraction, check_integer, check_non_negative
 
 Kernel = Literal["ddim", "flow-sde", "dance-sde", "cps", "precise", "ode"]
 
@@ -45,30 +45,21 @@ KERNELS: dict[str, float] = {
 _MAX_FLOW_SDE_STD = 2.0
 
 
-def is_flow_matching(scheduler_config: Mapping[str, Any]) -> bool:
-    """Returns whether a model with such a diffusers scheduler was trained with flow matching."""
-    return (
-        "FlowMatch" in str(scheduler_config.get("_class_name"))
-        or scheduler_config.get("prediction_type") == "flow_prediction"
-        or bool(scheduler_config.get("use_flow_sigmas"))
-    )
-
-
 def make_flow_table(
     scheduler_config: Mapping[str, Any],
     num_inference_steps: int,
     kernel: Kernel = "ddim",
     eta: float | None = None,
-    *,
-    sigmas: Sequence[float] | None = None,
-    mu: float | None = None,
     sde_steps: Sequence[int] | None = None,
+    *,
+    sigmas: Sequence[float] | Literal["trailing"] | None = None,
+    sequence_length: int | None = None,
 ) -> TransitionTable:
     """Builds the table of a flow-matching model from the config of its diffusers scheduler.
 
     The noise levels are those that ``FlowMatchEulerDiscreteScheduler`` itself finds, because the model was always
     sampled so. That includes its double shift of the smallest sigma (diffusers issue 13243): Stable Diffusion 3.5 in 10
-    steps ends with 0.278, 0.0089, 0. Give ``sigmas=trailing_sigmas(T)`` for 0.429, 0.25, 0.
+    steps ends with 0.278, 0.0089, 0. ``sigmas="trailing"`` gives 0.429, 0.25, 0.
 
     The std of each kernel, with r = n (1 - s) / (s (1 - n)), and the noise that it leaves in the image, ``std[-1]``:
 
@@ -86,12 +77,14 @@ def make_flow_table(
         scheduler_config: of a ``FlowMatchEulerDiscreteScheduler``.
         num_inference_steps: T, from 1 to the number of training timesteps.
         kernel: how the noise is added.
-        eta: amount of noise, at least 0; at most 1 for "ddim" and "cps". 0 is the ODE, the only choice for "ode". None
-            for the kernel's own in :data:`KERNELS`. 1 for "ddim" is sqrt(2) for "precise" and, in the limit of many
-            steps, for "flow-sde".
-        sigmas: T noise levels before the shift, as diffusers' ``set_timesteps`` takes them; None for the scheduler's.
-        mu: of a scheduler with dynamic shifting, see :func:`dynamic_shift`.
+        eta: amount of noise, at least 0; at most 1 for "ddim" and "cps"; 0 is the ODE, and "ode" does not look at it.
+            None for the kernel's own in :data:`KERNELS`. 1 for "ddim" is sqrt(2) for "precise" and, in the limit of
+            many steps, for "flow-sde".
         sde_steps: the first stochastic step and the number of them; the other steps are those of the ODE. None for all.
+        sigmas: T noise levels before the shift, as diffusers' ``set_timesteps`` takes them; "trailing" for 1, 1 - 1/T,
+            ..., 1/T, as the pipelines of FLUX and others have them; None for the scheduler's.
+        sequence_length: tokens of an image in the transformer, such as 4096 for 1024 x 1024 pixels in FLUX; only for
+            schedulers with dynamic shifting, whose shift depends on it.
 
     Raises:
         ValueError: if an argument is out of range, the config is that of another kind of diffusion, the noise levels do
@@ -99,39 +92,16 @@ def make_flow_table(
     """
     check_choice("the kernel of a flow-matching model", kernel, *KERNELS)
     eta = _check_eta(kernel, KERNELS[kernel] if eta is None else eta)
-    levels, timesteps = _noise_levels(scheduler_config, num_inference_steps, sigmas, mu)
+    levels, timesteps = _noise_levels(scheduler_config, num_inference_steps, sigmas, sequence_length)
     sample_coef, output_coef, std = _transitions(kernel, levels, eta_of_steps(eta, len(timesteps), sde_steps))
     s = levels[:-1]
     columns = (sample_coef, output_coef, std, 1 - s, s, torch.ones_like(s), -s)  # x_0 = x_s - s v
     return TransitionTable(timesteps, *(column.float() for column in columns))
 
 
-def trailing_sigmas(num_inference_steps: int) -> list[float]:
-    """Returns 1, 1 - 1/T, ..., 1/T: the levels, before the shift, that the pipelines of FLUX and others ask for."""
-    return [float(level) for level in np.linspace(1, 1 / num_inference_steps, num_inference_steps)]
-
-
-def dynamic_shift(scheduler_config: Mapping[str, Any], sequence_length: int) -> float:
-    """Returns mu, the shift of the noise levels for images of one size, as the pipelines of FLUX and SD3 find it.
-
-    Args:
-        scheduler_config: of a ``FlowMatchEulerDiscreteScheduler`` with dynamic shifting.
-        sequence_length: tokens of an image in the transformer: 4096 for 1024 x 1024 pixels in FLUX.
-
-    Raises:
-        ValueError: if the length is no integer of at least 1.
-    """
-    check_integer("sequence_length", sequence_length)
-    known = _make_scheduler(scheduler_config).config
-    slope = (known.max_shift - known.base_shift) / (known.max_image_seq_len - known.base_image_seq_len)
-    return float(known.base_shift + slope * (sequence_length - known.base_image_seq_len))
-
-
 def _check_eta(kernel: str, eta: float) -> float:
     if kernel == "ode":
-        if eta != 0:
-            raise ValueError(f"the kernel 'ode' has no noise: leave eta out, or choose another kernel, got eta={eta!r}")
-        return eta
+        return 0.0
     if kernel in ("ddim", "cps"):
         return check_fraction("eta", eta)
     return check_non_negative("eta", eta)
@@ -155,28 +125,40 @@ def _make_scheduler(config: Mapping[str, Any]) -> Any:
         )
     if config.get("invert_sigmas"):
         raise ValueError("schedulers with invert_sigmas, as Mochi has, are not supported")
-    known = {name: value for name, value in config.items() if name != "prediction_type"}
+    known = {name: value for name, value in config.items() if name not in ("prediction_type", "timestep_spacing")}
     return FlowMatchEulerDiscreteScheduler.from_config(known)
 
 
 def _noise_levels(
-    config: Mapping[str, Any], num_inference_steps: int, sigmas: Sequence[float] | None, mu: float | None
+    config: Mapping[str, Any],
+    num_inference_steps: int,
+    sigmas: Sequence[float] | Literal["trailing"] | None,
+    sequence_length: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the scheduler's sigmas with the last 0, (T + 1,) float64, and what the network is told, (T,) float32."""
     scheduler = _make_scheduler(config)
     n_steps = check_integer("num_inference_steps", num_inference_steps, 1, scheduler.config.num_train_timesteps)
+    if sigmas == "trailing":
+        sigmas = [float(level) for level in np.linspace(1, 1 / n_steps, n_steps)]
     if sigmas is not None and len(sigmas) != n_steps:
         raise ValueError(f"sigmas must hold one noise level for each of the {n_steps} steps, got {len(sigmas)}")
-    if scheduler.config.use_dynamic_shifting:
-        if mu is None:
-            raise ValueError("the model's scheduler shifts the noise levels by the image's size: give mu")
-        check_finite("mu", mu)
-    elif mu is not None:
-        raise ValueError("the model's scheduler has no dynamic shifting: leave mu out")
-    scheduler.set_timesteps(n_steps, sigmas=None if sigmas is None else list(sigmas), mu=mu)
+    mu = _dynamic_shift(scheduler.config, sequence_length) if scheduler.config.use_dynamic_shifting else None
+    scheduler.set_timesteps(n_steps, sigmas=sigmas, mu=mu)
     levels = scheduler.sigmas.double()
     _check_levels(levels)
     return levels, scheduler.timesteps
+
+
+def _dynamic_shift(config: Any, sequence_length: int | None) -> float:
+    """Returns mu, which is linear in the length of the image's sequence, as in the pipelines of FLUX and SD3."""
+    if sequence_length is None:
+        raise ValueError(
+            "the model's scheduler shifts the noise levels by the image's size (use_dynamic_shifting): give the "
+            "sequence_length"
+        )
+    check_integer("sequence_length", sequence_length)
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return float(config.base_shift + slope * (sequence_length - config.base_image_seq_len))
 
 
 def _check_levels(levels: Tensor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from dpok_gym import diffusion
 from dpok_gym.diffusion import expand
 from dpok_gym.models import TextToImageModel, load_model
 from dpok_gym.models.base import LIVE_PIPELINE, Conditioning, GuidanceGradient
+from dpok_gym.models.scheduler_configs import is_flow_matching
 from dpok_gym.samplers.ddim import make_ddim_table
+from dpok_gym.samplers.flow_matching import KERNELS, Kernel, make_flow_table
 from dpok_gym.samplers.transition_table import TransitionTable
 from dpok_gym.utils.validation import check_choice, check_names, check_non_negative
 
@@ -87,23 +89,26 @@ class SamplerConfig:
     Attributes:
         model: a name, folder, file or hub id for :func:`dpok_gym.models.load_model`.
         model_kwargs: its further arguments; those that only change precision or files do not count for equality.
-        sampler: "ddim".
+        sampler: how noise is added, see :class:`DenoisingProcess`.
         num_inference_steps: T.
-        eta: amount of noise in each step, in (0, 1].
+        eta: amount of noise in each stochastic step.
         guidance_scale: scale of classifier-free guidance; 1 is none.
+        sde_steps: the first stochastic step and the number of them; None for all.
     """
 
     model: str
     model_kwargs: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    sampler: str = "ddim"
+    sampler: Kernel = "ddim"
     num_inference_steps: int = 20
     eta: float = 1.0
     guidance_scale: float = 1.0
+    sde_steps: tuple[int, int] | None = None
     drawing_kwargs: tuple[Any, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_kwargs", dict(self.model_kwargs))
-        # A pair of sizes is a list after JSON and perhaps a tuple before; only a tuple can be hashed.
+        # A pair is a list after JSON and perhaps a tuple before; only a tuple can be hashed.
+        object.__setattr__(self, "sde_steps", None if self.sde_steps is None else tuple(self.sde_steps))
         drawing = [self.model_kwargs.get(name) for name in _DRAWING_KWARGS]
         drawing = [tuple(value) if isinstance(value, list) else value for value in drawing]
         object.__setattr__(self, "drawing_kwargs", tuple(drawing))
@@ -154,10 +159,15 @@ class DenoisingProcess:
 
     Args:
         model: the text-to-image model.
-        sampler: "ddim" (Song et al. 2021).
+        sampler: how noise is added: "ddim" (Song et al. 2021), or "ode" for none at all. A flow-matching model also
+            knows "flow-sde", "dance-sde", "cps" and "precise", see :func:`dpok_gym.samplers.make_flow_table`, which
+            says how much noise each leaves in the image.
         num_inference_steps: T, from 1 to the number of training timesteps.
-        eta: amount of noise in each step, in (0, 1]; 1 is that of the diffusion's posterior (DDPM).
+        eta: amount of noise in each step, at least 0, and at most 1 for "ddim" and "cps"; 1 for "ddim" is that of the
+            diffusion's posterior (DDPM). None is the sampler's usual amount, which is 1 for "ddim".
         guidance_scale: scale of classifier-free guidance (Ho & Salimans 2022), finite and at least 0; 1 is none.
+        sde_steps: the first stochastic step, in [0, T), and the number of them: the others are deterministic, without a
+            density, and nothing is learned from them (MixGRPO, Flow-GRPO-Fast). None makes all steps stochastic.
 
     Attributes:
         model: the model.
@@ -172,18 +182,21 @@ class DenoisingProcess:
     def __init__(
         self,
         model: TextToImageModel,
-        sampler: str = "ddim",
+        sampler: Kernel = "ddim",
         num_inference_steps: int = 20,
-        eta: float = 1.0,
+        eta: float | None = None,
         guidance_scale: float = 1.0,
+        sde_steps: Sequence[int] | None = None,
     ) -> None:
-        check_choice("sampler", sampler, "ddim")
+        check_choice("sampler", sampler, *get_args(Kernel))
         check_non_negative("guidance_scale (1 is no guidance)", guidance_scale)
         model.num_forward_passes(guidance_scale)  # raises an error if the model has no guidance
         self.model = model
-        self.table: TransitionTable = make_ddim_table(model.scheduler_config, num_inference_steps, eta).to(model.device)
-        # The number of steps may have come as a NumPy integer, which JSON does not know.
-        self.config = SamplerConfig(model.name, model.options, sampler, len(self.table), eta, guidance_scale)
+        eta = KERNELS[sampler] if eta is None or sampler == "ode" else eta
+        self.table = _make_table(model, sampler, num_inference_steps, eta, sde_steps).to(model.device)
+        # Numbers may have come from NumPy, whose integers JSON does not know.
+        window = None if sde_steps is None else (int(sde_steps[0]), int(sde_steps[1]))
+        self.config = SamplerConfig(model.name, model.options, sampler, len(self.table), eta, guidance_scale, window)
         self.num_function_evaluations = 0
 
     @classmethod
@@ -204,7 +217,9 @@ class DenoisingProcess:
                 "environment with model=TextToImageModel.from_pipeline(pipe)"
             )
         model = load_model(config.model, device, **config.model_kwargs)
-        return cls(model, config.sampler, config.num_inference_steps, config.eta, config.guidance_scale)
+        return cls(
+            model, config.sampler, config.num_inference_steps, config.eta, config.guidance_scale, config.sde_steps
+        )
 
     @property
     def num_inference_steps(self) -> int:
@@ -310,6 +325,30 @@ class DenoisingProcess:
                 conditioning = state.conditioning
             latents = diffusion.sample(mean, std, noise(index))
             yield DenoisingStep(index, state, mean, std, latents, parents)
+
+
+def _make_table(
+    model: TextToImageModel, sampler: Kernel, num_inference_steps: int, eta: float, sde_steps: Sequence[int] | None
+) -> TransitionTable:
+    """Builds the table of the model's kind of diffusion, which the config of its scheduler tells."""
+    config = model.scheduler_config
+    if is_flow_matching(config):
+        sigmas = "trailing" if config.get("timestep_spacing") == "trailing" else None
+        return make_flow_table(
+            config,
+            num_inference_steps,
+            sampler,
+            eta,
+            sde_steps,
+            sigmas=sigmas,
+            sequence_length=model.sequence_length,
+        )
+    if sampler not in ("ddim", "ode"):
+        raise ValueError(
+            f"the sampler {sampler!r} is for flow-matching models, and the model {model.name!r} is none: use 'ddim' or "
+            "'ode'"
+        )
+    return make_ddim_table(config, num_inference_steps, eta, sde_steps)
 
 
 def _is_same_model(known: str, other: str) -> bool:

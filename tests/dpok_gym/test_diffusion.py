@@ -82,6 +82,28 @@ def test_noise_is_recovered() -> None:
     torch.testing.assert_close(diffusion.recover_noise(sample, mean, std), noise, rtol=1e-5, atol=1e-5)
 
 
+def test_a_deterministic_step_has_no_density() -> None:
+    """All that would come from one is 0, and so is its gradient; the other rows are as ever."""
+    std = torch.tensor([0.0, 0.5])
+    mean, other, noise = randn(2, 3).requires_grad_(), randn(2, 3, seed=1), randn(2, 3, seed=2)
+    sample = diffusion.sample(mean, std, noise)
+    assert torch.equal(sample[0], mean[0])
+    for function, arguments in (
+        (diffusion.log_prob, (sample.detach(), mean, std)),
+        (diffusion.log_ratio, (sample.detach(), mean, other, std)),
+        (diffusion.kl_divergence, (mean, other, std)),
+        (diffusion.recover_noise, (sample.detach(), mean, std)),
+    ):
+        values = function(*arguments)
+        assert not values[0].any()
+        rows = [argument[1:] for argument in arguments]
+        torch.testing.assert_close(values[1:], function(*rows))
+        (gradient,) = torch.autograd.grad(values.sum(), mean)
+        assert not gradient[0].any()
+        assert gradient[1].all()
+        assert gradient.isfinite().all()
+
+
 def test_expand_and_reduce() -> None:
     values = torch.tensor([1.0, 2.0])
     assert diffusion.expand(values, torch.zeros(2, 4, 8, 8)).shape == (2, 1, 1, 1)

@@ -385,10 +385,20 @@ def test_families_that_are_not_supported(tiny_sd_folder: Path, tmp_path: Path, p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["LCMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
-def test_schedulers_of_other_diffusions(tiny_sd_folder: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("LCMScheduler", "whose diffusion is not"),
+        ("EDMEulerScheduler", "whose diffusion is not"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            "for networks that predict the flow's velocity, but its prediction_type is",
+        ),
+    ],
+)
+def test_schedulers_of_other_diffusions(tiny_sd_folder: Path, tmp_path: Path, kind: str, reason: str) -> None:
     copied = broken_copy(tiny_sd_folder, tmp_path, "scheduler/scheduler_config.json", _class_name=kind)
-    with pytest.raises(ValueError, match=f"the model comes with a {kind}, whose diffusion is not"):
+    with pytest.raises(ValueError, match=f"the model comes with a {kind}, {reason}"):
         make_process(copied)
 
 

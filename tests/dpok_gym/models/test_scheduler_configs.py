@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, StableDif
 
 from dpok_gym import diffusion
 from dpok_gym.models import TextToImageModel, load_model
-from dpok_gym.models.scheduler_configs import describe_changes, with_density
+from dpok_gym.models.scheduler_configs import describe_changes, is_flow_matching, with_density, with_spacing
 from dpok_gym.samplers import DenoisingProcess, SamplerConfig, make_ddim_table
 
 #: As Stable Diffusion 1.5 is published.
@@ -73,8 +73,11 @@ def test_published_configs_stay_as_they_are() -> None:
     ],
 )
 def test_configs_without_a_density_at_the_end(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match="last step adds no noise"):
-        make_ddim_table(PUBLISHED | changes, 20)
+    if "timestep_spacing" in changes and changes["timestep_spacing"] == "linspace":
+        with pytest.raises(ValueError, match="last step removes no noise"):
+            make_ddim_table(PUBLISHED | changes, 20)
+    else:
+        assert not make_ddim_table(PUBLISHED | changes, 20).stochastic[-1]
     config = with_density(PUBLISHED | changes)
     assert describe_changes(PUBLISHED | changes, config) == said
     for steps in (1, 7, 20, 50):
@@ -143,3 +146,24 @@ def test_the_option(saved_with_linspace: Path) -> None:
         load_model(saved_with_linspace, "cpu", timestep_spacing="linspace")  # type: ignore[arg-type]
     mixture = load_model("mixture", "cpu", timestep_spacing="trailing")
     assert DenoisingProcess(mixture, num_inference_steps=10).table.timesteps[0] == 999
+
+
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+
+
+def test_recognises_flow_matching() -> None:
+    assert is_flow_matching(FLOW)
+    assert is_flow_matching({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True})
+    assert is_flow_matching({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"})
+    assert not is_flow_matching(PUBLISHED)
+    assert not is_flow_matching({})
+
+
+def test_spacing_of_each_kind() -> None:
+    assert with_density(FLOW) == FLOW
+    assert with_spacing(PUBLISHED, "trailing") == with_density(PUBLISHED, "trailing")
+    assert with_spacing(FLOW, "trailing") == {**FLOW, "timestep_spacing": "trailing"}
+    with pytest.raises(ValueError, match="a flow-matching model has no timestep_spacing='leading': choose 'trailing'"):
+        with_spacing(FLOW, "leading")
+    with pytest.raises(ValueError, match="timestep_spacing must be one of 'leading', 'trailing'"):
+        with_spacing(FLOW, "linspace")  # type: ignore[arg-type]

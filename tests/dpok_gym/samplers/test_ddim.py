@@ -97,6 +97,30 @@ def test_less_eta_is_less_noise() -> None:
     torch.testing.assert_close(less.std, 0.25 * full.std)
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_without_noise(prediction_type: str) -> None:
+    """An eta of 0, and a window: diffusers' deterministic DDIM outside of it."""
+    config = STABLE_DIFFUSION | {"prediction_type": prediction_type}
+    whole, none = make_ddim_table(config, 10), make_ddim_table(config, 10, 0.0)
+    window = make_ddim_table(config, 10, 1.0, (3, 2))
+    assert not none.stochastic.any()
+    assert window.stochastic.tolist() == [False] * 3 + [True] * 2 + [False] * 5
+    for name in ("sample_coef", "output_coef", "std"):
+        expected = torch.where(window.stochastic, getattr(whole, name), getattr(none, name))
+        assert torch.equal(getattr(window, name), expected)
+    scheduler = DDIMScheduler.from_config(config)
+    scheduler.set_timesteps(10)
+    for index, timestep in enumerate(scheduler.timesteps):
+        latents, output, step = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1), torch.full((2,), index)
+        expected = scheduler.step(output, timestep, latents, eta=0.0).prev_sample
+        torch.testing.assert_close(none.mean(step, latents, output), expected, rtol=2e-4, atol=2e-5)
+
+
+def test_a_clean_end_is_deterministic() -> None:
+    table = make_ddim_table(STABLE_DIFFUSION | {"set_alpha_to_one": True}, 10)
+    assert table.stochastic.tolist() == [True] * 9 + [False]
+
+
 def test_reads_the_config_of_other_schedulers() -> None:
     pndm = PNDMScheduler.from_config(STABLE_DIFFUSION | {"skip_prk_steps": True})
     ours, expected = make_ddim_table(pndm.config, 50), make_ddim_table(STABLE_DIFFUSION, 50)
@@ -120,14 +144,18 @@ def test_numpy_numbers() -> None:
 @pytest.mark.parametrize(
     ("changes", "steps", "eta", "message"),
     [
-        ({}, 10, 0.0, "eta must lie in"),
+        ({}, 10, -0.1, "eta must lie in"),
         ({}, 10, 1.5, "eta must lie in"),
         ({}, 10, float("nan"), "eta must lie in"),
         ({}, 0, 1.0, "num_inference_steps must be an integer from 1 to 1000"),
         ({}, 2.5, 1.0, "num_inference_steps must be an integer"),
         ({}, 1001, 1.0, "num_inference_steps must be an integer from 1 to 1000"),
-        ({"set_alpha_to_one": True}, 10, 1.0, "load the model with timestep_spacing='leading' or 'trailing' \\(--time"),
-        ({"timestep_spacing": "linspace"}, 10, 1.0, "last step adds no noise"),
+        (
+            {"timestep_spacing": "linspace"},
+            10,
+            1.0,
+            "the model with timestep_spacing='leading' or 'trailing' \\(--time",
+        ),
         ({"prediction_type": "flow"}, 10, 1.0, "prediction_type 'flow'"),
         ({}, 1000, 1.0, "spacing, 'leading' with offset 1, does not find 1000 of the 1000 training timesteps"),
         ({"timestep_spacing": "trailing"}, 61, 1.0, "another num_inference_steps, such as 60"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpok_gym import diffusion
 from dpok_gym.samplers import TransitionTable, make_flow_table
-from dpok_gym.samplers.flow_matching import KERNELS, dynamic_shift, is_flow_matching, trailing_sigmas
+from dpok_gym.samplers.flow_matching import KERNELS
 
 #: The schedulers of Stable Diffusion 3.5 and of FLUX.1.
 SD35: dict[str, Any] = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
@@ -33,8 +33,7 @@ def randn(*size: int, seed: int = 0) -> Tensor:
 
 def flux_table(n_steps: int, kernel: Any, eta: float | None = None, **arguments: Any) -> TransitionTable:
     """The table of FLUX for 1024 x 1024 pixels, on its pipeline's levels."""
-    mu = dynamic_shift(FLUX, 4096)
-    return make_flow_table(FLUX, n_steps, kernel, eta, sigmas=trailing_sigmas(n_steps), mu=mu, **arguments)
+    return make_flow_table(FLUX, n_steps, kernel, eta, sigmas="trailing", sequence_length=4096, **arguments)
 
 
 # The numbers of the published codes for Stable Diffusion 3.5 in 4 and 10 steps, and for FLUX in 10.
@@ -135,14 +134,18 @@ def test_noise_levels_are_those_of_the_pipelines() -> None:
     # The last jump is that of diffusers issue 13243: the smallest sigma is shifted twice.
     levels = [1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089]
     torch.testing.assert_close(sd35.noise, torch.tensor(levels), rtol=0, atol=6e-5)
-    explicit = make_flow_table(SD35, 10, sigmas=trailing_sigmas(10)).noise[-2:].tolist()
+    explicit = make_flow_table(SD35, 10, sigmas="trailing").noise[-2:].tolist()
     assert explicit == pytest.approx([0.4286, 0.25], abs=1e-4)
     flux = [1, 0.966, 0.9266, 0.8805, 0.8257, 0.7595, 0.678, 0.5751, 0.4412, 0.2598]
     torch.testing.assert_close(flux_table(10, "ddim").noise, torch.tensor(flux), rtol=0, atol=6e-5)
 
 
-def test_shift_by_the_images_size() -> None:
-    assert [dynamic_shift(FLUX, n) for n in (256, 1024, 4096)] == pytest.approx([0.5, 0.63, 1.15])
+@pytest.mark.parametrize(("length", "mu"), [(256, 0.5), (1024, 0.63), (4096, 1.15)])
+def test_shift_by_the_images_size(length: int, mu: float) -> None:
+    found = make_flow_table(FLUX, 4, sigmas="trailing", sequence_length=length).noise
+    before = torch.tensor([1, 0.75, 0.5, 0.25])
+    torch.testing.assert_close(found, math.exp(mu) / (math.exp(mu) + 1 / before - 1))
+    assert make_flow_table(SD35, 4, sequence_length=length).noise.equal(make_flow_table(SD35, 4).noise)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -206,8 +209,11 @@ def step_of(scheduler: Any, table: TransitionTable, index: int, output: Tensor, 
 def test_equals_diffusers_euler(
     kernel: Any, eta: float | None, stochastic_sampling: bool, family: str, n_steps: int
 ) -> None:
-    config, arguments = (SD35, {}) if family == "sd35" else (FLUX, {"mu": 0.63, "sigmas": trailing_sigmas(n_steps)})
-    table = make_flow_table(config, n_steps, kernel, eta, **arguments)  # type: ignore[arg-type]
+    config, arguments = SD35, {}
+    table = make_flow_table(SD35, n_steps, kernel, eta)
+    if family == "flux":
+        config, arguments = FLUX, {"mu": 1.15, "sigmas": np.linspace(1, 1 / n_steps, n_steps).tolist()}
+        table = flux_table(n_steps, kernel, eta)
     known = {name: value for name, value in config.items() if name != "_class_name"}
     scheduler = FlowMatchEulerDiscreteScheduler(**known, stochastic_sampling=stochastic_sampling)
     scheduler.set_timesteps(n_steps, **arguments)
@@ -337,14 +343,6 @@ def test_one_step_is_deterministic() -> None:
     assert make_flow_table(SD35, 1, "flow-sde", 0.7).std.tolist() == pytest.approx([0.7])
 
 
-def test_recognises_the_family() -> None:
-    assert is_flow_matching(SD35)
-    assert is_flow_matching({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True})
-    assert is_flow_matching({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"})
-    assert not is_flow_matching({"_class_name": "DDIMScheduler", "prediction_type": "epsilon"})
-    assert not is_flow_matching({})
-
-
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
@@ -353,16 +351,18 @@ def test_recognises_the_family() -> None:
         ({}, {"kernel": "cps", "eta": 1.5}, "eta must lie in \\[0, 1\\], got 1.5"),
         ({}, {"kernel": "flow-sde", "eta": -0.1}, "eta must be a number of at least 0, got -0.1"),
         ({}, {"kernel": "flow-sde", "eta": math.nan}, "eta must be a number of at least 0, got nan"),
-        ({}, {"kernel": "ode", "eta": 0.5}, "'ode' has no noise: leave eta out"),
         ({}, {"num_inference_steps": 0}, "num_inference_steps must be an integer of at least 1, got 0"),
         ({}, {"num_inference_steps": 1001}, "num_inference_steps must be an integer of at most 1,000, got 1001"),
         ({"prediction_type": "epsilon"}, {}, "predict the flow's velocity, but its prediction_type is 'epsilon'"),
         ({"_class_name": "FlowMatchLCMScheduler"}, {}, "a FlowMatchLCMScheduler; the only flow-matching scheduler"),
         ({"_class_name": "DDIMScheduler"}, {}, "a DDIMScheduler; the only flow-matching scheduler"),
         ({"invert_sigmas": True}, {}, "schedulers with invert_sigmas, as Mochi has, are not supported"),
-        ({"use_dynamic_shifting": True}, {}, "shifts the noise levels by the image's size: give mu"),
-        ({"use_dynamic_shifting": True}, {"mu": math.inf}, "mu must be finite"),
-        ({}, {"mu": 1.0}, "has no dynamic shifting: leave mu out"),
+        (
+            {"use_dynamic_shifting": True},
+            {},
+            "shifts the noise levels by the image's size \\(use_dynamic_shifting\\): give the s",
+        ),
+        ({"use_dynamic_shifting": True}, {"sequence_length": 0}, "sequence_length must be an integer of at least 1"),
         ({}, {"sigmas": [1.0, 0.5]}, "one noise level for each of the 4 steps, got 2"),
         ({}, {"sigmas": [1.0, 0.5, 0.5, 0.2]}, "must fall at every step, but step 1 goes from 0.75 to 0.75"),
         ({}, {"sigmas": [0.2, 0.5, 0.7, 1.0]}, "must fall at every step, but step 0"),

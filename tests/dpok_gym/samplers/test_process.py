@@ -345,9 +345,11 @@ def test_state() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sampler": "euler"}, "sampler must be one of 'ddim', got 'euler'"),
+        ({"sampler": "euler"}, "sampler must be one of 'ddim', 'flow-sde', 'dance-sde', 'cps', 'precise', 'ode', got"),
         ({"num_inference_steps": 0}, "num_inference_steps must be an integer from 1 to 1000, got 0"),
-        ({"eta": 0.0}, r"eta must lie in \(0, 1\], got 0"),
+        ({"sampler": "flow-sde"}, "the sampler 'flow-sde' is for flow-matching models, and the model .* is none"),
+        ({"eta": 1.5}, r"eta must lie in \[0, 1\], got 1.5"),
+        ({"sde_steps": (19, 2)}, r"sde_steps=\(19, 2\) ends after step 20, but the last of the 20 denoising steps"),
         ({"guidance_scale": -1.0}, "guidance_scale .* must be a number of at least 0, got -1"),
         ({"guidance_scale": float("inf")}, "guidance_scale .* must be a number of at least 0, got inf"),
         ({"guidance_scale": float("nan")}, "guidance_scale .* must be a number of at least 0, got nan"),
@@ -374,6 +376,7 @@ class TestConfig:
             "num_inference_steps": T,
             "eta": 0.5,
             "guidance_scale": 3.0,
+            "sde_steps": None,
         }
 
     def test_of_a_live_pipeline(self, tiny_sd_folder: Path) -> None:
@@ -450,7 +453,8 @@ class TestConfig:
             ({"num_inference_steps": 50}, "num_inference_steps 20 there, 50 here"),
             ({"eta": 0.5}, "eta 1.0 there, 0.5 here"),
             ({"guidance_scale": 7.5}, "guidance_scale 1.0 there, 7.5 here"),
-            ({"sampler": "euler"}, "sampler 'ddim' there, 'euler' here"),
+            ({"sampler": "ode"}, "sampler 'ddim' there, 'ode' here"),
+            ({"sde_steps": [2, 3]}, "sde_steps None there, (2, 3) here"),
             ({"model_kwargs": {"image_size": 32}}, "image_size None there, 32 here"),
             ({"model_kwargs": {"negative_prompt": "blurry"}}, "negative_prompt None there, 'blurry' here"),
             ({"model_kwargs": {"revision": "v2"}}, "revision None there, 'v2' here"),
