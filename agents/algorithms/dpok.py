@@ -248,10 +248,9 @@ class DPOK(PolicyGradient):
                 self.log_metrics({"value_loss": loss})
 
     @property
-    def kl_step_weights(self) -> Tensor:
+    def held_weight(self) -> float:
         """The steps that the policy gradient leaves out are held by the ``kl_coef`` of the beginning."""
-        held = 1.0 if self.target_kl is None else self.initial_kl_coef / self.kl_coef
-        return torch.where(self.step_weights > 0, self.step_weights, held)
+        return 1.0 if self.target_kl is None else self.initial_kl_coef / self.kl_coef
 
     def _adapt_kl_coef(self, target: float) -> None:
         """beta <- beta (KL / target)^(1/2), by at most a third up or a tenth down in an iteration.

@@ -28,6 +28,10 @@ class PolicyGradient(DenoisingAlgorithm):
     whole latent. The loss is divided by ``loss_scale``, which AdamW does not notice, so that the same limits on the
     gradient's norm suit latents of all sizes.
 
+    Deterministic steps of the sampler have no density, so nothing is learned from them: they are left out of both
+    terms, and of ``timestep_fraction``. Hence with ``sde_steps=(first, number)`` of the environment an image has that
+    many transitions.
+
     The defaults are those of the published codes of DDPO, DanceGRPO and Flow-GRPO.
 
     Args:
@@ -91,7 +95,13 @@ class PolicyGradient(DenoisingAlgorithm):
     def _make_step_weights(self) -> Tensor:
         """The weight of each step in the policy gradient, (T,): a mean of 1 over the steps that are not left out."""
         table = self.process.table
-        trained = torch.ones(len(table), dtype=torch.bool, device=table.std.device)
+        if not table.stochastic.any():
+            raise ValueError(
+                f"no denoising step adds noise (sampler={self.process.config.sampler!r}, "
+                f"eta={self.process.config.eta}), so none has a density to learn from: choose an eta above 0, or an "
+                "algorithm that learns from finished images"
+            )
+        trained = table.stochastic.clone()
         if self.skip_last_steps == "auto":
             trained[int(table.exploring.nonzero().max()) + 1 :] = False
         elif self.skip_last_steps >= len(table):
@@ -101,6 +111,11 @@ class PolicyGradient(DenoisingAlgorithm):
             )
         else:
             trained[len(table) - self.skip_last_steps :] = False
+        if not trained.any():
+            raise ValueError(
+                f"skip_last_steps={self.skip_last_steps} leaves out all stochastic steps, the last of which is step "
+                f"{int(table.stochastic.nonzero().max())} of {len(table)}: skip fewer"
+            )
         weights = table.output_weights() if self.step_weighting == "output" else torch.ones_like(table.std)
         return trained * weights / weights[trained].mean()
 
@@ -108,9 +123,15 @@ class PolicyGradient(DenoisingAlgorithm):
     def kl_step_weights(self) -> Tensor:
         """The weight of each step in the KL, (T,): that in the policy gradient; 1 if the step is left out there.
 
-        So the two terms keep their balance wherever there are two, and the other steps are held where they are.
+        So the two terms keep their balance wherever there are two, and the other steps are held where they are. A
+        deterministic step has no KL, and the weight 0.
         """
-        return torch.where(self.step_weights > 0, self.step_weights, 1.0)
+        return torch.where(self.step_weights > 0, self.step_weights, self.held_weight * self.process.table.stochastic)
+
+    @property
+    def held_weight(self) -> float:
+        """The weight in the KL of steps that the policy gradient leaves out."""
+        return 1.0
 
     @property
     def loss_scale(self) -> float:
@@ -191,7 +212,7 @@ class PolicyGradient(DenoisingAlgorithm):
         exploring = table.exploring[batch.step]
         kl = exploring * diffusion.kl_divergence(mean, reference, std)
         late_mse = table.output_mse(batch.step, mean, reference)[~exploring]
-        return {"kl_to_reference": batch.weight * kl * len(table), "late_output_mse": late_mse}
+        return {"kl_to_reference": batch.weight * kl * table.stochastic.count_nonzero(), "late_output_mse": late_mse}
 
     def step_importance(self) -> Tensor:
         """Relative frequency with which each step is chosen if not all are trained on, (T,): its share of the loss."""

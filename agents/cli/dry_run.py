@@ -254,7 +254,8 @@ def count_update_passes(config: Config) -> Passes | None:
     if issubclass(algorithm, PolicyGradient):
         # "auto" leaves out two steps of Stable Diffusion's schedules. A KL holds the steps that are left out.
         skipped = 2 if algo["skip_last_steps"] == "auto" else algo["skip_last_steps"]
-        trained = n_steps if reference else n_steps - skipped
+        first, number = config.env_kwargs["sde_steps"] or (0, n_steps)
+        trained = number if reference else min(first + number, n_steps - skipped) - first
         n = round(algo["timestep_fraction"] * n_images * trained) * algo["n_epochs"]
         return of_batches(n, guided, back, guided * reference)
     if issubclass(algorithm, OnlineForwardProcess):

@@ -35,7 +35,15 @@ Format = Literal["diffusers", "kohya", "peft", "merged"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LIBRARIES = {"diffusers": "diffusers", "kohya": "diffusers", "peft": "peft", "merged": "diffusers"}
 #: What an image depends on beside prompt and seed.
-SAMPLING = ("num_inference_steps", "eta", "guidance_scale", "negative_prompt", "image_size", "timestep_spacing")
+SAMPLING = (
+    "num_inference_steps",
+    "eta",
+    "sde_steps",
+    "guidance_scale",
+    "negative_prompt",
+    "image_size",
+    "timestep_spacing",
+)
 #: The note in a LoRA's file that has these values, as JSON.
 _SAMPLING_NOTE = "dpok_gym.sampling"
 #: Arguments of an algorithm that say nothing about how it learned.
@@ -106,6 +114,7 @@ def sampling_of(process: DenoisingProcess) -> dict[str, Any]:
     return {
         "num_inference_steps": known.num_inference_steps,
         "eta": known.eta,
+        "sde_steps": known.sde_steps,
         "guidance_scale": known.guidance_scale,
         "negative_prompt": model.options.get("negative_prompt"),
         "image_size": model.options.get("image_size"),
@@ -142,8 +151,10 @@ def hub_id(model: str) -> str | None:
 
 def usage_hint(sampling: Mapping[str, Any]) -> str:
     """Returns how to draw, in a few words: scheduler, steps and guidance."""
+    window = sampling["sde_steps"]
+    where = f" in steps {window[0]} to {window[0] + window[1] - 1} and 0 in the others" if window else ""
     return (
-        f"the scheduler DDIM (eta {sampling['eta']}, spacing {sampling['timestep_spacing']}), "
+        f"the scheduler DDIM (eta {sampling['eta']}{where}, spacing {sampling['timestep_spacing']}), "
         f"{sampling['num_inference_steps']} steps, guidance scale {sampling['guidance_scale']}"
     )
 

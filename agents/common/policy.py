@@ -362,12 +362,15 @@ class DenoisingPolicy(ActorCriticPolicy):
         return self._observed_values(obs, self.state_of(obs))
 
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, log-probabilities and entropies of actions (B, C, h, w) or (B, C*h*w); all (B,), in nats."""
+        """Values, log-probabilities and entropies of actions (B, C, h, w) or (B, C*h*w); all (B,), in nats.
+
+        At a deterministic step the last two are 0.
+        """
         state = self.state_of(obs)
         mean, std = self.transition(state)
         log_prob = diffusion.log_prob(actions.reshape(mean.shape), mean, std)
         # The entropy of a Gaussian is minus its log-density at the mean, plus half a nat for each dimension.
-        entropy = -diffusion.log_prob(mean, mean, std) + 0.5 * mean[0].numel()
+        entropy = -diffusion.log_prob(mean, mean, std) + 0.5 * mean[0].numel() * (std > 0)
         return self._observed_values(obs, state, mean), log_prob, entropy
 
     def get_distribution(self, obs: PyTorchObs) -> DiagGaussianDistribution:

@@ -37,7 +37,7 @@ TEXTS = {
     "--micro-batch-size": ["0", "x", "-1", "1.5"],
     "--max-batch-size": ["0", "x", "-1", "1.5"],
     "--target-modules": ["", "x", "attentoin"],
-    "--eta": ["0", "1.1"],
+    "--eta": ["-1", "1.1"],
     "--num-inference-steps": ["0", "1001"],
     "--images": ["0", "1000000001"],
     "--n-envs": ["0", "1000000"],

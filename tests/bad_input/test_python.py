@@ -58,7 +58,7 @@ ENVIRONMENT: dict[str, list[Any]] = {
         *[{"shapes-alignment": {"normalize": value}} for value in ("x", [1], [0, 0], [math.nan, 1], 3)],
     ],
     "num_inference_steps": [0, 1001, None],
-    "eta": [0, 1.1, None],
+    "eta": [-1, 1.1, "x"],
     "guidance_scale": [None],
     "negative_prompt": ["a red dragon", 3, "a red circle"],
     "image_size": [0, -8, 7, 1.5, "64", [64], [64, 64, 64], {}, 10**6, True, np.ones(2)],

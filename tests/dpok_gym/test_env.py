@@ -313,8 +313,8 @@ class TestModels:
         ({"dtype": "float8"}, "dtype must be one of 'float32', 'bfloat16', 'float16', got 'float8'"),
         ({"num_inference_steps": 0}, "num_inference_steps must be an integer from 1 to 1000, got 0"),
         ({"num_inference_steps": 1001}, "num_inference_steps must be an integer from 1 to 1000, got 1001"),
-        ({"eta": 0.0}, r"eta must lie in \(0, 1\], got 0"),
-        ({"eta": 1.5}, r"eta must lie in \(0, 1\], got 1.5"),
+        ({"eta": -0.1}, r"eta must lie in \[0, 1\], got -0.1"),
+        ({"eta": 1.5}, r"eta must lie in \[0, 1\], got 1.5"),
         ({"decode_batch_size": 0}, r"decode_batch_size \(unless .*\) must be an integer of at least 1, got 0"),
         ({"max_prompt_bytes": 0}, "max_prompt_bytes must be an integer of at least 1, got 0"),
         ({"max_prompt_bytes": 12.5}, "max_prompt_bytes must be an integer of at least 1, got 12.5"),
@@ -457,6 +457,18 @@ class TestReference:
             assert info["reference_std"] == std.item()
             assert reward == pytest.approx(plain_reward + 0.01 * expected.sum().item(), rel=1e-9)
             assert plain_info.keys() == info.keys() - {"log_prob_reference", "reference_mean", "reference_std"}
+        assert terminated
+
+    def test_a_deterministic_step_has_no_log_prob(self) -> None:
+        env = make(reference_info=True, reference_log_prob_coef=0.01, sde_steps=(1, 1))
+        env.reset(seed=0)
+        for i in range(T):
+            mean = env.batch.reference_transition()[0][0].cpu().numpy()
+            _, reward, terminated, _, info = env.step(mean if i != 1 else act(env, i))
+            assert np.array_equal(info["reference_mean"], mean)
+            assert (info["reference_std"] > 0) == (info["log_prob_reference"] != 0) == (i == 1)
+            if not terminated:
+                assert reward == pytest.approx(0.01 * info["log_prob_reference"])
         assert terminated
 
     def test_costs_a_call_only_on_request(self) -> None:

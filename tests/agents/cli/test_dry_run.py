@@ -99,6 +99,8 @@ def test_durations_are_readable() -> None:
         (["--algo", "dpok"], (640, 1280, 1280, 1280, 10)),
         (["--algo", "dpok", "--kl-coef", "0", "--guidance-gradient", "conditional"], (576, 1152, 576, 0, 9)),
         (["--algo", "dpok", "--guidance-scale", "1", "--n-epochs", "2"], (1280, 1280, 1280, 1280, 20)),
+        (["--algo", "dpok", "--sde-steps", "4", "6"], (192, 384, 384, 384, 3)),
+        (["--algo", "dpok", "--kl-coef", "0", "--sde-steps", "16", "4"], (64, 128, 128, 0, 1)),
         (["--algo", "reinforce"], (144, 288, 288, 0, 1)),
         (["--algo", "diffusion-nft"], (384, 384, 384, 384, 4)),
         (["--algo", "awm"], (384, 384, 384, 768, 4)),

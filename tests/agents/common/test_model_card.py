@@ -15,6 +15,7 @@ from tests.support import make_process
 SAMPLING: dict[str, Any] = {
     "num_inference_steps": 20,
     "eta": 1.0,
+    "sde_steps": None,
     "guidance_scale": 5.0,
     "negative_prompt": None,
     "image_size": None,
@@ -152,3 +153,10 @@ def test_notes_of_stable_diffusion_2_and_of_another_denoiser(tiny_v_folder: Path
     assert lora_notes(stand_in)["ss_v2"] == "True"
     wide.denoiser = torch.nn.Linear(1, 1)
     assert "modelspec.architecture" not in lora_notes(stand_in)
+
+
+def test_hint_at_a_window_of_stochastic_steps() -> None:
+    hint = usage_hint(SAMPLING | {"sde_steps": [4, 6]})
+    assert hint == "the scheduler DDIM (eta 1.0 in steps 4 to 9 and 0 in the others, spacing leading), 20 steps, " + (
+        "guidance scale 5.0"
+    )

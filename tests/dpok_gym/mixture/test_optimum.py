@@ -1,6 +1,7 @@
 """The best value of E[r] - beta KL, against closed forms and independent computations."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from dpok_gym.prompts import PromptSet
 GRID = np.linspace(-6, 6, 601)
 
 
-def make(model: str, prompts: object, reward: object, n_steps: int) -> DenoisingVectorEnv:
+def make(model: str, prompts: object, reward: object, n_steps: int, **arguments: Any) -> DenoisingVectorEnv:
+    common = {"decode_batch_size": 256, "device": "cpu"}
     return DenoisingVectorEnv(
-        1, model=model, prompts=prompts, reward=reward, num_inference_steps=n_steps, decode_batch_size=256, device="cpu"
+        1, model=model, prompts=prompts, reward=reward, num_inference_steps=n_steps, **common | arguments
     )
 
 
@@ -47,9 +49,10 @@ def test_one_dimension(reward: object, function, beta: float) -> None:
 
 
 @pytest.mark.slow
-def test_gaussian_data_in_two_dimensions() -> None:
+@pytest.mark.parametrize("sde_steps", [None, (5, 8)])
+def test_gaussian_data_in_two_dimensions(sde_steps: tuple[int, int] | None) -> None:
     """In closed form: the mean moves along the covariance given x_T, and costs half of what it gains."""
-    env = make("mixture", "one gaussian", "mixture-linear", 20)
+    env = make("mixture", "one gaussian", "mixture-linear", 20, sde_steps=sde_steps)
     assert isinstance(env.model, MixtureModel)
     data = env.model.mixtures["one gaussian"]
     sampler = GaussianSampler.of(data, env.process.table, env.model.denoiser.alphas_cumprod)

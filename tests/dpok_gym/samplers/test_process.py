@@ -17,8 +17,10 @@ from torch import Tensor, nn
 import dpok_gym
 from dpok_gym import DenoisingVectorEnv, diffusion, reference_policy
 from dpok_gym.models import TextToImageModel, load_model
-from dpok_gym.samplers import DenoisingProcess, DenoisingStep, SamplerConfig, State
+from dpok_gym.samplers import DenoisingProcess, DenoisingStep, SamplerConfig, State, make_flow_table
+from dpok_gym.samplers.flow_matching import KERNELS
 from dpok_gym.shapes import WEIGHTS
+from tests.flow_model import FlowModel
 from tests.support import assert_same, make_process, redness
 
 PROMPTS = ["a green rabbit.", "dog", "moon"]
@@ -509,6 +511,57 @@ def test_the_embedded_model_denoises_to_its_prompt() -> None:
         pass
     rewards = dpok_gym.make_reward("shapes-alignment")(process.model.decode(step.next_latents), prompts)
     assert rewards.total.mean() > 0.5
+
+
+class TestFlowMatching:
+    """The kind of a model's transitions is that of its scheduler."""
+
+    def test_tables(self) -> None:
+        model = FlowModel()
+        for sampler, eta in KERNELS.items():
+            process = DenoisingProcess(model, sampler, T)  # type: ignore[arg-type]
+            assert process.config.eta == eta
+            assert_same(process.table, make_flow_table(model.scheduler_config, T, sampler))  # type: ignore[arg-type]
+        assert DenoisingProcess(model, "ode", T, 0.5).config == DenoisingProcess(model, "ode", T).config
+        window = DenoisingProcess(model, "cps", T, 0.5, sde_steps=[np.int64(1), 2])
+        assert window.table.stochastic.tolist() == [step in (1, 2) for step in range(T)]
+        config = json.loads(json.dumps(window.config.to_dict()))
+        assert config["sde_steps"] == [1, 2]
+        assert SamplerConfig.from_dict(config) == window.config
+
+    def test_levels(self) -> None:
+        spaced = FlowModel().with_options(timestep_spacing="trailing")
+        table = DenoisingProcess(spaced, num_inference_steps=T).table
+        assert_same(table, make_flow_table(FlowModel().scheduler_config, T, sigmas="trailing"))
+        flux = FlowModel(use_dynamic_shifting=True)
+        flux.sequence_length = 1024
+        table = DenoisingProcess(flux, num_inference_steps=T).table
+        assert_same(table, make_flow_table(flux.scheduler_config, T, sequence_length=1024))
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(("sampler", "spread"), [("ode", 0.998), ("ddim", 0.995), ("cps", 0.804)])
+    def test_samples_have_the_datas_mean_and_spread(self, sampler: Any, spread: float) -> None:
+        """The spread is that of the chain in closed form, see test_flow_matching.py."""
+        process = DenoisingProcess(FlowModel(), sampler, 1000)
+        n, generator = 2000, torch.Generator().manual_seed(0)
+
+        def draw(index: int = 0) -> Tensor:
+            return torch.randn(n, 1, 2, 2, generator=generator)
+
+        for step in process.denoise(draw(), process.encode(["bright"] * n), draw):  # noqa: B007
+            pass
+        assert step.next_latents.mean().item() == pytest.approx(1, abs=0.05)
+        assert step.next_latents.std().item() == pytest.approx(spread, abs=0.03)
+
+    @torch.no_grad()
+    def test_the_predicted_clean_latents(self) -> None:
+        process = DenoisingProcess(FlowModel(), "ddim", T, sde_steps=(0, 1))
+        for index in range(T):
+            state = process.state(randn(0, (3, 1, 2, 2)), index, process.encode(["dark"] * 3))
+            mean, _ = process.transition(state)
+            s = process.table.noise[index]
+            expected = state.latents - s * process.predict(state)
+            torch.testing.assert_close(process.predicted_clean(state, mean), expected, rtol=1e-4, atol=1e-5)
 
 
 class Recorder(nn.Module):
