@@ -333,14 +333,13 @@ def _make_table(
     """Builds the table of the model's kind of diffusion, which the config of its scheduler tells."""
     config = model.scheduler_config
     if is_flow_matching(config):
-        sigmas = "trailing" if config.get("timestep_spacing") == "trailing" else None
         return make_flow_table(
             config,
             num_inference_steps,
             sampler,
             eta,
             sde_steps,
-            sigmas=sigmas,
+            sigmas="trailing" if config.get("timestep_spacing") == "trailing" else None,
             sequence_length=model.sequence_length,
         )
     if sampler not in ("ddim", "ode"):

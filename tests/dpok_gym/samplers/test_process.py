@@ -523,7 +523,7 @@ class TestFlowMatching:
             assert process.config.eta == eta
             assert_same(process.table, make_flow_table(model.scheduler_config, T, sampler))  # type: ignore[arg-type]
         assert DenoisingProcess(model, "ode", T, 0.5).config == DenoisingProcess(model, "ode", T).config
-        window = DenoisingProcess(model, "cps", T, 0.5, sde_steps=[np.int64(1), 2])
+        window = DenoisingProcess(model, "cps", T, 0.5, sde_steps=[1, 2])
         assert window.table.stochastic.tolist() == [step in (1, 2) for step in range(T)]
         config = json.loads(json.dumps(window.config.to_dict()))
         assert config["sde_steps"] == [1, 2]
