@@ -67,7 +67,9 @@ def _red(images: Tensor, prompts: list[str]) -> Tensor:
     return images[:, 0].mean((1, 2))
 
 
-@pytest.mark.parametrize("changes", [{}, {"guidance_scale": 5.0, "negative_prompt": "moon"}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"guidance_scale": 5.0, "negative_prompt": "moon"}, {"dtype": "bfloat16"}, {"sampler": "ode"}]
+)
 def test_the_pipeline_draws_the_same(changes: dict[str, Any], make_env: Callable[..., Any]) -> None:
     assert check_pipeline(make_env(**changes).process, ["a rabbit", "the moon"], 0).status == "ok"
 
@@ -76,3 +78,11 @@ def test_another_amount_of_noise_is_not_the_pipeline(make_env: Callable[..., Any
     process = make_env().process
     process.table = make_env(eta=0.3).process.table
     assert check_pipeline(process, ["a rabbit"], 0).status == "failed"
+
+
+def test_a_pipeline_has_no_window_of_stochastic_steps(make_env: Callable[..., Any]) -> None:
+    finding = check_pipeline(make_env(sde_steps=(0, 1)).process, ["a rabbit"], 0)
+    assert (finding.status, finding.measured) == (
+        "not checked",
+        "diffusers' pipelines add noise in all steps, not in sde_steps only",
+    )
