@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
 TimestepSpacing = Literal["leading", "trailing"]
-
-logger = logging.getLogger(__name__)
 
 
 def with_density(config: Mapping[str, Any], spacing: TimestepSpacing | None = None) -> dict[str, Any]:
