@@ -130,8 +130,8 @@ class DenoisingPolicy(ActorCriticPolicy):
         rank = self.model.default_lora_rank if lora_rank is None else lora_rank
         if lora is not None and lora_rank == 0:
             raise ValueError(
-                "lora_rank=0 trains the whole denoiser, which starts from no LoRA; choose another lora_rank, such as 8, "
-                "or leave the LoRA out"
+                "lora_rank=0 trains the whole denoiser, which starts from no LoRA; choose another lora_rank, such as "
+                "8, or leave the LoRA out"
             )
         check_integer("lora_rank", rank, minimum=0, maximum=MAX_RANK)
         check_integer("critic_hidden", critic_hidden, maximum=2**16)
