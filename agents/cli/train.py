@@ -37,7 +37,8 @@ from agents.cli.config import (
 )
 from agents.cli.environments import environment_class
 from agents.cli.recipe import Recipe
-from agents.cli.run_folder import LOG, LORA, SUMMARY, Run
+from agents.cli.run import Run
+from agents.cli.run_folder import LOG, LORA, SUMMARY
 from agents.cli.signals import SIGNALS, exit_code
 from agents.cli.tables import say
 from agents.common import distributed
