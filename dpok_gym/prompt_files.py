@@ -125,6 +125,8 @@ def _read_csv(content: str) -> Entries:
         raise ValueError(
             f'line {reader.line_num}: {error}; a cell with commas or quotation marks is written as "a sign, ""stop"""'
         ) from error
+    if rows and len(rows[0][1]) == 1 and ";" in rows[0][1][0]:
+        raise ValueError("line 1: its cells are separated by semicolons, and those of CSV by commas; save it so")
     return _read_rows(rows, 'write quotation marks around a cell with commas, such as "a dog, asleep"')
 
 

@@ -278,15 +278,15 @@ def find_unobservable(prompts: Sequence[str], size: int) -> Iterator[tuple[int, 
         try:
             content = prompt.encode("utf-8")
         except UnicodeEncodeError as error:
-            yield index, f"the prompt {prompt!r} cannot be written as UTF-8: {error}"
+            yield index, f"the prompt {shorten(prompt)} cannot be written as UTF-8: {error}"
             continue
         if b"\0" in content:
-            yield index, f"the prompt {prompt!r} has a NUL character, which marks the end of a prompt; remove it"
+            yield index, f"the prompt {shorten(prompt)} has a NUL character, which marks the end of a prompt; remove it"
         elif len(content) > size:
             yield (
                 index,
-                f"the prompt {prompt!r} has {len(content)} bytes in UTF-8, but max_prompt_bytes is {size}; raise "
-                "max_prompt_bytes, or shorten the prompt",
+                f"the prompt {shorten(prompt)} has {len(content)} bytes in UTF-8, but max_prompt_bytes is {size}; "
+                "raise max_prompt_bytes, or shorten the prompt",
             )
 
 

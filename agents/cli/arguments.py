@@ -238,8 +238,11 @@ def _describe_unknown(words: Sequence[str], known: Sequence[str], argv: Sequence
     options = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not options:
         return f"unexpected {words[0]!r}: a text of several words needs quotation marks"
-    written = options[0].replace("_", "-")  # --kl_coeff is nearer to --kl-coef so
+    return f"unknown option {options[0]}; {suggest_option(options[0], known)}"
+
+
+def suggest_option(written: str, known: Sequence[str]) -> str:
+    """Returns the end of an error message: the nearest option, or where all of them are listed."""
     # There are about 60 options, too many to list them all in an error.
-    suggestion, _, _ = suggest(written, known).partition(" There are:")  # --help lists them with their meaning
-    hint = suggestion if suggestion.startswith("did you mean") else ""
-    return f"unknown option {options[0]}; {hint or 'the option --help lists all of them'}"
+    suggestion, _, _ = suggest(written.replace("_", "-"), known).partition(" There are:")  # --kl_coeff is --kl-coef
+    return suggestion if suggestion.startswith("did you mean") else "the option --help lists all of them"

@@ -56,8 +56,10 @@ def parse(argv: Sequence[str]) -> Doctor:
         print(_HELP)
     own = parse_some_options(_OwnOptions, argv)
     options = train.parse(_without_report(argv))
-    if options.resume_from is not None or options.out is not None:
-        raise UsageError("dpok doctor checks a new training and writes no run folder: leave out --out and --resume")
+    if options.resume_from is not None or options.out is not None or options.is_dry:
+        raise UsageError(
+            "dpok doctor checks a new training, and writes no run folder: leave out --out, --resume and --dry-run"
+        )
     return Doctor(options.config, own.report)
 
 

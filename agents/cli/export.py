@@ -107,8 +107,8 @@ def _write_merged(options: Export, config: Config, folder: Path) -> tuple[Traini
     if options.model is not None and not options.model.exists():
         raise FileNotFoundError(f"there is no folder {options.model}; --model is the folder of the run's model")
     changes = {} if options.model is None else {"model": str(options.model)}
-    # Nothing is scored, and a reward may be a large network.
-    env = config.make_env(1, device=options.device, reward=_no_reward, **changes)
+    # Nothing is scored, and a reward may be a large network. Weights in half precision would lose small changes.
+    env = config.make_env(1, device=options.device, reward=_no_reward, dtype="float32", **changes)
     agent = load_agent(options.run, config, env, options.device)
     agent.save_pretrained(folder)
     return agent.training, None

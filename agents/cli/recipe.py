@@ -17,11 +17,8 @@ from typing import Any
 
 import yaml
 
-from agents.cli.arguments import UsageError, format_reward, kinds_of_options
-from agents.cli.config import named_code, reward_names
-from agents.cli.environments import parse_reward
+from agents.cli.arguments import UsageError, format_reward, kinds_of_options, suggest_option
 from dpok_gym.utils.reading import read_yaml
-from dpok_gym.utils.validation import check_names
 
 #: Options that a recipe cannot have: whom to trust, and what to go on with, are not for a file to say.
 _NOT_IN_FILES = ("config", "dry-run", "resume", "resume-from-checkpoint", "trust")
@@ -50,19 +47,16 @@ class Recipe:
             )
         self.options: dict[str, Any] = options
 
-    def check_code(self, trust: bool) -> None:
-        """Checks that the file names no code that would run, unless it is trusted.
+    def check_code(self, code: Sequence[str], trust: bool) -> None:
+        """Checks that the file leads to no code that would run, unless it is trusted.
 
         Args:
+            code: what the file leads to, as :func:`agents.cli.config.named_code` returns it.
             trust: whether it may.
 
         Raises:
-            ValueError: if it names code and is not trusted.
+            ValueError: if there is code and the file is not trusted.
         """
-        get = self.options.get
-        model_kwargs = get("model-kwargs") if isinstance(get("model-kwargs"), dict) else {}
-        reward = [*parse_reward(get("reward") or {}), *reward_names(get("held-out-reward"))]
-        code = named_code(str(get("env", "")), str(get("algo", "")), get("model"), reward, model_kwargs)
         if code and not trust:
             raise ValueError(
                 f"{self.path} names code that would run: {', '.join(code)}; if you trust who wrote it, add --trust"
@@ -83,14 +77,16 @@ class Recipe:
             options: dataclass of the options that there are.
 
         Raises:
-            ValueError: if one is unknown; the message names the nearest one.
+            ValueError: if one is unknown; the message names the nearest one. Or if a value would be read as an option.
         """
         kinds = {name.removeprefix("--"): kind for name, kind in kinds_of_options(options).items()}
         known = [name for name in kinds if name not in _NOT_IN_FILES]
-        try:
-            check_names(f"option in {self.path}", self.options, known)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
+        for name, value in self.options.items():
+            if name not in known:
+                raise UsageError(f"unknown option in {self.path} {name!r}; {suggest_option(name, known)}")
+            # On a command line it would be one.
+            if isinstance(value, list) and any(str(entry).startswith("--") for entry in value):
+                raise UsageError(f"a value of {name!r} in {self.path} looks like an option: {value}")
         return [word for name, value in self.options.items() for word in _words(name, value, kinds[name] is bool)]
 
 

@@ -33,10 +33,12 @@ from agents.cli.config import (
     describe_settings,
     find_held_out_reward,
     find_paths,
+    named_code,
 )
 from agents.cli.environments import environment_class
 from agents.cli.recipe import Recipe
-from agents.cli.run_folder import LOG, LORA, SUMMARY, Run
+from agents.cli.run import Run
+from agents.cli.run_folder import LOG, LORA, SUMMARY
 from agents.cli.signals import SIGNALS, exit_code
 from agents.cli.tables import say
 from agents.common import distributed
@@ -152,7 +154,8 @@ def parse(argv: Sequence[str]) -> Train:
         raise UsageError("--resume keeps the run's own settings; leave out --config")
     recipe = None if first.config is None else Recipe(first.config)
     if recipe is not None:
-        recipe.check_code(first.trust)
+        env, algo = (str(recipe.options.get(name)) for name in ("env", "algo"))
+        recipe.check_code(named_code(env, algo, None, (), None), first.trust)  # it would run now
         # The last of two values counts, so the command line comes last.
         first = parse_some_options(_FirstOptions, [*recipe.first_words(("env", "algo", "preset")), *argv])
     if resumes and first.out is not None and (first.out / FILE_NAME).is_file():
@@ -161,7 +164,12 @@ def parse(argv: Sequence[str]) -> Train:
         algo = first.algo or default_algorithm(first.preset)
         base = default_config(first.env or DEFAULT_ENVIRONMENT, algo, first.preset)
     options = _options_class(base)
-    words = [] if recipe is None else recipe.words(options)
+    words = []
+    if recipe is not None:
+        words = recipe.words(options)
+        # The file alone, as it is read: a value may be written in several forms.
+        of_file = _config_of(parse_options(options, "dpok train", words), base).code()
+        recipe.check_code([code for code in of_file if code not in base.code()], first.trust)
     parsed: Any = parse_options(options, "dpok train", [*words, *argv])
     config = _config_of(parsed, base)
     if not resumes:

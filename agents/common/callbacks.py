@@ -27,7 +27,7 @@ class ProgressCallback(BaseCallback):
         self._images, self._disable = images, disable
         self._started: float | None = None
         self._seconds = seconds
-        #: When each iteration of this process began, and the images drawn until then.
+        #: When the first iterations of this process began, and the images drawn until then.
         self._begun: list[tuple[float, int]] = []
 
     def _on_training_start(self) -> None:
@@ -44,6 +44,8 @@ class ProgressCallback(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
+        if len(self._begun) == 3:
+            return
         self._begun.append((time.perf_counter(), self._drawn()))
         if len(self._begun) == 3 and self._disable is not True:
             # The first iteration is slower: it compiles, and fills caches.

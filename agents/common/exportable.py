@@ -92,5 +92,9 @@ class Exportable:
         return self.process.model.to_pipeline(self.policy.merged_denoiser())
 
     def save_pretrained(self, folder: str | pathlib.Path) -> None:
-        """Writes :meth:`pipeline` as a folder that diffusers' ``from_pretrained`` and ``model=folder`` read."""
+        """Writes :meth:`pipeline` as a folder that diffusers' ``from_pretrained`` and ``model=folder`` read.
+
+        The weights have the model's own precision. In bfloat16 small changes of a LoRA are lost: load the run with a
+        float32 model, or use ``dpok export --format merged``, which does so.
+        """
         self.pipeline().save_pretrained(folder)

@@ -343,6 +343,8 @@ def _settings(training: Training) -> str:
     for name, value in training.settings.items():
         if isinstance(value, str):
             value = public_name(value)
+        elif isinstance(value, Mapping):  # a reward, for example
+            value = {public_name(str(key)): part for key, part in value.items()}
         try:
             text = value if isinstance(value, str) else json.dumps(value)
         except (TypeError, ValueError):  # a function, for example

@@ -129,7 +129,10 @@ class DenoisingPolicy(ActorCriticPolicy):
         # Resolved here, so that a saved policy does not depend on the default of a later version.
         rank = self.model.default_lora_rank if lora_rank is None else lora_rank
         if lora is not None and lora_rank == 0:
-            raise ValueError("lora_rank=0 trains the whole denoiser, which starts from no LoRA; leave out one of them")
+            raise ValueError(
+                "lora_rank=0 trains the whole denoiser, which starts from no LoRA; choose another lora_rank, such as "
+                "8, or leave the LoRA out"
+            )
         check_integer("lora_rank", rank, minimum=0, maximum=MAX_RANK)
         check_integer("critic_hidden", critic_hidden, maximum=2**16)
         self._constructor = {

@@ -196,6 +196,8 @@ def _parts_of_folder(
     parts, variants = dict(given), set()
     for name in [name for name in (*readers, *networks) if name not in given]:
         try:
+            if not (folder / name).is_dir():
+                raise ValueError(f"there is no folder {folder / name}")
             if name in readers:
                 parts[name] = readers[name](folder / name)
             else:

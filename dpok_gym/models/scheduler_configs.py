@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from dpok_gym.utils.validation import check_choice
 
 TimestepSpacing = Literal["leading", "trailing"]
-
-logger = logging.getLogger(__name__)
 
 
 def is_flow_matching(config: Mapping[str, Any]) -> bool:

@@ -91,7 +91,7 @@ class StableDiffusion(TextToImageModel):
         if changes := describe_changes(scheduler_config, self.scheduler_config):
             logger.warning(
                 "the scheduler of the model %s ends without noise, so its last step has no log-probability; it is used "
-                "with %s (timestep_spacing= chooses)",
+                "with %s (timestep_spacing or --timestep-spacing chooses how the steps are spaced)",
                 name,
                 changes,
             )

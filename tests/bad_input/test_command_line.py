@@ -124,7 +124,7 @@ def _nothing_is_done(monkeypatch):
     def accepted(*args, **kwargs):
         raise AssertionError("the words were accepted")
 
-    monkeypatch.setattr("agents.cli.run_folder.Run.begin", accepted)
+    monkeypatch.setattr("agents.cli.run.Run.begin", accepted)
     monkeypatch.setattr("agents.common.evaluation._sample_chunk", accepted)
     monkeypatch.setattr("dpok_gym.rewards.preference.fit._fit_epoch", accepted)
     monkeypatch.setattr("uvicorn.Server.run", accepted)

@@ -111,6 +111,7 @@ def test_equal_weights_are_none(tmp_path):
             "line 3 has 2 cells, and the header has 1; write quotation marks",
         ),
         ("a.csv", "id,prompt\n\n1,a cat\n2,a dog, asleep\n", "line 4 has 3 cells, and the header has 2"),
+        ("a.csv", "Prompt;Category\na cat;animals\n", "line 1: its cells are separated by semicolons"),
         ("a.tsv", "prompt\tid\na cat\t1\ta\n", "line 2 has 3 cells, and the header has 2; cells are separated by tabs"),
         (
             "a.tsv",

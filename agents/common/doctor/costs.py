@@ -10,6 +10,7 @@ import time
 import torch
 
 from agents.common.algorithm import DenoisingAlgorithm
+from agents.common.callbacks import format_seconds
 from agents.common.doctor.finding import Finding, judge
 
 #: Share of the memory that should be left for what was not measured.
@@ -84,11 +85,13 @@ def check_throughput(
         seconds = total_images * drawing + n_steps * of_step
         speed = f"draws {1 / drawing:.3g} images and takes {1 / of_step:.3g} optimiser steps per second"
     # The second evaluation asks the pre-trained model too, for the KL.
-    evaluation = f", and about {_duration(3 * eval_images * drawing)} for the two evaluations" if eval_images else ""
+    evaluation = (
+        f", and about {format_seconds(3 * eval_images * drawing)} for the two evaluations" if eval_images else ""
+    )
     return Finding(
         "throughput",
         "ok",
-        f"{speed}: about {_duration(seconds)} for {total_images:,} images{evaluation}",
+        f"{speed}: about {format_seconds(seconds)} for {total_images:,} images{evaluation}",
         "as long as you want to wait",
         "fewer num_inference_steps, guidance_scale=1, a smaller timestep_fraction or fewer images take less time",
     )
@@ -115,9 +118,3 @@ def _peak_of_process() -> int:
 
 def _gib(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes else "an unknown amount"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

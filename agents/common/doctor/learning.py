@@ -25,6 +25,8 @@ _ROUNDING = 1e-3
 _LONG, _RUINOUS = 10.0, 100.0
 #: Probability, by Student's t, that noise alone brings such a rise of the reward, or such a fall: below it, they count.
 _RISE, _FALL = 0.05, 0.0005
+#: Standard errors of the mean that the rounding of half precision may explain.
+_ROUNDED = 3.0
 #: Images whose whole trajectories are computed again, to compare policies.
 _COMPARED = 4
 
@@ -77,7 +79,7 @@ def check_step(trial: Trial, batch: Any) -> list[Finding]:
     trial.step(batch)
     gradients = _gradients(weights)
     moved = {name: values.detach() - before[name] for name, values in weights.items()}
-    gain = _surrogate_gain(trial, batch) if isinstance(batch, Transitions) else None
+    gains = _surrogate_gains(trial, batch) if isinstance(batch, Transitions) else None
     # A LoRA's output is B A x with B = 0 at first, so A has no gradient before B has moved.
     agent.policy.optimizer.zero_grad()
     with trial.logged_update():
@@ -95,7 +97,7 @@ def check_step(trial: Trial, batch: Any) -> list[Finding]:
             "target modules are in use; if there is none at all, see that the rewards differ",
             bool(without),
         ),
-        _check_direction(gradients, moved, gain),
+        _check_direction(gradients, moved, gains, trial.is_half),
     ]
 
 
@@ -103,34 +105,44 @@ def _gradients(weights: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(w) if w.grad is None else w.grad.detach().clone() for name, w in weights.items()}
 
 
-def _check_direction(gradients: dict[str, Tensor], moved: dict[str, Tensor], gain: float | None) -> Finding:
+def _check_direction(
+    gradients: dict[str, Tensor], moved: dict[str, Tensor], gains: Tensor | None, is_half: bool
+) -> Finding:
     gradient = torch.cat([values.flatten() for values in gradients.values()]).double()
     step = torch.cat([values.flatten() for values in moved.values()]).double()
     length = gradient.norm() * step.norm()
     cosine = -(gradient @ step / length).item() if length else math.nan
     measured = f"the cosine of the first step and the descent of the loss is {cosine:.2g}"
-    if gain is not None:
+    normal, gain, rounding = "above 0", math.nan, 0.0
+    if gains is not None:
+        gain = gains.mean().item()
         measured += f"; the step changes the policy gradient's objective, on its own batch, by {gain:+.2g}"
+        normal = "above 0, both (there is no noise in them)"
+    if gains is not None and is_half:
+        # A small step moves the mean of a transition by less than its last digit, so each gain is rounded up or down.
+        rounding = _ROUNDED * gains.std().item() / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+        measured += f"; half precision may hide {rounding:.2g} of it"
+        normal = "above 0, both, but for the rounding"
     return judge(
         "direction of a step",
         measured,
-        "above 0, both (there is no noise in them)",
+        normal,
         "the step does not go where the gradient leads: check the optimiser, the sign of the loss, and that the "
         "learning rate is neither 0 nor so large that the policy overshoots",
-        not cosine > 0 or (gain is not None and not gain > 0),
+        not cosine > 0 or (gains is not None and not gain + rounding > 0),
     )
 
 
 @torch.no_grad()
-def _surrogate_gain(trial: Trial, batch: Transitions) -> float:
-    """Returns the mean of A log rho over a batch, in units of the reward; log rho without its drift, 0 before a step.
+def _surrogate_gains(trial: Trial, batch: Transitions) -> Tensor:
+    """Returns A log rho (B,) of a batch, in units of the reward; log rho without its drift, 0 before a step.
 
     So it does not matter how the algorithm clips.
     """
     mean, std = trial.agent.policy.transition(batch.state)
     log_ratio, dims = losses.importance_ratio(batch.actions, mean, batch.old_means, std, "centred")
     step_weights = getattr(trial.agent, "step_weights", torch.ones_like(trial.process.table.std))
-    return (batch.weight * step_weights[batch.step] * batch.advantages * log_ratio * dims).mean().item()
+    return (batch.weight * step_weights[batch.step] * batch.advantages * log_ratio * dims).double()
 
 
 @torch.no_grad()

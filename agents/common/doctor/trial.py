@@ -122,6 +122,13 @@ class Trial:
             return self.agent._n_updates == 0
         return not any(values.any() for name, values in lora.parameters.items() if "lora_B" in name)
 
+    @property
+    def is_half(self) -> bool:
+        """Whether the denoiser runs in half precision."""
+        policy = self.agent.policy
+        denoiser = policy.denoiser or self.process.model.denoiser
+        return policy.autocast or next(denoiser.parameters()).dtype != torch.float32
+
     @torch.no_grad()
     def images(self, latents: Tensor) -> Tensor:
         """Returns the images (n, 3, H, W) of latents x_0 (n, C, h, w)."""

@@ -76,7 +76,8 @@ def test_the_options_are_those_of_train(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "folder"], "leave out --out and --resume"),
+        (["--out", "folder"], "leave out --out, --resume and --dry-run"),
+        (["--dry-run"], "leave out --out, --resume and --dry-run"),
         (["--learning-rat", "1"], "--learning-rate"),
         (["--report"], "--report needs a value"),
     ],

@@ -27,6 +27,8 @@ OPTIONS = [
     "3",
     "--reward",
     "jpeg-compressibility",
+    "--dtype",
+    "float32",
 ]
 
 
@@ -63,6 +65,22 @@ def export(run, out, kind, *options):
 def front_matter(folder):
     _, header, _ = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(header)
+
+
+@pytest.mark.slow
+def test_a_run_in_half_precision_is_merged_in_full_precision(tiny_sd_folder, tmp_path):
+    words = ["--env", "DPOK-SD15-v0", "--model", str(tiny_sd_folder), "--prompts", PROMPT]
+    assert train(tmp_path / "run", *words, *OPTIONS, "--dtype", "bfloat16") == 0
+    for kind in ("merged", "diffusers"):
+        assert export(tmp_path / "run", tmp_path / kind, kind) == 0
+    expected = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    expected.load_lora_weights(str(tmp_path / "diffusers"))
+    expected.fuse_lora()
+    merged = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
+    weights = merged.unet.state_dict()
+    for name, values in expected.unet.state_dict().items():
+        if "lora" not in name:
+            torch.testing.assert_close(weights[name.replace(".base_layer", "")], values)
 
 
 @pytest.mark.slow

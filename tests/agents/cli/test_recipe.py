@@ -80,7 +80,13 @@ def test_the_command_line_changes_a_recipe(tmp_path: Path) -> None:
         ("algo: [", "{path} is no YAML"),
         ("algo: no_such_module:Mine", "names code that would run: the algorithm 'no_such_module:Mine'"),
         ("reward: {my_rewards:mine: 1}", "names code that would run: the reward 'my_rewards:mine'"),
+        ("reward: [my_rewards:mine]", "names code that would run: the reward 'my_rewards:mine'"),
+        ("held-out-reward: my_rewards:mine", "names code that would run: the reward 'my_rewards:mine'"),
+        ("model: my_models:make", "names code that would run: the model 'my_models:make'"),
         ("model-kwargs: {allow_pickle: true}", "names code that would run: the model's allow_pickle"),
+        ("model-kwargs: allow_pickle=true", "names code that would run: the model's allow_pickle"),
+        ("model-kwargs: [allow_pickle=true]", "names code that would run: the model's allow_pickle"),
+        ("target-modules: [to_q, --reward=my_rewards:mine]", "a value of 'target-modules' in {path} looks like an"),
     ],
 )
 def test_mistakes_in_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
@@ -104,6 +110,9 @@ def test_code_in_a_recipe_that_is_trusted(tmp_path: Path) -> None:
     path = _write(tmp_path, "reward: {tests.agents.cli.support:Brightness: 2}\n")
     config = _config("--config", path, "--trust")
     assert config.env_kwargs["reward"] == {"tests.agents.cli.support:Brightness": 2.0}
+    harmless = _write(tmp_path, "seed: 3\n")  # the command line itself needs no trust
+    config = _config("--config", harmless, "--reward", "tests.agents.cli.support:Brightness")
+    assert config.env_kwargs["reward"] == {"tests.agents.cli.support:Brightness": 1.0}
 
 
 # ---------------------------------------------------------------------------------------------- the published recipes

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from agents import DPOK, PRESETS, RewardWeightedSFT, list_algorithms, load_run
 from agents.algorithms.registry import load_algorithm
-from agents.cli import run_folder
+from agents.cli import run
 from agents.cli.config import Config
 from agents.cli.logs import read_log
 from agents.cli.main import main
@@ -341,7 +341,7 @@ def test_a_run_that_an_error_stops_keeps_what_it_learned(tmp_path, monkeypatch, 
 
 
 def _fail_evaluation(monkeypatch, numbers, error):
-    evaluate, calls = run_folder.evaluate, []
+    evaluate, calls = run.evaluate, []
 
     def fails(*args, **kwargs):
         calls.append(0)
@@ -349,7 +349,7 @@ def _fail_evaluation(monkeypatch, numbers, error):
             raise error
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(run_folder, "evaluate", fails)
+    monkeypatch.setattr(run, "evaluate", fails)
 
 
 @pytest.mark.slow

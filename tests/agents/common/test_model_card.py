@@ -72,13 +72,15 @@ def test_nothing_of_the_machine_is_published(tmp_path: Path) -> None:
     private = training(
         model=str(tmp_path / "secret" / "model"),
         rewards={"http://10.0.0.7:8000": 1.0, str(tmp_path / "secret" / "reward"): 0.5, "redness": None},
-        settings={"lora": str(tmp_path / "secret" / "first.safetensors"), "schedule": print, "n": [1, 2], "on": True},
+        settings={"lora": str(tmp_path / "secret" / "first.safetensors"), "schedule": print, "n": [1, 2], "on": True}
+        | {"held_out_reward": {"http://10.0.0.7:9000": 1.0, str(tmp_path / "secret" / "second"): 2.0}},
     )
     card = write_card(tmp_path, private, "merged").read_text()
     assert not any(text in card for text in ("secret", "10.0.0.7", str(tmp_path), "built-in"))
     assert "`a reward server` (weight 1.0), `reward` (weight 0.5), `redness`" in card
     assert "| `lora` | `first.safetensors` |" in card
     assert "| `n` | `[1, 2]` |" in card
+    assert '| `held_out_reward` | `{"a reward server": 1.0, "second": 2.0}` |' in card
     assert "`schedule`" not in card
 
 

@@ -220,7 +220,7 @@ def assert_cannot_be_loaded(folder: Path, *parts: str) -> None:
 @pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "unet", "vae", "scheduler"])
 def test_missing_part(broken: Path, part: str) -> None:
     shutil.rmtree(broken / part)
-    assert_cannot_be_loaded(broken)
+    assert_cannot_be_loaded(broken, f"its {part}: there is no folder {broken / part}")
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def test_a_model_says_once_that_its_spacing_is_another(
     model: Any = load_model(saved_with_linspace, "cpu")
     load_model(saved_with_linspace, "cpu")
     (message,) = caplog.messages
-    assert "is used with timestep_spacing='trailing' (timestep_spacing= chooses)" in message
+    assert "is used with timestep_spacing='trailing' (timestep_spacing or --timestep-spacing chooses" in message
     assert DenoisingProcess(model, num_inference_steps=10).table.timesteps[0] == 999
     scheduler = model.to_pipeline().scheduler
     assert (scheduler.config.timestep_spacing, scheduler.config.set_alpha_to_one) == ("trailing", False)

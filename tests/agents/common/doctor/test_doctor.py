@@ -9,7 +9,7 @@ from torch import Tensor
 
 from agents import PolicyGradient, diagnose
 from agents.common.doctor import Finding
-from agents.common.doctor.learning import check_reward_change
+from agents.common.doctor.learning import _check_direction, check_reward_change
 from tests.agents.algorithms.support import ALGORITHMS, Brightness
 from tests.agents.common.support import snapshot
 from tests.support import always_nan, assert_same, redness
@@ -111,6 +111,23 @@ def test_a_step_uphill(make_agent: MakeAgent) -> None:
     """As a wrong sign of the learning rate would take."""
     agent = make_agent(policy_kwargs={"optimizer_kwargs": {"maximize": True}})
     assert "direction of a step" in failed(check_up(agent))
+
+
+@pytest.mark.parametrize(
+    ("gains", "is_half", "status"),
+    [
+        ([0.1, 0.3], False, "ok"),
+        ([-0.5, 0.4], False, "failed"),
+        ([-0.5, 0.4], True, "ok"),  # rounding explains it
+        ([-0.5, -0.4], True, "failed"),
+        ([-0.5], True, "ok"),  # one gain does not tell the rounding
+    ],
+)
+def test_what_rounding_hides_of_a_step(gains: list[float], is_half: bool, status: str) -> None:
+    gradients, moved = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([-1.0, -1.0])}
+    found = _check_direction(gradients, moved, torch.tensor(gains, dtype=torch.float64), is_half)
+    assert found.status == status
+    assert ("half precision" in found.measured) == is_half
 
 
 @pytest.mark.parametrize("learning_rate", [0.0, 30.0])

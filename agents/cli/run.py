@@ -1,0 +1,361 @@
+"""One training of ``dpok train``: it draws, learns, evaluates, and writes its run folder."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from stable_baselines3.common.logger import KVWriter, Logger
+
+from agents.cli import plots
+from agents.cli.config import FILE_NAME, Config
+from agents.cli.environments import EVALUATION_BATCH_SIZE, evaluation_rewards
+from agents.cli.interrupts import InterruptCallback, agree
+from agents.cli.logs import CSVLog, TensorBoardLog, read_log
+from agents.cli.run_folder import (
+    BEFORE_AFTER,
+    EVALUATION_BEFORE,
+    LEARNING_CURVE,
+    LOG,
+    LORA,
+    SUMMARY,
+    TENSORBOARD,
+    load_evaluation,
+    make_agent,
+    save_evaluation,
+)
+from agents.cli.signals import SIGNALS
+from agents.cli.tables import say, scores_of, scores_table, write_json
+from agents.common import distributed
+from agents.common.callbacks import ProgressCallback
+from agents.common.checkpoint import (
+    TRAINER_STATE,
+    CheckpointCallback,
+    list_checkpoints,
+    load_checkpoint,
+    remove_later_checkpoints,
+    remove_leftovers,
+    save_checkpoint,
+)
+from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
+from agents.common.monitor import TrainingWarning
+from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
+from dpok_gym.utils.files import flush_to_disk, replacing
+from dpok_gym.utils.reading import read_json
+from dpok_gym.utils.sharding import whole
+from dpok_gym.utils.validation import check_non_negative
+
+
+class Run:
+    """One training in its folder, which this process has locked.
+
+    With several ranks all of them make the same calls. Rank 0 alone writes and prints, and knows what is in the folder.
+
+    Args:
+        folder: the run folder.
+        config: the settings.
+        checkpoint: the checkpoint to resume from; None for a new training.
+
+    Raises:
+        ValueError: if the run is complete already, or the checkpoint is of another environment or algorithm.
+    """
+
+    def __init__(self, folder: Path, config: Config, checkpoint: Path | None = None) -> None:
+        self.folder, self.config, self.console = folder, config, Console(quiet=not distributed.is_main())
+        self.env = config.make_env(config.n_envs)
+        self.agent = make_agent(config, self.env, checkpoint)
+        self._checkpoint, seconds = checkpoint, 0.0
+        if checkpoint is not None:
+            seconds = self._load(checkpoint)
+        self.held_out = self.agent.held_out.description  # made now: an error after the first evaluation would be late
+        self.prompts = cycle_prompts(self.env.prompts.train, config.eval_images)
+        self.progress = ProgressCallback(self._total_images(), None if distributed.is_main() else True, seconds)
+        self.interrupts = InterruptCallback()
+        #: The command that resumes this run, for messages.
+        self.resume_command = f"dpok train --resume --out {shlex.quote(str(folder))}{' --trust' * bool(config.code())}"
+        is_evaluated = distributed.any_of(distributed.is_main() and self._is_evaluated())
+        if self.agent.is_done(self._total_timesteps()) and is_evaluated:
+            raise ValueError(
+                f"the run in {folder} has drawn its {self.agent.images_drawn} images; ask for more with --images"
+            )
+
+    def _load(self, checkpoint: Path) -> float:
+        """Puts the agent into the state of a checkpoint; returns the seconds of training until then."""
+        state = load_checkpoint(self.agent, checkpoint)
+        for name in ("env", "algo"):
+            if state.get(name, getattr(self.config, name)) != getattr(self.config, name):
+                raise ValueError(
+                    f"{self.folder / FILE_NAME} says {name}: {getattr(self.config, name)}, but the checkpoint "
+                    f"{checkpoint} is of {state[name]}; set it back, or train anew in another folder"
+                )
+        return check_non_negative(f"the seconds in {checkpoint / TRAINER_STATE}", state.get("seconds", 0.0))
+
+    def _is_evaluated(self) -> bool:
+        """Returns whether the summary, which is written last, is of this agent, and all other files are there."""
+        summary = self._read_summary()
+        if summary.get("interrupted") is not False or summary.get("pictures") != self.agent.images_drawn:
+            return False
+        names = [LOG, TENSORBOARD, EVALUATION_BEFORE, LEARNING_CURVE, BEFORE_AFTER]
+        if self.agent.policy.lora is not None:
+            names.append(f"{LORA}/{LORA_FILE}")
+        return all((self.folder / name).exists() for name in names)
+
+    def _read_summary(self) -> dict[str, Any]:
+        path = self.folder / SUMMARY
+        if not path.is_file():
+            return {}
+        try:
+            return dict(read_json(path))
+        except (ValueError, TypeError):
+            say(self.console, f"{path} is damaged; it is written anew")
+            return {}
+
+    def begin(self) -> None:
+        """Writes the config, starts the logs, and removes from the folder what is newer than the checkpoint."""
+        distributed.barrier()  # the others may still read what is there
+        self._csv = self._tensorboard = None
+        if not distributed.is_main():
+            if self._checkpoint is not None:
+                save_checkpoint(self.agent, self.folder)  # with rank 0, below
+            return
+        self._check_places()
+        self.config.write(self.folder)
+        say(self.console, f"writing to {self.folder}")
+        say(self.console, self.held_out)
+        if self._total_images() != self.config.images:
+            say(self.console, f"{self._total_images()} images will be drawn, in whole iterations")
+        if self._checkpoint is None:
+            # It may be of an earlier run with other settings, which was killed before its first checkpoint.
+            (self.folder / EVALUATION_BEFORE).unlink(missing_ok=True)
+        else:
+            say(self.console, f"resuming from {self._checkpoint}, with {self.agent.images_drawn} images drawn")
+        log = self.folder / LOG
+        rows = self._restore_log(log)
+        remove_leftovers(self.folder)
+        remove_later_checkpoints(self.folder, self.agent)
+        if self._checkpoint is not None:  # which may be in another folder
+            save_checkpoint(self.agent, self.folder, self._state(), extra_files=[log])
+        self._csv = CSVLog(log)
+        self._tensorboard = TensorBoardLog(self.folder / TENSORBOARD, rows)
+
+    def _check_places(self) -> None:
+        """Makes sure that nothing of another kind is where the run's files and folders go, before hours are spent."""
+        for name in (LOG, SUMMARY, EVALUATION_BEFORE, LEARNING_CURVE, BEFORE_AFTER):
+            if (self.folder / name).is_dir():
+                raise FileExistsError(f"{self.folder / name} is a folder, where a file of the run goes; remove it")
+        for name in (TENSORBOARD, LORA):
+            if (self.folder / name).is_file():
+                raise FileExistsError(f"{self.folder / name} is a file, where a folder of the run goes; remove it")
+
+    def _restore_log(self, log: Path) -> list[dict[str, float]]:
+        """Puts the log of the checkpoint in place of the run's; returns its rows."""
+        if self._checkpoint is not None and (self._checkpoint / LOG).is_file():
+            try:
+                rows = read_log(self._checkpoint / LOG)
+                with replacing(log) as part:
+                    shutil.copyfile(self._checkpoint / LOG, part)
+                return rows
+            except ValueError as error:
+                say(self.console, f"{error}; the log begins anew")
+        log.unlink(missing_ok=True)
+        return []
+
+    def evaluate_before(self) -> Evaluation | None:
+        """Evaluates the pre-trained model; reads the evaluation instead if the run folder has it.
+
+        Returns:
+            The evaluation; None on other ranks than rank 0 if it was read.
+        """
+        known = self._known_evaluation() if distributed.is_main() else None
+        if distributed.any_of(known is not None):
+            return known
+        evaluation = self._evaluate("pre-trained")
+        if distributed.is_main():
+            save_evaluation(evaluation, self.folder / EVALUATION_BEFORE)
+        return evaluation
+
+    def _known_evaluation(self) -> Evaluation | None:
+        """Returns the evaluation of the pre-trained model that is in the folder, if it is whole and of these images."""
+        path = self.folder / EVALUATION_BEFORE
+        if not path.is_file():
+            return None
+        try:
+            known = load_evaluation(path)
+        except ValueError as error:
+            say(self.console, f"{error}; the pre-trained model is evaluated again")
+            return None
+        return known if known.prompts == self.prompts else None  # --eval-images may have changed since
+
+    def evaluate_after(self) -> Evaluation:
+        """Evaluates the fine-tuned model."""
+        return self._evaluate("fine-tuned")
+
+    def _evaluate(self, model: str) -> Evaluation:
+        """Draws images with a model; each rank draws its share."""
+        agree()
+        n = len(self.prompts)
+        say(self.console, f"drawing {n} images with the {model} model")
+        own, largest = distributed.share(n), -(-n // distributed.count())
+        # As many on every rank: they may have to call the model together. Those at the end are left out again.
+        prompts = [self.prompts[min(number, n - 1)] for number in range(own.start, own.start + largest)]
+        # An environment of its own: it also computes the judge's rewards, which training may not have.
+        reward = evaluation_rewards(self.env.world, self.config.env_kwargs["reward"])
+        # With the prompts that are loaded already: reading a file of a million takes seconds.
+        env = self.config.make_env(min(largest, EVALUATION_BATCH_SIZE), reward=reward, prompts=self.env.prompts)
+        seed = self.config.evaluation_seed + own.start
+        drawn = evaluate(self.agent.policy, env, prompts, seed, reference=model == "pre-trained")
+        return replace(drawn[: len(own)].gather(n), prompts=self.prompts)
+
+    def learn(self) -> None:
+        """Trains until all images are drawn and learned from."""
+        config, total = self.config, self._total_timesteps()
+        save = CheckpointCallback(
+            self.folder,
+            config.checkpointing_steps,
+            config.checkpoints_total_limit,
+            self._state,
+            [self.folder / LOG],
+            config.checkpointing_minutes,
+        )
+        logs: list[KVWriter] = [log for log in (self._csv, self._tensorboard) if log is not None]
+        self.agent.set_logger(Logger(None, logs))
+        try:
+            # The checkpoint callback comes before the interrupts: a signal must not cost a checkpoint that is due.
+            # learn() counts the steps of this call; num_timesteps those of the whole run.
+            with _training_warnings(self.console):
+                self.agent.learn(
+                    max(total - self.agent.num_timesteps, 0),
+                    [self.progress, save, self.interrupts],
+                    reset_num_timesteps=not self.agent.num_timesteps,
+                )
+        finally:
+            SIGNALS.deferred = distributed.count() > 1
+
+    def save(self) -> None:
+        """Saves a checkpoint."""
+        self.progress.close()
+        distributed.check_equal(list(self.agent.policy.parameters()))
+        self._save()
+
+    def _save(self) -> None:
+        limit = self.config.checkpoints_total_limit
+        save_checkpoint(self.agent, self.folder, self._state(), limit, [self.folder / LOG])
+
+    def keep(self) -> str:
+        """Saves what was learned when the training cannot go on; returns a line that says what was kept.
+
+        Nothing is evaluated: the reward may be the reason why the training cannot go on.
+        """
+        distributed.take_time()
+        if self.is_sound:
+            try:
+                self._save()
+                self.write_results()
+                return f"the run is saved, resume with: {self.resume_command}"
+            except OSError as error:  # a full disk, for example
+                say(self.console, f"the run could not be saved: {error}")
+        checkpoints = list_checkpoints(self.folder)
+        kept = f"{checkpoints[-1]} is kept" if checkpoints else "there is no checkpoint yet"
+        return f"{kept}, resume with: {self.resume_command}"
+
+    def write_results(self, before: Evaluation | None = None, after: Evaluation | None = None) -> None:
+        """Writes the LoRA, the figures and the summary, and prints a table.
+
+        Args:
+            before: the evaluation of the pre-trained model; None if the run has not come to its end.
+            after: that of the fine-tuned model.
+        """
+        if self._tensorboard is None:
+            return  # rank 0 writes
+        if self.agent.policy.lora is not None:
+            self.agent.save_lora(self.folder / LORA)
+        plots.learning_curve(read_log(self.folder / LOG), self.folder / LEARNING_CURVE, self._title)
+        if before and after:
+            labels = ("pre-trained", f"{self.config.algo.upper()},\n{self.agent.images_drawn:,} images")
+            plots.before_after(before, after, self.folder / BEFORE_AFTER, self._title, labels)
+        for path in (self.folder / LOG, self._tensorboard.path):
+            if path.is_file():
+                flush_to_disk(path)
+        summary = self._summarise(before, after)
+        write_json(self.folder / SUMMARY, summary)  # last: a run that has it is complete
+        if after:
+            table = scores_table(f"{self._title} (means of {len(after)} images)", summary)
+            table.add_section()
+            table.add_row("images drawn in training", "", f"{self.agent.images_drawn:,}")
+            table.add_row("seconds of training", "", f"{summary['seconds']:,}")
+            self.console.print(table)
+
+    @property
+    def is_sound(self) -> bool:
+        """True if the agent is worth saving: it has learned, no update is half done, and its weights are finite."""
+        weights = self.agent.policy.parameters()
+        return (
+            self.agent.images_drawn > 0
+            and not self.interrupts.updating
+            and all(bool(whole(values.isfinite().all())) for values in weights)
+        )
+
+    def close(self) -> None:
+        """Ends the progress bar and the logs."""
+        self.progress.close()
+        for log in (self._csv, self._tensorboard):
+            if log is not None:
+                log.close()
+
+    def _total_images(self) -> int:
+        """Returns the images of the whole training: the budget, rounded up to whole iterations."""
+        per_iteration = self.config.algo_kwargs.get("images_per_iteration") or self.config.n_envs
+        return math.ceil(self.config.images / per_iteration) * per_iteration
+
+    def _total_timesteps(self) -> int:
+        return self.config.images * self.env.process.num_inference_steps
+
+    def _state(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of the run beside the agent and the log."""
+        return {"env": self.config.env, "algo": self.config.algo, "seconds": self.progress.seconds}
+
+    @property
+    def _title(self) -> str:
+        return f"{self.config.algo.upper()} on {self.config.env}, seed {self.config.seed}"
+
+    def _summarise(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+        config, prompts = self.config, self.env.prompts
+        summary = {
+            "env": config.env,
+            "algo": config.algo,
+            "preset": config.preset,
+            "prompts": prompts.train[0] if prompts.name == "text" else prompts.name,
+            "model": config.env_kwargs["model"],
+            "seed": config.seed,
+            "pictures": self.agent.images_drawn,
+            "seconds": round(self.progress.seconds, 1),
+            "interrupted": after is None,
+            "warnings": list(self.agent.monitor.warned.values()),
+        }
+        # A summary without evaluations has None for every score, so its keys are always the same.
+        return summary | scores_of(before, after)
+
+
+@contextmanager
+def _training_warnings(console: Console) -> Iterator[None]:
+    """Within the block, what an agent warns of is a line on the console."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TrainingWarning)
+        show = warnings.showwarning
+
+        def show_line(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, TrainingWarning):
+                say(console, f"warning: {message}")
+            else:
+                show(message, category, *where)
+
+        warnings.showwarning = show_line  # type: ignore[assignment]
+        yield
