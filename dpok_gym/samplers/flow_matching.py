@@ -210,7 +210,7 @@ def _check_explosion(levels: Tensor, eta: Tensor, std: Tensor) -> None:
     if exploding:
         step = exploding[0]
         raise ValueError(
-            f"the kernel 'flow-sde' explodes at step {step}, from sigma {levels[step]:.6g} to {levels[step + 1]:.6g}: "
+            f"'flow-sde' explodes at step {step}, from sigma {levels[step]:.6g} to {levels[step + 1]:.6g}: "
             f"its variance is divided by 1 - sigma, which gives noise of {std[step]:.3g}; begin at sigma 1 exactly, "
-            "take more num_inference_steps, or choose the kernel 'ddim'"
+            "take more num_inference_steps, or choose 'ddim'"
         )
