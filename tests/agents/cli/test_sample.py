@@ -66,7 +66,10 @@ def test_the_model_has_moved(tiny_sd_folder, tmp_path, capsys, fresh_models):
     """And all of its denoiser was trained, which draws with the options of the command."""
     model, run = shutil.copytree(tiny_sd_folder, tmp_path / "before" / "model"), tmp_path / "run"
     options = ["--env", "DPOK-SD15-v0", "--model", str(model), "--prompts", "a dog", "--reward", "jpeg-compressibility"]
-    assert train(run, "--images", "2", *options, *TINY, "--lora-rank", "0", "--guidance-scale", "1") == 0
+    assert (
+        train(run, "--images", "2", *options, *TINY, "--lora-rank", "0", "--dtype", "float32", "--guidance-scale", "1")
+        == 0
+    )
     moved = (tmp_path / "before").rename(tmp_path / "after") / "model"
     fresh_models()
     scores = ["evaluate", str(run), "--images", "2", "--device", "cpu"]
