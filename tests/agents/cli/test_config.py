@@ -126,7 +126,9 @@ OTHER = {
     "prompts": "count",
     "reward": "jpeg-compressibility",
     "num_inference_steps": "3",
+    "sampler": "ode",
     "eta": "0.7",
+    "sde_steps": "2 4",
     "guidance_scale": "0.7",
     "negative_prompt": "a dog",
     "image_size": "128",
@@ -202,6 +204,8 @@ def test_no_option_is_ignored():
     for name, value in OTHER.items():
         option = name.replace("_", "-")
         words = [f"--no-{option}"] if value == "no" else [f"--{option}", value]
+        if name == "sde_steps":  # a pair
+            words = [f"--{option}", *value.split()]
         if _config(*filter(None, words)) == default:
             ignored.append(name)
     assert not ignored
