@@ -23,7 +23,7 @@ def test_faults_change_nothing() -> None:
     assert set(faulty.faults) == set(reward_faults.FAULTS)
     with reward_faults.serving(1.0) as bad, reward_faults.serving(0.0) as good:
         reward_faults._compare(reward_faults.train(12, bad, good), expected)
-    assert bad.faults.total() > 1
+    assert bad.faults.total() >= 1  # then it rests, perhaps until the end
     with reward_faults.serving(0.0) as good, pytest.raises(RuntimeError, match="the weights are not those"):
         reward_faults._compare(reward_faults.train(11, good), expected)
 

@@ -99,6 +99,8 @@ def test_the_config_says_everything(finished):
         "image_size": None,
         "long_prompts": "error",
         "timestep_spacing": None,
+        "sampler": "ddim",
+        "sde_steps": None,
         "dtype": "float32",
         "model_kwargs": None,
         "max_prompt_bytes": 512,
