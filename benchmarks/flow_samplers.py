@@ -1,4 +1,4 @@
-"""How well each sampler of flow matching draws the data: ``python -m benchmarks.flow_samplers``.
+"""The spread of the points that each flow-matching sampler draws: ``python -m benchmarks.flow_samplers``.
 
 The data are the mixtures of the mixture world. A small network learns their velocity with the loss of flow matching.
 The exact velocity stands beside it, so that what the network adds can be told from what the sampler adds. The measure

@@ -1,4 +1,4 @@
-"""What a GPU makes of the published sizes: ``python -m benchmarks.gpu --out benchmarks/results/gpu.json``.
+"""Speed and memory of the published sizes on a GPU: ``python -m benchmarks.gpu --out benchmarks/results/gpu.json``.
 
 It runs :mod:`benchmarks.throughput` with Stable Diffusion 1.5 and :mod:`benchmarks.denoiser` with both denoisers, eager
 and compiled, each in a process of its own, and compares the figures with :data:`TARGETS`. A command that ends with an

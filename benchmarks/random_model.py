@@ -16,6 +16,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from dpok_gym.models.architecture import PUBLISHED
 from dpok_gym.shapes.pretrain import train_clip_tokenizer
 
 
@@ -40,7 +41,8 @@ def save_random_sd15(folder: Path) -> Path:
 
 def make_sd15_unet() -> UNet2DConditionModel:
     """Makes the denoiser of Stable Diffusion 1.5 with random weights."""
-    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the other defaults are those of 1.5
+    network: UNet2DConditionModel = UNet2DConditionModel.from_config(dict(PUBLISHED["sd15"].unet))
+    return network
 
 
 def make_sd3_transformer() -> SD3Transformer2DModel:
@@ -67,19 +69,10 @@ def _make_pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     tokens: dict[str, Any] = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
-    text_config = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **tokens
-    )
+    architecture = PUBLISHED["sd15"]
     return StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=4,
-            sample_size=512,
-        ),
-        text_encoder=CLIPTextModel(text_config),
+        vae=AutoencoderKL.from_config(dict(architecture.vae)),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**architecture.text_encoder, **tokens)),
         tokenizer=tokenizer,
         unet=make_sd15_unet(),
         scheduler=PNDMScheduler(

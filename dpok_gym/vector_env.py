@@ -67,6 +67,21 @@ _MADE_OF_ARGUMENTS = ("model", "process", "prompts", "reward", "_judge", "_refer
 _DEFAULTS = ENVIRONMENTS[DEFAULT_ENVIRONMENT]
 
 
+def find_model_of_env(arguments: Mapping[str, Any]) -> TextToImageModel:
+    """Loads the model of an environment, or takes it if it is loaded; errors as :func:`dpok_gym.models.load_model`.
+
+    Args:
+        arguments: of :class:`DenoisingVectorEnv`, by name.
+    """
+    own = {name: arguments[name] for name in ("negative_prompt", "image_size", "timestep_spacing")}
+    # An environment leaves out long prompts itself.
+    own["long_prompts"] = "truncate" if arguments["long_prompts"] == "truncate" else "error"
+    further = arguments["model_kwargs"]
+    return find_model(
+        arguments["model"], arguments["device"], arguments["dtype"], own, {} if further is None else further
+    )
+
+
 class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]):
     """``num_envs`` images denoised side by side. :class:`dpok_gym.env.DenoisingEnv` documents the decision process.
 
@@ -179,13 +194,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self.reference_info, self.reference_log_prob_coef = reference_info, reference_log_prob_coef
 
         check_choice("long_prompts", long_prompts, "error", "truncate", "skip")
-        own = {
-            "negative_prompt": negative_prompt,
-            "image_size": image_size,
-            "long_prompts": "truncate" if long_prompts == "truncate" else "error",
-            "timestep_spacing": timestep_spacing,
-        }
-        self.model = find_model(model, device, dtype, own, {} if model_kwargs is None else model_kwargs)
+        self.model = find_model_of_env(self._arguments)
         if negative_prompt is not None and guidance_scale == 1:
             raise ValueError("a negative prompt has no effect with guidance_scale=1; use another one, usually 5 to 7.5")
         self.process = DenoisingProcess(self.model, sampler, num_inference_steps, eta, guidance_scale, sde_steps)

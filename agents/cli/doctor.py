@@ -15,8 +15,8 @@ from agents.cli.arguments import UsageError, parse_some_options
 from agents.cli.config import Config
 from agents.cli.tables import describe_finding, say, write_json
 from agents.common.doctor import Finding, Status, check_prompts, examine, find_refused
-from dpok_gym.models.loading import find_model
 from dpok_gym.prompts import load_prompts
+from dpok_gym.vector_env import find_model_of_env
 
 _HELP = """usage: dpok doctor [OPTIONS OF dpok train] [--report FILE]
 
@@ -93,15 +93,9 @@ def run(options: Doctor) -> int:
 def _examine(config: Config) -> Iterator[Finding]:
     """Checks the training that a config describes. The environment would refuse wrong prompts, so they come first."""
     settings = config.env_kwargs
-    own = {name: settings.get(name) for name in ("negative_prompt", "image_size", "timestep_spacing")}
-    long_prompts = settings.get("long_prompts", "error")
-    own["long_prompts"] = "truncate" if long_prompts == "truncate" else "error"
-    dtype, further = settings.get("dtype", "float32"), settings.get("model_kwargs") or {}
-    model, prompts = (
-        find_model(settings["model"], config.device, dtype, own, further),
-        load_prompts(settings["prompts"]),
-    )
-    asked = model, prompts.train, settings["max_prompt_bytes"], long_prompts == "skip"
+    model = find_model_of_env({**settings, "device": config.device})
+    prompts = load_prompts(settings["prompts"])
+    asked = model, prompts.train, settings["max_prompt_bytes"], settings["long_prompts"] == "skip"
     yield check_prompts(*asked)
     refused = find_refused(*asked)
     if len(refused) < len(prompts.train):

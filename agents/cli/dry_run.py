@@ -1,4 +1,4 @@
-"""What a training would take, before it begins: ``dpok train --dry-run``."""
+"""``dpok train --dry-run``: the memory, the passes and the time of a training, before it begins."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Export:
     out: Annotated[Path | None, default_hint("FOLDER", "RUN/export-FORMAT")] = None
     """Folder to write, which must be new or empty."""
     figures: bool = True
-    """Whether the figures of the run, which show images and prompts, come with the card."""
+    """Copy the figures of the run, which show images and prompts, beside the card."""
     model: Annotated[Path | None, default_hint("FOLDER", "the run's")] = None
     """Folder of the run's model, if it has moved; only merged needs it."""
     trust: bool = False

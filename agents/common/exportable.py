@@ -1,4 +1,4 @@
-"""What was learned, in other people's hands: LoRA files, diffusers pipelines, the hub."""
+"""An agent's methods that write its model for other programs: LoRA files, diffusers pipelines, the hub."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Exportable:
 
     @property
     def training(self) -> Training:
-        """What a model card tells of this agent's training; that of a run knows its scores and figures too."""
+        """The entries of a model card about this agent; for an agent of a run, its scores and figures too."""
         known = self._training
         if known is None:
             return Training.of(self)  # type: ignore[arg-type]  # every agent is a DenoisingAlgorithm

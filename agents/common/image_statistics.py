@@ -1,4 +1,4 @@
-"""What the images of an iteration are like: brightness, saturation, contrast, and how much they differ.
+"""Statistics of the images of an iteration: brightness, saturation, contrast, and how much they differ.
 
 Letters used for shapes: N images of H x W pixels, P numbers of a thumbnail, D numbers of any kind.
 """

@@ -1,4 +1,4 @@
-"""How much memory a training takes, told from the configs of the model's networks: no weights, and no computing.
+"""An estimate of the memory of a training, from the configs of the model's networks: no weights, and no computing.
 
 The networks' own code runs, gradient checkpointing, guidance and LoRA included, on tensors that have a shape and no
 content (torch's ``FakeTensorMode``). What is alive at each moment is added up. ``python -m benchmarks.memory`` compares
@@ -236,7 +236,7 @@ class Rehearsal:
             return self._process.predict(state, scale, denoiser, self._guidance_gradient)
 
     def _conditioning(self, n: int) -> Conditioning:
-        """What the denoiser is told about ``n`` prompts, in the shapes that the text encoders give."""
+        """Returns conditioning of ``n`` prompts, in the shapes that the text encoders give."""
         config, dtype = self.model.denoiser.config, self.model.dtype
         n_tokens = self.model.text_encoder.config.max_position_embeddings
         told = {"encoder_hidden_states": torch.empty(n, n_tokens, config.cross_attention_dim, dtype=dtype)}

@@ -52,7 +52,7 @@ _NOT_SHOWN = ("policy", "env", "policy_kwargs", "stats_window_size", "tensorboar
 
 @dataclass(frozen=True)
 class Training:
-    """What a model card tells of a training.
+    """The entries of a model card about a training.
 
     Attributes:
         model: what the model was loaded by.

@@ -116,7 +116,7 @@ class Trial:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the policy is still the pre-trained model."""
+        """True if the policy is still the pre-trained model."""
         lora = self.agent.policy.lora
         if lora is None:
             return self.agent._n_updates == 0
@@ -124,7 +124,7 @@ class Trial:
 
     @property
     def is_half(self) -> bool:
-        """Whether the denoiser runs in half precision."""
+        """True if the denoiser runs in half precision."""
         policy = self.agent.policy
         denoiser = policy.denoiser or self.process.model.denoiser
         return policy.autocast or next(denoiser.parameters()).dtype != torch.float32
