@@ -13,28 +13,27 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
 from huggingface_hub import hf_hub_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from dpok_gym.models.base import LIVE_PIPELINE
+from dpok_gym.models.latent_diffusion import LatentDiffusion
 from dpok_gym.models.registry import list_local_models, list_models
-from dpok_gym.models.stable_diffusion import StableDiffusion
-from dpok_gym.models.stable_diffusion_xl import StableDiffusionXL
 from dpok_gym.utils.hub import NO_CODE, check_hub_id, describe_wrong_weights, find_outage, has_vocabulary
 from dpok_gym.utils.reading import check_model_folder, check_tensors, check_torch_file, read_json
+from dpok_gym.utils.registry import import_attribute
 from dpok_gym.utils.sharding import shard
 from dpok_gym.utils.validation import check_integer
 
-#: The family of each of diffusers' pipelines, by the pipeline's name: importing those classes takes time, and warns of
-#: image processors that are not used here.
-FAMILIES: dict[str, type[StableDiffusion]] = {
-    "StableDiffusionPipeline": StableDiffusion,
-    "StableDiffusionXLPipeline": StableDiffusionXL,
+#: The family of each of diffusers' pipelines, by the pipeline's name. A family is imported when it is needed: its text
+#: encoders take seconds.
+FAMILIES: dict[str, str] = {
+    "StableDiffusionPipeline": "dpok_gym.models.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "dpok_gym.models.stable_diffusion_xl:StableDiffusionXL",
 }
 
 #: Files of weights, perhaps one of many shards, and their variant.
@@ -48,6 +47,17 @@ logger = logging.getLogger(__name__)
 _UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 
 
+def find_family(pipeline: str) -> type[LatentDiffusion]:
+    """Returns the family of one of diffusers' pipelines.
+
+    Raises:
+        ValueError: if pipelines of this name are not supported.
+    """
+    if pipeline not in FAMILIES:
+        raise ValueError(_describe_unsupported(pipeline))
+    return import_attribute(f"family of {pipeline}", FAMILIES[pipeline])  # type: ignore[no-any-return]
+
+
 def model_from_source(
     name: str,
     source: str,
@@ -59,7 +69,7 @@ def model_from_source(
     config: str | None = None,
     vae: str | None = None,
     spread: bool = False,
-) -> StableDiffusion:
+) -> LatentDiffusion:
     """Loads the networks of a model; see :func:`dpok_gym.models.load_model`.
 
     Args:
@@ -84,20 +94,18 @@ def model_from_source(
     else:
         path = _find_folder(name, source, revision, variant, allow_pickle)
         what = f"the model folder {path}"
-        advice = (
-            "It must be a whole diffusers pipeline (model_index.json, tokenizer, text_encoder, unet, vae, scheduler)"
-        )
+        advice = "It must be a whole diffusers pipeline (model_index.json, scheduler, and all tokenizers and networks)"
     disable_progress_bar()  # transformers shows one even for a file that loads in milliseconds
     try:
         given = {} if vae is None else {"vae": _load_vae(vae, dtype, allow_pickle)}
         with _quiet_diffusers():
             if path.is_file():
-                family, parts = _parts_of_file(path, dtype, allow_pickle, config, given)
+                family, parts, scheduler = _parts_of_file(path, dtype, allow_pickle, config, given)
             else:
-                family, parts = _parts_of_folder(path, dtype, variant, allow_pickle, given)
+                family, parts, scheduler = _parts_of_folder(path, dtype, variant, allow_pickle, given)
         if spread:  # before it is on the device, which could not hold it
-            parts["unet"] = shard(parts["unet"], device)
-        return family(name, device=device, **parts)
+            parts[family.denoiser_part] = shard(parts[family.denoiser_part], device)
+        return family(name, parts, scheduler, device)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{what} cannot be loaded: {reason}. {advice}; if a file is damaged, get it again") from error
@@ -114,36 +122,33 @@ def _quiet_diffusers() -> Iterator[None]:
         diffusers.logging.set_verbosity(verbosity)
 
 
-def model_from_pipeline(pipe: DiffusionPipeline) -> StableDiffusion:
+def model_from_pipeline(pipe: DiffusionPipeline) -> LatentDiffusion:
     """Makes a model of a live pipeline; see :meth:`dpok_gym.models.TextToImageModel.from_pipeline`.
 
     Raises:
         ValueError: if pipelines of this class are not supported, or one of its parts cannot be used as it is.
     """
     family = _family_of(pipe)
-    if family is None:
-        raise ValueError(f"the pipeline cannot be used: {_describe_unsupported(type(pipe).__name__)}")
-    for part, module in pipe.components.items():
-        if part not in _UNUSED:
-            _check_part(part, module)
+    for part in (*family.tokenizers, *family.networks):
+        _check_part(part, getattr(pipe, part), is_optional=part in family.optional)
     name = os.fspath(pipe.name_or_path or LIVE_PIPELINE)
-    model = family(name, device=pipe.unet.device, **_parts_of_pipeline(pipe, family))
+    model = family(name, *_parts_of_pipeline(pipe, family), getattr(pipe, family.denoiser_part).device)
     if model.dtype != torch.float32:
         model.options = {"dtype": str(model.dtype).removeprefix("torch.")}
     return model
 
 
-def _family_of(pipe: DiffusionPipeline) -> type[StableDiffusion] | None:
+def _family_of(pipe: DiffusionPipeline) -> type[LatentDiffusion]:
     # Through the base classes, so that a user's own subclass of a pipeline is known too.
     for pipeline_class in type(pipe).__mro__:
         if pipeline_class.__name__ in FAMILIES:
-            return FAMILIES[pipeline_class.__name__]
-    return None
+            return find_family(pipeline_class.__name__)
+    raise ValueError(f"the pipeline cannot be used: {_describe_unsupported(type(pipe).__name__)}")
 
 
-def _check_part(part: str, module: Any) -> None:
+def _check_part(part: str, module: Any, is_optional: bool) -> None:
     """Checks that a live pipeline's part is there, on its device, and without a LoRA."""
-    if module is None:
+    if module is None and not is_optional:
         raise ValueError(f"the pipeline has no {part}; load a whole pipeline with from_pretrained()")
     if not isinstance(module, nn.Module):
         return
@@ -161,48 +166,37 @@ def _check_part(part: str, module: Any) -> None:
             )
 
 
-def _parts_of_pipeline(pipe: Any, family: type[StableDiffusion]) -> dict[str, Any]:
-    """Returns the arguments of a family's class."""
-    names = ["tokenizer", "text_encoder", "unet", "vae"]
-    if family is StableDiffusionXL:
-        names += ["tokenizer_2", "text_encoder_2"]
-    parts: dict[str, Any] = {name: getattr(pipe, name) for name in names}
+def _parts_of_pipeline(pipe: Any, family: type[LatentDiffusion]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the parts of a pipeline, and the config of its scheduler."""
+    parts = {name: getattr(pipe, name) for name in (*family.tokenizers, *family.networks)}
+    parts |= {name: getattr(pipe.config, name, default) for name, default in family.settings.items()}
     # A scheduler's own config may lack its class, which tells what kind of diffusion it is.
-    parts["scheduler_config"] = dict(pipe.scheduler.config) | {"_class_name": type(pipe.scheduler).__name__}
-    if family is StableDiffusionXL:
-        parts["force_zeros_for_empty_prompt"] = pipe.config.force_zeros_for_empty_prompt
-    return parts
+    return parts, dict(pipe.scheduler.config) | {"_class_name": type(pipe.scheduler).__name__}
 
 
 def _parts_of_folder(
     folder: Path, dtype: torch.dtype, variant: str | None, allow_pickle: bool, given: Mapping[str, Any]
-) -> tuple[type[StableDiffusion], dict[str, Any]]:
-    """Returns the family and its parts, those that are given among them."""
+) -> tuple[type[LatentDiffusion], dict[str, Any], dict[str, Any]]:
+    """Returns the family, its parts, those that are given among them, and the config of its scheduler."""
     check_model_folder(folder)
     index, kind = _read_index(folder / "model_index.json")
-    if kind not in FAMILIES:
-        raise ValueError(_describe_unsupported(kind))
-    family = FAMILIES[kind]
-    diffusers_dtype, text = {"torch_dtype": dtype}, {"dtype": dtype, **NO_CODE}
-    networks: dict[str, tuple[Any, dict[str, Any]]] = {
-        "text_encoder": (CLIPTextModel, text),
-        "unet": (UNet2DConditionModel, diffusers_dtype),
-        "vae": (AutoencoderKL, diffusers_dtype),
-    }
-    readers = {"tokenizer": _load_tokenizer, "scheduler": _load_scheduler_config}
-    if family is StableDiffusionXL:
-        networks["text_encoder_2"] = (CLIPTextModelWithProjection, text)
-        readers["tokenizer_2"] = _load_tokenizer
+    family = find_family(kind)
     parts, variants = dict(given), set()
-    for name in [name for name in (*readers, *networks) if name not in given]:
+    for name in ["scheduler", *family.tokenizers, *family.networks]:
+        # In the index a part that was left out is [null, null]: its library and its class.
+        if name in given or (name in family.optional and not any(index.get(name) or ())):
+            continue
         try:
             if not (folder / name).is_dir():
                 raise ValueError(f"there is no folder {folder / name}")
-            if name in readers:
-                parts[name] = readers[name](folder / name)
+            if name == "scheduler":
+                parts[name] = _load_scheduler_config(folder / name)
+            elif name in family.tokenizers:
+                parts[name] = _load_tokenizer(family.tokenizers[name], folder / name)
             else:
                 variants.add(found := _find_variant(folder / name, variant, allow_pickle))
-                network_class, arguments = networks[name]
+                network_class = family.networks[name]
+                arguments = _load_arguments(network_class, dtype)
                 parts[name] = _load_network(network_class, folder / name, found, allow_pickle, **arguments)
         except (ValueError, OSError) as error:
             raise ValueError(f"its {name}: {error}") from error
@@ -210,10 +204,13 @@ def _parts_of_folder(
             raise ValueError(f"its {name} cannot be read ({type(error).__name__}: {error})") from error
     if other := variants - {variant}:
         logger.warning("%s has weights of the variant %s only; they are used", folder, ", ".join(map(str, other)))
-    parts["scheduler_config"] = parts.pop("scheduler")
-    if family is StableDiffusionXL:
-        parts["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)
-    return family, parts
+    scheduler = parts.pop("scheduler")
+    return family, parts | {name: index.get(name, default) for name, default in family.settings.items()}, scheduler
+
+
+def _load_arguments(network_class: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the arguments of ``from_pretrained`` for a network of diffusers or of transformers."""
+    return {"torch_dtype": dtype} if issubclass(network_class, ModelMixin) else {"dtype": dtype, **NO_CODE}
 
 
 def _read_index(path: Path) -> tuple[dict[str, Any], str]:
@@ -230,8 +227,8 @@ def _use_safetensors(allow_pickle: bool) -> bool | None:
     return None if allow_pickle else True
 
 
-def _load_tokenizer(folder: Path) -> CLIPTokenizer:
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
+def _load_tokenizer(tokenizer_class: Any, folder: Path) -> Any:
+    tokenizer = tokenizer_class.from_pretrained(folder)
     if not has_vocabulary(tokenizer):
         raise ValueError("it has no vocabulary (vocab.json and merges.txt, or tokenizer.json)")
     # Without one, transformers takes 10^30; the model then takes the length of its text encoder.
@@ -291,8 +288,8 @@ def _in_both(name: str, value: str | bool) -> str:
 
 def _parts_of_file(
     path: Path, dtype: torch.dtype, allow_pickle: bool, config: str | None, given: Mapping[str, Any]
-) -> tuple[type[StableDiffusion], dict[str, Any]]:
-    """Returns the parts of a single-file checkpoint, in the layout of the models' authors, and those that are given."""
+) -> tuple[type[LatentDiffusion], dict[str, Any], dict[str, Any]]:
+    """Returns what :func:`_parts_of_folder` does, of a single-file checkpoint in the layout of the model's authors."""
     if path.suffix == ".safetensors":
         with safe_open(check_tensors(path), "pt") as file:
             keys = list(file.keys())
@@ -326,11 +323,12 @@ def _parts_of_file(
         raise ValueError(
             "it lacks weights of the denoiser or the autoencoder: it is cut, or of another architecture than config="
         ) from error
-    parts = _parts_of_pipeline(pipeline, FAMILIES[kind])
+    family = find_family(kind)
+    parts, scheduler = _parts_of_pipeline(pipeline, family)
     for name in [name for name, part in parts.items() if isinstance(part, nn.Module)]:
         if missing := [key for key, value in parts[name].named_parameters() if value.is_meta]:
             raise ValueError(f"its {name} {describe_wrong_weights({'missing_keys': missing, 'mismatched_keys': []})}")
-    return FAMILIES[kind], parts
+    return family, parts, scheduler
 
 
 def _load_vae(source: str, dtype: torch.dtype, allow_pickle: bool) -> AutoencoderKL:
@@ -357,9 +355,7 @@ def _describe_unsupported(pipeline: str) -> str:
     reason = ""
     if pipeline.startswith("LatentConsistency"):
         reason = ": the sampler of latent-consistency models does not take DDIM's Gaussian steps"
-    elif pipeline.startswith(("StableDiffusion3", "Flux")):
-        reason = ": flow-matching transformers are not supported"
-    return f"it is a {pipeline}, and only {' and '.join(FAMILIES)} are supported{reason}"
+    return f"it is a {pipeline}, and only {', '.join(FAMILIES)} are supported{reason}"
 
 
 def _find_folder(name: str, source: str, revision: str | None, variant: str | None, allow_pickle: bool) -> Path:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dpok_gym.models.base import Conditioning
-from dpok_gym.models.stable_diffusion import StableDiffusion, bound_length, merge_by_index
+from dpok_gym.models.stable_diffusion import StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -21,53 +21,34 @@ class StableDiffusionXL(StableDiffusion):
     Its denoiser reads the last but one layer of two text encoders, each with its own tokenizer. It is also told the
     second encoder's pooled embedding and the image's size.
 
-    Args:
-        name: what the model was loaded by.
-        tokenizer: of the first text encoder.
-        text_encoder: the first one.
-        unet: the denoiser.
-        vae: the autoencoder.
-        scheduler_config: config of the diffusers scheduler that the model comes with.
-        device: where the networks are put.
-        tokenizer_2: of the second text encoder.
-        text_encoder_2: the second one.
+    Attributes:
         force_zeros_for_empty_prompt: whether zeros stand for a negative prompt that is not given.
-
-    Raises:
-        ValueError: if the denoiser does more than plain text-to-image.
     """
 
-    def __init__(
-        self,
-        name: str,
-        tokenizer: CLIPTokenizer,
-        text_encoder: CLIPTextModel,
-        unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
-        scheduler_config: Mapping[str, Any],
-        device: str | torch.device = "cpu",
-        *,
-        tokenizer_2: CLIPTokenizer,
-        text_encoder_2: CLIPTextModelWithProjection,
-        force_zeros_for_empty_prompt: bool = True,
-    ) -> None:
-        if _overflows(vae):
-            # A copy, because the pipeline that these networks come from expects its own in float16.
-            vae = copy.deepcopy(vae).float()
-        super().__init__(name, tokenizer, text_encoder, unet, vae, scheduler_config, device)
-        self.tokenizer_2 = bound_length(tokenizer_2, text_encoder_2)
-        self.text_encoder_2 = self._prepare(text_encoder_2)
-        self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
-        self.text_width = text_encoder_2.config.projection_dim
+    pipeline = "StableDiffusionXLPipeline"
+    tokenizers: ClassVar[Mapping[str, Any]] = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer}
+    networks: ClassVar[Mapping[str, Any]] = {
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+    }
+    settings: ClassVar[Mapping[str, Any]] = {"force_zeros_for_empty_prompt": True}
+    force_zeros_for_empty_prompt: bool
+    text_encoder_2: Any
+    tokenizer_2: Any
 
-    def find_long(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """See the base class."""
-        return merge_by_index(super().find_long(prompts), self._find_long(self.tokenizer_2, prompts))
+    def _count_text_features(self) -> int:
+        return self.text_encoder_2.config.projection_dim
+
+    def _prepare_vae(self, vae: Any) -> Any:
+        # A copy, because the pipeline that these networks come from expects its own in float16.
+        return copy.deepcopy(vae).float() if _overflows(vae) else vae
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         # The two tokenizers may number their words differently, and they fill up short prompts with different tokens.
-        tokens = self._tokenize(self.tokenizer, prompts)
-        tokens_2 = self._tokenize(self.tokenizer_2, prompts)
+        tokens = self._tokenize(self.tokenizer, prompts)["input_ids"]
+        tokens_2 = self._tokenize(self.tokenizer_2, prompts)["input_ids"]
         first = self.text_encoder.to(self.device)(tokens, output_hidden_states=True)
         second = self.text_encoder_2.to(self.device)(tokens_2, output_hidden_states=True)
         hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
@@ -79,11 +60,6 @@ class StableDiffusionXL(StableDiffusion):
             "text_embeds": second.text_embeds,
             "time_ids": size.repeat(len(prompts), 1),
         }
-
-    def offload_text_encoder(self) -> None:
-        """See the base class."""
-        super().offload_text_encoder()
-        self.text_encoder_2.to("cpu")
 
     def _encode_negative(self) -> Conditioning:
         empty = super()._encode_negative()
@@ -102,19 +78,14 @@ class StableDiffusionXL(StableDiffusion):
 
     def to_pipeline(self, denoiser: nn.Module | None = None) -> DiffusionPipeline:
         """See the base class."""
-        from diffusers import StableDiffusionXLPipeline
-
-        parts = self._pipeline_parts(denoiser)
+        pipe: Any = super().to_pipeline(denoiser)
         if self.dtype == torch.float16 and self.vae.dtype != self.dtype:
             # The pipeline converts it to float32 and back itself, and breaks on one that is not in float16.
-            parts["vae"] = copy.deepcopy(self.vae).to(self.dtype)
-        return StableDiffusionXLPipeline(
-            **parts,
-            tokenizer_2=self.tokenizer_2,
-            text_encoder_2=self.text_encoder_2.to(self.device),
-            force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,
-            add_watermarker=False,
-        )
+            pipe.register_modules(vae=copy.deepcopy(self.vae).to(self.dtype))
+        return pipe
+
+    def _further_parts(self) -> dict[str, Any]:
+        return {"add_watermarker": False}
 
 
 def _overflows(vae: AutoencoderKL) -> bool:

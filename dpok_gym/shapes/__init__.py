@@ -7,3 +7,6 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 #: Folder of the reward ``shapes-preference``, made by :mod:`dpok_gym.shapes.choices`.
 PREFERENCE = Path(__file__).parent / "preference"
+
+#: Folder of the embedded flow-matching model, an ordinary diffusers ``StableDiffusion3Pipeline``.
+FLOW_WEIGHTS = Path(__file__).parent / "flow_weights"

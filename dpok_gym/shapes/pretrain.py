@@ -34,10 +34,12 @@ from dpok_gym.utils.files import replacing
 VAE_STEPS, VAE_BATCH, VAE_LEARNING_RATE = 4400, 32, 3e-3
 VAE_KL_WEIGHT = 2e-6  # of the KL summed over the 256 latent dimensions, as in latent diffusion
 
-UNET_STEPS, UNET_BATCH, UNET_LEARNING_RATE = 14_000, 64, 1.5e-3
-UNET_SCENES = 80_000  # encoded once; the noise and the corrupted captions are drawn anew at every step
-CATEGORY_SHARES = (1, 2, 2, 3)  # colour, count, composition, location: harder categories get more examples
+UNET_STEPS, UNET_LEARNING_RATE = 14_000, 1.5e-3
 UNET_EMA_DECAY = 0.999
+
+BATCH = 64
+SCENES = 80_000  # encoded once; the noise and the corrupted captions are drawn anew at every step
+CATEGORY_SHARES = (1, 2, 2, 3)  # colour, count, composition, location: harder categories get more examples
 #: Share of the training captions that have one attribute wrong. They make the model follow prompts badly, so that there
 #: is something for reinforcement learning to improve.
 CORRUPTED_CAPTIONS = 0.15
@@ -171,12 +173,12 @@ def encode_scenes(vae: AutoencoderKL, folder: Path) -> tuple[Tensor, list[Reques
     """Encodes the training scenes, or reads their latents from an earlier run.
 
     Returns:
-        The latents (N, 4, 8, 8), not yet scaled, of the N = ``UNET_SCENES`` scenes, and their true captions.
+        The latents (N, 4, 8, 8), not yet scaled, of the N = ``SCENES`` scenes, and their true captions.
     """
     cache, latents, requests = folder / "latents.pt", [], []
     # The scenes and captions are drawn again in any case: that is fast, and only the encoding is slow.
     stored = torch.load(cache) if cache.exists() else None
-    for first in range(0, UNET_SCENES, 500):
+    for first in range(0, SCENES, 500):
         scenes, true = sample_requested_scenes(500, torch.Generator().manual_seed(first), CATEGORY_SHARES)
         requests += true
         if stored is None:
@@ -187,6 +189,28 @@ def encode_scenes(vae: AutoencoderKL, folder: Path) -> tuple[Tensor, list[Reques
         with replacing(cache) as file:
             torch.save(stored, file)
     return stored, requests
+
+
+def draw_examples(latents: Tensor, requests: list[Request], step: int) -> tuple[Tensor, list[str], torch.Generator]:
+    """Draws the examples of one training step, the same ones each time.
+
+    Args:
+        latents: (N, 4, 8, 8) of all training scenes.
+        requests: their true captions.
+        step: the step's number.
+
+    Returns:
+        Latents (B, 4, 8, 8), B captions of which some are wrong and some are left out, and the generator for what else
+        the step draws.
+    """
+    generator = seeded_generator(step)
+    rows = torch.randint(len(latents), (BATCH,), generator=generator)
+    uniform = torch.rand(BATCH, generator=generator).tolist()
+    texts = []
+    for row, value in zip(rows.tolist(), uniform, strict=True):
+        request = corrupt(requests[row], generator) if value > 1 - CORRUPTED_CAPTIONS else requests[row]
+        texts.append("" if value < EMPTY_CAPTIONS else str(request))
+    return latents[rows], texts, generator
 
 
 def train_unet(vae: AutoencoderKL, folder: Path, steps: int = UNET_STEPS) -> StableDiffusionPipeline:
@@ -201,30 +225,15 @@ def train_unet(vae: AutoencoderKL, folder: Path, steps: int = UNET_STEPS) -> Sta
     unet = make_unet()
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions are faster so
     modules = nn.ModuleDict({"unet": unet, "text_encoder": make_text_encoder(tokenizer)})
-    tokens: dict[str, Tensor] = {}
-
-    def tokenize(text: str) -> Tensor:
-        if text not in tokens:
-            tokens[text] = tokenizer(text, padding="max_length", return_tensors="pt").input_ids[0]
-        return tokens[text]
-
-    def caption(request: Request, uniform: float, generator: torch.Generator) -> str:
-        if uniform < EMPTY_CAPTIONS:
-            return ""
-        if uniform > 1 - CORRUPTED_CAPTIONS:
-            return str(corrupt(request, generator))
-        return str(request)
 
     def loss(step: int) -> Tensor:
-        generator = seeded_generator(step)
-        rows = torch.randint(len(latents), (UNET_BATCH,), generator=generator)
-        uniform = torch.rand(UNET_BATCH, generator=generator).tolist()
-        texts = [caption(requests[row], value, generator) for row, value in zip(rows.tolist(), uniform, strict=True)]
-        noise = torch.randn(UNET_BATCH, *latents.shape[1:], generator=generator)
-        timesteps = torch.randint(len(scheduler.betas), (UNET_BATCH,), generator=generator)
-        noisy = scheduler.add_noise(latents[rows], noise, timesteps)
-        velocity = scheduler.get_velocity(latents[rows], noise, timesteps)
-        hidden = modules["text_encoder"](torch.stack([tokenize(text) for text in texts])).last_hidden_state
+        clean, texts, generator = draw_examples(latents, requests, step)
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(len(scheduler.betas), (BATCH,), generator=generator)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        velocity = scheduler.get_velocity(clean, noise, timesteps)
+        tokens = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+        hidden = modules["text_encoder"](tokens).last_hidden_state
         error = modules["unet"](noisy, timesteps, hidden).sample - velocity
         alpha_bar = scheduler.alphas_cumprod[timesteps]  # the signal-to-noise ratio plus 1 is 1 / (1 - alpha_bar)
         weight = ((SNR_CAP + 1) * (1 - alpha_bar)).clamp(max=1)
