@@ -214,7 +214,7 @@ class LatentDiffusion(TextToImageModel):
         return merge_by_index(*(self._find_long(getattr(self, name), most, prompts) for name, most in readers))
 
     def _find_long(self, tokenizer: Any, max_tokens: int, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
-        for index, n_tokens in enumerate(count_tokens(tokenizer, prompts)):
+        for index, n_tokens in enumerate(self._count_tokens(tokenizer, prompts)):
             if n_tokens > max_tokens:
                 yield (
                     index,
@@ -222,6 +222,10 @@ class LatentDiffusion(TextToImageModel):
                     "end included); shorten it, or choose long_prompts='truncate' or, for an environment, 'skip' "
                     f"(--long-prompts): {shorten(prompts[index])}",
                 )
+
+    def _count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> Iterator[int]:
+        """Yields the number of tokens of each prompt; one that is short enough may get a larger number."""
+        return count_tokens(tokenizer, prompts)
 
     def find_unreadable(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
         """See the base class."""

@@ -34,6 +34,8 @@ from dpok_gym.utils.validation import check_integer
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "dpok_gym.models.stable_diffusion:StableDiffusion",
     "StableDiffusionXLPipeline": "dpok_gym.models.stable_diffusion_xl:StableDiffusionXL",
+    "PixArtSigmaPipeline": "dpok_gym.models.pixart_sigma:PixArtSigma",
+    "SanaPipeline": "dpok_gym.models.sana:Sana",
 }
 
 #: Files of weights, perhaps one of many shards, and their variant.
@@ -210,7 +212,11 @@ def _parts_of_folder(
 
 def _load_arguments(network_class: Any, dtype: torch.dtype) -> dict[str, Any]:
     """Returns the arguments of ``from_pretrained`` for a network of diffusers or of transformers."""
-    return {"torch_dtype": dtype} if issubclass(network_class, ModelMixin) else {"dtype": dtype, **NO_CODE}
+    if issubclass(network_class, ModelMixin):
+        return {"torch_dtype": dtype}
+    # Gemma 2 cuts off large attention scores, which only the plain code can do.
+    plain = {} if network_class._supports_sdpa else {"attn_implementation": "eager"}
+    return {"dtype": dtype, **NO_CODE, **plain}
 
 
 def _read_index(path: Path) -> tuple[dict[str, Any], str]:
