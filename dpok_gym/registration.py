@@ -39,8 +39,7 @@ _SHAPES: dict[str, Any] = {
 _SHAPES_FLOW = _SHAPES | {"model": "shapes-flow", "eta": 0.5}
 
 #: Transformers trained with flow matching. The steps and the guidance are those that their authors' pages draw with.
-#: eta = 0.5 is about as much noise as Flow-GRPO's customary 0.7 in "flow-sde", without the noise that this kernel leaves
-#: in the images.
+#: eta = 0.5 is about as much noise as the customary 0.7 of "flow-sde", but none of it stays in the image.
 _FLOW_MATCHING = _STABLE_DIFFUSION | {"num_inference_steps": 28, "eta": 0.5, "guidance_scale": 4.5}
 
 _MIXTURE: dict[str, Any] = {
