@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,9 @@ def _use_safetensors(allow_pickle: bool) -> bool | None:
 
 
 def _load_tokenizer(tokenizer_class: Any, folder: Path) -> Any:
+    files = {path.suffix: path.name for path in folder.iterdir()}
+    if ".model" in files and "tokenizer.json" not in files.values() and not find_spec("sentencepiece"):
+        raise ValueError(f"its {files['.model']} is in the format of sentencepiece: pip install sentencepiece")
     tokenizer = tokenizer_class.from_pretrained(folder)
     if not has_vocabulary(tokenizer):
         raise ValueError("it has no vocabulary (vocab.json and merges.txt, or tokenizer.json)")

@@ -53,7 +53,7 @@ def _make_tokenizer() -> GemmaTokenizer:
             start += letter
             tokens.append(start)
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return GemmaTokenizer(vocab=vocabulary, merges=merges)
+    return GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
 
 
 def _make_text_encoder(tokenizer: GemmaTokenizer) -> Gemma2Model:
