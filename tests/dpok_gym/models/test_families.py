@@ -372,8 +372,8 @@ def broken_copy(folder: Path, tmp_path: Path, file: str, **changes: Any) -> Path
 @pytest.mark.parametrize(
     ("pipeline", "reason"),
     [
-        ("FluxPipeline", "flow-matching transformers are not supported"),
-        ("StableDiffusion3Pipeline", "flow-matching transformers are not supported"),
+        ("QwenImagePipeline", "its guidance rescales each token"),
+        ("WanPipeline", "it draws videos"),
         ("LatentConsistencyModelPipeline", "does not take DDIM's Gaussian steps"),
         ("StableDiffusionInpaintPipeline", "it is a StableDiffusionInpaintPipeline, and only"),
     ],
@@ -702,4 +702,5 @@ except ValueError as error:
     assert options == "{'vae': 'someone/tiny'}"
     assert (first, second) == ("epsilon", "v_prediction")
     assert "nor could it be downloaded as 'someone/tiny' at the revision 'v3'" in message
-    assert "flow-matching transformers are not supported" in refused
+    assert "it is a QwenImagePipeline" in refused
+    assert "its guidance rescales each token" in refused

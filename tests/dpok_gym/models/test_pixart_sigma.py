@@ -108,9 +108,7 @@ def test_to_pipeline(folder: Path) -> None:
     process = make_process(folder, T, guidance_scale=3.0)
     pipe: Any = process.model.to_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(
-        their_images(pipe, process, x_T()), our_images(process, x_T()), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(their_images(pipe, process, x_T()), our_images(process, x_T()), rtol=1e-4, atol=1e-4)
 
 
 def test_the_network_may_have_its_old_name(folder: Path, tmp_path: Path) -> None:
