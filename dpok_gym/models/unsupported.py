@@ -28,16 +28,16 @@ REASONS: dict[str, str] = {
         "mask, and an autoencoder of videos"
     ),
     "^ZImage": (
-        "its denoiser takes lists of prompts of different lengths, which need filling up and a mask here; its time runs "
-        "backwards, and its output is the negative velocity"
+        "its denoiser takes lists of prompts of different lengths, which need filling up and a mask here; its time "
+        "runs backwards, and its output is the negative velocity"
     ),
     "StableCascade|Wuerstchen": (
-        "it is two models, one after the other, with a noise schedule of their own; that needs a table of that schedule, "
-        "and a prior whose latents a second model decodes"
+        "it is two models, one after the other, with a noise schedule of their own; that needs a table of that "
+        "schedule, and a prior whose latents a second model decodes"
     ),
     "AuraFlow|Lumina|HiDream|Chroma|CogView4|Kolors|HunyuanDiT|HunyuanImage|OmniGen|PixArtAlpha|Ovis|LongCatImage": (
-        "its steps would fit; it needs a file of its own beside dpok_gym/models/pixart_sigma.py, with its text encoders "
-        "and the call of its denoiser"
+        "its steps would fit; it needs a file of its own beside dpok_gym/models/pixart_sigma.py, with its text "
+        "encoders and the call of its denoiser"
     ),
     "^IF|UnCLIP|KandinskyCombined|KandinskyV22": "its image comes from two or three models, one after the other",
 }

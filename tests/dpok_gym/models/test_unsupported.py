@@ -33,7 +33,7 @@ def test_each_reason_is_that_of_a_pipeline(pattern: str) -> None:
         ("SanaVideoPipeline", "it draws videos"),
         ("SanaSprintPipeline", "take the Sana model that it comes from"),
         ("StableCascadeCombinedPipeline", "it is two models"),
-        ("AuraFlowPipeline", "its sampler would fit"),
+        ("AuraFlowPipeline", "its steps would fit"),
         ("StableDiffusionInpaintPipeline", "take the plain text-to-image pipeline"),
         ("StableDiffusionXLPAGPipeline", "without PAG"),
     ],
