@@ -31,6 +31,8 @@ TINY_FAMILIES: dict[str, str] = {
     "stable-diffusion": "stable_diffusion",
     "stable-diffusion-v": "stable_diffusion",
     "stable-diffusion-xl": "stable_diffusion",
+    "stable-diffusion-3": "stable_diffusion_3",
+    "stable-diffusion-3-no-t5": "stable_diffusion_3",
 }
 
 
