@@ -130,7 +130,7 @@ def model_from_pipeline(pipe: DiffusionPipeline) -> LatentDiffusion:
         ValueError: if pipelines of this class are not supported, or one of its parts cannot be used as it is.
     """
     family = _family_of(pipe)
-    for part in (*family.tokenizers, *family.networks):
+    for part in ("scheduler", *family.tokenizers, *family.networks):
         _check_part(part, getattr(pipe, part), is_optional=part in family.optional)
     name = os.fspath(pipe.name_or_path or LIVE_PIPELINE)
     model = family(name, *_parts_of_pipeline(pipe, family), getattr(pipe, family.denoiser_part).device)
