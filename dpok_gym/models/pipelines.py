@@ -36,6 +36,7 @@ from dpok_gym.utils.validation import check_integer
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "dpok_gym.models.stable_diffusion:StableDiffusion",
     "StableDiffusionXLPipeline": "dpok_gym.models.stable_diffusion_xl:StableDiffusionXL",
+    "StableDiffusion3Pipeline": "dpok_gym.models.stable_diffusion_3:StableDiffusion3",
     "PixArtSigmaPipeline": "dpok_gym.models.pixart_sigma:PixArtSigma",
     "SanaPipeline": "dpok_gym.models.sana:Sana",
 }
