@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dpok_gym.models.base import Conditioning, GuidanceGradient, TextToImageModel
 from dpok_gym.models.lora import reference_view
-from dpok_gym.models.scheduler_configs import describe_changes, is_flow_matching, with_density
+from dpok_gym.models.scheduler_configs import describe_changes, for_diffusers, is_flow_matching, with_density
 from dpok_gym.models.token_counts import count_tokens
 from dpok_gym.utils.sharding import is_sharded
 from dpok_gym.utils.validation import shorten
@@ -119,16 +119,21 @@ class LatentDiffusion(TextToImageModel):
         """C, the channels of a latent."""
         return self.vae.config.latent_channels
 
+    @property
+    def denoiser_channels(self) -> int:
+        """Channels of a latent as the denoiser reads it; it has more if it is told about another image too."""
+        return self.latent_channels
+
     @abstractmethod
     def _count_text_features(self) -> int:
         """Returns F, the width of :meth:`text_features`."""
 
     def _check_denoiser(self) -> None:
         """Raises an error if the denoiser does more than plain text-to-image."""
-        if self.denoiser.config.in_channels != self.vae.config.latent_channels:
+        if self.denoiser.config.in_channels != self.denoiser_channels:
             raise ValueError(
                 f"its denoiser reads {self.denoiser.config.in_channels} channels and a latent has "
-                f"{self.vae.config.latent_channels}: models for inpainting, depth or editing are not supported"
+                f"{self.denoiser_channels}: models for inpainting, depth or editing are not supported"
             )
 
     def _prepare_vae(self, vae: Any) -> Any:
@@ -285,7 +290,10 @@ class LatentDiffusion(TextToImageModel):
         latents = latents.to(self.dtype)
         if guidance_scale == 1:
             return self._denoise(denoiser, latents, timesteps, conditioning)
-        empty = {name: value.expand_as(conditioning[name]) for name, value in self.unconditional().items()}
+        # What the negative prompt does not change stays.
+        empty = conditioning | {
+            name: value.expand_as(conditioning[name]) for name, value in self.unconditional().items()
+        }
         if guidance_gradient == "conditional" and torch.is_grad_enabled():
             with torch.no_grad():
                 unconditional = self._denoise(denoiser, latents, timesteps, empty)
@@ -342,7 +350,7 @@ class LatentDiffusion(TextToImageModel):
 
     def _make_scheduler(self) -> Any:
         if is_flow_matching(self.scheduler_config):
-            return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
+            return FlowMatchEulerDiscreteScheduler.from_config(for_diffusers(self.scheduler_config))
         # The sampler of the environments never clips the predicted clean latent, so the pipeline's must not either.
         return DDIMScheduler.from_config(self.scheduler_config, clip_sample=False, thresholding=False)
 
