@@ -34,6 +34,7 @@ from dpok_gym.utils.validation import check_integer
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "dpok_gym.models.stable_diffusion:StableDiffusion",
     "StableDiffusionXLPipeline": "dpok_gym.models.stable_diffusion_xl:StableDiffusionXL",
+    "FluxPipeline": "dpok_gym.models.flux:Flux",
 }
 
 #: Files of weights, perhaps one of many shards, and their variant.

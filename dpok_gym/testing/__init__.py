@@ -31,6 +31,8 @@ TINY_FAMILIES: dict[str, str] = {
     "stable-diffusion": "stable_diffusion",
     "stable-diffusion-v": "stable_diffusion",
     "stable-diffusion-xl": "stable_diffusion",
+    "flux-dev": "flux",
+    "flux-schnell": "flux",
 }
 
 
