@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    PNDMScheduler,
-    SD3Transformer2DModel,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import PNDMScheduler, SD3Transformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTokenizer
 
-from dpok_gym.models.architecture import PUBLISHED
+from dpok_gym.models.architecture import PUBLISHED, Architecture, default_dtype
 from dpok_gym.shapes.pretrain import train_clip_tokenizer
 
 
@@ -28,20 +21,15 @@ def save_random_sd15(folder: Path) -> Path:
     if (folder / "model_index.json").exists():
         return folder
     tokenizer = _make_tokenizer()
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            _make_pipeline(tokenizer).save_pretrained(folder)
-    finally:
-        torch.set_default_dtype(default)
+    with default_dtype(torch.bfloat16), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _make_pipeline(tokenizer).save_pretrained(folder)
     return folder
 
 
 def make_sd15_unet() -> UNet2DConditionModel:
     """Makes the denoiser of Stable Diffusion 1.5 with random weights."""
-    network: UNet2DConditionModel = UNet2DConditionModel.from_config(dict(PUBLISHED["sd15"].unet))
+    network: UNet2DConditionModel = PUBLISHED["sd15"].make_network("unet")
     return network
 
 
@@ -66,15 +54,13 @@ def _make_tokenizer() -> CLIPTokenizer:
 
 
 def _make_pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
-    tokens: dict[str, Any] = {
-        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
-    }
-    architecture = PUBLISHED["sd15"]
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    published = PUBLISHED["sd15"]
+    configs = {**published.configs, "text_encoder": {**published.configs["text_encoder"], **tokens}}
+    architecture = Architecture(published.pipeline, configs)
     return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_config(dict(architecture.vae)),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**architecture.text_encoder, **tokens)),
+        **{part: architecture.make_network(part) for part in configs},
         tokenizer=tokenizer,
-        unet=make_sd15_unet(),
         scheduler=PNDMScheduler(
             beta_start=0.00085,
             beta_end=0.012,

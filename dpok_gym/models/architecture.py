@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import ModelMixin
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from torch import nn
 
-from dpok_gym.models.pipelines import FAMILIES
+from dpok_gym.models.latent_diffusion import LatentDiffusion
+from dpok_gym.models.pipelines import FAMILIES, find_family
 from dpok_gym.models.registry import find_source, is_factory
-from dpok_gym.models.stable_diffusion import StableDiffusion
-from dpok_gym.models.stable_diffusion_xl import StableDiffusionXL
 from dpok_gym.utils.reading import check_tensors, read_json
 
-#: The parts of a pipeline that have weights.
-_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,48 +29,69 @@ class Architecture:
 
     Attributes:
         pipeline: name of diffusers' pipeline.
-        unet: config of the denoiser.
-        vae: config of the autoencoder.
-        text_encoder: config of the text encoder.
-        text_encoder_2: config of the second text encoder; empty if there is none.
+        configs: the config of each network by the pipeline's name of it, such as "transformer"; those that are left
+            out are missing.
     """
 
     pipeline: str
-    unet: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    text_encoder: Mapping[str, Any]
-    text_encoder_2: Mapping[str, Any]
+    configs: Mapping[str, Config]
 
     @classmethod
-    def of_model(cls, model: StableDiffusion) -> Architecture:
+    def of_model(cls, model: LatentDiffusion) -> Architecture:
         """Returns the architecture of a loaded model."""
-        is_xl = isinstance(model, StableDiffusionXL)
-        return cls(
-            "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline",
-            dict(model.denoiser.config),
-            dict(model.vae.config),
-            model.text_encoder.config.to_dict(),
-            model.text_encoder_2.config.to_dict() if is_xl else {},  # type: ignore[attr-defined]
-        )
+        networks = {part: getattr(model, part) for part in model.text_encoders}
+        networks |= {model.denoiser_part: model.denoiser, "vae": model.vae}
+        configs = {part: _config_of(network) for part, network in networks.items() if network is not None}
+        return cls(model.pipeline, configs)
 
-    def make(self, dtype: torch.dtype, name: str = "a model without weights") -> StableDiffusion:
+    @property
+    def family(self) -> type[LatentDiffusion]:
+        """The family of models."""
+        return find_family(self.pipeline)
+
+    def make_network(self, part: str) -> Any:
+        """Makes one of the networks with random weights, on the device and in the precision that torch makes them in.
+
+        Args:
+            part: the pipeline's name of it.
+        """
+        network_class, config = self.family.networks[part], dict(self.configs[part])
+        if issubclass(network_class, ModelMixin):
+            return network_class.from_config(config)
+        return network_class(network_class.config_class.from_dict(config))
+
+    def make(self, dtype: torch.dtype, name: str = "a model without weights") -> LatentDiffusion:
         """Returns the model without weights, on torch's device "meta": everything has a shape and no content.
 
         Args:
             dtype: of the weights.
             name: the model's name.
         """
-        # Prompts cannot be read without a vocabulary, but the model asks for their length.
-        tokenizer = SimpleNamespace(model_max_length=0)
-        parts: dict[str, Any] = {"tokenizer": tokenizer, "scheduler_config": {}, "device": "meta"}
-        with torch.device("meta"), _default_dtype(dtype):
-            parts["unet"] = UNet2DConditionModel.from_config(dict(self.unet))
-            parts["vae"] = AutoencoderKL.from_config(dict(self.vae))
-            parts["text_encoder"] = CLIPTextModel(CLIPTextConfig(**self.text_encoder))
-            if self.text_encoder_2:
-                parts["tokenizer_2"] = tokenizer
-                parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**self.text_encoder_2))
-        return FAMILIES[self.pipeline](name, **parts)
+        family = self.family
+        parts: dict[str, Any] = {part: NoTokenizer() for part in family.tokenizers if part not in family.optional}
+        with torch.device("meta"), default_dtype(dtype):
+            for part in self.configs:
+                parts[part] = self.make_network(part)
+        scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"} if family.flow_matching else {}
+        return family(name, parts, scheduler, "meta")
+
+
+class NoTokenizer:
+    """Stands for the tokenizer of a model without weights: every prompt is as long as the longest."""
+
+    model_max_length = 10**30
+    init_kwargs: Mapping[str, Any] = {}
+
+    def __call__(self, texts: Sequence[str], max_length: int | None = None, **other: Any) -> dict[str, list[list[int]]]:
+        """Returns token ids and attention masks."""
+        length = self.model_max_length if max_length is None else max_length
+        return {"input_ids": [[0] * length for _ in texts], "attention_mask": [[1] * length for _ in texts]}
+
+
+def _config_of(network: nn.Module) -> Config:
+    """Returns the config of a network of diffusers or of transformers."""
+    config: Any = network.config
+    return dict(config) if isinstance(network, ModelMixin) else config.to_dict()
 
 
 _VAE = {
@@ -96,37 +114,43 @@ _OPEN_CLIP_G = {
 
 #: The published architectures, by the registered name of a model. What is not here has the defaults of diffusers.
 PUBLISHED: dict[str, Architecture] = {
-    "sd15": Architecture("StableDiffusionPipeline", {"sample_size": 64, "cross_attention_dim": 768}, _VAE, _CLIP_L, {}),
+    "sd15": Architecture(
+        "StableDiffusionPipeline",
+        {"unet": {"sample_size": 64, "cross_attention_dim": 768}, "vae": _VAE, "text_encoder": _CLIP_L},
+    ),
     "sd21": Architecture(
         "StableDiffusionPipeline",
         {
-            "sample_size": 96,
-            "cross_attention_dim": 1024,
-            "attention_head_dim": [5, 10, 20, 20],
-            "use_linear_projection": True,
+            "unet": {
+                "sample_size": 96,
+                "cross_attention_dim": 1024,
+                "attention_head_dim": [5, 10, 20, 20],
+                "use_linear_projection": True,
+            },
+            "vae": _VAE | {"sample_size": 768},
+            "text_encoder": _OPEN_CLIP_H,
         },
-        _VAE | {"sample_size": 768},
-        _OPEN_CLIP_H,
-        {},
     ),
     "sdxl": Architecture(
         "StableDiffusionXLPipeline",
         {
-            "sample_size": 128,
-            "block_out_channels": [320, 640, 1280],
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-            "transformer_layers_per_block": [1, 2, 10],
-            "attention_head_dim": [5, 10, 20],
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
+            "unet": {
+                "sample_size": 128,
+                "block_out_channels": [320, 640, 1280],
+                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+                "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+                "transformer_layers_per_block": [1, 2, 10],
+                "attention_head_dim": [5, 10, 20],
+                "cross_attention_dim": 2048,
+                "use_linear_projection": True,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 256,
+                "projection_class_embeddings_input_dim": 2816,
+            },
+            "vae": _VAE | {"sample_size": 1024, "force_upcast": True},
+            "text_encoder": _CLIP_L,
+            "text_encoder_2": _OPEN_CLIP_G,
         },
-        _VAE | {"sample_size": 1024, "force_upcast": True},
-        _CLIP_L,
-        _OPEN_CLIP_G,
     ),
 }
 
@@ -161,17 +185,20 @@ def find_architecture(
             f"the files of the model {name_or_path!r} are not here, so its size is not known; to get its configs "
             f"alone (some KB): hf download {source} --include '*.json'"
         )
-    pipeline = read_json(index).get("_class_name")
+    entries = read_json(index)
+    pipeline = entries.get("_class_name")
     if pipeline not in FAMILIES:
         raise ValueError(f"the model {name_or_path!r} is a {pipeline}, whose memory is not known")
-    configs = {}
-    for part in _PARTS:
+    family, configs = find_family(pipeline), {}
+    for part in family.networks:
+        # In the index a part that was left out is [null, null]: its library and its class.
+        if part in family.optional and not any(entries.get(part) or ()):
+            continue
         file = _config_file(str(source), f"{part}/config.json", revision)
-        configs[part] = read_json(file) if file else {}
-    missing = [part for part in _PARTS[: 4 if "XL" in pipeline else 3] if not configs[part]]
-    if missing:
-        raise ValueError(f"the model {name_or_path!r} has no {missing[0]}/config.json; get it again")
-    return Architecture(pipeline, **configs)
+        if file is None:
+            raise ValueError(f"the model {name_or_path!r} has no {part}/config.json; get it again")
+        configs[part] = read_json(file)
+    return Architecture(pipeline, configs)
 
 
 def _config_file(source: str, name: str, revision: str | None) -> Path | None:
@@ -203,7 +230,8 @@ def _of_file(path: Path) -> Architecture:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within its ``with`` block, torch makes floating-point tensors in another precision."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

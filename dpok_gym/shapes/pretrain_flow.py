@@ -29,6 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from dpok_gym.models.repeated_token import RepeatedTokenProcessor
 from dpok_gym.shapes import FLOW_WEIGHTS, WEIGHTS
 from dpok_gym.shapes.pretrain import BATCH, MAX_TOKENS, TEXT_WIDTH, draw_examples, encode_scenes
+from dpok_gym.shapes.saving import save_pipeline
 from dpok_gym.shapes.scenes import IMAGE_SIZE
 from dpok_gym.shapes.training import minimise
 
@@ -138,10 +139,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    pipeline = train(options.work)
-    pipeline.transformer.half()
-    pipeline.vae.half()
-    pipeline.save_pretrained(options.out)
+    save_pipeline(train(options.work), options.out)
 
 
 if __name__ == "__main__":

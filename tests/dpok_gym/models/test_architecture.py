@@ -103,8 +103,8 @@ def test_what_is_not_known(tmp_path: Path, tiny_sd_folder: Path) -> None:
         find_architecture("/no/such/folder")
     shutil.copytree(tiny_sd_folder, tmp_path / "other")
     index = tmp_path / "other" / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxPipeline"}))
-    with pytest.raises(ValueError, match="is a FluxPipeline, whose memory is not known"):
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "QwenImagePipeline"}))
+    with pytest.raises(ValueError, match="is a QwenImagePipeline, whose memory is not known"):
         find_architecture(str(tmp_path / "other"))
     (tmp_path / "broken.safetensors").write_bytes(b"12345678")
     with pytest.raises(ValueError, match=r"broken\.safetensors cannot be told"):
