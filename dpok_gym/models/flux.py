@@ -146,16 +146,20 @@ class Flux(LatentDiffusion):
 
     def _denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         rows, columns = latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
-        place = {"dtype": latents.dtype, "device": latents.device}
         velocity = denoiser(
             pack(latents),
             timestep=timesteps.to(latents.dtype) / 1000,  # the noise level, rounded as in the pipeline
             # The tokens of the text have no place; a patch has its row and column.
-            txt_ids=torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3, **place),
-            img_ids=torch.cartesian_prod(*(torch.arange(size, **place) for size in (1, rows, columns))),
+            txt_ids=torch.zeros_like(positions(conditioning["encoder_hidden_states"].shape[1], 1, 1, like=latents)),
+            img_ids=positions(1, rows, columns, like=latents),
             **conditioning,
         ).sample
         return unpack(velocity, rows, columns).float()
+
+
+def positions(*sizes: int, like: Tensor) -> Tensor:
+    """Returns the coordinates of all places of a grid of these sizes, (places, axes) int64, on a tensor's device."""
+    return torch.cartesian_prod(*(torch.arange(size, device=like.device) for size in sizes))
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -229,7 +229,7 @@ class LatentDiffusion(TextToImageModel):
         return merge_by_index(*(self._find_long(getattr(self, name), most, prompts) for name, most in readers))
 
     def _find_long(self, tokenizer: Any, max_tokens: int, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
-        for index, n_tokens in enumerate(count_tokens(tokenizer, prompts)):
+        for index, n_tokens in enumerate(self._count_tokens(tokenizer, prompts)):
             if n_tokens > max_tokens:
                 yield (
                     index,
@@ -237,6 +237,10 @@ class LatentDiffusion(TextToImageModel):
                     "end included); shorten it, or choose long_prompts='truncate' or, for an environment, 'skip' "
                     f"(--long-prompts): {shorten(prompts[index])}",
                 )
+
+    def _count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> Iterator[int]:
+        """Yields the number of tokens of each prompt; one that is short enough may get a larger number."""
+        return count_tokens(tokenizer, prompts)
 
     def find_unreadable(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
         """See the base class."""
@@ -328,8 +332,7 @@ class LatentDiffusion(TextToImageModel):
 
     def decode(self, latents: Tensor) -> Tensor:
         """See the base class."""
-        config = self.vae.config
-        latents = latents.to(self.device, self.vae.dtype) / config.scaling_factor + _shift(config)
+        latents = self._denormalize(latents.to(self.device, self.vae.dtype))
         return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -339,13 +342,19 @@ class LatentDiffusion(TextToImageModel):
                 f"the images must have the shape (B, 3, {self.image_shape[0]}, {self.image_shape[1]}), got "
                 f"{tuple(images.shape)}"
             )
-        config = self.vae.config
-        latents = self._encode_pixels(2 * images.to(self.device, self.vae.dtype) - 1)
-        return ((latents - _shift(config)) * config.scaling_factor).float()
+        return self._normalize(self._encode_pixels(2 * images.to(self.device, self.vae.dtype) - 1)).float()
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Returns the unscaled latents of pixels (B, 3, H, W) in [-1, 1]."""
+        """Returns the autoencoder's latents of pixels (B, 3, H, W) in [-1, 1]."""
         return self.vae.encode(pixels).latent_dist.mean
+
+    def _normalize(self, latents: Tensor) -> Tensor:
+        """Returns the autoencoder's latents as the denoiser reads them: with a standard deviation of about 1."""
+        return (latents - _shift(self.vae.config)) * self.vae.config.scaling_factor
+
+    def _denormalize(self, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`_normalize`."""
+        return latents / self.vae.config.scaling_factor + _shift(self.vae.config)
 
     def to_pipeline(self, denoiser: nn.Module | None = None) -> DiffusionPipeline:
         """See the base class. The networks are the model's own, not copies; text encoders come back to the device."""

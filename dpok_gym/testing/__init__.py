@@ -33,6 +33,7 @@ TINY_FAMILIES: dict[str, str] = {
     "stable-diffusion-xl": "stable_diffusion",
     "flux-dev": "flux",
     "flux-schnell": "flux",
+    "flux2-klein": "flux2",
 }
 
 
