@@ -94,9 +94,7 @@ def test_the_denoiser_is_told_what_the_pipeline_tells_it(folders: dict[str, Path
     pipeline = load_pipeline(folders[name], model.dtype)
     process = DenoisingProcess(model, "ode", T, guidance_scale=scale)
     ours = inputs_of(model.denoiser, lambda: draw(process))
-    theirs = inputs_of(
-        pipeline.transformer, lambda: draw_with_diffusers(pipeline, model, guidance_scale=scale)
-    )
+    theirs = inputs_of(pipeline.transformer, lambda: draw_with_diffusers(pipeline, model, guidance_scale=scale))
     assert len(ours) == len(theirs) == T
     for told, expected in zip(ours, theirs, strict=True):
         assert ("guidance" in told) == (name == "dev") == (expected["guidance"] is not None)
@@ -201,9 +199,7 @@ def test_the_noise_levels_are_those_of_the_pipeline(
     model = load_model(folders[name], "cpu", image_size=(height // 4, width // 4))
     assert model.sequence_length == (height // 16) * (width // 16)
     scheduler: Any = load_pipeline(folders[name]).scheduler
-    scheduler.set_timesteps(
-        sigmas=np.linspace(1.0, 1 / n_steps, n_steps), mu=calculate_shift(model.sequence_length)
-    )
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / n_steps, n_steps), mu=calculate_shift(model.sequence_length))
     table = DenoisingProcess(model, "ode", n_steps).table
     assert table.timesteps.equal(scheduler.timesteps)
     torch.testing.assert_close(table.noise, scheduler.sigmas[:-1], rtol=0, atol=1e-7)
