@@ -36,6 +36,8 @@ TINY_FAMILIES: dict[str, str] = {
     "flux-dev": "flux",
     "flux-schnell": "flux",
     "flux2-klein": "flux2",
+    "pixart-sigma": "pixart_sigma",
+    "sana": "sana",
 }
 
 
