@@ -58,6 +58,8 @@ class Architecture:
         network_class, config = self.family.networks[part], dict(self.configs[part])
         if issubclass(network_class, ModelMixin):
             return network_class.from_config(config)
+        # In some of transformers' networks a part would have the precision that the config names.
+        config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
         return network_class(network_class.config_class.from_dict(config))
 
     def make(self, dtype: torch.dtype, name: str = "a model without weights") -> LatentDiffusion:
