@@ -53,10 +53,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--image-size", type=int, help="pixels of a side; else those that the model was trained with")
-    parser.add_argument(
-        *("--changes", type=json.loads, default={}, metavar="JSON"),
-        help='of the denoiser\'s config, to measure a part of a large one: \'{"num_layers": 2}\'',
-    )
+    what = 'changes of the denoiser\'s config, to measure a part of a large one: {"num_layers": 2}'
+    parser.add_argument("--changes", type=json.loads, default={}, metavar="JSON", help=what)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--recipes", action="store_true", help="print the expected memory of the recipes, and end")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # the settings of one row, in a process of its own
