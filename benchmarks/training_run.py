@@ -47,7 +47,8 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
     Args:
         description: ``algorithm`` (a registered name, or "rejection"), ``settings`` of it, ``prompts``, ``reward``
             ({name: weight}), ``images`` (the budget), ``n_envs``, ``num_inference_steps``, ``eval_images``,
-            ``held_out`` (True to evaluate on unseen prompts too), ``seed``.
+            ``held_out`` (True to evaluate on unseen prompts too), ``seed``; and perhaps ``environment``, further
+            arguments of the environment.
         row_file: file for a row of images of the trained model; None for no file.
 
     Returns:
@@ -104,6 +105,7 @@ def _make_env(
         num_inference_steps=description["num_inference_steps"],
         decode_batch_size=16,
         device="cpu",
+        **description.get("environment", {}),
     )
 
 

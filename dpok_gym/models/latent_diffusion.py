@@ -53,6 +53,7 @@ class LatentDiffusion(TextToImageModel):
         optional: names of the parts that may be missing; they are None then.
         settings: further arguments of the pipeline and their defaults.
         size_factor: the sides of an image in pixels are multiples of it.
+        max_side: the largest height or width in pixels.
         dtype: of the denoiser's weights.
 
     Raises:
@@ -115,6 +116,11 @@ class LatentDiffusion(TextToImageModel):
         return self.vae_scale_factor
 
     @property
+    def max_side(self) -> int:
+        """The largest height or width in pixels."""
+        return MAX_SIDE
+
+    @property
     def latent_channels(self) -> int:
         """C, the channels of a latent."""
         return self.vae.config.latent_channels
@@ -146,7 +152,11 @@ class LatentDiffusion(TextToImageModel):
 
         Without a ``tokenizer_config.json``, transformers takes a length without end.
         """
-        encoder = getattr(self, part.replace("tokenizer", "text_encoder"))
+        encoder_part = part.replace("tokenizer", "text_encoder")
+        encoder = getattr(self, encoder_part)
+        if (encoder is None) != (tokenizer is None):
+            there, missing = (encoder_part, part) if tokenizer is None else (part, encoder_part)
+            raise ValueError(f"it has a {there}, but no {missing}; leave out both, or neither")
         most = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
         if tokenizer is not None and most is not None and tokenizer.model_max_length > most:
             tokenizer = copy.deepcopy(tokenizer)
@@ -192,14 +202,14 @@ class LatentDiffusion(TextToImageModel):
         if negative_prompt is not None:
             other.check_prompts([negative_prompt])
         if image_size is not None:
-            factor = self.size_factor
+            factor, most = self.size_factor, self.max_side
             size: tuple[Any, ...] = (image_size, image_size)
             if isinstance(image_size, Sequence) and not isinstance(image_size, str):
                 size = tuple(image_size)
-            if len(size) != 2 or not all(_is_multiple(side, factor) for side in size):
+            if len(size) != 2 or not all(_is_multiple(side, factor, most) for side in size):
                 raise ValueError(
                     f"image_size must be one or two (height, width) multiples of {factor} pixels, got {image_size!r}; "
-                    f"at most {MAX_SIDE}"
+                    f"at most {most}"
                 )
             other._set_latent_size(size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor)
         return other
@@ -214,7 +224,7 @@ class LatentDiffusion(TextToImageModel):
         return merge_by_index(*(self._find_long(getattr(self, name), most, prompts) for name, most in readers))
 
     def _find_long(self, tokenizer: Any, max_tokens: int, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
-        for index, n_tokens in enumerate(count_tokens(tokenizer, prompts)):
+        for index, n_tokens in enumerate(self._count_tokens(tokenizer, prompts)):
             if n_tokens > max_tokens:
                 yield (
                     index,
@@ -222,6 +232,10 @@ class LatentDiffusion(TextToImageModel):
                     "end included); shorten it, or choose long_prompts='truncate' or, for an environment, 'skip' "
                     f"(--long-prompts): {shorten(prompts[index])}",
                 )
+
+    def _count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> Iterator[int]:
+        """Yields the number of tokens of each prompt; one that is short enough may get a larger number."""
+        return count_tokens(tokenizer, prompts)
 
     def find_unreadable(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
         """See the base class."""
@@ -372,5 +386,5 @@ def _shift(vae_config: Any) -> float:
     return getattr(vae_config, "shift_factor", None) or 0.0
 
 
-def _is_multiple(side: Any, factor: int) -> bool:
-    return isinstance(side, Integral) and factor <= int(side) <= MAX_SIDE and int(side) % factor == 0
+def _is_multiple(side: Any, factor: int, most: int) -> bool:
+    return isinstance(side, Integral) and factor <= int(side) <= most and int(side) % factor == 0

@@ -34,6 +34,8 @@ from dpok_gym.utils.validation import check_integer
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "dpok_gym.models.stable_diffusion:StableDiffusion",
     "StableDiffusionXLPipeline": "dpok_gym.models.stable_diffusion_xl:StableDiffusionXL",
+    "PixArtSigmaPipeline": "dpok_gym.models.pixart_sigma:PixArtSigma",
+    "SanaPipeline": "dpok_gym.models.sana:Sana",
 }
 
 #: Files of weights, perhaps one of many shards, and their variant.
@@ -129,7 +131,7 @@ def model_from_pipeline(pipe: DiffusionPipeline) -> LatentDiffusion:
         ValueError: if pipelines of this class are not supported, or one of its parts cannot be used as it is.
     """
     family = _family_of(pipe)
-    for part in (*family.tokenizers, *family.networks):
+    for part in ("scheduler", *family.tokenizers, *family.networks):
         _check_part(part, getattr(pipe, part), is_optional=part in family.optional)
     name = os.fspath(pipe.name_or_path or LIVE_PIPELINE)
     model = family(name, *_parts_of_pipeline(pipe, family), getattr(pipe, family.denoiser_part).device)
@@ -210,7 +212,11 @@ def _parts_of_folder(
 
 def _load_arguments(network_class: Any, dtype: torch.dtype) -> dict[str, Any]:
     """Returns the arguments of ``from_pretrained`` for a network of diffusers or of transformers."""
-    return {"torch_dtype": dtype} if issubclass(network_class, ModelMixin) else {"dtype": dtype, **NO_CODE}
+    if issubclass(network_class, ModelMixin):
+        return {"torch_dtype": dtype}
+    # Gemma 2 cuts off large attention scores, which only the plain code can do.
+    plain = {} if network_class._supports_sdpa else {"attn_implementation": "eager"}
+    return {"dtype": dtype, **NO_CODE, **plain}
 
 
 def _read_index(path: Path) -> tuple[dict[str, Any], str]:

@@ -27,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dpok_gym.shapes import WEIGHTS
 from dpok_gym.shapes.captions import WORDS, Request, corrupt, sample_requested_scenes
+from dpok_gym.shapes.saving import save_pipeline
 from dpok_gym.shapes.scenes import IMAGE_SIZE, render, sample_scenes
 from dpok_gym.shapes.training import minimise, seeded_generator
 from dpok_gym.utils.files import replacing
@@ -261,11 +262,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     pipeline = train_unet(train_vae(options.work), options.work)
-    # Half precision halves the size of the folder. diffusers loads such weights as float32 by default. transformers
-    # would keep the text encoder in half precision, which does not go with the others, so it stays in float32.
-    pipeline.unet.half().to(memory_format=torch.contiguous_format)
-    pipeline.vae.half()
-    pipeline.save_pretrained(options.out)
+    pipeline.unet.to(memory_format=torch.contiguous_format)
+    save_pipeline(pipeline, options.out)
 
 
 if __name__ == "__main__":

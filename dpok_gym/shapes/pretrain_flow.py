@@ -29,10 +29,11 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from dpok_gym.models.repeated_token import RepeatedTokenProcessor
 from dpok_gym.shapes import FLOW_WEIGHTS, WEIGHTS
 from dpok_gym.shapes.pretrain import BATCH, MAX_TOKENS, TEXT_WIDTH, draw_examples, encode_scenes
+from dpok_gym.shapes.saving import save_pipeline
 from dpok_gym.shapes.scenes import IMAGE_SIZE
 from dpok_gym.shapes.training import minimise
 
-STEPS, LEARNING_RATE = 20_000, 1e-3
+STEPS, LEARNING_RATE = 12_000, 2e-3
 EMA_DECAY = 0.999
 #: Rows of zeros in the place of T5's tokens, as in ``StableDiffusion3Pipeline``.
 T5_TOKENS = 256
@@ -56,17 +57,16 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     )
 
 
-def make_transformer(patch_size: int = 2, heads: int = 6, layers: int = 5) -> SD3Transformer2DModel:
-    """Returns the untrained denoiser of 4x8x8 latents."""
-    width = 32 * heads
-    size = IMAGE_SIZE // 8
+def make_transformer() -> SD3Transformer2DModel:
+    """Returns the untrained denoiser of 4x8x8 latents: 4 blocks of width 160, which read 16 patches of 2x2."""
+    size, patch_size, heads, width = IMAGE_SIZE // 8, 2, 5, 160
     return SD3Transformer2DModel(
         sample_size=size,
         patch_size=patch_size,
         in_channels=4,
         out_channels=4,
-        num_layers=layers,
-        attention_head_dim=32,
+        num_layers=4,
+        attention_head_dim=width // heads,
         num_attention_heads=heads,
         joint_attention_dim=2 * TEXT_WIDTH,
         caption_projection_dim=width,
@@ -139,10 +139,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    pipeline = train(options.work)
-    pipeline.transformer.half()
-    pipeline.vae.half()
-    pipeline.save_pretrained(options.out)
+    save_pipeline(train(options.work), options.out)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ TINY_FAMILIES: dict[str, str] = {
     "stable-diffusion": "stable_diffusion",
     "stable-diffusion-v": "stable_diffusion",
     "stable-diffusion-xl": "stable_diffusion",
+    "pixart-sigma": "pixart_sigma",
+    "sana": "sana",
 }
 
 

@@ -678,7 +678,7 @@ def test_hub_cache_and_revision_offline(tiny_sd_folder: Path, tmp_path: Path) ->
     large = tmp_path / "hub" / "models--someone--large"  # of which nothing but the index was ever downloaded
     for file, content in {
         "refs/main": "2" * 40,
-        f"snapshots/{'2' * 40}/model_index.json": '{"_class_name": "FluxPipeline"}',
+        f"snapshots/{'2' * 40}/model_index.json": '{"_class_name": "QwenImagePipeline"}',
     }.items():
         (large / file).parent.mkdir(parents=True)
         (large / file).write_text(content)

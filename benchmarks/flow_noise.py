@@ -1,0 +1,144 @@
+"""Which exploration noise is best for a flow-matching model: ``python -m benchmarks.flow_noise``.
+
+The embedded flow-matching model draws with each kernel and noise level of ``flow_noise.yaml``, before training and
+after the same number of images of DPOK. Before training the noise costs image quality, beside the sampler without noise
+("ode"). In training it is what there is to learn from. The runs are kept as those of :mod:`benchmarks.compare`;
+``--report`` makes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import yaml
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.compare import HERE
+from benchmarks.compare_figures import save, tidy
+from benchmarks.compare_tables import markdown
+from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
+from benchmarks.statistics import Interval, interquartile_mean
+from benchmarks.training_run import REJECTION
+
+#: The columns of a table: heading, whether it is of the trained model, name of the score, format.
+COLUMNS = {
+    "before: aligned": (False, "aligned", ".3f"),
+    "before: quality": (False, "quality", ".3f"),
+    "before: reward": (False, "reward", ".2f"),
+    "after: aligned": (True, "aligned", ".3f"),
+    "after: quality": (True, "quality", ".3f"),
+    "after: reward": (True, "reward", ".2f"),
+    "after: KL, nats": (True, "kl", ".1f"),
+}
+
+#: The panels of the figure, one for each score.
+PANELS = {"reward": "reward trained on", "aligned": "share fully aligned", "quality": "quality"}
+
+#: The means of the columns of a kernel and noise level, by its label.
+Rows = dict[str, dict[str, Interval]]
+
+
+def main() -> None:
+    """Makes the runs that are missing, and reports."""
+    options = sweep_options(__doc__, HERE / "flow_noise.yaml").parse_args()
+    settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
+    folder = options.out or HERE / "results" / "flow_noise"
+    runs = list(descriptions(settings))
+    sweep_and_report(runs, folder / "runs.jsonl", options, partial(report, folder=folder), images=False)
+
+
+def descriptions(settings: dict[str, Any]) -> Iterator[Description]:
+    """Yields the descriptions of the runs of ``flow_noise.yaml``, those of the first seed first."""
+    for seed in range(settings["seeds"]):
+        for n_steps in settings["steps"]:
+            for sampler, etas in settings["samplers"].items():
+                for eta in etas:
+                    environment = {"model": "shapes-flow", "sampler": sampler, "eta": eta}
+                    run = {"num_inference_steps": n_steps, "environment": environment, "seed": seed}
+                    run = settings["common"] | run | {"label": label(sampler, eta)}
+                    yield run | {"algorithm": REJECTION, "settings": {"n": 1}}
+                    if sampler != "ode":
+                        yield run | {"algorithm": settings["algorithm"], "settings": settings["settings"]}
+
+
+def label(sampler: str, eta: float) -> str:
+    """Returns what a kernel with a noise level is called."""
+    return sampler if sampler == "ode" else f"{sampler}, {eta:g}"
+
+
+def report(records: Sequence[Record], folder: Path) -> None:
+    """Writes and prints a table for each number of steps, and draws the figure.
+
+    Args:
+        records: of the runs.
+        folder: for the files.
+    """
+    tables = {n_steps: make_rows(records, n_steps) for n_steps in sorted({r["num_inference_steps"] for r in records})}
+    console, texts = Console(width=180), []
+    for n_steps, rows in tables.items():
+        table = Table("", *COLUMNS, title=f"{n_steps} steps")
+        cells = {name: [_format(means, heading) for heading in COLUMNS] for name, means in rows.items()}
+        for name, row in cells.items():
+            table.add_row(name, *row)
+        console.print(table)
+        texts.append(f"## {n_steps} steps\n\n{markdown(cells, COLUMNS)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text("\n".join(texts), encoding="utf-8")
+    figure(tables, folder / "flow_noise.png")
+
+
+def make_rows(records: Sequence[Record], n_steps: int) -> Rows:
+    """Returns the means over the seeds of each column, for one number of steps; those without runs are left out."""
+    rows: Rows = {}
+    for heading, (trained, score, _) in COLUMNS.items():
+        values: dict[str, list[float]] = {}
+        for record in records:
+            if record["num_inference_steps"] == n_steps and (record["algorithm"] != REJECTION) == trained:
+                values.setdefault(record["label"], []).append(record["scores"]["training"][score])
+        for name, numbers in values.items():
+            rows.setdefault(name, {})[heading] = interquartile_mean([numbers])
+    return rows
+
+
+def _format(means: dict[str, Interval], heading: str) -> str:
+    return f"{means[heading]:{COLUMNS[heading][2]}}" if heading in means else ""
+
+
+def figure(tables: dict[int, Rows], path: Path) -> None:
+    """Draws the scores after training against those before: a row for each number of steps, a colour for each kernel.
+
+    Args:
+        tables: the means, by number of steps.
+        path: file to write.
+    """
+    drawing = Figure(figsize=(4.6 * len(PANELS), 0.6 + 3.6 * len(tables)), layout="constrained")
+    panels = drawing.subplots(len(tables), len(PANELS), squeeze=False)
+    kernels = list(dict.fromkeys(name.split(",")[0] for rows in tables.values() for name in rows))
+    colours = dict(zip(kernels, mpl.colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
+    for row, (n_steps, rows) in zip(panels, tables.items(), strict=True):
+        for axes, (score, name) in zip(row, PANELS.items(), strict=True):
+            for one, means in rows.items():
+                kernel, _, eta = one.partition(", ")
+                before, after = means.get(f"before: {score}"), means.get(f"after: {score}")
+                if before is not None and after is None:
+                    axes.axvline(before.value, color=colours[kernel], linestyle=":", label=kernel)
+                elif before is not None and after is not None:
+                    axes.plot(before.value, after.value, "o", color=colours[kernel], label=kernel)
+                    axes.hlines(after.value, before.low, before.high, color=colours[kernel], linewidth=1)
+                    axes.vlines(before.value, after.low, after.high, color=colours[kernel], linewidth=1)
+                    axes.annotate(eta, (before.value, after.value), (4, 4), textcoords="offset points", fontsize=7)
+            axes.set(xlabel="before training", ylabel="after training", title=f"{n_steps} steps: {name}")
+            tidy(axes)
+    by_name = dict(zip(*reversed(panels[0, 0].get_legend_handles_labels()), strict=True))
+    drawing.legend(by_name.values(), by_name, loc="outside upper center", ncols=len(by_name), frameon=False)
+    save(drawing, path)
+
+
+if __name__ == "__main__":
+    main()
