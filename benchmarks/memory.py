@@ -36,6 +36,7 @@ from agents.cli.train import parse as parse_train
 from agents.common.memory import LiveMemory, Rehearsal, size_of
 from agents.common.policy import DenoisingPolicy
 from dpok_gym.models.architecture import PUBLISHED, Architecture, find_architecture
+from dpok_gym.models.base import Conditioning
 from dpok_gym.samplers import DenoisingProcess, State
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -134,8 +135,9 @@ def measure(
 ) -> dict[str, int]:
     """Takes a forward and backward pass; returns the peaks in bytes, of the ``process`` and of its ``tensors``."""
     architecture = find_changed(model, changes)
+    shapes = Rehearsal(architecture, dtype, image_size).told
     before = resident_bytes("VmRSS")
-    policy, state = make_policy(architecture, dtype, gradient_checkpointing, n, guidance_scale, image_size)
+    policy, state = make_policy(architecture, dtype, gradient_checkpointing, n, guidance_scale, image_size, shapes)
     networks = size_of([*policy.model.denoiser.parameters()])
     for value in policy.denoiser_parameters():
         value.grad = torch.zeros_like(value)
@@ -162,16 +164,16 @@ def make_policy(
     n: int,
     guidance_scale: float,
     image_size: int | None,
+    shapes: Conditioning,
 ) -> tuple[DenoisingPolicy, State]:
     """Makes a policy with a LoRA on a denoiser of random weights, on the CPU, and ``n`` states of random latents.
 
-    The other networks have no weights, so the prompts are made up in the shapes that the text encoders give.
+    The other networks have no weights. The prompts are made up in the ``shapes`` that the text encoders give.
     """
     model: Any = architecture.make(getattr(torch, dtype)).configured(image_size, None)
 
     def told(rows: int) -> dict[str, Tensor]:
-        shapes = model._encode([""]).items()
-        return {name: torch.ones(rows, *value.shape[1:], dtype=value.dtype) for name, value in shapes}
+        return {name: torch.ones(rows, *value.shape[1:], dtype=value.dtype) for name, value in shapes.items()}
 
     conditioning, model._unconditional = told(n), told(1)
     _fill(model.denoiser)

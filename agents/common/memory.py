@@ -84,6 +84,15 @@ class LiveMemory(TorchDispatchMode):
             self._alive[address] = weakref.ref(storage, remove)
 
 
+class _NoContent(TorchDispatchMode):
+    """Within its ``with`` block, code that asks what is in a tensor without content is told True."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
 class Rehearsal:
     """A model without weights, on which a training's passes can be run for their memory.
 
@@ -103,6 +112,7 @@ class Rehearsal:
     Attributes:
         model: the model without weights.
         lora: its LoRA; None if the whole denoiser is trained.
+        told: what the denoiser is told about one prompt, the longest: tensors without content.
     """
 
     def __init__(
@@ -137,7 +147,7 @@ class Rehearsal:
                 if network is not None:
                     _without_content(network)
         model.device = torch.device("cpu")  # where the tensors claim to be
-        self._told, self._encoding_bytes = self._encode()
+        self.told, self._encoding_bytes = self._encode()
         self._process = DenoisingProcess(model, guidance_scale=guidance_scale)
 
     @property
@@ -163,7 +173,7 @@ class Rehearsal:
     @property
     def prompt_bytes(self) -> int:
         """What the denoiser is told about one prompt."""
-        return size_of(self._told.values())
+        return size_of(self.told.values())
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -253,12 +263,12 @@ class Rehearsal:
     def _encode(self) -> tuple[Conditioning, int]:
         """Returns what the denoiser is told about the longest prompt, and the peak of encoding it."""
         parameters = [value for encoder in self._text_encoders for value in encoder.parameters()]
-        with self._fake, LiveMemory(parameters) as memory:
+        with self._fake, _NoContent(), LiveMemory(parameters) as memory:
             told = self.model._encode([""])
         return told, memory.peak
 
     def _conditioning(self, n: int) -> Conditioning:
-        return {name: torch.cat([values] * n) for name, values in self._told.items()}
+        return {name: torch.cat([values] * n) for name, values in self.told.items()}
 
     @contextmanager
     def _counted(self) -> Iterator[LiveMemory]:
