@@ -36,6 +36,8 @@ FAMILIES: dict[str, str] = {
     "StableDiffusionXLPipeline": "dpok_gym.models.stable_diffusion_xl:StableDiffusionXL",
     "PixArtSigmaPipeline": "dpok_gym.models.pixart_sigma:PixArtSigma",
     "SanaPipeline": "dpok_gym.models.sana:Sana",
+    "FluxPipeline": "dpok_gym.models.flux:Flux",
+    "Flux2KleinPipeline": "dpok_gym.models.flux2:Flux2Klein",
 }
 
 #: Files of weights, perhaps one of many shards, and their variant.

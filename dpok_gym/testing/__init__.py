@@ -33,6 +33,9 @@ TINY_FAMILIES: dict[str, str] = {
     "stable-diffusion-xl": "stable_diffusion",
     "pixart-sigma": "pixart_sigma",
     "sana": "sana",
+    "flux-dev": "flux",
+    "flux-schnell": "flux",
+    "flux2-klein": "flux2",
 }
 
 
