@@ -38,6 +38,7 @@ FAMILIES: dict[str, str] = {
     "SanaPipeline": "dpok_gym.models.sana:Sana",
     "FluxPipeline": "dpok_gym.models.flux:Flux",
     "Flux2KleinPipeline": "dpok_gym.models.flux2:Flux2Klein",
+    "StableDiffusion3Pipeline": "dpok_gym.models.stable_diffusion_3:StableDiffusion3",
 }
 
 #: Files of weights, perhaps one of many shards, and their variant.

@@ -1,7 +1,8 @@
 """Attention in which one token stands for many equal ones.
 
 Without its T5 encoder, Stable Diffusion 3 reads 256 rows of zeros in the place of T5's tokens. The text has no
-positions, so these rows stay equal in every layer. One row is enough, if attention counts it 256 times.
+positions, so these rows stay equal in every layer. One row is enough, if attention counts it 256 times. In bfloat16
+the logarithm of 256 is rounded, so the row counts 252 times.
 
 Letters used for sizes: B images, N tokens of the image, L tokens of the text, F features.
 """
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 class RepeatedTokenProcessor(JointAttnProcessor2_0):
     """The joint attention of Stable Diffusion 3, which can count the last token of the text several times.
 
-    Without ``num_repeats`` it is diffusers' own.
+    Without ``num_repeats`` it is diffusers' own, so a network that has it draws in any pipeline.
     """
 
     def __call__(
@@ -65,3 +66,20 @@ class RepeatedTokenProcessor(JointAttnProcessor2_0):
         for layer in attn.to_out:
             of_image = layer(of_image)
         return of_image, of_text if attn.context_pre_only else attn.to_add_out(of_text)
+
+
+def give_processor(denoiser: Any) -> bool:
+    """Puts :class:`RepeatedTokenProcessor` in the place of diffusers' own attention.
+
+    Args:
+        denoiser: a ``SD3Transformer2DModel``, changed in place. A network that is made of its config has to be asked
+            again.
+
+    Returns:
+        Whether all layers have it now. Attention of another kind, such as that of xformers, stays.
+    """
+    layers = [layer for block in denoiser.transformer_blocks for layer in (block.attn, block.attn2) if layer]
+    for layer in layers:
+        if type(layer.processor) is JointAttnProcessor2_0:
+            layer.set_processor(RepeatedTokenProcessor())
+    return all(isinstance(layer.processor, RepeatedTokenProcessor) for layer in layers)

@@ -36,6 +36,8 @@ TINY_FAMILIES: dict[str, str] = {
     "flux-dev": "flux",
     "flux-schnell": "flux",
     "flux2-klein": "flux2",
+    "stable-diffusion-3": "stable_diffusion_3",
+    "stable-diffusion-3-no-t5": "stable_diffusion_3",
 }
 
 
