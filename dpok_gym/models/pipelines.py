@@ -37,6 +37,8 @@ FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "dpok_gym.models.stable_diffusion:StableDiffusion",
     "StableDiffusionXLPipeline": "dpok_gym.models.stable_diffusion_xl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "dpok_gym.models.stable_diffusion_3:StableDiffusion3",
+    "FluxPipeline": "dpok_gym.models.flux:Flux",
+    "Flux2KleinPipeline": "dpok_gym.models.flux2:Flux2Klein",
     "PixArtSigmaPipeline": "dpok_gym.models.pixart_sigma:PixArtSigma",
     "SanaPipeline": "dpok_gym.models.sana:Sana",
 }

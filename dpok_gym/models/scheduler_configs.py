@@ -9,6 +9,9 @@ from dpok_gym.utils.validation import check_choice
 
 TimestepSpacing = Literal["leading", "trailing"]
 
+#: Entries of the config of a flow-matching model that diffusers' own scheduler does not know.
+_NOT_OF_DIFFUSERS = ("prediction_type", "timestep_spacing", "dynamic_shift")
+
 
 def is_flow_matching(config: Mapping[str, Any]) -> bool:
     """Returns whether a model with such a diffusers scheduler was trained with flow matching."""
@@ -17,6 +20,11 @@ def is_flow_matching(config: Mapping[str, Any]) -> bool:
         or config.get("prediction_type") == "flow_prediction"
         or bool(config.get("use_flow_sigmas"))
     )
+
+
+def for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what diffusers' ``FlowMatchEulerDiscreteScheduler`` knows of the config of a flow-matching model."""
+    return {name: value for name, value in config.items() if name not in _NOT_OF_DIFFUSERS}
 
 
 def with_euler_steps(config: Mapping[str, Any]) -> dict[str, Any]:
