@@ -1,5 +1,6 @@
 """Fixtures of all tests: small models of random weights, seeds, and the list of warnings that may be."""
 
+import functools
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,18 +50,25 @@ def only_warnings() -> Callable[..., AbstractContextManager[None]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """From the name of a small pipeline to its folder, which is written once."""
+    home = tmp_path_factory.mktemp("tiny")
+    return functools.cache(lambda family: save_tiny_pipeline(home / family, family))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_folder(tiny_folder: Callable[[str], Path]) -> Path:
     """A Stable Diffusion of random weights with 4x8x8 latents and 16x16 images, made like version 1.5."""
-    return save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "epsilon", "stable-diffusion")
+    return tiny_folder("stable-diffusion")
 
 
 @pytest.fixture(scope="session")
-def tiny_v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_v_folder(tiny_folder: Callable[[str], Path]) -> Path:
     """The same, predicting the velocity."""
-    return save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "velocity", "stable-diffusion-v")
+    return tiny_folder("stable-diffusion-v")
 
 
 @pytest.fixture(scope="session")
-def tiny_xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_xl_folder(tiny_folder: Callable[[str], Path]) -> Path:
     """A Stable Diffusion XL of random weights with 4x8x8 latents and 16x16 images."""
-    return save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "xl", "stable-diffusion-xl")
+    return tiny_folder("stable-diffusion-xl")

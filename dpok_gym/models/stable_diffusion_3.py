@@ -19,7 +19,7 @@ from dpok_gym.models.latent_diffusion import LatentDiffusion
 from dpok_gym.models.repeated_token import give_processor
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-_FEED_FORWARD = ("net.0.proj", "net.2")
+_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 #: Tokens of a prompt that T5 reads, as in the pipeline.
 _T5_TOKENS = 256

@@ -45,7 +45,7 @@ def save_tiny_pipeline(folder: Path, family: str = "stable-diffusion", tokenizer
     """Saves a diffusers pipeline of random weights, the same ones each time.
 
     The networks have about a million parameters at most, and the layers of the real ones. Their own tokenizers read
-    lower-case letters, digits and a little punctuation, at most 40 tokens.
+    lower-case letters, digits and a little punctuation, at most 40 tokens; T5 reads as many as in the real pipelines.
 
     Args:
         folder: where the pipeline is written; made if it is not there.

@@ -1,40 +1,41 @@
 """The small pipelines for other people's tests."""
 
 import filecmp
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from dpok_gym.models import load_model
-from dpok_gym.testing import MAX_TOKENS, WORDS, save_tiny_pipeline
+from dpok_gym.testing import MAX_TOKENS, TINY_FAMILIES, WORDS, save_tiny_pipeline
 from tests.support import real_clip_tokenizer
 
-FOLDERS = {
-    "stable-diffusion": "tiny_sd_folder",
-    "stable-diffusion-v": "tiny_v_folder",
-    "stable-diffusion-xl": "tiny_xl_folder",
+#: What the networks of these small pipelines predict.
+PREDICTIONS = {
+    "stable-diffusion": "epsilon",
+    "stable-diffusion-v": "v_prediction",
+    "stable-diffusion-xl": "epsilon",
+    "stable-diffusion-3": "velocity",
+    "stable-diffusion-3-no-t5": "velocity",
 }
-PREDICTIONS = ["epsilon", "v_prediction", "epsilon"]
 
 
 def weights(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FOLDERS)
-def test_the_same_weights_each_time(family: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_the_same_weights_each_time(family: str, tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
     torch.manual_seed(123)
     state = torch.get_rng_state()
     folder = save_tiny_pipeline(tmp_path / "deep" / "model", family)
     assert torch.equal(torch.get_rng_state(), state)  # the caller's generator was left alone
     assert folder == tmp_path / "deep" / "model"
-    first = request.getfixturevalue(FOLDERS[family])
+    first = tiny_folder(family)
     assert weights(folder) == weights(first) != []
     for path in weights(folder):
         ours, theirs = load_file(folder / path), load_file(first / path)
@@ -50,27 +51,27 @@ def test_the_same_tokens_always(tiny_sd_folder: Path) -> None:
     assert tokenizer("a green rabbit. 3 z")["input_ids"] == [0, 42, 85, 90, 78, 71, 67, 1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "prediction"), list(zip(FOLDERS, PREDICTIONS, strict=True)))
-def test_what_the_documentation_says(family: str, prediction: str, request: pytest.FixtureRequest) -> None:
-    folder = request.getfixturevalue(FOLDERS[family])
-    model: Any = load_model(folder, "cpu")
+@pytest.mark.parametrize(("family", "prediction"), PREDICTIONS.items())
+def test_what_the_documentation_says(family: str, prediction: str, tiny_folder: Callable[[str], Path]) -> None:
+    model: Any = load_model(tiny_folder(family), "cpu")
     assert (model.latent_shape, model.image_shape) == ((4, 8, 8), (16, 16))
-    assert model.scheduler_config["prediction_type"] == prediction
+    assert model.scheduler_config.get("prediction_type", "velocity") == prediction
     tokens = model.tokenizer([*WORDS, "ab 1."])["input_ids"]
     assert [len(row) - 2 for row in tokens] == [1, 1, 1, 1, 4]
     assert model.tokenizer.unk_token_id not in [token for row in tokens for token in row[1:-1]]
-    model.check_prompts(["a " * (MAX_TOKENS - 2)])
-    with pytest.raises(ValueError, match="shorten it"):
-        model.check_prompts(["a " * (MAX_TOKENS - 1)])
-    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert model.tokenizer.model_max_length == MAX_TOKENS
+    if getattr(model, "tokenizer_3", None) is None:
+        model.check_prompts(["a " * (MAX_TOKENS - 2)])
+        with pytest.raises(ValueError, match="shorten it"):
+            model.check_prompts(["a " * (MAX_TOKENS - 1)])
+    pipeline = model.to_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(["a dog"], num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
 def test_unknown_family(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="family must be one of 'stable-diffusion', 'stable-diffusion-v', "):
-        save_tiny_pipeline(tmp_path, "flux")  # type: ignore[arg-type]
+        save_tiny_pipeline(tmp_path, "kandinsky")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 

@@ -1,7 +1,6 @@
-"""Live diffusers pipelines made into models, and models made into pipelines."""
+"""Live diffusers pipelines made into models."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from diffusers import (
     LCMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
 )
 from torch import Tensor, nn
 
@@ -241,78 +239,3 @@ def test_scheduler_of_a_live_pipeline(tiny_sd_folder: Path) -> None:
     pipe.scheduler = LCMScheduler()  # made by its class, its config has no class name
     with pytest.raises(ValueError, match="the model comes with a LCMScheduler, whose diffusion is not"):
         draw(TextToImageModel.from_pipeline(pipe))
-
-
-# --- To a pipeline
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_a_models_pipeline_draws_as_the_model(
-    folder: Path, guidance_scale: float, fresh_models: Callable[[], None]
-) -> None:
-    model: Any = load_model(folder, "cpu")
-    pipeline: Any = model.to_pipeline()
-    assert isinstance(pipeline, StableDiffusionXLPipeline if "xl" in folder.name else StableDiffusionPipeline)
-    assert isinstance(pipeline.scheduler, DDIMScheduler)
-    assert (pipeline.unet is model.denoiser, pipeline.vae is model.vae) == (True, True)
-    ours = draw(model, guidance_scale)
-    theirs = draw_with_diffusers(pipeline, model, guidance_scale=guidance_scale)
-    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_there_and_back(folder: Path, pipe: Any, fresh_models: Callable[[], None]) -> None:
-    model = load_model(folder, "cpu")
-    again = TextToImageModel.from_pipeline(model.to_pipeline())
-    assert again.denoiser is model.denoiser
-    assert_same(draw(again), draw(model))
-    live: Any = TextToImageModel.from_pipeline(pipe).to_pipeline()
-    assert all(part is networks(pipe)[name] for name, part in networks(live).items())
-
-
-@pytest.mark.slow
-def test_a_saved_pipeline_is_a_model_folder(folder: Path, tmp_path: Path) -> None:
-    model = load_model(folder, "cpu")
-    model.to_pipeline().save_pretrained(tmp_path / "saved")
-    assert_same(draw(load_model(tmp_path / "saved", "cpu")), draw(model))
-
-
-@pytest.mark.slow
-def test_another_denoiser_in_the_pipeline(folder: Path, tmp_path: Path) -> None:
-    model = load_model(folder, "cpu")
-    lora = LoRA(model.denoiser, 2, model.lora_layers["attention"])
-    with torch.no_grad():
-        for value in lora.parameters.values():
-            value.normal_(std=0.3)
-    reference = draw(model)
-    with lora.enabled():
-        expected = draw(model)
-    pipeline: Any = model.to_pipeline(lora.merged_copy())
-    torch.testing.assert_close(draw_with_diffusers(pipeline, model), expected, rtol=1e-4, atol=1e-4)
-    pipeline.save_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(draw(load_model(tmp_path / "merged", "cpu")), expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(expected, reference, atol=1e-3)
-    assert_same(draw(model), reference)
-
-    # The model's own pipeline has no trace of the LoRA, whose layers are in the network, and copies no weights.
-    plain: Any = model.to_pipeline()
-    assert not any("lora" in name for name, _ in plain.unet.named_parameters())
-    own = {value.data_ptr() for value in model.denoiser.parameters()}
-    assert {value.data_ptr() for value in plain.unet.parameters()} <= own
-    with lora.enabled():
-        torch.testing.assert_close(draw_with_diffusers(plain, model), reference, rtol=1e-4, atol=1e-4)
-    plain.save_pretrained(tmp_path / "plain")
-    assert_same(draw(load_model(tmp_path / "plain", "cpu")), reference)
-    lora.save(tmp_path / "lora", model.lora_prefix)
-    plain.load_lora_weights(tmp_path / "lora")
-    torch.testing.assert_close(draw_with_diffusers(plain, model), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_offloaded_text_encoders_are_in_the_pipeline(folder: Path) -> None:
-    model = load_model(folder, "cpu")
-    model.offload_text_encoder()
-    pipeline: Any = model.to_pipeline()
-    assert {part.device for part in networks(pipeline).values()} == {model.device}
-    assert draw_with_diffusers(pipeline, model).isfinite().all()
