@@ -163,8 +163,8 @@ class TextToImageModel(ABC):
             ValueError: unless guidance is distilled into the model, so that the guidance scale is only an input of it.
         """
         raise ValueError(
-            f"the model {self.name!r} takes no true_cfg_scale, which is for FLUX.1 alone: its classifier-free guidance is "
-            "guidance_scale"
+            f"the model {self.name!r} takes no true_cfg_scale, which is for FLUX.1 alone: its classifier-free guidance "
+            "is guidance_scale"
         )
 
     def with_options(

@@ -27,10 +27,9 @@ _TEXT_LAYERS = (9, 18, 27)
 #: Prompts whose tokens are counted together.
 _CHUNK = 10_000
 
-_ATTENTION = (
-    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    *("to_qkv_mlp_proj", "to_out"),  # of a block of one stream, whose first layers of attention and feed-forward are one
-)
+#: In the blocks of one stream, the first layers of attention and feed-forward are one layer, and so are the last ones.
+_ONE_STREAM = ("to_qkv_mlp_proj", "to_out")
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", *_ONE_STREAM)
 _FEED_FORWARD = ("linear_in", "linear_out")
 
 

@@ -75,8 +75,10 @@ class Sana(PixArtSigma):
     def _count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> Iterator[int]:
         for prompt in read_as(prompts):
             text = f" {prompt}"  # the instruction ends with a space
-            at_most = 1 + len(text.encode())  # the start, and at least one byte in each token
-            yield at_most if at_most <= MAX_TOKENS else len(tokenizer(text)["input_ids"])
+            n_tokens = len(text.encode())  # at most: each has at least one byte
+            if n_tokens >= MAX_TOKENS:
+                n_tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+            yield 1 + n_tokens  # with the start
 
     def _tokenize(self, tokenizer: Any, prompts: Sequence[str], length: int | None = None) -> dict[str, Tensor]:
         tokens = tokenizer(

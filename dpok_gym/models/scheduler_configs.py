@@ -22,13 +22,18 @@ def is_flow_matching(config: Mapping[str, Any]) -> bool:
     )
 
 
+def for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what diffusers' ``FlowMatchEulerDiscreteScheduler`` knows of the config of a flow-matching model."""
+    return {name: value for name, value in config.items() if name not in _NOT_OF_DIFFUSERS}
+
+
 def with_euler_steps(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the config of the ``FlowMatchEulerDiscreteScheduler`` with the noise levels of another flow scheduler.
 
     Sana comes with a ``DPMSolverMultistepScheduler`` with ``use_flow_sigmas``. In T steps that goes through the levels
     0.999, 0.999 (1 - 1/T), ..., 0.999/T, before they are shifted, and tells the network their integer part in 1000ths.
-    Here they are 1, 1 - 1/T, ..., 1/T: after a shift of 3 no level differs by more than 0.0004. At exactly 1 the latents
-    are pure noise, as those are that the first step gets, and "flow-sde" has a density.
+    Here they are 1, 1 - 1/T, ..., 1/T: after a shift of 3 no level differs by more than 0.0004. At exactly 1 the
+    latents are pure noise, as those are that the first step gets, and the noise of "flow-sde" does not explode.
 
     Args:
         config: of any scheduler. One without ``use_flow_sigmas`` stays as it is, as one does whose shift depends on the
@@ -43,11 +48,6 @@ def with_euler_steps(config: Mapping[str, Any]) -> dict[str, Any]:
         "shift": config.get("flow_shift", 1.0),
         "timestep_spacing": "trailing",
     }
-
-
-def for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what diffusers' ``FlowMatchEulerDiscreteScheduler`` knows of the config of a flow-matching model."""
-    return {name: value for name, value in config.items() if name not in _NOT_OF_DIFFUSERS}
 
 
 def with_spacing(config: Mapping[str, Any], spacing: TimestepSpacing) -> dict[str, Any]:

@@ -31,13 +31,13 @@ TINY_FAMILIES: dict[str, str] = {
     "stable-diffusion": "stable_diffusion",
     "stable-diffusion-v": "stable_diffusion",
     "stable-diffusion-xl": "stable_diffusion",
-    "pixart-sigma": "pixart_sigma",
-    "sana": "sana",
+    "stable-diffusion-3": "stable_diffusion_3",
+    "stable-diffusion-3-no-t5": "stable_diffusion_3",
     "flux-dev": "flux",
     "flux-schnell": "flux",
     "flux2-klein": "flux2",
-    "stable-diffusion-3": "stable_diffusion_3",
-    "stable-diffusion-3-no-t5": "stable_diffusion_3",
+    "pixart-sigma": "pixart_sigma",
+    "sana": "sana",
 }
 
 

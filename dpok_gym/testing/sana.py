@@ -1,7 +1,8 @@
 """Sana, small: a Gemma 2 with its tokenizer, a deep-compression autoencoder, and a transformer of two blocks.
 
-"sana" draws 32 x 32 images from 4 x 8 x 8 latents; the pipeline draws multiples of 32 pixels only. Unlike the other small models it reads 300 tokens, as the pipeline
-always does, and any character: those that its tokenizer does not know are read byte by byte, as in Gemma.
+"sana" draws 32 x 32 images from 4 x 8 x 8 latents; the pipeline draws multiples of 32 pixels only. Unlike the other
+small models it reads 300 tokens, as the pipeline always does, and any character: those that its tokenizer does not know
+are read byte by byte, as in Gemma.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _make_tokenizer() -> GemmaTokenizer:
             start += letter
             tokens.append(start)
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return GemmaTokenizer(vocab=vocabulary, merges=merges)
+    return GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
 
 
 def _make_text_encoder(tokenizer: GemmaTokenizer) -> Gemma2Model:
