@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import itertools
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from agents.common.policy import DenoisingPolicy
 from dpok_gym.models import load_model
 from dpok_gym.models.architecture import find_architecture
 from dpok_gym.samplers import DenoisingProcess
-from dpok_gym.testing import save_tiny_pipeline
 from tests.support import make_process
 
 
@@ -80,12 +78,6 @@ _OF_TRANSFORMERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Returns the folder of a small pipeline of a family, which is made once."""
-    return functools.cache(lambda family: save_tiny_pipeline(tmp_path_factory.mktemp(family) / "model", family))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "settings"),
@@ -94,10 +86,10 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 def test_a_rehearsal_takes_what_the_real_passes_take(
     family: str,
     settings: dict[str, Any],
-    folder_of: Callable[[str], Path],
+    tiny_folder: Callable[[str], Path],
     make_policy: Callable[..., DenoisingPolicy],
 ) -> None:
-    folder = folder_of(family)
+    folder = tiny_folder(family)
     settings = dict(settings)
     checkpoints = settings.pop("gradient_checkpointing", False)
     dtype, scale = settings.pop("dtype", "float32"), settings.pop("guidance_scale", 1.0)

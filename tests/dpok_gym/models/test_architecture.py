@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from dpok_gym.models import load_model
 from dpok_gym.models.architecture import PUBLISHED, Architecture, find_architecture
-from dpok_gym.testing import TINY_FAMILIES, save_tiny_pipeline
+from dpok_gym.testing import TINY_FAMILIES
 
 
 def _millions(network: Any) -> float:
@@ -50,8 +51,8 @@ def test_positions_of_stable_diffusion_3_are_part_of_its_file() -> None:
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_a_folder_has_the_sizes_of_the_model_in_it(family: str, tmp_path: Path) -> None:
-    folder = save_tiny_pipeline(tmp_path / "model", family)
+def test_a_folder_has_the_sizes_of_the_model_in_it(family: str, tiny_folder: Callable[[str], Path]) -> None:
+    folder = tiny_folder(family)
     model: Any = load_model(folder, "cpu")
     for architecture in (find_architecture(str(folder)), Architecture.of_model(model)):
         made: Any = architecture.make(torch.float32)
