@@ -21,7 +21,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +29,17 @@ import torch
 from gymnasium.spaces import Box, Dict
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.cli.dry_run import estimate_memory
 from agents.cli.train import parse as parse_train
 from agents.common.memory import LiveMemory, Rehearsal, size_of
 from agents.common.policy import DenoisingPolicy
 from dpok_gym.models.architecture import PUBLISHED, Architecture, find_architecture
+from dpok_gym.models.base import Conditioning
 from dpok_gym.samplers import DenoisingProcess, State
 
 RECIPES = Path(__file__).parent / "recipes"
-
-#: Stable Diffusion's noise schedule.
-_SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 
 #: The C library keeps small pieces of memory that were freed, and returns larger ones. So it returns nearly all.
 _RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
@@ -64,6 +53,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", type=int, nargs="+", default=[0, 1], choices=[0, 1])
     parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--guidance-scale", type=float, default=1.0)
+    parser.add_argument("--image-size", type=int, help="pixels of a side; else those that the model was trained with")
+    what = 'changes of the denoiser\'s config, to measure a part of a large one: {"num_layers": 2}'
+    parser.add_argument("--changes", type=json.loads, default={}, metavar="JSON", help=what)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--recipes", action="store_true", help="print the expected memory of the recipes, and end")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # the settings of one row, in a process of its own
@@ -88,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "gradient_checkpointing": bool(checkpoints),
             "n": n,
             "guidance_scale": options.guidance_scale,
+            "image_size": options.image_size,
+            "changes": options.changes,
         }
         measured = measure_apart(settings)
         counted = expect(**settings)
@@ -112,25 +106,41 @@ def measure_apart(settings: dict[str, Any]) -> dict[str, int]:
     return measured
 
 
-def expect(model: str, dtype: str, gradient_checkpointing: bool, n: int, guidance_scale: float) -> int:
+def expect(
+    model: str,
+    dtype: str,
+    gradient_checkpointing: bool,
+    n: int,
+    guidance_scale: float,
+    image_size: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> int:
     """Returns the expected bytes: the denoiser, the LoRA with its gradient, and the passes.
 
     The optimiser's moments come after the first backward pass, which is the one that is measured.
     """
-    rehearsal = Rehearsal(find_architecture(model), dtype, guidance_scale=guidance_scale)
+    rehearsal = Rehearsal(find_changed(model, changes), dtype, image_size, guidance_scale=guidance_scale)
     weights = rehearsal.denoiser_bytes + 2 * size_of(rehearsal.trained)
     return weights + rehearsal.update(n, gradient_checkpointing)
 
 
-def measure(model: str, dtype: str, gradient_checkpointing: bool, n: int, guidance_scale: float) -> dict[str, int]:
+def measure(
+    model: str,
+    dtype: str,
+    gradient_checkpointing: bool,
+    n: int,
+    guidance_scale: float,
+    image_size: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> dict[str, int]:
     """Takes a forward and backward pass; returns the peaks in bytes, of the ``process`` and of its ``tensors``."""
-    architecture = find_architecture(model)
+    architecture = find_changed(model, changes)
+    shapes = Rehearsal(architecture, dtype, image_size).told
     before = resident_bytes("VmRSS")
-    policy = make_policy(architecture, getattr(torch, dtype), gradient_checkpointing, guidance_scale)
+    policy, state = make_policy(architecture, dtype, gradient_checkpointing, n, guidance_scale, image_size, shapes)
     networks = size_of([*policy.model.denoiser.parameters()])
     for value in policy.denoiser_parameters():
         value.grad = torch.zeros_like(value)
-    state = make_state(policy, architecture, n)
     known = [*policy.model.denoiser.parameters(), *(value.grad for value in policy.denoiser_parameters())]
     with LiveMemory(value for value in known if value is not None) as memory, policy.adapter_enabled():
         mean, _ = policy.transition(state)
@@ -140,19 +150,37 @@ def measure(model: str, dtype: str, gradient_checkpointing: bool, n: int, guidan
     return {"process": resident_bytes("VmHWM") - before, "tensors": tensors}
 
 
+def find_changed(model: str, changes: Mapping[str, Any] | None) -> Architecture:
+    """Finds the architecture of a model, with some changes of its denoiser's config."""
+    found = find_architecture(model)
+    part = found.family.denoiser_part
+    return Architecture(found.pipeline, {**found.configs, part: {**found.configs[part], **(changes or {})}})
+
+
 def make_policy(
-    architecture: Architecture, dtype: torch.dtype, gradient_checkpointing: bool, guidance_scale: float
-) -> DenoisingPolicy:
-    """Makes a policy with a LoRA on a denoiser of random weights, on the CPU. The other networks are left out."""
-    model = architecture.make(dtype)
-    model.denoiser.to_empty(device="cpu")
-    with torch.no_grad():
-        for value in model.denoiser.parameters():
-            value.normal_(std=0.02)
-    model.device, model.scheduler_config = torch.device("cpu"), _SCHEDULER
+    architecture: Architecture,
+    dtype: str,
+    gradient_checkpointing: bool,
+    n: int,
+    guidance_scale: float,
+    image_size: int | None,
+    shapes: Conditioning,
+) -> tuple[DenoisingPolicy, State]:
+    """Makes a policy with a LoRA on a denoiser of random weights, on the CPU, and ``n`` states of random latents.
+
+    The other networks have no weights. The prompts are made up in the ``shapes`` that the text encoders give.
+    """
+    model: Any = architecture.make(getattr(torch, dtype)).configured(image_size, None)
+
+    def told(rows: int) -> dict[str, Tensor]:
+        return {name: torch.ones(rows, *value.shape[1:], dtype=value.dtype) for name, value in shapes.items()}
+
+    conditioning, model._unconditional = told(n), told(1)
+    _fill(model.denoiser)
+    model.device = torch.device("cpu")
     process = DenoisingProcess(model, num_inference_steps=20, guidance_scale=guidance_scale)
     latent = Box(-1, 1, model.latent_shape)
-    return DenoisingPolicy(
+    policy = DenoisingPolicy(
         Dict({"latent": latent}),
         latent,
         lambda _: 1e-4,
@@ -160,22 +188,16 @@ def make_policy(
         gradient_checkpointing=gradient_checkpointing,
         max_batch_size=None,
     )
+    return policy, process.state(torch.randn(n, *model.latent_shape), 0, conditioning)
 
 
-def make_state(policy: DenoisingPolicy, architecture: Architecture, n: int) -> State:
-    """Makes ``n`` states with random latents and prompts."""
-    model: Any = policy.model
-    shape = model.text_encoder.config.max_position_embeddings, model.denoiser.config.cross_attention_dim
-
-    def told(rows: int) -> dict[str, Tensor]:
-        conditioning = {"encoder_hidden_states": torch.randn(rows, *shape).to(model.dtype)}
-        if architecture.text_encoder_2:
-            conditioning["text_embeds"] = torch.randn(rows, model.text_width).to(model.dtype)
-            conditioning["time_ids"] = torch.zeros(rows, 6, dtype=model.dtype)
-        return conditioning
-
-    model._unconditional = told(1)
-    return policy.process.state(torch.randn(n, *model.latent_shape), 0, told(n))
+@torch.no_grad()
+def _fill(network: nn.Module) -> None:
+    """Gives a network without weights random ones, on the CPU."""
+    network.to_empty(device="cpu")
+    for value in [*network.parameters(), *network.buffers()]:
+        if value.is_floating_point():
+            value.normal_(std=0.02)
 
 
 def resident_bytes(name: str) -> int:
@@ -188,7 +210,8 @@ def resident_bytes(name: str) -> int:
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Prints the table."""
-    table = Table(title=f"{rows[0]['model']}, one forward and backward pass, GiB with the weights")
+    changes = "".join(f", {name} {value}" for name, value in rows[0]["changes"].items())
+    table = Table(title=f"{rows[0]['model']}{changes}, one forward and backward pass, GiB with the weights")
     for heading in ("weights", "checkpointing", "at a time", "expected", "tensors", "process", "expected / process"):
         table.add_column(heading)
     for row in rows:

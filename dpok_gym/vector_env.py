@@ -195,7 +195,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
 
         check_choice("long_prompts", long_prompts, "error", "truncate", "skip")
         self.model = find_model_of_env(self._arguments)
-        if negative_prompt is not None and guidance_scale == 1:
+        if negative_prompt is not None and self.model.num_forward_passes(guidance_scale) == 1:
             raise ValueError("a negative prompt has no effect with guidance_scale=1; use another one, usually 5 to 7.5")
         self.process = DenoisingProcess(self.model, sampler, num_inference_steps, eta, guidance_scale, sde_steps)
         self.prompts = load_prompts(prompts)

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 from dpok_gym.models.architecture import Architecture
 from dpok_gym.models.base import Conditioning, GuidanceGradient
+from dpok_gym.models.latent_diffusion import LatentDiffusion
 from dpok_gym.models.lora import LoRA
-from dpok_gym.models.stable_diffusion import StableDiffusion
 from dpok_gym.samplers import DenoisingProcess, State
 
 if TYPE_CHECKING:
@@ -84,6 +84,15 @@ class LiveMemory(TorchDispatchMode):
             self._alive[address] = weakref.ref(storage, remove)
 
 
+class _NoContent(TorchDispatchMode):
+    """Within its ``with`` block, code that asks what is in a tensor without content is told True."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
 class Rehearsal:
     """A model without weights, on which a training's passes can be run for their memory.
 
@@ -103,6 +112,7 @@ class Rehearsal:
     Attributes:
         model: the model without weights.
         lora: its LoRA; None if the whole denoiser is trained.
+        told: what the denoiser is told about one prompt, the longest: tensors without content.
     """
 
     def __init__(
@@ -133,10 +143,11 @@ class Rehearsal:
             self._copy = architecture.make(getattr(torch, dtype)).denoiser.requires_grad_(True)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)  # the transition table has content
         with self._fake:
-            for network in (model.denoiser, model.vae, self._copy):
+            for network in (model.denoiser, model.vae, self._copy, *self._text_encoders):
                 if network is not None:
                     _without_content(network)
         model.device = torch.device("cpu")  # where the tensors claim to be
+        self.told, self._encoding_bytes = self._encode()
         self._process = DenoisingProcess(model, guidance_scale=guidance_scale)
 
     @property
@@ -152,8 +163,17 @@ class Rehearsal:
     @property
     def text_encoder_bytes(self) -> int:
         """The text encoders."""
-        encoders = [self.model.text_encoder, getattr(self.model, "text_encoder_2", None)]
-        return sum(size_of(encoder.parameters()) for encoder in encoders if encoder is not None)
+        return sum(size_of(encoder.parameters()) for encoder in self._text_encoders)
+
+    @property
+    def _text_encoders(self) -> list[nn.Module]:
+        encoders = [getattr(self.model, name) for name in self.model.text_encoders]
+        return [encoder for encoder in encoders if encoder is not None]
+
+    @property
+    def prompt_bytes(self) -> int:
+        """What the denoiser is told about one prompt."""
+        return size_of(self.told.values())
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -221,6 +241,10 @@ class Rehearsal:
             self._predict(torch.empty(n, *self.model.latent_shape), guided=True)
         return memory.peak
 
+    def encode(self) -> int:
+        """The peak of encoding one prompt."""
+        return self._encoding_bytes
+
     @torch.no_grad()
     def decode(self, n: int) -> int:
         """The peak of decoding ``n`` images at a time."""
@@ -235,15 +259,16 @@ class Rehearsal:
         with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
             return self._process.predict(state, scale, denoiser, self._guidance_gradient)
 
+    @torch.no_grad()
+    def _encode(self) -> tuple[Conditioning, int]:
+        """Returns what the denoiser is told about the longest prompt, and the peak of encoding it."""
+        parameters = [value for encoder in self._text_encoders for value in encoder.parameters()]
+        with self._fake, _NoContent(), LiveMemory(parameters) as memory:
+            told = self.model._encode([""])
+        return told, memory.peak
+
     def _conditioning(self, n: int) -> Conditioning:
-        """Returns conditioning of ``n`` prompts, in the shapes that the text encoders give."""
-        config, dtype = self.model.denoiser.config, self.model.dtype
-        n_tokens = self.model.text_encoder.config.max_position_embeddings
-        told = {"encoder_hidden_states": torch.empty(n, n_tokens, config.cross_attention_dim, dtype=dtype)}
-        if config.addition_embed_type == "text_time":
-            told["text_embeds"] = torch.empty(n, self.model.text_width, dtype=dtype)
-            told["time_ids"] = torch.empty(n, 6, dtype=dtype)
-        return told
+        return {name: torch.cat([values] * n) for name, values in self.told.items()}
 
     @contextmanager
     def _counted(self) -> Iterator[LiveMemory]:
@@ -280,10 +305,10 @@ def asks_for_checkpointing(policy: DenoisingPolicy) -> bool:
     A micro-batch is taken to be as large as the policy's ``max_batch_size``.
 
     Args:
-        policy: with its networks on their device. If they are not those of Stable Diffusion, the answer is no.
+        policy: with its networks on their device. If they are no pipeline of diffusers, the answer is no.
     """
     model, settings = policy.model, policy._get_constructor_parameters()
-    if not isinstance(model, StableDiffusion):
+    if not isinstance(model, LatentDiffusion):
         return False
     rehearsal = Rehearsal(
         Architecture.of_model(model),
@@ -303,7 +328,7 @@ def with_margin(counted: int, device: str) -> int:
     return round((1 + MARGIN) * counted) + (0 if device == "cpu" else LIBRARIES)
 
 
-def _without_content(network: nn.Module) -> None:
+def _without_content(network: Any) -> None:
     """Puts tensors without content, which claim to be on the CPU, in place of those on the device "meta"."""
     for module in network.modules():
         for name, value in module._parameters.items():
@@ -312,8 +337,9 @@ def _without_content(network: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = _like(buffer)
+    # nn.Module.to() would swap the tensors even for the device where they are, which fake ones do not allow.
+    network.to = lambda *where: network
 
 
 def _like(tensor: Tensor) -> Tensor:
-    # nn.Module.to() would need to swap the tensors, which fake ones do not allow.
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")

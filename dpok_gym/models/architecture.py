@@ -58,6 +58,8 @@ class Architecture:
         network_class, config = self.family.networks[part], dict(self.configs[part])
         if issubclass(network_class, ModelMixin):
             return network_class.from_config(config)
+        # In some of transformers' networks a part would have the precision that the config names.
+        config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
         return network_class(network_class.config_class.from_dict(config))
 
     def make(self, dtype: torch.dtype, name: str = "a model without weights") -> LatentDiffusion:
@@ -82,8 +84,10 @@ class NoTokenizer:
     model_max_length = 10**30
     init_kwargs: Mapping[str, Any] = {}
 
-    def __call__(self, texts: Sequence[str], max_length: int | None = None, **other: Any) -> dict[str, list[list[int]]]:
-        """Returns token ids and attention masks."""
+    def __call__(self, texts: str | Sequence[str], max_length: int | None = None, **other: Any) -> dict[str, list[Any]]:
+        """Returns token ids and attention masks; those of a single text have its usual length, four letters a token."""
+        if isinstance(texts, str):
+            return {"input_ids": [0] * (len(texts) // 4)}
         length = self.model_max_length if max_length is None else max_length
         return {"input_ids": [[0] * length for _ in texts], "attention_mask": [[1] * length for _ in texts]}
 
@@ -102,6 +106,8 @@ _VAE = {
     "latent_channels": 4,
     "sample_size": 512,
 }
+_VAE_XL = _VAE | {"sample_size": 1024, "force_upcast": True}
+_VAE_16 = _VAE | {"latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False}
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _OPEN_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
 _OPEN_CLIP_G = {
@@ -111,6 +117,24 @@ _OPEN_CLIP_G = {
     "num_attention_heads": 20,
     "projection_dim": 1280,
 }
+_T5_XXL = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+_GEMMA_2_2B = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 256000,
+}
+_DC_AE_BLOCKS = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
 
 #: The published architectures, by the registered name of a model. What is not here has the defaults of diffusers.
 PUBLISHED: dict[str, Architecture] = {
@@ -147,9 +171,57 @@ PUBLISHED: dict[str, Architecture] = {
                 "addition_time_embed_dim": 256,
                 "projection_class_embeddings_input_dim": 2816,
             },
-            "vae": _VAE | {"sample_size": 1024, "force_upcast": True},
+            "vae": _VAE_XL,
             "text_encoder": _CLIP_L,
             "text_encoder_2": _OPEN_CLIP_G,
+        },
+    ),
+    "sd35": Architecture(
+        "StableDiffusion3Pipeline",
+        {
+            "transformer": {
+                "sample_size": 128,
+                "num_layers": 24,
+                "num_attention_heads": 24,
+                "caption_projection_dim": 1536,
+                "pos_embed_max_size": 384,
+                "dual_attention_layers": list(range(13)),
+                "qk_norm": "rms_norm",
+            },
+            "vae": _VAE_16,
+            "text_encoder": _CLIP_L | {"projection_dim": 768},
+            "text_encoder_2": _OPEN_CLIP_G,
+            "text_encoder_3": _T5_XXL,
+        },
+    ),
+    "flux": Architecture(
+        "FluxPipeline",
+        {
+            "transformer": {"guidance_embeds": True},
+            "vae": _VAE_16,
+            "text_encoder": _CLIP_L,
+            "text_encoder_2": _T5_XXL,
+        },
+    ),
+    "pixart": Architecture(
+        "PixArtSigmaPipeline",
+        {
+            "transformer": {"caption_channels": 4096, "interpolation_scale": 2, "use_additional_conditions": False},
+            "vae": _VAE_XL,
+            "text_encoder": _T5_XXL,
+        },
+    ),
+    "sana": Architecture(
+        "SanaPipeline",
+        {
+            "transformer": {},
+            "vae": {
+                "encoder_block_types": _DC_AE_BLOCKS,
+                "decoder_block_types": _DC_AE_BLOCKS,
+                "downsample_block_type": "conv",
+                "upsample_block_type": "interpolate",
+            },
+            "text_encoder": _GEMMA_2_2B,
         },
     ),
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dpok_gym.models.conditioning_cache import ConditioningCache
 from dpok_gym.models.scheduler_configs import TimestepSpacing, with_spacing
-from dpok_gym.utils.validation import check_choice, check_entries
+from dpok_gym.utils.validation import check_choice, check_entries, check_non_negative
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -30,6 +30,17 @@ CONDITIONING_CACHE_BYTES = 256 * 2**20
 
 #: The name of the model of a live pipeline that has no name of its own.
 LIVE_PIPELINE = "pipeline"
+
+
+def check_true_cfg_scale(scale: float) -> float:
+    """Checks a scale of true classifier-free guidance: a finite number of at least 1.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if check_non_negative("true_cfg_scale", scale) < 1:
+        raise ValueError(f"true_cfg_scale must be at least 1, which is none, got {scale}")
+    return scale
 
 
 class TextToImageModel(ABC):
@@ -91,6 +102,7 @@ class TextToImageModel(ABC):
         *,
         image_size: int | Sequence[int] | None = None,
         negative_prompt: str | None = None,
+        true_cfg_scale: float = 1.0,
         long_prompts: LongPrompts = "error",
         timestep_spacing: TimestepSpacing | None = None,
     ) -> TextToImageModel:
@@ -103,6 +115,7 @@ class TextToImageModel(ABC):
             pipe: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
             image_size: pixels of a side, or (height, width); None for the size that the model was trained with.
             negative_prompt: what guidance leads away from; None for what the model was trained with.
+            true_cfg_scale: see :meth:`with_options`.
             long_prompts: see :meth:`with_options`.
             timestep_spacing: see :meth:`with_options`.
 
@@ -121,6 +134,7 @@ class TextToImageModel(ABC):
         return model.with_options(
             image_size=image_size,
             negative_prompt=negative_prompt,
+            true_cfg_scale=true_cfg_scale,
             long_prompts=long_prompts,
             timestep_spacing=timestep_spacing,
         )
@@ -142,11 +156,23 @@ class TextToImageModel(ABC):
             "negative_prompt"
         )
 
+    def with_true_cfg(self, scale: float) -> TextToImageModel:
+        """Returns a model with the same networks, not a copy of them, and this scale of true classifier-free guidance.
+
+        Raises:
+            ValueError: unless guidance is distilled into the model, so that the guidance scale is only an input of it.
+        """
+        raise ValueError(
+            f"the model {self.name!r} takes no true_cfg_scale, which is for FLUX.1 alone: its classifier-free guidance "
+            "is guidance_scale"
+        )
+
     def with_options(
         self,
         *,
         image_size: int | Sequence[int] | None = None,
         negative_prompt: str | None = None,
+        true_cfg_scale: float = 1.0,
         long_prompts: LongPrompts = "error",
         timestep_spacing: TimestepSpacing | None = None,
     ) -> TextToImageModel:
@@ -155,6 +181,8 @@ class TextToImageModel(ABC):
         Args:
             image_size: as for :meth:`configured`.
             negative_prompt: as for :meth:`configured`.
+            true_cfg_scale: scale of classifier-free guidance for a model into which guidance was distilled already, as
+                FLUX.1: at least 1, with a second forward pass of the denoiser; 1 is none. Others have guidance_scale.
             long_prompts: what becomes of a prompt that is longer than the model reads: "error", or "truncate" to leave
                 out its end, as diffusers' pipelines do.
             timestep_spacing: of the denoising steps: "leading", as in the published Stable Diffusion models, or
@@ -170,6 +198,7 @@ class TextToImageModel(ABC):
         check_choice("long_prompts", long_prompts, "error", "truncate")
         size = list(image_size) if isinstance(image_size, Sequence) else image_size
         given: dict[str, Any] = {"image_size": size, "negative_prompt": negative_prompt}
+        given["true_cfg_scale"] = None if check_true_cfg_scale(true_cfg_scale) == 1 else float(true_cfg_scale)
         given["long_prompts"] = None if long_prompts == "error" else long_prompts
         given["timestep_spacing"] = timestep_spacing
         given = {name: value for name, value in given.items() if value is not None}
@@ -181,6 +210,8 @@ class TextToImageModel(ABC):
         model.long_prompts = long_prompts
         if timestep_spacing is not None:
             model.scheduler_config = with_spacing(self.scheduler_config, timestep_spacing)
+        if true_cfg_scale != 1:
+            model = model.with_true_cfg(true_cfg_scale)
         if image_size is not None or negative_prompt is not None:
             model = model.configured(image_size, negative_prompt)
         model.options = self.options | given

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dpok_gym.models.base import Conditioning, GuidanceGradient, TextToImageModel
 from dpok_gym.models.lora import reference_view
-from dpok_gym.models.scheduler_configs import describe_changes, is_flow_matching, with_density
+from dpok_gym.models.scheduler_configs import describe_changes, for_diffusers, is_flow_matching, with_density
 from dpok_gym.models.token_counts import count_tokens
 from dpok_gym.utils.sharding import is_sharded
 from dpok_gym.utils.validation import shorten
@@ -125,16 +125,21 @@ class LatentDiffusion(TextToImageModel):
         """C, the channels of a latent."""
         return self.vae.config.latent_channels
 
+    @property
+    def denoiser_channels(self) -> int:
+        """Channels of a latent as the denoiser reads it; it has more if it is told about another image too."""
+        return self.latent_channels
+
     @abstractmethod
     def _count_text_features(self) -> int:
         """Returns F, the width of :meth:`text_features`."""
 
     def _check_denoiser(self) -> None:
         """Raises an error if the denoiser does more than plain text-to-image."""
-        if self.denoiser.config.in_channels != self.vae.config.latent_channels:
+        if self.denoiser.config.in_channels != self.denoiser_channels:
             raise ValueError(
                 f"its denoiser reads {self.denoiser.config.in_channels} channels and a latent has "
-                f"{self.vae.config.latent_channels}: models for inpainting, depth or editing are not supported"
+                f"{self.denoiser_channels}: models for inpainting, depth or editing are not supported"
             )
 
     def _prepare_vae(self, vae: Any) -> Any:
@@ -224,7 +229,7 @@ class LatentDiffusion(TextToImageModel):
         return merge_by_index(*(self._find_long(getattr(self, name), most, prompts) for name, most in readers))
 
     def _find_long(self, tokenizer: Any, max_tokens: int, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
-        for index, n_tokens in enumerate(count_tokens(tokenizer, prompts)):
+        for index, n_tokens in enumerate(self._count_tokens(tokenizer, prompts)):
             if n_tokens > max_tokens:
                 yield (
                     index,
@@ -232,6 +237,10 @@ class LatentDiffusion(TextToImageModel):
                     "end included); shorten it, or choose long_prompts='truncate' or, for an environment, 'skip' "
                     f"(--long-prompts): {shorten(prompts[index])}",
                 )
+
+    def _count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> Iterator[int]:
+        """Yields the number of tokens of each prompt; one that is short enough may get a larger number."""
+        return count_tokens(tokenizer, prompts)
 
     def find_unreadable(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
         """See the base class."""
@@ -295,7 +304,10 @@ class LatentDiffusion(TextToImageModel):
         latents = latents.to(self.dtype)
         if guidance_scale == 1:
             return self._denoise(denoiser, latents, timesteps, conditioning)
-        empty = {name: value.expand_as(conditioning[name]) for name, value in self.unconditional().items()}
+        # What the negative prompt does not change stays.
+        empty = conditioning | {
+            name: value.expand_as(conditioning[name]) for name, value in self.unconditional().items()
+        }
         if guidance_gradient == "conditional" and torch.is_grad_enabled():
             with torch.no_grad():
                 unconditional = self._denoise(denoiser, latents, timesteps, empty)
@@ -320,8 +332,7 @@ class LatentDiffusion(TextToImageModel):
 
     def decode(self, latents: Tensor) -> Tensor:
         """See the base class."""
-        config = self.vae.config
-        latents = latents.to(self.device, self.vae.dtype) / config.scaling_factor + _shift(config)
+        latents = self._denormalize(latents.to(self.device, self.vae.dtype))
         return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -331,13 +342,19 @@ class LatentDiffusion(TextToImageModel):
                 f"the images must have the shape (B, 3, {self.image_shape[0]}, {self.image_shape[1]}), got "
                 f"{tuple(images.shape)}"
             )
-        config = self.vae.config
-        latents = self._encode_pixels(2 * images.to(self.device, self.vae.dtype) - 1)
-        return ((latents - _shift(config)) * config.scaling_factor).float()
+        return self._normalize(self._encode_pixels(2 * images.to(self.device, self.vae.dtype) - 1)).float()
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Returns the unscaled latents of pixels (B, 3, H, W) in [-1, 1]."""
+        """Returns the autoencoder's latents of pixels (B, 3, H, W) in [-1, 1]."""
         return self.vae.encode(pixels).latent_dist.mean
+
+    def _normalize(self, latents: Tensor) -> Tensor:
+        """Returns the autoencoder's latents as the denoiser reads them: with a standard deviation of about 1."""
+        return (latents - _shift(self.vae.config)) * self.vae.config.scaling_factor
+
+    def _denormalize(self, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`_normalize`."""
+        return latents / self.vae.config.scaling_factor + _shift(self.vae.config)
 
     def to_pipeline(self, denoiser: nn.Module | None = None) -> DiffusionPipeline:
         """See the base class. The networks are the model's own, not copies; text encoders come back to the device."""
@@ -352,7 +369,7 @@ class LatentDiffusion(TextToImageModel):
 
     def _make_scheduler(self) -> Any:
         if is_flow_matching(self.scheduler_config):
-            return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
+            return FlowMatchEulerDiscreteScheduler.from_config(for_diffusers(self.scheduler_config))
         # The sampler of the environments never clips the predicted clean latent, so the pipeline's must not either.
         return DDIMScheduler.from_config(self.scheduler_config, clip_sample=False, thresholding=False)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dpok_gym.models.base import LongPrompts, TextToImageModel
+from dpok_gym.models.base import LongPrompts, TextToImageModel, check_true_cfg_scale
 from dpok_gym.models.registry import ModelFactory, find_source, is_factory
 from dpok_gym.models.scheduler_configs import TimestepSpacing
 from dpok_gym.utils.device import find_device
@@ -19,7 +19,7 @@ from dpok_gym.utils.registry import import_attribute
 from dpok_gym.utils.validation import check_bool, check_choice, check_mapping, check_names, check_path, shorten
 
 #: Arguments of :func:`load_model` that make a light copy around the same networks.
-_LIGHT_OPTIONS = ("image_size", "negative_prompt", "long_prompts", "timestep_spacing")
+_LIGHT_OPTIONS = ("image_size", "negative_prompt", "true_cfg_scale", "long_prompts", "timestep_spacing")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class ModelSpec:
     dtype: str = "float32"
     image_size: int | tuple[int, ...] | None = None
     negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
     long_prompts: LongPrompts = "error"
     timestep_spacing: TimestepSpacing | None = None
     revision: str | None = None
@@ -80,6 +81,7 @@ def load_model(
     *,
     image_size: int | Sequence[int] | None = None,
     negative_prompt: str | None = None,
+    true_cfg_scale: float = 1.0,
     long_prompts: LongPrompts = "error",
     timestep_spacing: TimestepSpacing | None = None,
     revision: str | None = None,
@@ -106,6 +108,8 @@ def load_model(
         dtype: of the networks' weights: "float32", "bfloat16" or "float16".
         image_size: pixels of a side, or (height, width); None for the size that the model was trained with.
         negative_prompt: what classifier-free guidance leads away from; None for nothing in particular.
+        true_cfg_scale: scale of classifier-free guidance for FLUX.1, whose guidance_scale is only an input of the
+            network: at least 1, with a second forward pass; 1 is none. A negative prompt needs it there.
         long_prompts: what becomes of a prompt with more tokens than the text encoder reads: "error", or "truncate" to
             leave out its end, as diffusers' pipelines do.
         timestep_spacing: of DDIM's steps: "leading", as in the published Stable Diffusion models, or "trailing", which
@@ -132,6 +136,7 @@ def load_model(
     known = ["name_or_path", *(field.name for field in fields(ModelSpec)[2:])]
     check_names("argument of load_model", unknown, known)
     check_choice("dtype", dtype, "float32", "bfloat16", "float16")
+    check_true_cfg_scale(true_cfg_scale)
     check_choice("long_prompts", long_prompts, "error", "truncate")
     if timestep_spacing is not None:
         check_choice("timestep_spacing", timestep_spacing, "leading", "trailing")
@@ -159,6 +164,7 @@ def load_model(
         dtype,
         _hashable_size(image_size),
         negative_prompt,
+        true_cfg_scale,
         long_prompts,
         timestep_spacing,
         revision,

@@ -70,7 +70,14 @@ class LoRA:
         ranks = Ranks(self.rank, dict(other_ranks or {}), self.target_modules)
         for layer, other in ranks.others.items():
             check_integer(f"the LoRA rank of the layer {layer}", other, maximum=MAX_RANK)
-        config = LoraConfig(**ranks.to_peft())
+        # An ending may also be that of a list of layers, such as "to_out" in the first blocks of FLUX.2.
+        endings = tuple(f".{ending}" for ending in self.target_modules)
+        lists = [
+            name
+            for name, module in network.named_modules()
+            if isinstance(module, nn.ModuleList) and name.endswith(endings)
+        ]
+        config = LoraConfig(**ranks.to_peft(), exclude_modules=lists or None)
         before = [_state(layer) for layer in _layers(network)]
         trainable: list[nn.Parameter] = []  # of other LoRAs, which peft would freeze
         for layer in _layers(network):

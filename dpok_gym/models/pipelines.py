@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from dpok_gym.models.base import LIVE_PIPELINE
 from dpok_gym.models.latent_diffusion import LatentDiffusion
 from dpok_gym.models.registry import list_local_models, list_models
+from dpok_gym.models.unsupported import describe_unsupported
 from dpok_gym.utils.hub import NO_CODE, check_hub_id, describe_wrong_weights, find_outage, has_vocabulary
 from dpok_gym.utils.reading import check_model_folder, check_tensors, check_torch_file, read_json
 from dpok_gym.utils.registry import import_attribute
@@ -35,6 +37,10 @@ FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "dpok_gym.models.stable_diffusion:StableDiffusion",
     "StableDiffusionXLPipeline": "dpok_gym.models.stable_diffusion_xl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "dpok_gym.models.stable_diffusion_3:StableDiffusion3",
+    "FluxPipeline": "dpok_gym.models.flux:Flux",
+    "Flux2KleinPipeline": "dpok_gym.models.flux2:Flux2Klein",
+    "PixArtSigmaPipeline": "dpok_gym.models.pixart_sigma:PixArtSigma",
+    "SanaPipeline": "dpok_gym.models.sana:Sana",
 }
 
 #: Files of weights, perhaps one of many shards, and their variant.
@@ -55,7 +61,7 @@ def find_family(pipeline: str) -> type[LatentDiffusion]:
         ValueError: if pipelines of this name are not supported.
     """
     if pipeline not in FAMILIES:
-        raise ValueError(_describe_unsupported(pipeline))
+        raise ValueError(describe_unsupported(pipeline, FAMILIES))
     return import_attribute(f"family of {pipeline}", FAMILIES[pipeline])  # type: ignore[no-any-return]
 
 
@@ -144,7 +150,7 @@ def _family_of(pipe: DiffusionPipeline) -> type[LatentDiffusion]:
     for pipeline_class in type(pipe).__mro__:
         if pipeline_class.__name__ in FAMILIES:
             return find_family(pipeline_class.__name__)
-    raise ValueError(f"the pipeline cannot be used: {_describe_unsupported(type(pipe).__name__)}")
+    raise ValueError(f"the pipeline cannot be used: {describe_unsupported(type(pipe).__name__, FAMILIES)}")
 
 
 def _check_part(part: str, module: Any, is_optional: bool) -> None:
@@ -211,7 +217,11 @@ def _parts_of_folder(
 
 def _load_arguments(network_class: Any, dtype: torch.dtype) -> dict[str, Any]:
     """Returns the arguments of ``from_pretrained`` for a network of diffusers or of transformers."""
-    return {"torch_dtype": dtype} if issubclass(network_class, ModelMixin) else {"dtype": dtype, **NO_CODE}
+    if issubclass(network_class, ModelMixin):
+        return {"torch_dtype": dtype}
+    # Gemma 2 cuts off large attention scores, which only the plain code can do.
+    plain = {} if network_class._supports_sdpa else {"attn_implementation": "eager"}
+    return {"dtype": dtype, **NO_CODE, **plain}
 
 
 def _read_index(path: Path) -> tuple[dict[str, Any], str]:
@@ -229,6 +239,9 @@ def _use_safetensors(allow_pickle: bool) -> bool | None:
 
 
 def _load_tokenizer(tokenizer_class: Any, folder: Path) -> Any:
+    files = {path.suffix: path.name for path in folder.iterdir()}
+    if ".model" in files and "tokenizer.json" not in files.values() and not find_spec("sentencepiece"):
+        raise ValueError(f"its {files['.model']} is in the format of sentencepiece: pip install sentencepiece")
     tokenizer = tokenizer_class.from_pretrained(folder)
     if not has_vocabulary(tokenizer):
         raise ValueError("it has no vocabulary (vocab.json and merges.txt, or tokenizer.json)")
@@ -352,13 +365,6 @@ def _load_vae(source: str, dtype: torch.dtype, allow_pickle: bool) -> Autoencode
     raise FileNotFoundError(f"the autoencoder {source!r} is no folder, and not in the Hugging Face cache ({reason})")
 
 
-def _describe_unsupported(pipeline: str) -> str:
-    reason = ""
-    if pipeline.startswith("LatentConsistency"):
-        reason = ": the sampler of latent-consistency models does not take DDIM's Gaussian steps"
-    return f"it is a {pipeline}, and only {', '.join(FAMILIES)} are supported{reason}"
-
-
 def _find_folder(name: str, source: str, revision: str | None, variant: str | None, allow_pickle: bool) -> Path:
     """Returns the local folder of a pipeline, downloaded from the hub if it is not there."""
     folder = Path(source).expanduser()
@@ -378,7 +384,7 @@ def _find_folder(name: str, source: str, revision: str | None, variant: str | No
         check_hub_id(f"the model {name!r}", source, is_unknown=True)
         reason = outage or f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise FileNotFoundError(_describe_missing(name, source, revision, allow_pickle, reason)) from error
-    raise ValueError(f"the model {source!r} cannot be loaded: {_describe_unsupported(pipeline)}")
+    raise ValueError(f"the model {source!r} cannot be loaded: {describe_unsupported(pipeline, FAMILIES)}")
 
 
 def _describe_missing(name: str, source: str, revision: str | None, allow_pickle: bool, reason: str) -> str:

@@ -9,6 +9,9 @@ from dpok_gym.utils.validation import check_choice
 
 TimestepSpacing = Literal["leading", "trailing"]
 
+#: Entries of the config of a flow-matching model that diffusers' own scheduler does not know.
+_NOT_OF_DIFFUSERS = ("prediction_type", "timestep_spacing", "dynamic_shift")
+
 
 def is_flow_matching(config: Mapping[str, Any]) -> bool:
     """Returns whether a model with such a diffusers scheduler was trained with flow matching."""
@@ -17,6 +20,34 @@ def is_flow_matching(config: Mapping[str, Any]) -> bool:
         or config.get("prediction_type") == "flow_prediction"
         or bool(config.get("use_flow_sigmas"))
     )
+
+
+def for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what diffusers' ``FlowMatchEulerDiscreteScheduler`` knows of the config of a flow-matching model."""
+    return {name: value for name, value in config.items() if name not in _NOT_OF_DIFFUSERS}
+
+
+def with_euler_steps(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config of the ``FlowMatchEulerDiscreteScheduler`` with the noise levels of another flow scheduler.
+
+    Sana comes with a ``DPMSolverMultistepScheduler`` with ``use_flow_sigmas``. In T steps that goes through the levels
+    0.999, 0.999 (1 - 1/T), ..., 0.999/T, before they are shifted, and tells the network their integer part in 1000ths.
+    Here they are 1, 1 - 1/T, ..., 1/T: after a shift of 3 no level differs by more than 0.0004. At exactly 1 the
+    latents are pure noise, as those are that the first step gets, and the noise of "flow-sde" does not explode.
+
+    Args:
+        config: of any scheduler. One without ``use_flow_sigmas`` stays as it is, as one does whose shift depends on the
+            size of the image.
+    """
+    if not config.get("use_flow_sigmas") or config.get("use_dynamic_shifting"):
+        return dict(config)
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": config.get("num_train_timesteps", 1000),
+        "prediction_type": config.get("prediction_type", "epsilon"),
+        "shift": config.get("flow_shift", 1.0),
+        "timestep_spacing": "trailing",
+    }
 
 
 def with_spacing(config: Mapping[str, Any], spacing: TimestepSpacing) -> dict[str, Any]:

@@ -42,8 +42,7 @@ class StableDiffusionXL(StableDiffusion):
         return self.text_encoder_2.config.projection_dim
 
     def _prepare_vae(self, vae: Any) -> Any:
-        # A copy, because the pipeline that these networks come from expects its own in float16.
-        return copy.deepcopy(vae).float() if _overflows(vae) else vae
+        return without_overflow(vae)
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         # The two tokenizers may number their words differently, and they fill up short prompts with different tokens.
@@ -88,6 +87,9 @@ class StableDiffusionXL(StableDiffusion):
         return {"add_watermarker": False}
 
 
-def _overflows(vae: AutoencoderKL) -> bool:
-    """Returns whether the activations of an autoencoder leave the range of its numbers: XL's do in float16."""
-    return vae.dtype == torch.float16 and vae.config.force_upcast
+def without_overflow(vae: AutoencoderKL) -> AutoencoderKL:
+    """Returns the autoencoder, or a copy in float32 if its activations leave the range of its numbers.
+
+    XL's do in float16. A copy, because the pipeline that it comes from expects its own in float16.
+    """
+    return copy.deepcopy(vae).float() if vae.dtype == torch.float16 and vae.config.force_upcast else vae

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpok_gym.models.scheduler_configs import for_diffusers
 from dpok_gym.samplers.transition_table import TransitionTable, eta_of_steps
 from dpok_gym.utils.validation import check_choice, check_fraction, check_integer, check_non_negative
 
@@ -74,7 +75,8 @@ def make_flow_table(
     - "ode": 0. It leaves none.
 
     Args:
-        scheduler_config: of a ``FlowMatchEulerDiscreteScheduler``.
+        scheduler_config: of a ``FlowMatchEulerDiscreteScheduler``. An entry ``dynamic_shift`` says how it depends on the
+            size of an image: "linear", the default, or "empirical", as in FLUX.2, where it depends on T too.
         num_inference_steps: T, from 1 to the number of training timesteps.
         kernel: how the noise is added.
         eta: amount of noise, at least 0; at most 1 for "ddim" and "cps"; 0 is the ODE, and "ode" does not look at it.
@@ -125,8 +127,7 @@ def _make_scheduler(config: Mapping[str, Any]) -> Any:
         )
     if config.get("invert_sigmas"):
         raise ValueError("schedulers with invert_sigmas, as Mochi has, are not supported")
-    known = {name: value for name, value in config.items() if name not in ("prediction_type", "timestep_spacing")}
-    return FlowMatchEulerDiscreteScheduler.from_config(known)
+    return FlowMatchEulerDiscreteScheduler.from_config(for_diffusers(config))
 
 
 def _noise_levels(
@@ -142,21 +143,28 @@ def _noise_levels(
         sigmas = [float(level) for level in np.linspace(1, 1 / n_steps, n_steps)]
     if sigmas is not None and len(sigmas) != n_steps:
         raise ValueError(f"sigmas must hold one noise level for each of the {n_steps} steps, got {len(sigmas)}")
-    mu = _dynamic_shift(scheduler.config, sequence_length) if scheduler.config.use_dynamic_shifting else None
+    mu = None
+    if scheduler.config.use_dynamic_shifting:
+        mu = _dynamic_shift(scheduler.config, n_steps, sequence_length, config.get("dynamic_shift", "linear"))
     scheduler.set_timesteps(n_steps, sigmas=sigmas, mu=mu)
     levels = scheduler.sigmas.double()
     _check_levels(levels)
     return levels, scheduler.timesteps
 
 
-def _dynamic_shift(config: Any, sequence_length: int | None) -> float:
-    """Returns mu, which is linear in the length of the image's sequence, as in the pipelines of FLUX and SD3."""
+def _dynamic_shift(config: Any, n_steps: int, sequence_length: int | None, kind: str) -> float:
+    """Returns mu: linear in the length of the image's sequence, as in the pipelines of FLUX.1 and SD3, or FLUX.2's."""
     if sequence_length is None:
         raise ValueError(
             "the model's scheduler shifts the noise levels by the image's size (use_dynamic_shifting): give the "
             "sequence_length"
         )
     check_integer("sequence_length", sequence_length)
+    check_choice("dynamic_shift", kind, "linear", "empirical")
+    if kind == "empirical":
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu  # slow to import
+
+        return float(compute_empirical_mu(sequence_length, n_steps))
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
     return float(config.base_shift + slope * (sequence_length - config.base_image_seq_len))
 

@@ -33,7 +33,7 @@ from dpok_gym.shapes.saving import save_pipeline
 from dpok_gym.shapes.scenes import IMAGE_SIZE
 from dpok_gym.shapes.training import minimise
 
-STEPS, LEARNING_RATE = 12_000, 2e-3
+STEPS, LEARNING_RATE = 16_000, 2e-3
 EMA_DECAY = 0.999
 #: Rows of zeros in the place of T5's tokens, as in ``StableDiffusion3Pipeline``.
 T5_TOKENS = 256
@@ -93,6 +93,7 @@ def encode_texts(modules: nn.ModuleDict, tokens: Tensor) -> tuple[Tensor, Tensor
 def train(folder: Path, steps: int = STEPS) -> StableDiffusion3Pipeline:
     """Trains the denoiser and both text encoders, on latents and captions of which some are wrong."""
     vae = AutoencoderKL.from_pretrained(WEIGHTS / "vae", torch_dtype=torch.float32)
+    vae.register_to_config(shift_factor=0.0)  # the pipeline wants a number
     latents, requests = encode_scenes(vae, folder)
     latents = latents * vae.config.scaling_factor
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")

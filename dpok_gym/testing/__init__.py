@@ -33,6 +33,11 @@ TINY_FAMILIES: dict[str, str] = {
     "stable-diffusion-xl": "stable_diffusion",
     "stable-diffusion-3": "stable_diffusion_3",
     "stable-diffusion-3-no-t5": "stable_diffusion_3",
+    "flux-dev": "flux",
+    "flux-schnell": "flux",
+    "flux2-klein": "flux2",
+    "pixart-sigma": "pixart_sigma",
+    "sana": "sana",
 }
 
 

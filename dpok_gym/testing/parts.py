@@ -17,12 +17,12 @@ TEXT_WIDTH, TEXT_WIDTH_2 = 32, 48
 #: Words that are one token each; all others are read letter by letter.
 WORDS = ("green", "rabbit", "dog", "moon")
 
-_CHARACTERS = (*string.ascii_lowercase, *string.digits, *".,!-")
+CHARACTERS = (*string.ascii_lowercase, *string.digits, *".,!-")
 
 
 def make_tokenizer() -> CLIPTokenizer:
     """Returns a CLIP tokenizer of single characters and the words of :data:`WORDS`."""
-    tokens = ["<|startoftext|>", "<|endoftext|>", *_CHARACTERS, *(f"{character}</w>" for character in _CHARACTERS)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *CHARACTERS, *(f"{character}</w>" for character in CHARACTERS)]
     merges: list[tuple[str, str]] = []
     for word in WORDS:
         # Letters are joined from left to right: m + o, mo + o, moo + n</w>.
@@ -55,7 +55,7 @@ def make_t5_tokenizer(max_tokens: int = MAX_TOKENS) -> T5Tokenizer:
     """Returns a T5 tokenizer of the same characters and words."""
     # A piece and its log-probability. The mark stands for a space; a longer piece is likelier than its letters.
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -3.0)]
-    pieces += [(character, -4.0) for character in _CHARACTERS]
+    pieces += [(character, -4.0) for character in CHARACTERS]
     pieces += [(f"\u2581{word}", -5.0) for word in WORDS]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_tokens)
 

@@ -174,6 +174,7 @@ LOAD_MODEL: dict[str, list[Any]] = {
     "dtype": ["x", "", "float64", None, 3, torch.float32],
     "image_size": [0, 7, 1.5, "64", [64], {}, 10**6, -8],
     "negative_prompt": [3, [], b"x", "a red dragon"],
+    "true_cfg_scale": [0.5, -1, math.nan, math.inf, "x", None, [2.0], 2.0],
     "revision": [3, [], b"x"],
     "variant": [3, [], b"x", "fp99"],
     "allow_pickle": WRONG["switch"],

@@ -128,7 +128,8 @@ def broken_copy(folder: Path, tmp_path: Path, file: str, **changes: Any) -> Path
 @pytest.mark.parametrize(
     ("pipeline", "reason"),
     [
-        ("QwenImagePipeline", "it is a QwenImagePipeline, and only"),
+        ("QwenImagePipeline", "its guidance rescales each token"),
+        ("WanPipeline", "it draws videos"),
         ("LatentConsistencyModelPipeline", "does not take DDIM's Gaussian steps"),
         ("StableDiffusionInpaintPipeline", "it is a StableDiffusionInpaintPipeline, and only"),
     ],
@@ -450,4 +451,5 @@ except ValueError as error:
     assert options == "{'vae': 'someone/tiny'}"
     assert (first, second) == ("epsilon", "v_prediction")
     assert "nor could it be downloaded as 'someone/tiny' at the revision 'v3'" in message
-    assert "it is a QwenImagePipeline, and only" in refused
+    assert "it is a QwenImagePipeline" in refused
+    assert "its guidance rescales each token" in refused

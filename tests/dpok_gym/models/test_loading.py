@@ -102,6 +102,7 @@ def test_spec_tells_models_apart() -> None:
         "dtype": "bfloat16",
         "image_size": (16, 32),
         "negative_prompt": "",
+        "true_cfg_scale": 2.0,
         "long_prompts": "truncate",
         "timestep_spacing": "trailing",
         "revision": "v2",
@@ -117,7 +118,8 @@ def test_spec_tells_models_apart() -> None:
     for name, value in changes.items():
         other = dataclasses.replace(spec, **{name: value})
         assert other != spec
-        shares_networks = name in ("image_size", "negative_prompt", "long_prompts", "timestep_spacing")
+        light = ("image_size", "negative_prompt", "true_cfg_scale", "long_prompts", "timestep_spacing")
+        shares_networks = name in light
         assert (other.of_networks() == spec) == shares_networks
         # How the weights lie in memory is no matter of the model.
         assert other.options() == ({} if name in ("name", "source", "device", "shard") else {name: value})

@@ -148,6 +148,15 @@ def test_shift_by_the_images_size(length: int, mu: float) -> None:
     assert make_flow_table(SD35, 4, sequence_length=length).noise.equal(make_flow_table(SD35, 4).noise)
 
 
+@pytest.mark.parametrize(("length", "n_steps", "mu"), [(4096, 10, 2.2562), (4096, 50, 2.0233), (8192, 10, 1.8433)])
+def test_empirical_shift(length: int, n_steps: int, mu: float) -> None:
+    """FLUX.2's shift depends on the number of steps too, unless the image is large."""
+    flux2 = FLUX | {"dynamic_shift": "empirical"}
+    found = make_flow_table(flux2, n_steps, sigmas="trailing", sequence_length=length).noise
+    before = torch.linspace(1, 1 / n_steps, n_steps)
+    torch.testing.assert_close(found, math.exp(mu) / (math.exp(mu) + 1 / before - 1), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_columns(kernel: Any) -> None:
     table = make_flow_table(SD35, 10, kernel)
@@ -363,6 +372,11 @@ def test_one_step_is_deterministic() -> None:
             "shifts the noise levels by the image's size \\(use_dynamic_shifting\\): give the s",
         ),
         ({"use_dynamic_shifting": True}, {"sequence_length": 0}, "sequence_length must be an integer of at least 1"),
+        (
+            {"use_dynamic_shifting": True, "dynamic_shift": "other"},
+            {"sequence_length": 256},
+            "dynamic_shift must be one of 'linear', 'empirical', got 'other'",
+        ),
         ({}, {"sigmas": [1.0, 0.5]}, "one noise level for each of the 4 steps, got 2"),
         ({}, {"sigmas": [1.0, 0.5, 0.5, 0.2]}, "must fall at every step, but step 1 goes from 0.75 to 0.75"),
         ({}, {"sigmas": [0.2, 0.5, 0.7, 1.0]}, "must fall at every step, but step 0"),
