@@ -13,8 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, Flux2KleinPipeline, FluxPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    FluxPipeline,
+)
 from huggingface_hub import constants
+from peft import PeftModel
 from torch import Tensor, nn
 
 from agents import DenoisingPolicy
@@ -22,6 +29,7 @@ from dpok_gym import DenoisingVectorEnv, diffusion
 from dpok_gym.models import TextToImageModel, load_model
 from dpok_gym.models.base import GuidanceGradient
 from dpok_gym.models.lora import LoRA, reference_copy
+from dpok_gym.models.lora_files import write_peft
 from dpok_gym.models.scheduler_configs import is_flow_matching
 from dpok_gym.samplers.process import DenoisingProcess, State
 from dpok_gym.testing import TINY_FAMILIES
@@ -29,6 +37,18 @@ from tests.support import assert_same, redness
 
 PROMPTS = ["a green rabbit.", "dog"]
 T = 3
+
+
+def load_lora_weights(pipeline: Any, model: TextToImageModel, lora: LoRA, folder: Path) -> None:
+    lora.save(folder, model.lora_prefix)
+    pipeline.load_lora_weights(folder)
+
+
+def load_with_peft(pipeline: Any, model: TextToImageModel, lora: LoRA, folder: Path) -> None:
+    """The way into a pipeline that has no ``load_lora_weights``."""
+    assert not hasattr(pipeline, "load_lora_weights")
+    write_peft(lora.state_dict(), folder, None, {})
+    pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, folder).merge_and_unload()
 
 
 @dataclass(frozen=True)
@@ -46,6 +66,8 @@ class Family:
         negative: arguments of ``load_model`` with which a negative prompt has an effect, and those of the pipeline.
         negative_call: from the pipeline and negative prompts to the arguments that tell it of them.
         normalize: from the autoencoder and its latents to those that the denoiser reads.
+        ddim: what the config of a DDIM scheduler in the pipeline has differently.
+        add_lora: adds a LoRA of a model to the pipeline, by way of a file in a folder.
     """
 
     scale: float = 5.0
@@ -60,6 +82,8 @@ class Family:
     normalize: Callable[[Any, Tensor], Tensor] = lambda vae, latents: (
         (latents - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
     )
+    ddim: Mapping[str, Any] = field(default_factory=dict)
+    add_lora: Callable[[Any, TextToImageModel, LoRA, Path], None] = load_lora_weights
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -87,6 +111,12 @@ FAMILIES: dict[str, Family] = {
         negative_call=lambda pipeline, prompts: {"negative_prompt_embeds": pipeline.encode_prompt(prompts)[0]},
         normalize=lambda vae, latents: vae.bn(Flux2KleinPipeline._patchify_latents(latents)),
     ),
+    "pixart-sigma": Family(
+        call={"use_resolution_binning": False, "clean_caption": False},
+        ddim={"timestep_spacing": "trailing"},
+        add_lora=load_with_peft,
+    ),
+    "sana": Family(other_size=(32, 64), call={"use_resolution_binning": False}),
 }
 
 
@@ -148,13 +178,17 @@ def plain_pipeline(folder: Path, family: Family, **options: Any) -> Any:
 def draw_with_diffusers(
     pipeline: Any, family: Family, model: TextToImageModel, guidance_scale: float, **call: Any
 ) -> Tensor:
-    """Draws the same with a pipeline: with its own scheduler, or with DDIM if that is no flow-matching one."""
-    if not is_flow_matching(dict(pipeline.scheduler.config) | {"_class_name": type(pipeline.scheduler).__name__}):
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    """Draws the same with a pipeline: with Euler's steps if it was trained with flow matching, else with DDIM's."""
+    own = pipeline.scheduler
+    if not is_flow_matching(dict(own.config) | {"_class_name": type(own).__name__}):
+        pipeline.scheduler = DDIMScheduler.from_config(own.config, clip_sample=False, **family.ddim)
         call |= {"eta": 1.0}
+    elif not isinstance(own, FlowMatchEulerDiscreteScheduler):  # a solver that finds other noise levels by itself
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=own.config.flow_shift)
+        call |= {"sigmas": [1 - step / T for step in range(T)]}
     pipeline.set_progress_bar_config(disable=True)
     height, width = model.image_shape
-    return pipeline(
+    images = pipeline(
         prompt=PROMPTS,
         height=height,
         width=width,
@@ -164,6 +198,8 @@ def draw_with_diffusers(
         output_type="pt",
         **{**family.guidance(guidance_scale), **family.call, **call},
     ).images
+    pipeline.scheduler = own
+    return images
 
 
 def make_lora(model: TextToImageModel, scale: float = 0.3, layers: str = "attention") -> LoRA:
@@ -321,9 +357,8 @@ def test_a_lora_draws_the_same_images_with_diffusers(
     before, lora = draw(process), make_lora(process.model, layers=layers)
     with lora.enabled():
         ours = draw(process)
-    lora.save(tmp_path, process.model.lora_prefix)
     pipeline = plain_pipeline(folder, family)
-    pipeline.load_lora_weights(tmp_path)
+    family.add_lora(pipeline, process.model, lora, tmp_path)
     assert_same_images(ours, draw_with_diffusers(pipeline, family, process.model, family.scale))
     assert not torch.allclose(ours, before, atol=1e-3)
     assert_same(draw(process), before)  # it is off again
@@ -568,7 +603,7 @@ def test_prompts_that_are_too_long(load: Callable[..., Any]) -> None:
     model = load()
     part, most = max(model._readers().items(), key=lambda reader: reader[1])
     (n_around,) = model._count_tokens(getattr(model, part), [""])  # start and end, or a whole chat
-    short, long = " dog" * (most - n_around), " dog" * (most - n_around + 1)
+    short, long = " dog" * (most - n_around), " dog" * (most + 1)
     model.check_prompts([short])
     assert [index for index, _ in model.find_long([short, long, "dog"])] == [1]
     with pytest.raises(ValueError, match=rf"reads at most {most}.*shorten it"):
