@@ -204,8 +204,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         check_prompts(self.prompts, self.model, self.max_prompt_bytes)
         self.reward: Reward = make_reward(reward, non_finite)
         self._judge = ImageJudge(self.model, self.reward, decode_batch_size, self.reward_workers)
-        if self.model.device.type != "cpu" and len(self.prompts.train) <= _MAX_PROMPTS_ENCODED_AHEAD:
-            self.model.encode(self.prompts.train)
+        if self.model.device.type != "cpu":
+            if len(self.prompts.train) <= _MAX_PROMPTS_ENCODED_AHEAD:
+                self.model.encode(self.prompts.train)
             self.model.offload_text_encoder()  # its memory is better used for images
 
         self._make_spaces()

@@ -153,17 +153,17 @@ class Rehearsal:
     @property
     def denoiser_bytes(self) -> int:
         """The frozen denoiser."""
-        return size_of(value for value in self.model.denoiser.parameters() if not value.requires_grad)
+        return size_of(value for value in _tensors(self.model.denoiser) if not value.requires_grad)
 
     @property
     def decoder_bytes(self) -> int:
         """The autoencoder."""
-        return size_of(self.model.vae.parameters())
+        return size_of(_tensors(self.model.vae))
 
     @property
     def text_encoder_bytes(self) -> int:
         """The text encoders."""
-        return sum(size_of(encoder.parameters()) for encoder in self._text_encoders)
+        return size_of(value for encoder in self._text_encoders for value in _tensors(encoder))
 
     @property
     def _text_encoders(self) -> list[nn.Module]:
@@ -262,8 +262,8 @@ class Rehearsal:
     @torch.no_grad()
     def _encode(self) -> tuple[Conditioning, int]:
         """Returns what the denoiser is told about the longest prompt, and the peak of encoding it."""
-        parameters = [value for encoder in self._text_encoders for value in encoder.parameters()]
-        with self._fake, _NoContent(), LiveMemory(parameters) as memory:
+        known = [value for encoder in self._text_encoders for value in _tensors(encoder)]
+        with self._fake, _NoContent(), LiveMemory(known) as memory:
             told = self.model._encode([""])
         return told, memory.peak
 
@@ -272,7 +272,7 @@ class Rehearsal:
 
     @contextmanager
     def _counted(self) -> Iterator[LiveMemory]:
-        known = [*self.model.denoiser.parameters(), *self.model.vae.parameters(), *self.trained]
+        known = [*_tensors(self.model.denoiser), *_tensors(self.model.vae), *self.trained]
         known += [value.grad for value in self.trained if value.grad is not None]
         with self._fake, LiveMemory(known) as memory:
             yield memory
@@ -326,6 +326,10 @@ def asks_for_checkpointing(policy: DenoisingPolicy) -> bool:
 def with_margin(counted: int, device: str) -> int:
     """Returns the bytes to have at hand for so many that were counted."""
     return round((1 + MARGIN) * counted) + (0 if device == "cpu" else LIBRARIES)
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
 
 
 def _without_content(network: Any) -> None:

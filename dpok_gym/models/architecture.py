@@ -70,10 +70,14 @@ class Architecture:
             name: the model's name.
         """
         family = self.family
-        parts: dict[str, Any] = {part: NoTokenizer() for part in family.tokenizers if part not in family.optional}
+        parts: dict[str, Any] = {}
         with torch.device("meta"), default_dtype(dtype):
             for part in self.configs:
-                parts[part] = self.make_network(part)
+                # Some tables of positions are made in float32. The classes' own to() warns of what is loaded later.
+                parts[part] = nn.Module.to(self.make_network(part), dtype)
+        for part in family.tokenizers:
+            if part.replace("tokenizer", "text_encoder") in parts:
+                parts[part] = NoTokenizer()
         scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"} if family.flow_matching else {}
         return family(name, parts, scheduler, "meta")
 
@@ -90,6 +94,10 @@ class NoTokenizer:
             return {"input_ids": [0] * (len(texts) // 4)}
         length = self.model_max_length if max_length is None else max_length
         return {"input_ids": [[0] * length for _ in texts], "attention_mask": [[1] * length for _ in texts]}
+
+    def apply_chat_template(self, chats: Sequence[Any], **other: Any) -> list[str]:
+        """Returns the texts of chats."""
+        return [""] * len(chats)
 
 
 def _config_of(network: nn.Module) -> Config:

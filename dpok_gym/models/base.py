@@ -292,9 +292,9 @@ class TextToImageModel(ABC):
         """
 
     def offload_text_encoder(self) -> None:  # noqa: B027 (a model without a text encoder has nothing to move)
-        """Moves the text encoder to the CPU until a prompt has to be encoded that is not kept.
+        """Moves the text encoder to the CPU. From now on it is on the device only while prompts are encoded.
 
-        The negative prompt is encoded first, because guidance always needs it.
+        The negative prompt is encoded first, because guidance always needs it. A pipeline takes the text encoder back.
         """
 
     @abstractmethod

@@ -97,6 +97,7 @@ class LatentDiffusion(TextToImageModel):
         self.scheduler_config = self._read_scheduler_config(scheduler_config)
         self.negative_prompt: str | None = None
         self._unconditional: Conditioning | None = None
+        self._is_offloaded = False
         self.text_width = self._count_text_features()
         self._set_latent_size(*self._default_latent_size())
 
@@ -276,15 +277,28 @@ class LatentDiffusion(TextToImageModel):
     def offload_text_encoder(self) -> None:
         """See the base class."""
         self.unconditional()
-        for name in self.text_encoders:
-            if (encoder := getattr(self, name)) is not None:
+        self._is_offloaded = True
+        self._leave_device()
+
+    def _leave_device(self) -> None:
+        """Moves text encoders to the CPU, if they are to stay there until a prompt has to be encoded."""
+        for name in self.text_encoders if self._is_offloaded else ():
+            encoder = getattr(self, name)
+            if encoder is not None and next(encoder.parameters()).device.type != "cpu":
                 encoder.to("cpu")
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """See the base class. Text encoders that have been offloaded leave the device again."""
+        conditioning = super().encode(prompts)
+        self._leave_device()
+        return conditioning
 
     @torch.inference_mode(False)  # the result is kept, and a later caller may need gradients
     def unconditional(self) -> Conditioning:
         """Returns what the denoiser is told about the negative prompt: tensors with a leading axis of 1."""
         if self._unconditional is None:
             self._unconditional = self._encode_negative()
+            self._leave_device()
         return self._unconditional
 
     def _encode_negative(self) -> Conditioning:
@@ -358,6 +372,7 @@ class LatentDiffusion(TextToImageModel):
 
     def to_pipeline(self, denoiser: nn.Module | None = None) -> DiffusionPipeline:
         """See the base class. The networks are the model's own, not copies; text encoders come back to the device."""
+        self._is_offloaded = False
         parts: dict[str, Any] = {name: getattr(self, name) for name in self.tokenizers}
         for name in self.text_encoders:
             encoder = getattr(self, name)

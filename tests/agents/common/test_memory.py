@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,23 +63,33 @@ def test_live_memory_sees_the_backward_pass() -> None:
     assert 80_000 <= counted.peak <= 130_000
 
 
+_UNETS = ("stable-diffusion", "stable-diffusion-xl")
+_TRANSFORMERS = ("stable-diffusion-3", "stable-diffusion-3-no-t5", "flux-dev", "flux2-klein", "pixart-sigma", "sana")
+_OF_UNETS: list[dict[str, Any]] = [
+    {},
+    {"gradient_checkpointing": True},
+    {"guidance_scale": 5.0},
+    {"guidance_scale": 5.0, "guidance_gradient": "conditional"},
+    {"dtype": "bfloat16", "lora_rank": 4, "target_modules": "all", "gradient_checkpointing": True},
+    {"autocast": True, "lora_rank": 0},
+]
+_OF_TRANSFORMERS: list[dict[str, Any]] = [
+    {"guidance_scale": 5.0, "dtype": "bfloat16", "target_modules": "all", "gradient_checkpointing": True}
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd", "xl"])
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"gradient_checkpointing": True},
-        {"guidance_scale": 5.0},
-        {"guidance_scale": 5.0, "guidance_gradient": "conditional"},
-        {"dtype": "bfloat16", "lora_rank": 4, "target_modules": "all", "gradient_checkpointing": True},
-        {"autocast": True, "lora_rank": 0},
-    ],
+    ("family", "settings"),
+    [*itertools.product(_UNETS, _OF_UNETS), *itertools.product(_TRANSFORMERS, _OF_TRANSFORMERS)],
 )
 def test_a_rehearsal_takes_what_the_real_passes_take(
-    family: str, settings: dict[str, Any], request: pytest.FixtureRequest, make_policy: Callable[..., DenoisingPolicy]
+    family: str,
+    settings: dict[str, Any],
+    tiny_folder: Callable[[str], Path],
+    make_policy: Callable[..., DenoisingPolicy],
 ) -> None:
-    folder: Path = request.getfixturevalue(f"tiny_{family}_folder")
+    folder = tiny_folder(family)
     settings = dict(settings)
     checkpoints = settings.pop("gradient_checkpointing", False)
     dtype, scale = settings.pop("dtype", "float32"), settings.pop("guidance_scale", 1.0)
@@ -109,6 +120,7 @@ def test_a_rehearsal_takes_what_the_real_passes_take(
         model.denoiser.disable_gradient_checkpointing()
 
 
+@pytest.mark.slow
 def test_the_memory_of_an_update_is_proportional_to_its_elements(tiny_sd_folder: Path) -> None:
     rehearsal = Rehearsal(find_architecture(str(tiny_sd_folder)), "bfloat16", 128, guidance_scale=5.0)
     for checkpoints in (False, True):

@@ -567,6 +567,25 @@ def test_text_encoders_are_offloaded_and_come_back(
     assert all(where for where in places.values())
 
 
+def test_offloaded_text_encoders_are_on_the_device_only_while_they_read(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(negative_prompt=None)
+    places = moved(model, monkeypatch)
+    for part in places:  # they seem to be elsewhere
+        monkeypatch.setattr(getattr(model, part), "parameters", lambda: iter([torch.empty(0, device="meta")]))
+    model.encode(["a dog"])
+    assert all(where == ["cpu"] for where in places.values())  # the model's own device
+    model.offload_text_encoder()
+    for where in places.values():
+        where.clear()
+    model.encode(["a dog", "moon", "a rabbit"])
+    assert all(where == ["cpu"] * 3 for where in places.values())  # twice to read, and then away
+    model.to_pipeline()
+    model.encode(["a red dog"])
+    assert all(where == ["cpu"] * 5 for where in places.values())  # not away from a pipeline
+
+
 def test_prompts_are_encoded_in_the_precision_of_the_weights(load: Callable[..., Any], family: Family) -> None:
     """Whoever asks first: they are kept, and a learner's autocast is nobody else's."""
     model = load(negative_prompt="a red dog", **family.negative[0])
