@@ -13,7 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    FluxPipeline,
+)
 from huggingface_hub import constants
 from peft import PeftModel
 from torch import Tensor, nn
@@ -59,6 +65,8 @@ class Family:
         missing: parts that it comes without; diffusers has to be told so.
         for_pipeline: from latents (B, C, h, w) to what the pipeline takes.
         negative: arguments of ``load_model`` with which a negative prompt has an effect, and those of the pipeline.
+        negative_call: from the pipeline and negative prompts to the arguments that tell it of them.
+        normalize: from the autoencoder and its latents to those that the denoiser reads.
         ddim: what the config of a DDIM scheduler in the pipeline has differently.
         add_lora: adds a LoRA of a model to the pipeline, by way of a file in a folder.
     """
@@ -71,9 +79,25 @@ class Family:
     missing: tuple[str, ...] = ()
     for_pipeline: Callable[[Tensor], Tensor] = lambda latents: latents
     negative: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
+    negative_call: Callable[[Any, list[str]], Mapping[str, Any]] = lambda _, prompts: {"negative_prompt": prompts}
+    normalize: Callable[[Any, Tensor], Tensor] = lambda vae, latents: (
+        (latents - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+    )
     ddim: Mapping[str, Any] = field(default_factory=dict)
     add_lora: Callable[[Any, TextToImageModel, LoRA, Path], None] = load_lora_weights
 
+
+def pack(latents: Tensor) -> Tensor:
+    """Returns latents as FLUX.1's pipeline takes them."""
+    batch, channels, height, width = latents.shape
+    return FluxPipeline._pack_latents(latents, batch, channels, height, width)
+
+
+_FLUX: dict[str, Any] = {
+    "size": (16, 16),
+    "for_pipeline": pack,
+    "negative": ({"true_cfg_scale": 3.0}, {"true_cfg_scale": 3.0}),
+}
 
 FAMILIES: dict[str, Family] = {
     "stable-diffusion": Family(),
@@ -81,6 +105,13 @@ FAMILIES: dict[str, Family] = {
     "stable-diffusion-xl": Family(),
     "stable-diffusion-3": Family(),
     "stable-diffusion-3-no-t5": Family(missing=("text_encoder_3", "tokenizer_3")),
+    "flux-dev": Family(scale=3.5, **_FLUX),
+    "flux-schnell": Family(scale=1.0, **_FLUX),
+    "flux2-klein": Family(
+        size=(16, 16),
+        negative_call=lambda pipeline, prompts: {"negative_prompt_embeds": pipeline.encode_prompt(prompts)[0]},
+        normalize=lambda vae, latents: vae.bn(Flux2KleinPipeline._patchify_latents(latents)),
+    ),
     "pixart-sigma": Family(
         call={"use_resolution_binning": False, "clean_caption": False},
         ddim={"timestep_spacing": "trailing"},
@@ -159,7 +190,7 @@ def draw_with_diffusers(
     pipeline.set_progress_bar_config(disable=True)
     height, width = model.image_shape
     images = pipeline(
-        PROMPTS,
+        prompt=PROMPTS,
         height=height,
         width=width,
         latents=family.for_pipeline(x_T(model)),
@@ -280,8 +311,10 @@ def test_negative_prompts(folder: Path, family: Family, make: Callable[..., Any]
     options, call = family.negative
     process = make(negative_prompt=negative_prompt, **options)
     ours = draw(process)
-    negative = {"negative_prompt": [negative_prompt] * len(PROMPTS), **call}
-    theirs = draw_with_diffusers(plain_pipeline(folder, family), family, process.model, family.scale, **negative)
+    pipeline = plain_pipeline(folder, family)
+    with torch.no_grad():
+        negative = {**family.negative_call(pipeline, [negative_prompt] * len(PROMPTS)), **call}
+    theirs = draw_with_diffusers(pipeline, family, process.model, family.scale, **negative)
     assert_same_images(ours, theirs)
     if negative_prompt:
         assert not torch.allclose(ours, draw(make(**options)), atol=1e-4)
@@ -304,7 +337,7 @@ def test_latents_of_images(folder: Path, family: Family, load: Callable[..., Any
         encoded = vae.encode(2 * images - 1)
         decoded = model.decode(latents)
     unscaled = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mean
-    expected = (unscaled - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+    expected = family.normalize(vae, unscaled)
     assert latents.shape == (2, *model.latent_shape)
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
@@ -588,8 +621,9 @@ def test_many_prompts_are_encoded_as_each_of_them(load: Callable[..., Any]) -> N
 
 def test_prompts_that_are_too_long(load: Callable[..., Any]) -> None:
     model = load()
-    most = max(model._readers().values())
-    short, long = "dog " * (most - 2), "dog " * (most + 1)
+    part, most = max(model._readers().items(), key=lambda reader: reader[1])
+    (n_around,) = model._count_tokens(getattr(model, part), [""])  # start and end, or a whole chat
+    short, long = " dog" * (most - n_around), " dog" * (most + 1)
     model.check_prompts([short])
     assert [index for index, _ in model.find_long([short, long, "dog"])] == [1]
     with pytest.raises(ValueError, match=rf"reads at most {most}.*shorten it"):
