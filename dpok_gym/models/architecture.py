@@ -96,10 +96,6 @@ class NoTokenizer:
         return {"input_ids": [[0] * length for _ in texts], "attention_mask": [[1] * length for _ in texts]}
 
     def apply_chat_template(self, chats: Sequence[Any], **other: Any) -> list[str]:
-        """Returns a text for each chat, as long as any other."""
-        return [""] * len(chats)
-
-    def apply_chat_template(self, chats: Sequence[Any], **other: Any) -> list[str]:
         """Returns the texts of chats."""
         return [""] * len(chats)
 

@@ -27,8 +27,8 @@ LongPrompts = Literal["error", "truncate"]
 #: Most bytes of conditioning that a model keeps in the memory of the CPU. One prompt has 230 KiB with Stable Diffusion
 #: 1.5 in float32 (77 x 768 numbers), so this is enough for about 1100 prompts.
 CONDITIONING_CACHE_BYTES = 256 * 2**20
-#: Prompts that are kept even if they take more: one has 4 MiB with FLUX.1 in bfloat16 (512 x 4096 numbers), and its text
-#: encoders, of 9 GB, should not have to come back for it.
+#: Prompts that are kept even if they take more. One has 4 MiB with FLUX.1 in bfloat16 (512 x 4096 numbers), and its
+#: text encoders of 9 GB should not have to come back for it.
 MIN_PROMPTS_KEPT = 512
 
 #: The name of the model of a live pipeline that has no name of its own.
