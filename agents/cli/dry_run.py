@@ -100,11 +100,13 @@ class Memory:
         kept: what is there all the time, by its description.
         phases: what each phase takes beside that, by its description; one phase runs at a time.
         on_gpu: whether it is a GPU.
+        rehearsal: where the sizes come from.
     """
 
     kept: Mapping[str, int]
     phases: Mapping[str, int]
     on_gpu: bool
+    rehearsal: Rehearsal
 
     @property
     def counted(self) -> int:
@@ -133,6 +135,7 @@ def estimate_memory(config: Config, architecture: Architecture, on_gpu: bool = T
         env["dtype"],
         env["image_size"],
         vae_tiling=bool((env["model_kwargs"] or {}).get("vae_tiling")),
+        true_cfg_scale=(env["model_kwargs"] or {}).get("true_cfg_scale", 1.0),
         lora_rank=policy["lora_rank"],
         target_modules=policy["target_modules"],
         guidance_scale=env["guidance_scale"],
@@ -141,9 +144,17 @@ def estimate_memory(config: Config, architecture: Architecture, on_gpu: bool = T
     )
     trained, latent = size_of(rehearsal.trained), 4 * math.prod(rehearsal.model.latent_shape)
     n_images, n_steps = algo["images_per_iteration"] or config.n_envs, env["num_inference_steps"]
-    kept = {f"denoiser, {env['dtype']}": rehearsal.denoiser_bytes, "autoencoder": rehearsal.decoder_bytes}
-    if not on_gpu:
-        kept["text encoders"] = rehearsal.text_encoder_bytes
+    millions = {name: f"{number / 1e6:,.0f} million parameters" for name, number in rehearsal.parameters.items()}
+    kept = {
+        f"denoiser, {env['dtype']}, {millions['denoiser']}": rehearsal.denoiser_bytes,
+        f"autoencoder, {millions['autoencoder']}": rehearsal.decoder_bytes,
+    }
+    encoders, encoding = f"text encoders, {millions['text encoders']}", rehearsal.encode()
+    if on_gpu:  # else they are on the CPU
+        phases = {f"encoding a prompt, with the {encoders}": encoding + rehearsal.text_encoder_bytes}
+    else:
+        kept[encoders] = rehearsal.text_encoder_bytes
+        phases = {"encoding a prompt": encoding}
     what = "LoRA" if rehearsal.lora else "trained copy of the denoiser"
     n_copies = N_COPIES + 1 + _keeps_old(algorithm, algo)
     kept[f"{what}, {n_copies} times: its gradient, AdamW" + " and the old policy" * (n_copies > 4)] = n_copies * trained
@@ -152,6 +163,7 @@ def estimate_memory(config: Config, architecture: Architecture, on_gpu: bool = T
             width = latent // 4, rehearsal.model.text_width, n_steps, policy["critic_hidden"]
             kept["critic, 4 times"] = 4 * size_of(ValueNetwork(*width).parameters())
     kept[f"trajectories of {n_images} images"] = n_images * (2 * n_steps + 1) * latent
+    kept["their prompts, encoded"] = n_images * rehearsal.prompt_bytes
     if issubclass(algorithm, ForwardProcess):
         kept[f"{config.images} latents to learn from"] = config.images * latent
     bytes_each = 2 if on_gpu else 4
@@ -162,7 +174,8 @@ def estimate_memory(config: Config, architecture: Architecture, on_gpu: bool = T
         for name in names:
             if name in _REWARD_PARAMETERS:
                 kept[f"{what} {name}"] = _REWARD_PARAMETERS[name] * 10**6 * bytes_each
-    return Memory(kept, _phases(config, rehearsal, None if free is None else free - sum(kept.values())), on_gpu)
+    phases |= _phases(config, rehearsal, None if free is None else free - sum(kept.values()))
+    return Memory(kept, phases, on_gpu, rehearsal)
 
 
 def _held_out_rewards(config: Config) -> list[str]:
@@ -176,9 +189,9 @@ def _held_out_rewards(config: Config) -> list[str]:
 
 def _phases(config: Config, rehearsal: Rehearsal, free: int | None) -> dict[str, int]:
     """Returns the memory of updates, rollouts and decoding."""
-    algo, policy, algorithm = config.algo_kwargs, config.policy_kwargs, load_algorithm(config.algo)
-    update: dict[str, Any] = {"guided": not issubclass(algorithm, (OnlineForwardProcess, ForwardProcess))}
-    if issubclass(algorithm, DRaFT):
+    algo, policy = config.algo_kwargs, config.policy_kwargs
+    update: dict[str, Any] = {"guided": _learns_guided(config)}
+    if issubclass(load_algorithm(config.algo), DRaFT):
         update |= {"n_steps": algo["n_last_steps"], "decodes": True}
     n = _micro_batch(algo)
     checkpoints = policy["gradient_checkpointing"]
@@ -194,6 +207,11 @@ def _phases(config: Config, rehearsal: Rehearsal, free: int | None) -> dict[str,
         f"rollout, {at_a_time} at a time": rehearsal.rollout(at_a_time),
         f"decoding, {decoded} at a time": rehearsal.decode(decoded),
     }
+
+
+def _learns_guided(config: Config) -> bool:
+    """Returns whether the guided output is trained."""
+    return not issubclass(load_algorithm(config.algo), (OnlineForwardProcess, ForwardProcess))
 
 
 def _micro_batch(algo: Mapping[str, Any]) -> int:
@@ -225,6 +243,7 @@ def _describe_memory(config: Config) -> Iterator[str]:
     yield "  and the largest of"
     for what, size in memory.phases.items():
         yield f"  {size / 2**30:6.2f}  {what}"
+    yield from _describe_blocks(config, memory.rehearsal)
     own = [name for name in env["reward"] if name not in (*_REWARD_PARAMETERS, *_NO_NETWORK)]
     if own:
         yield f"     ?    the reward {', '.join(own)}"
@@ -235,7 +254,28 @@ def _describe_memory(config: Config) -> Iterator[str]:
         yield f"  {free / 2**30:6.2f}  free now: {enough}"
 
 
+def _describe_blocks(config: Config, rehearsal: Rehearsal) -> Iterator[str]:
+    n, guided = _micro_batch(config.algo_kwargs), _learns_guided(config)
+    plain, checkpointed = (rehearsal.blocks(n, checkpoints, guided) for checkpoints in (False, True))
+    yield "  kept in an update from the forward to the backward pass; less with gradient checkpointing"
+    for blocks, less in zip(plain, checkpointed, strict=True):
+        each = f"{blocks.parameters / blocks.number / 1e6:,.1f} million parameters each"
+        yield f"  {blocks.kept / 2**30:6.2f}  {blocks.number} {blocks.name}, {each}; {less.kept / 2**30:.2f}"
+
+
 # -------------------------------------------------------------------------------------------------------------- passes
+
+
+def count_forward_passes(config: Config) -> int:
+    """Returns the denoiser's passes of one latent: 2 with guidance, unless the model reads its scale as an input."""
+    env = config.env_kwargs
+    options = env["model_kwargs"] or {}
+    try:
+        model = find_architecture(env["model"], **options).make(torch.float32)
+    except ValueError:  # it is not known
+        return 1 if env["guidance_scale"] == 1 else 2
+    true_cfg_scale = options.get("true_cfg_scale", 1.0)
+    return model.with_options(true_cfg_scale=true_cfg_scale).num_forward_passes(env["guidance_scale"])
 
 
 def count_update_passes(config: Config) -> Passes | None:
@@ -243,7 +283,7 @@ def count_update_passes(config: Config) -> Passes | None:
     algo, algorithm = config.algo_kwargs, load_algorithm(config.algo)
     n_steps = config.env_kwargs["num_inference_steps"]
     n_images = algo["images_per_iteration"] or config.n_envs
-    guided = 1 if config.env_kwargs["guidance_scale"] == 1 else 2
+    guided = count_forward_passes(config)
     back = 1 if config.policy_kwargs["guidance_gradient"] == "conditional" else guided
     reference = 1 if algo.get("kl_coef") else 0
 
@@ -279,7 +319,7 @@ def count_update_passes(config: Config) -> Passes | None:
 def _describe_passes(config: Config) -> Iterator[str]:
     algo, n_steps = config.algo_kwargs, config.env_kwargs["num_inference_steps"]
     n_images = algo["images_per_iteration"] or config.n_envs
-    guided = 1 if config.env_kwargs["guidance_scale"] == 1 else 2
+    guided = count_forward_passes(config)
     iterations = math.ceil(config.images / n_images)
     with_reference = (algo.get("kl_placement") == "reward" and algo["kl_coef"] > 0) or algo.get("max_kl") is not None
     drawing = n_images * n_steps * guided * (1 + with_reference)

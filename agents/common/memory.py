@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -93,6 +94,23 @@ class _NoContent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """A list of blocks of a denoiser, which are about as large as each other.
+
+    Attributes:
+        name: of the list in the denoiser.
+        number: of blocks.
+        parameters: of all of them.
+        kept: bytes that all of them keep for the backward pass.
+    """
+
+    name: str
+    number: int
+    parameters: int
+    kept: int
+
+
 class Rehearsal:
     """A model without weights, on which a training's passes can be run for their memory.
 
@@ -103,6 +121,7 @@ class Rehearsal:
         dtype: of the frozen weights, such as "bfloat16".
         image_size: as for :func:`dpok_gym.models.load_model`.
         vae_tiling: whether the autoencoder decodes in tiles.
+        true_cfg_scale: as for :func:`dpok_gym.models.load_model`.
         lora_rank: 0 for training the whole denoiser.
         target_modules: of the LoRA: the name of a set, or endings of layer names.
         guidance_scale: of the denoising process.
@@ -122,6 +141,7 @@ class Rehearsal:
         image_size: int | Sequence[int] | None = None,
         *,
         vae_tiling: bool = False,
+        true_cfg_scale: float = 1.0,
         lora_rank: int | None = None,
         target_modules: str | Sequence[str] = "attention",
         guidance_scale: float = 1.0,
@@ -131,7 +151,9 @@ class Rehearsal:
         networks = architecture.make(getattr(torch, dtype))
         if vae_tiling:
             networks.vae.enable_tiling()
-        self.model = model = networks.configured(image_size, None)
+        options: dict[str, Any] = {"image_size": image_size, "true_cfg_scale": true_cfg_scale}
+        self.model: Any = networks.with_options(**options)
+        model = self.model
         self._guidance_gradient, self._autocast = guidance_gradient, autocast
         rank = model.default_lora_rank if lora_rank is None else lora_rank
         self.lora: LoRA | None = None
@@ -171,6 +193,17 @@ class Rehearsal:
         return [encoder for encoder in encoders if encoder is not None]
 
     @property
+    def parameters(self) -> dict[str, int]:
+        """The number of parameters of the denoiser, the autoencoder and the text encoders, without a LoRA."""
+        networks = {"denoiser": [self.model.denoiser], "autoencoder": [self.model.vae]}
+        networks["text encoders"] = self._text_encoders
+        numbers = {}
+        for name, parts in networks.items():
+            frozen = [value for part in parts for value in part.parameters() if not value.requires_grad]
+            numbers[name] = sum(value.numel() for value in frozen)
+        return numbers
+
+    @property
     def prompt_bytes(self) -> int:
         """What the denoiser is told about one prompt."""
         return size_of(self.told.values())
@@ -202,12 +235,7 @@ class Rehearsal:
             n_steps: denoising steps in a row that the gradient goes through.
             decodes: whether the gradient goes through the decoder too; what a reward adds is not known.
         """
-        denoiser = self._trained_denoiser
-        (
-            denoiser.enable_gradient_checkpointing
-            if gradient_checkpointing
-            else denoiser.disable_gradient_checkpointing
-        )()
+        self._checkpoint(gradient_checkpointing)
         with self._fake:
             for value in self.trained:
                 value.grad = torch.empty_like(value)  # counted with the optimiser
@@ -221,6 +249,32 @@ class Rehearsal:
                 result = self.model.decode(latents) if decodes else latents
                 result.sum().backward()
         return memory.peak
+
+    def blocks(self, n: int, gradient_checkpointing: bool, guided: bool = True) -> list[Blocks]:
+        """What the blocks of the denoiser keep for the backward pass of ``n`` elements; arguments of :meth:`update`."""
+        self._checkpoint(gradient_checkpointing)
+        children = self._trained_denoiser.named_children()
+        lists = [(name, blocks) for name, blocks in children if isinstance(blocks, nn.ModuleList)]
+        before: dict[nn.Module, int] = {}
+        kept: dict[nn.Module, int] = {}
+        with self._counted() as memory, self._adapter(True), ExitStack() as hooks:
+
+            def note(block: nn.Module, *_: Any) -> None:
+                before[block] = memory.now
+
+            def compare(block: nn.Module, *_: Any) -> None:
+                kept[block] = memory.now - before[block]
+
+            for block in (block for _, blocks in lists for block in blocks):
+                hooks.callback(block.register_forward_pre_hook(note).remove)
+                hooks.callback(block.register_forward_hook(compare).remove)
+            self._predict(torch.empty(n, *self.model.latent_shape), guided)
+        found = []
+        for name, blocks in lists:
+            if used := [block for block in blocks if block in kept]:
+                parameters = sum(value.numel() for block in used for value in block.parameters())
+                found.append(Blocks(name, len(used), parameters, sum(kept[block] for block in used)))
+        return found
 
     def needs_checkpointing(self, n: Any, free: int | None) -> bool:
         """Returns whether updates need gradient checkpointing to fit beside the networks.
@@ -251,6 +305,10 @@ class Rehearsal:
         with self._counted() as memory:
             self.model.decode(torch.empty(n, *self.model.latent_shape))
         return memory.peak
+
+    def _checkpoint(self, enabled: bool) -> None:
+        denoiser = self._trained_denoiser
+        (denoiser.enable_gradient_checkpointing if enabled else denoiser.disable_gradient_checkpointing)()
 
     def _predict(self, latents: Tensor, guided: bool, reference: bool = False) -> Tensor:
         state = State(latents, torch.zeros(len(latents), dtype=torch.int64), self._conditioning(len(latents)))
@@ -314,6 +372,7 @@ def asks_for_checkpointing(policy: DenoisingPolicy) -> bool:
         Architecture.of_model(model),
         model.options.get("dtype", "float32"),
         model.image_shape,
+        true_cfg_scale=model.options.get("true_cfg_scale", 1.0),
         lora_rank=settings["lora_rank"],
         target_modules=settings["target_modules"],
         guidance_scale=policy.process.config.guidance_scale,
@@ -334,10 +393,13 @@ def _tensors(network: nn.Module) -> list[Tensor]:
 
 def _without_content(network: Any) -> None:
     """Puts tensors without content, which claim to be on the CPU, in place of those on the device "meta"."""
+    emptied: dict[Tensor, Tensor] = {}  # some layers share a parameter
     for module in network.modules():
         for name, value in module._parameters.items():
             if value is not None:
-                module._parameters[name] = nn.Parameter(_like(value), requires_grad=value.requires_grad)
+                if value not in emptied:
+                    emptied[value] = nn.Parameter(_like(value), requires_grad=value.requires_grad)
+                module._parameters[name] = emptied[value]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = _like(buffer)

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from agents import list_algorithms
-from agents.cli.dry_run import count_update_passes, describe, estimate_memory, options_of, seconds_left
+from agents.cli.dry_run import (
+    count_forward_passes,
+    count_update_passes,
+    describe,
+    estimate_memory,
+    options_of,
+    seconds_left,
+)
 from agents.cli.main import main
 from agents.cli.recipe import format_recipe
 from agents.cli.train import parse
@@ -33,7 +40,14 @@ def test_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "learning-rate: 0.0001" in printed
     lines = [line for line in printed.splitlines() if line.startswith("#")]
     text = "\n".join(lines)
-    for what in ("denoiser, bfloat16", "autoencoder", "text encoders", "LoRA, 4 times", "trajectories of 64 images"):
+    for what in (
+        "denoiser, bfloat16",
+        "autoencoder",
+        "text encoders",
+        "down_blocks",
+        "LoRA, 4 times",
+        "trajectories of 64 images",
+    ):
         assert what in text
     assert "reward image-reward" in text
     assert "update, 1 at a time, with gradient checkpointing" in text
@@ -117,6 +131,11 @@ def test_passes_of_an_update(words: list[str], expected: tuple[int, ...]) -> Non
     assert passes.is_per_iteration == ("sft" not in words)
 
 
+@pytest.mark.parametrize(("words", "expected"), [([], 1), (["--model-kwargs", "true_cfg_scale=4"], 2)])
+def test_guidance_that_is_an_input_costs_no_pass(words: list[str], expected: int) -> None:
+    assert count_forward_passes(_config("--env", "DPOK-FLUX-v0", *words)) == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", ["dpok", "ddpo", "diffusion-nft", "awm"])
 def test_the_passes_are_those_of_a_run(algo: str) -> None:
@@ -185,10 +204,13 @@ def test_what_is_kept(tiny_sd_folder: Path) -> None:
     assert of_nft.kept["trajectories of 64 images"] == 64 * (21 + 20) * 256 * 4
     assert of_nft.kept["reward image-reward"] == 446_000_000 * 4
     assert "LoRA, 5 times: its gradient, AdamW and the old policy" in of_nft.kept
-    assert "text encoders" in of_nft.kept
+    assert any(what.startswith("text encoders, ") for what in of_nft.kept)
+    # 40 tokens of 32 numbers.
+    assert of_nft.kept["their prompts, encoded"] == 64 * 40 * 32 * 4
     of_rwr = estimate_memory(_config(*words, "--algo", "rwr", "--images", "100"), architecture)
     assert of_rwr.kept["100 latents to learn from"] == 100 * 256 * 4
     assert of_rwr.kept["reward image-reward"] == 446_000_000 * 2
     assert "LoRA, 4 times: its gradient, AdamW" in of_rwr.kept
-    assert "text encoders" not in of_rwr.kept
+    assert not any(what.startswith("text encoders, ") for what in of_rwr.kept)
+    assert any(what.startswith("encoding a prompt, with the text encoders, ") for what in of_rwr.phases)
     assert of_rwr.expected > 1.1 * of_rwr.counted > of_nft.counted / 4

@@ -161,3 +161,29 @@ def test_checkpointing_where_memory_asks_for_it(
 def test_a_model_of_another_kind_needs_no_checkpointing(make_policy: Callable[..., DenoisingPolicy]) -> None:
     process = DenoisingProcess(load_model("mixture", "cpu"), num_inference_steps=3)
     assert make_policy(process, gradient_checkpointing="auto").gradient_checkpointing is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["stable-diffusion", "flux-dev"])
+def test_what_the_blocks_keep(family: str, tiny_folder: Callable[[str], Path]) -> None:
+    """Nearly all that an update without gradient checkpointing takes; with it, little more than their inputs."""
+    rehearsal = Rehearsal(find_architecture(str(tiny_folder(family))))
+    denoiser: Any = rehearsal.model.denoiser
+    plain, checkpointed = (rehearsal.blocks(4, checkpoints) for checkpoints in (False, True))
+    names = ["transformer_blocks", "single_transformer_blocks"] if "flux" in family else ["down_blocks", "up_blocks"]
+    assert sorted(blocks.name for blocks in plain) == sorted(names)
+    for blocks, less in zip(plain, checkpointed, strict=True):
+        of_model = getattr(denoiser, blocks.name)
+        assert (blocks.number, blocks.parameters) == (len(of_model), sum(v.numel() for v in of_model.parameters()))
+        assert less.kept < blocks.kept / 2
+    assert 0.5 < sum(blocks.kept for blocks in plain) / rehearsal.update(4, False) < 1
+
+
+def test_numbers_of_parameters(tiny_folder: Callable[[str], Path]) -> None:
+    """Of a T5 encoder, whose embeddings have two names."""
+    folder = tiny_folder("pixart-sigma")
+    model: Any = load_model(folder, "cpu")
+    rehearsal = Rehearsal(find_architecture(str(folder)))
+    networks = {"denoiser": model.denoiser, "autoencoder": model.vae, "text encoders": model.text_encoder}
+    assert rehearsal.parameters == {n: sum(v.numel() for v in each.parameters()) for n, each in networks.items()}
+    assert rehearsal.text_encoder_bytes == 4 * rehearsal.parameters["text encoders"]
