@@ -75,8 +75,8 @@ def make_flow_table(
     - "ode": 0. It leaves none.
 
     Args:
-        scheduler_config: of a ``FlowMatchEulerDiscreteScheduler``. An entry ``dynamic_shift`` says how it depends on the
-            size of an image: "linear", the default, or "empirical", as in FLUX.2, where it depends on T too.
+        scheduler_config: of a ``FlowMatchEulerDiscreteScheduler``. An entry ``dynamic_shift`` says how it depends on
+            the size of an image: "linear", the default, or "empirical", as in FLUX.2, where it depends on T too.
         num_inference_steps: T, from 1 to the number of training timesteps.
         kernel: how the noise is added.
         eta: amount of noise, at least 0; at most 1 for "ddim" and "cps"; 0 is the ODE, and "ode" does not look at it.
