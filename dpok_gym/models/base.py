@@ -376,3 +376,15 @@ class TextToImageModel(ABC):
             ValueError: if diffusers has no pipeline for the model.
         """
         raise ValueError(f"diffusers has no pipeline for the model {self.name!r}; draw with a DenoisingProcess instead")
+
+    def pipeline_call(self, latents: Tensor, guidance_scale: float) -> dict[str, Any]:
+        """Returns the arguments with which that pipeline draws the model's images: all but prompts, steps and noise.
+
+        Args:
+            latents: (B, C, h, w) x_T.
+            guidance_scale: as for :meth:`predict`.
+        """
+        height, width = self.image_shape
+        call = {"latents": latents, "guidance_scale": guidance_scale, "height": height, "width": width}
+        negative = self.options.get("negative_prompt")
+        return call if negative is None else call | {"negative_prompt": [negative] * len(latents)}

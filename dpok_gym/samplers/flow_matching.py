@@ -101,6 +101,11 @@ def make_flow_table(
     return TransitionTable(timesteps, *(column.float() for column in columns))
 
 
+def trailing_levels(num_inference_steps: int) -> list[float]:
+    """Returns the noise levels before the shift of "trailing": 1, 1 - 1/T, ..., 1/T."""
+    return [float(level) for level in np.linspace(1, 1 / num_inference_steps, num_inference_steps)]
+
+
 def _check_eta(kernel: str, eta: float) -> float:
     if kernel == "ode":
         return 0.0
@@ -140,7 +145,7 @@ def _noise_levels(
     scheduler = _make_scheduler(config)
     n_steps = check_integer("num_inference_steps", num_inference_steps, 1, scheduler.config.num_train_timesteps)
     if sigmas == "trailing":
-        sigmas = [float(level) for level in np.linspace(1, 1 / n_steps, n_steps)]
+        sigmas = trailing_levels(n_steps)
     if sigmas is not None and len(sigmas) != n_steps:
         raise ValueError(f"sigmas must hold one noise level for each of the {n_steps} steps, got {len(sigmas)}")
     mu = None
