@@ -33,7 +33,7 @@ from dpok_gym.shapes.saving import save_pipeline
 from dpok_gym.shapes.scenes import IMAGE_SIZE
 from dpok_gym.shapes.training import minimise
 
-STEPS, LEARNING_RATE = 16_000, 2e-3
+STEPS, LEARNING_RATE = 30_000, 2e-3
 EMA_DECAY = 0.999
 #: Rows of zeros in the place of T5's tokens, as in ``StableDiffusion3Pipeline``.
 T5_TOKENS = 256
