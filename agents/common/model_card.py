@@ -19,6 +19,7 @@ import yaml
 from agents.common.arguments import describe_arguments
 from dpok_gym.models.lora_files import Ranks
 from dpok_gym.models.registry import find_source
+from dpok_gym.models.scheduler_configs import is_flow_matching
 from dpok_gym.rewards.remote.access import is_address
 from dpok_gym.utils.files import replacing, write_text
 from dpok_gym.utils.reading import parse_json
@@ -36,13 +37,19 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LIBRARIES = {"diffusers": "diffusers", "kohya": "diffusers", "peft": "peft", "merged": "diffusers"}
 #: What an image depends on beside prompt and seed.
 SAMPLING = (
+    "denoiser",
+    "is_flow_matching",
+    "sampler",
     "num_inference_steps",
     "eta",
     "sde_steps",
     "guidance_scale",
+    "true_cfg_scale",
     "negative_prompt",
     "image_size",
     "timestep_spacing",
+    "pipeline_call",
+    "loads_lora",
 )
 #: The note in a LoRA's file that has these values, as JSON.
 _SAMPLING_NOTE = "dpok_gym.sampling"
@@ -109,16 +116,27 @@ class Training:
 
 
 def sampling_of(process: DenoisingProcess) -> dict[str, Any]:
-    """Returns the arguments of a sampler, as :class:`Training` has them."""
+    """Returns the arguments of a sampler, as :class:`Training` has them.
+
+    With flow matching there is a spacing only if it was asked for: else it is the pipeline's own.
+    """
     model, known = process.model, process.config
+    is_flow = is_flow_matching(model.scheduler_config)
+    spacing = None if is_flow else model.scheduler_config.get("timestep_spacing", "leading")
     return {
+        "denoiser": model.lora_prefix.rstrip("."),
+        "is_flow_matching": is_flow,
+        "sampler": known.sampler,
         "num_inference_steps": known.num_inference_steps,
         "eta": known.eta,
         "sde_steps": known.sde_steps,
         "guidance_scale": known.guidance_scale,
+        "true_cfg_scale": model.options.get("true_cfg_scale"),
         "negative_prompt": model.options.get("negative_prompt"),
         "image_size": model.options.get("image_size"),
-        "timestep_spacing": model.scheduler_config.get("timestep_spacing", "leading"),
+        "timestep_spacing": model.options.get("timestep_spacing", spacing),
+        "pipeline_call": dict(getattr(model, "pipeline_call", {})),
+        "loads_lora": getattr(model, "loads_lora", False),
     }
 
 
@@ -150,12 +168,14 @@ def hub_id(model: str) -> str | None:
 
 
 def usage_hint(sampling: Mapping[str, Any]) -> str:
-    """Returns how to draw, in a few words: scheduler, steps and guidance."""
-    window = sampling["sde_steps"]
+    """Returns how to draw, in a few words: scheduler or sampler, steps and guidance."""
+    window, spacing, true_cfg = (sampling[name] for name in ("sde_steps", "timestep_spacing", "true_cfg_scale"))
     where = f" in steps {window[0]} to {window[0] + window[1] - 1} and 0 in the others" if window else ""
+    spaced = f", spacing {spacing}" if spacing else ""
+    kernel = f"sampler {sampling['sampler']}" if sampling["is_flow_matching"] else "scheduler DDIM"
     return (
-        f"the scheduler DDIM (eta {sampling['eta']}{where}, spacing {sampling['timestep_spacing']}), "
-        f"{sampling['num_inference_steps']} steps, guidance scale {sampling['guidance_scale']}"
+        f"the {kernel} (eta {sampling['eta']}{where}{spaced}), {sampling['num_inference_steps']} steps, guidance scale "
+        f"{sampling['guidance_scale']}" + (f", true CFG scale {true_cfg}" if true_cfg else "")
     )
 
 
@@ -167,11 +187,12 @@ def lora_notes(process: DenoisingProcess) -> dict[str, str]:
     model = process.model
     name = hub_id(model.name) or public_name(model.name)
     height, width = model.image_shape
+    prediction = {"modelspec.prediction_type": "v" if _predicts_velocity(model) else "epsilon"}
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": f"LoRA of {name}",
         "modelspec.implementation": "diffusers",
-        "modelspec.prediction_type": "v" if _predicts_velocity(model) else "epsilon",
+        **({} if is_flow_matching(model.scheduler_config) else prediction),  # it has no word for that of a flow
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.usage_hint": f"{usage_hint(sampling_of(process))}, strength 1",
         "ss_sd_model_name": name,
@@ -268,32 +289,46 @@ def _introduction(training: Training, ranks: Ranks | None) -> str:
 def _usage(training: Training, kind: Format, place: str) -> str:
     """Returns how to draw: the code for diffusers, and the settings for other programs."""
     base = place if kind == "merged" else hub_id(training.model) or public_name(training.model)
+    sampling, part = training.sampling, f"pipe.{training.sampling['denoiser']}"
     load = {
         "diffusers": [f"pipe.load_lora_weights({place!r})"],
         "kohya": [f"pipe.load_lora_weights({place!r})"],
-        "peft": ["from peft import PeftModel", "", f"pipe.unet = PeftModel.from_pretrained(pipe.unet, {place!r})"],
+        "peft": ["from peft import PeftModel", "", f"{part} = PeftModel.from_pretrained({part}, {place!r})"],
         "merged": [],
     }[kind]
+    is_flow = sampling["is_flow_matching"]
+    scheduler = [
+        "pipe.scheduler = DDIMScheduler.from_config(",
+        f"    pipe.scheduler.config, {_scheduler_arguments(sampling)}",
+        ")",
+    ]
     code = [
-        "from diffusers import DDIMScheduler, DiffusionPipeline",
+        f"from diffusers import {'' if is_flow else 'DDIMScheduler, '}DiffusionPipeline",
         "",
         f"pipe = DiffusionPipeline.from_pretrained({base!r})",
         *load,
-        "pipe.scheduler = DDIMScheduler.from_config(",
-        f"    pipe.scheduler.config, {_scheduler_arguments(training.sampling)}",
-        ")",
+        *([] if is_flow else scheduler),
         f"image = pipe({_arguments(training)}).images[0]",
     ]
+    other = "Other schedulers and numbers of steps work too, but what was learned shows most with these."
+    if is_flow:
+        other = (
+            "The pipeline's own scheduler goes through the same noise levels, but adds no noise on the way, as the "
+            "sampler ode; other numbers of steps work too."
+        )
     lines = [
         "## How to draw",
         "",
-        f"It was trained with {usage_hint(training.sampling)}{'' if kind == 'merged' else ', at strength 1'}. Other "
-        "schedulers and numbers of steps work too, but what was learned shows most with these.",
+        f"It was trained with {usage_hint(sampling)}{'' if kind == 'merged' else ', at strength 1'}. {other}",
         "",
-        "```python",
-        *code,
-        "```",
     ]
+    if kind == "diffusers" and not sampling["loads_lora"]:
+        lines.append(
+            "The pipeline of this model cannot load a LoRA. `dpok export RUN --format peft` writes it for peft, and "
+            "`--format merged` writes a whole pipeline."
+        )
+    else:
+        lines += ["```python", *code, "```"]
     if kind == "kohya":
         lines += [
             "",
@@ -310,14 +345,25 @@ def _scheduler_arguments(sampling: Mapping[str, Any]) -> str:
     return f"timestep_spacing={spacing!r}{offset}, set_alpha_to_one=False, clip_sample=False"
 
 
+def pipeline_arguments(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a pipeline's call that stand for the values of :data:`SAMPLING`, without the prompt."""
+    names = ["num_inference_steps", "eta", "guidance_scale", "true_cfg_scale", "negative_prompt", "image_size"]
+    if sampling["is_flow_matching"]:
+        names.remove("eta")  # the scheduler adds no noise
+    arguments = {name: sampling[name] for name in names if sampling[name] is not None}
+    if sampling["is_flow_matching"] and sampling["timestep_spacing"] == "trailing":
+        n_steps = sampling["num_inference_steps"]
+        arguments["sigmas"] = [round(1 - step / n_steps, 6) for step in range(n_steps)]
+    size = arguments.pop("image_size", None)
+    if size is not None:
+        arguments["height"], arguments["width"] = (size, size) if isinstance(size, int) else size
+    return arguments | sampling["pipeline_call"]
+
+
 def _arguments(training: Training) -> str:
     """Returns the arguments of a pipeline's call, as code."""
-    sampling = {name: value for name, value in training.sampling.items() if value is not None}
-    del sampling["timestep_spacing"]  # the scheduler's
-    size = sampling.pop("image_size", None)
-    if size is not None:
-        sampling["height"], sampling["width"] = (size, size) if isinstance(size, int) else size
-    arguments = {"prompt": training.prompts if training.is_one_prompt else "...", **sampling}
+    prompt = training.prompts if training.is_one_prompt else "..."
+    arguments = {"prompt": prompt, **pipeline_arguments(training.sampling)}
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 

@@ -144,6 +144,10 @@ class Flux(LatentDiffusion):
             conditioning = conditioning | {"guidance": torch.full_like(timesteps, guidance_scale)}
         return super().predict(latents, timesteps, conditioning, self.true_cfg_scale, denoiser, guidance_gradient)
 
+    def pipeline_latents(self, latents: Tensor) -> Tensor:
+        """See the base class: as tokens."""
+        return pack(latents)
+
     def _denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         rows, columns = latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
         velocity = denoiser(

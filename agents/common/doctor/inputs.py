@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from transformers.utils import logging
 
 from agents.common.buffer import number_groups
 from agents.common.doctor.finding import Finding, judge
 from agents.common.image_statistics import equal_share, variance_within
+from agents.common.model_card import pipeline_arguments, sampling_of
 from dpok_gym.models import TextToImageModel
+from dpok_gym.models.scheduler_configs import for_diffusers, is_flow_matching
 from dpok_gym.models.token_counts import count_tokens
 from dpok_gym.prompts import find_unobservable
 from dpok_gym.rewards import Reward
@@ -183,8 +187,14 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
         seed: of the noise.
     """
     name, normal = "images equal the pipeline's", f"at most {_SAME_IMAGE:.3f} (of 1)"
-    model, config = process.model, process.config
-    if config.sde_steps is not None:
+    model: Any = process.model
+    is_flow = is_flow_matching(model.scheduler_config)
+    if is_flow:
+        # The schedulers of diffusers' pipelines add no noise. Flow models are compared without it, on the same levels.
+        process = DenoisingProcess(
+            model, "ode", process.num_inference_steps, guidance_scale=process.config.guidance_scale
+        )
+    elif process.config.sde_steps is not None:
         return Finding(
             name, "not checked", "diffusers' pipelines add noise in all steps, not in sde_steps only", normal
         )
@@ -196,6 +206,8 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
         return Finding(name, "not checked", str(error), normal)
     finally:
         logging.set_verbosity(verbosity)
+    if is_flow:  # a model may come with another solver
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(for_diffusers(model.scheduler_config))
     pipeline.set_progress_bar_config(disable=True)
     prompts, shape = list(prompts), (len(prompts), *model.latent_shape)
     dtype = next(model.denoiser.parameters()).dtype
@@ -208,17 +220,15 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
     ):
         latents = step.next_latents
     ours = torch.cat([model.decode(row[None]) for row in latents]).cpu()
+    call = pipeline_arguments(_own_sampling(process))
+    if (told := call.pop("negative_prompt", None)) is not None:
+        call["negative_prompt"] = [told] * len(prompts)
     theirs = pipeline(
-        prompts,
-        negative_prompt=None if (told := model.options.get("negative_prompt")) is None else [told] * len(prompts),
-        latents=start.to(dtype),
+        prompt=prompts,
+        latents=model.pipeline_latents(start.to(dtype)),
         generator=torch.Generator(model.device).manual_seed(seed),
-        num_inference_steps=process.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        eta=config.eta,
-        height=model.image_shape[0],
-        width=model.image_shape[1],
         output_type="pt",
+        **call,
     ).images
     if model.device.type != "cpu":
         model.offload_text_encoder()  # as the environment left it
@@ -234,3 +244,10 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
         "timestep_spacing) and the guidance",
         not difference <= limit,
     )
+
+
+def _own_sampling(process: DenoisingProcess) -> dict[str, Any]:
+    """Returns how a process draws, with what is the model's default too."""
+    model = process.model
+    spacing = model.scheduler_config.get("timestep_spacing")
+    return sampling_of(process) | {"image_size": list(model.image_shape), "timestep_spacing": spacing}

@@ -1,5 +1,6 @@
 """Model cards: the header that the hub reads, the code that a reader copies, and what must not be published."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,18 +9,36 @@ import pytest
 import torch
 import yaml
 
-from agents.common.model_card import Training, hub_id, lora_notes, noted_sampling, public_name, usage_hint, write_card
-from dpok_gym.models.lora_files import Ranks
+from agents.common.model_card import (
+    Training,
+    hub_id,
+    lora_notes,
+    noted_sampling,
+    public_name,
+    sampling_of,
+    usage_hint,
+    write_card,
+)
+from dpok_gym.models import load_model
+from dpok_gym.models.lora import LoRA
+from dpok_gym.models.lora_files import Ranks, write_peft
+from dpok_gym.samplers import DenoisingProcess
 from tests.support import make_process
 
 SAMPLING: dict[str, Any] = {
+    "denoiser": "unet",
+    "is_flow_matching": False,
+    "sampler": "ddim",
     "num_inference_steps": 20,
     "eta": 1.0,
     "sde_steps": None,
     "guidance_scale": 5.0,
+    "true_cfg_scale": None,
     "negative_prompt": None,
     "image_size": None,
     "timestep_spacing": "leading",
+    "pipeline_call": {},
+    "loads_lora": True,
 }
 RANKS = Ranks(4, {}, ("a", "b"))
 
@@ -59,6 +78,39 @@ def test_code_of_the_card_draws_as_trained(tmp_path: Path) -> None:
     assert call + "height=512, width=768" in code
     assert "pipe.load_lora_weights('me/rabbits')" in code
     assert "ComfyUI" in card
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("stable-diffusion-3", "diffusers"), ("flux-dev", "diffusers"), ("sana", "diffusers"), ("pixart-sigma", "peft")],
+)
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of diffusers' solver, with NumPy 2
+def test_code_of_the_card_runs(
+    family: str, kind: Any, tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the LoRA of a transformer, and whatever its pipeline can be told."""
+    folder = tiny_folder(family)
+    monkeypatch.chdir(folder.parent)  # a card names no folder
+    options: dict[str, Any] = {"image_size": [32, 32], "negative_prompt": "moon"}
+    of_family = {"flux-dev": {"true_cfg_scale": 2}, "stable-diffusion-3": {"timestep_spacing": "trailing"}}
+    options |= of_family.get(family, {})
+    process = DenoisingProcess(load_model(folder, "cpu", **options), "ddim", 4, guidance_scale=2, sde_steps=(1, 2))
+    model, sampling = process.model, sampling_of(process)
+    lora, notes = LoRA(model.denoiser, 2, model.lora_layers["all"]), lora_notes(process)
+    assert noted_sampling(notes) == sampling | {"sde_steps": [1, 2]}
+    if kind == "peft":
+        write_peft(lora.state_dict(), tmp_path / "lora", None, notes)
+    else:
+        lora.save(tmp_path / "lora", model.lora_prefix, notes)
+    known = training(model=str(folder), sampling=sampling)
+    card = write_card(tmp_path, known, kind, RANKS, str(tmp_path / "lora")).read_text()
+    drawn: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], drawn)
+    assert drawn["image"].size == (32, 32)
+    assert ("the scheduler DDIM (eta 1.0 in steps 1 to 2 and 0" in card) == (family == "pixart-sigma")
+    assert ("the sampler ddim (eta 1.0 in steps 1 to 2 and 0" in card) == (family != "pixart-sigma")
+    other = write_card(tmp_path, known, "diffusers", RANKS).read_text()
+    assert ("cannot load a LoRA" in other) == (family == "pixart-sigma")
 
 
 def test_prompts_of_a_set_are_not_in_the_card(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Checks of prompts and of rewards, on made ones."""
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,9 @@ import torch
 from torch import Tensor
 
 from agents.common.doctor.inputs import check_pipeline, check_prompts, check_reward
+from dpok_gym.models import load_model
 from dpok_gym.rewards import make_reward
+from dpok_gym.samplers import DenoisingProcess
 
 PROMPTS = ["a rabbit"] * 4 + ["the moon"] * 4
 IMAGES = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -72,6 +76,35 @@ def _red(images: Tensor, prompts: list[str]) -> Tensor:
 )
 def test_the_pipeline_draws_the_same(changes: dict[str, Any], make_env: Callable[..., Any]) -> None:
     assert check_pipeline(make_env(**changes).process, ["a rabbit", "the moon"], 0).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("stable-diffusion-3", {"sampler": "flow-sde", "guidance_scale": 5.0, "negative_prompt": "moon"}),
+        ("stable-diffusion-3-no-t5", {"sampler": "cps", "sde_steps": (0, 1), "timestep_spacing": "trailing"}),
+        ("flux-dev", {"guidance_scale": 3.5, "image_size": (32, 64)}),
+        ("flux2-klein", {"guidance_scale": 4.0}),
+        ("pixart-sigma", {"guidance_scale": 4.5, "image_size": (32, 16)}),
+        ("sana", {"guidance_scale": 4.5}),
+    ],
+)
+def test_the_pipelines_of_transformers_draw_the_same(
+    family: str, settings: dict[str, Any], tiny_folder: Callable[[str], Path], make_env: Callable[..., Any]
+) -> None:
+    """Flow models without the noise, which their pipelines do not add."""
+    process = make_env(model=str(tiny_folder(family)), **settings).process
+    finding = check_pipeline(process, ["a rabbit", "the moon"], 0)
+    assert finding.status == "ok", finding.measured
+
+
+def test_a_flow_model_whose_images_differ(tiny_folder: Callable[[str], Path]) -> None:
+    model: Any = copy.copy(load_model(tiny_folder("stable-diffusion-3"), "cpu"))
+    pipeline = model.to_pipeline()
+    pipeline.vae = copy.deepcopy(pipeline.vae)
+    pipeline.vae.register_to_config(shift_factor=0.5)
+    model.to_pipeline = lambda: pipeline
+    assert check_pipeline(DenoisingProcess(model, "flow-sde", 4), ["a rabbit"], 0).status == "failed"
 
 
 def test_another_amount_of_noise_is_not_the_pipeline(make_env: Callable[..., Any]) -> None:
