@@ -1,14 +1,17 @@
-"""The images of the shapes world's model before any fine-tuning: ``python -m benchmarks.pretrained``.
+"""The images of the shapes world's models before any fine-tuning: ``python -m benchmarks.pretrained``.
 
 It prints the share of fully aligned images and the mean quality for each category of prompts, beside the quality of
-real scenes after the autoencoder. ``--grid`` writes a figure of some images.
+real scenes after the autoencoder. ``--grid`` writes a figure of some images. ``--env DPOK-ShapesFlow-v0`` is the
+flow-matching model.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from rich.console import Console
@@ -17,10 +20,10 @@ from rich.table import Table
 from agents.cli.plots import image_grid
 from agents.common.evaluation import sample_images
 from dpok_gym.models import TextToImageModel
+from dpok_gym.registration import DEFAULT_ENVIRONMENT
 from dpok_gym.shapes.captions import CATEGORIES, all_requests, sample_requested_scenes
 from dpok_gym.shapes.judge import judge
 from dpok_gym.shapes.scenes import render
-from dpok_gym.vector_env import DenoisingVectorEnv
 
 #: Images of each category in the grid.
 _SHOWN = 16
@@ -43,18 +46,23 @@ def reconstruction_quality(model: TextToImageModel, n_scenes: int, seed: int) ->
 def main() -> None:
     """Draws, judges and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--env", default=DEFAULT_ENVIRONMENT, metavar="ID", help="an environment of the shapes world")
     parser.add_argument("--images", type=int, default=256, help="images for each category")
     parser.add_argument("--guidance-scale", type=float, default=1.0)
-    parser.add_argument("--num-inference-steps", type=int, default=20)
+    parser.add_argument("--num-inference-steps", type=int, help="default: those of the environment")
+    parser.add_argument("--sampler", help="default: that of the environment")
+    parser.add_argument("--eta", type=float, help="default: that of the environment")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grid", type=Path, help="PNG file to write, with the first images of each category")
     options = parser.parse_args()
 
-    env = DenoisingVectorEnv(
-        min(options.images, 64),
+    given = {name: getattr(options, name) for name in ("num_inference_steps", "sampler", "eta")}
+    env: Any = gymnasium.make_vec(
+        options.env,
+        num_envs=min(options.images, 64),
         reward={"shapes-alignment": 1.0, "shapes-quality": 1.0},
         guidance_scale=options.guidance_scale,
-        num_inference_steps=options.num_inference_steps,
+        **{name: value for name, value in given.items() if value is not None},
     )
     rng = np.random.default_rng(options.seed)
     evaluations = {}

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 class Export:
     """Write what a run learned as other programs read it, with a model card.
 
-    diffusers is a folder for load_lora_weights(). kohya is a file for ComfyUI, AUTOMATIC1111's web UI and others. peft
-    is a folder for PeftModel.from_pretrained(). merged is a whole pipeline for from_pretrained(), and for --model.
+    diffusers is a folder for load_lora_weights(); its file is for ComfyUI too, if the denoiser is a transformer. kohya
+    is a file for ComfyUI, AUTOMATIC1111's web UI and others, if the denoiser is a UNet. peft is a folder for
+    PeftModel.from_pretrained(). merged is a whole pipeline for from_pretrained(), and for --model.
     """
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
@@ -94,7 +95,10 @@ def _write_lora(options: Export, config: Config, folder: Path) -> tuple[Training
     elif options.format == "peft":
         write_peft(saved.state, folder, hub_id(training.model), saved.notes)
     elif saved.prefix != "unet.":
-        raise UsageError("kohya's format is for Stable Diffusion's UNets, and the run trained another denoiser")
+        raise UsageError(
+            "kohya's format is for the UNets of Stable Diffusion, and the run trained another denoiser: use --format "
+            f"diffusers, whose file {FILE_NAME} ComfyUI reads for transformers"
+        )
     else:
         write_kohya(saved.state, folder / f"{folder.name}.safetensors", saved.notes)
     return training, Ranks.of(saved.state)

@@ -2,17 +2,8 @@
 
 Inside this package a LoRA is a mapping of tensors by peft's names, without the denoiser's prefix:
 ``<layer>.lora_A.weight`` (rank x inputs) and ``<layer>.lora_B.weight`` (outputs x rank). The change of a layer is
-B A x, without a further scale. Files differ in names, in prefixes, and in where they note the scale alpha / rank:
-
-===========  ===================================================  ============================================
-format       names                                                alpha
-===========  ===================================================  ============================================
-peft         ``base_model.model.<layer>.lora_A.weight``           in ``adapter_config.json``
-diffusers    ``unet.<layer>.lora_A.weight``                       in the header, ``lora_adapter_metadata``
-older        ``unet.<layer>.lora.down.weight``                    alpha is the rank
-2023         ``<layer>.processor.to_q_lora.down.weight``          alpha is the rank
-kohya        ``lora_unet_<layer with _>.lora_down.weight``        a tensor ``lora_unet_<layer with _>.alpha``
-===========  ===================================================  ============================================
+B A x, without a further scale. Files differ in names, in prefixes, and in where they note the scale alpha / rank: see
+:mod:`dpok_gym.models.lora_names`.
 """
 
 from __future__ import annotations
@@ -28,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
+from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from dpok_gym.models.lora_names import PEFT, A, B, check_family, check_format, to_peft_names
 from dpok_gym.utils.files import replacing, write_text
 from dpok_gym.utils.reading import check_tensors, check_torch_file, parse_json, read_json
 from dpok_gym.utils.validation import check_finite, check_mapping, check_path, shorten
@@ -50,29 +41,8 @@ _NOTES = "lora_adapter_metadata"
 _FILE_NAMES = (FILE_NAME, PEFT_FILE_NAME, "pytorch_lora_weights.bin", "adapter_model.bin")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-_KOHYA, _PEFT = "lora_unet_", "base_model.model."
-_TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_")
-
 #: The largest rank: that of the widest layers of published denoisers, with which nothing is low-rank any more.
 MAX_RANK = 5120
-
-#: What only names of other formats match, and what those are called. None of them is B A x.
-_NOT_READ = {
-    r"dora_scale|lora_magnitude_vector": "DoRA",
-    r"\.hada_": "LoHa",
-    r"\.lokr_": "LoKr",
-    r"\.b?oft_": "OFT",
-    r"\.lora_mid\.": "LoCon with a Tucker decomposition",
-    r"\.b1\.weight$": "GLoRA",
-    r"\.on_input$": "IA3",
-    r"\.(diff|diff_b|w_norm|b_norm)$": "differences of whole weights",
-    r"lora_controlnet": "Control-LoRA",
-    r"lora_embedding_": "a LoRA of embeddings",
-    r"\.lora_B\.bias$": "a LoRA with biases",
-    r"vera_lambda": "VeRA",
-    r"^(emb_params|string_to_param)": "a textual inversion",
-}
 
 #: peft's settings that are used here, and those that do not change what a trained LoRA computes.
 _USED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
@@ -92,11 +62,6 @@ _WITHOUT_EFFECT = {
 #: How A and B began. Other ways also change the weights of the model, which a file of a LoRA does not hold.
 _BEGINNINGS = (True, False, "gaussian")
 
-#: The width of the text features of each generation of Stable Diffusion.
-_FAMILY_OF_WIDTH = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
-#: Names of matrices that read the text features, in all formats.
-_READS_TEXT = re.compile(r"attn2[._](processor\.)?to_k[._](lora_A|lora_down|lora\.down)")
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -115,7 +80,7 @@ class Ranks:
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> Ranks:
         """Reads the ranks off the tensors."""
-        ranks = {key.removesuffix(_A): len(value) for key, value in sorted(state.items()) if key.endswith(_A)}
+        ranks = {key.removesuffix(A): len(value) for key, value in sorted(state.items()) if key.endswith(A)}
         rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 0
         others = {layer: own for layer, own in ranks.items() if own != rank}
         return cls(rank, others, tuple(ranks))
@@ -170,7 +135,7 @@ def read_lora(
     Args:
         path: the file, or a folder that :func:`find_lora_file` finds one in.
         network: the denoiser that it is of.
-        prefix: the model's ``lora_prefix``, such as "unet.".
+        prefix: the model's ``lora_prefix``, such as "unet." or "transformer.".
         allow_pickle: whether a file that is no safetensors may be read.
 
     Returns:
@@ -196,17 +161,13 @@ def read_lora(
         reason = " ".join(str(error).split())
         raise ValueError(f"the LoRA file {file} cannot be read, or is damaged: {reason}") from error
     try:
-        _check_format(tensors)
-        _check_family(tensors, network)
-        if any(key.startswith(_PEFT) for key in tensors):
+        check_format(tensors)
+        check_family(tensors, network)
+        if any(key.startswith(PEFT) for key in tensors):
             settings = _read_peft_config(file)
-            tensors = {key.removeprefix(_PEFT): value for key, value in tensors.items()}
-        elif any(key.startswith(_KOHYA) for key in tensors):
-            tensors = _convert_kohya(tensors, network)
         elif any(key.startswith(prefix) for key in tensors):  # a denoiser's own save_lora_adapter() writes no prefix
             settings = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-        state = {key: value.float() for key, value in convert_unet_state_dict_to_peft(tensors).items()}
+        state = {key: value.float() for key, value in to_peft_names(tensors, network, prefix).items()}
         _check_pairs(state)
         _check_layers(state, network)
         _check_settings(settings)
@@ -233,41 +194,6 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     return content
 
 
-def _check_format(tensors: Mapping[str, Tensor]) -> None:
-    """Makes sure that the tensors are those of a LoRA of the denoiser alone."""
-    for pattern, name in _NOT_READ.items():
-        found = next((key for key in tensors if re.search(pattern, key)), None)
-        if found is not None:
-            raise ValueError(f"its format is {name} ({found}), which is not read here; only plain LoRAs are")
-    if not any("lora" in key for key in tensors):
-        raise ValueError("it holds no LoRA weights; give a file that save_lora(), diffusers, peft or kohya wrote")
-    of_text = [key for key in tensors if key.startswith(_TEXT_ENCODERS)]
-    if of_text:
-        raise ValueError(
-            f"it changes the text encoder too ({len(of_text)} tensors, such as {of_text[0]}), and only the denoiser is "
-            "fine-tuned here; make it part of a model with diffusers: pipe.load_lora_weights(file), pipe.fuse_lora(), "
-            "pipe.unload_lora_weights(), pipe.save_pretrained(folder); then take that folder as the model"
-        )
-    for key, value in tensors.items():
-        if not value.is_floating_point():
-            if key.endswith(".alpha") and value.numel() == 1:
-                continue
-            raise ValueError(f"its {key} is of the type {value.dtype}, and weights are floating-point numbers")
-        if not value.float().isfinite().all():  # some of the 8-bit types have no such test
-            raise ValueError(f"it has values that are not finite, in {key}; train it again")
-
-
-def _check_family(tensors: Mapping[str, Tensor], network: nn.Module) -> None:
-    """Makes sure that a LoRA of Stable Diffusion is of the model's own generation, if its attention tells that."""
-    own = getattr(getattr(network, "config", None), "cross_attention_dim", None)
-    for key, value in tensors.items():
-        if _READS_TEXT.search(key) and value.dim() == 2:
-            family = _FAMILY_OF_WIDTH.get(value.shape[1])
-            if family and own in _FAMILY_OF_WIDTH and value.shape[1] != own:
-                raise ValueError(f"it is of {family}, and the model here is of {_FAMILY_OF_WIDTH[own]}")
-            return
-
-
 def _read_peft_config(file: Path) -> Mapping[str, Any]:
     path = file.with_name(PEFT_CONFIG_NAME)
     if not path.is_file():
@@ -275,48 +201,18 @@ def _read_peft_config(file: Path) -> Mapping[str, Any]:
     return check_mapping(f"the content of {path}", read_json(path))
 
 
-def _convert_kohya(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Returns kohya's tensors by diffusers' names, with the scale in the second matrix.
-
-    diffusers' converter is asked for what has the names of the models' authors (``lora_unet_input_blocks_4_1_...``)
-    only. It leaves out the alphas of single layers, and has no name for some layers of Stable Diffusion XL.
-    """
-    scaled = dict(tensors)
-    for key in [key for key in tensors if key.endswith(".alpha")]:
-        up, down = (key.replace(".alpha", f".lora_{name}.weight") for name in ("up", "down"))
-        if up not in scaled or down not in scaled or not scaled[down].numel() or tensors[key].numel() != 1:
-            raise ValueError(f"its {key} has no layer, or is no number")
-        rank = scaled[down].flatten(1).shape[0] if scaled[down].dim() > 1 else 1
-        scaled[up] = scaled[up].float() * (float(scaled.pop(key)) / rank)
-    layers = {name.replace(".", "_"): name for name, _ in network.named_modules()}
-    if all(key.split(".")[0].removeprefix(_KOHYA) in layers for key in scaled):
-        renamed = {}
-        for key, value in scaled.items():
-            layer, _, rest = key.removeprefix(_KOHYA).partition(".")
-            renamed[f"{layers[layer]}.{rest.replace('lora_down', 'lora_A').replace('lora_up', 'lora_B')}"] = value
-        return renamed
-    try:
-        # It is the same for all Stable Diffusion models; this class also knows XL's numbers of blocks.
-        state, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
-            scaled, unet_config=getattr(network, "config", None)
-        )
-    except Exception as error:  # it raises many kinds
-        raise ValueError(f"diffusers cannot convert it from kohya's format: {error}") from error
-    return {key.removeprefix("unet."): value for key, value in state.items()}
-
-
 def _with_scale(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the tensors with the scale of peft's settings in B."""
     scaled, defaults = dict(state), LoraConfig()
-    for key in [key for key in state if key.endswith(_A)]:
-        layer, rank = key.removesuffix(_A), len(state[key])
+    for key in [key for key in state if key.endswith(A)]:
+        layer, rank = key.removesuffix(A), len(state[key])
         noted = _of_layer(settings, "rank_pattern", layer, settings.get("r", defaults.r))
         if noted != rank:
             raise ValueError(f"its settings note rank {shorten(noted)} for the layer {layer}, whose rank is {rank}")
         alpha = _of_layer(settings, "alpha_pattern", layer, settings.get("lora_alpha", defaults.lora_alpha))
         alpha = check_finite(f"its lora_alpha of the layer {layer}", alpha)
         scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-        scaled[layer + _B] = state[layer + _B] * scale
+        scaled[layer + B] = state[layer + B] * scale
     return scaled
 
 
@@ -352,14 +248,14 @@ def _of_layer(settings: Mapping[str, Any], name: str, layer: str, default: Any) 
 def _check_pairs(state: Mapping[str, Tensor]) -> None:
     """Makes sure that there are two matrices for each layer, of the same rank, and nothing else."""
     for key, value in state.items():
-        layer = key.removesuffix(_A).removesuffix(_B)
+        layer = key.removesuffix(A).removesuffix(B)
         if layer == key:
             raise ValueError(f"its {key} is not understood here")
-        if not {layer + _A, layer + _B} <= state.keys():
+        if not {layer + A, layer + B} <= state.keys():
             raise ValueError(f"its layer {layer} lacks one of its two matrices; the file is not whole")
         if value.dim() not in (2, 4):
             raise ValueError(f"its {key} has the shape {tuple(value.shape)} and is no matrix; the file is not whole")
-        ranks = len(state[layer + _A]), state[layer + _B].shape[1:2].numel()
+        ranks = len(state[layer + A]), state[layer + B].shape[1:2].numel()
         if ranks[0] != ranks[1] or not 1 <= ranks[0] <= MAX_RANK:
             raise ValueError(
                 f"the matrices of its layer {layer} have the ranks {ranks[0]} and {ranks[1]}, and not one from 1 to "
@@ -371,7 +267,7 @@ def _check_layers(state: Mapping[str, Tensor], network: nn.Module) -> None:
     """Makes sure that every matrix belongs to a layer of the network, and fits it."""
     modules = dict(network.named_modules())
     for key, value in state.items():
-        layer, axis = (key.removesuffix(_A), 1) if key.endswith(_A) else (key.removesuffix(_B), 0)
+        layer, axis = (key.removesuffix(A), 1) if key.endswith(A) else (key.removesuffix(B), 0)
         module: Any = modules.get(layer)
         module = getattr(module, "base_layer", module)  # under the LoRAs that there are already
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -407,7 +303,7 @@ def read_saved(file: Path) -> SavedLoRA:
     """
     try:
         tensors, settings, notes = _read_safetensors(file)
-        _check_format(tensors)
+        check_format(tensors)
         prefix = next((name.removesuffix("r") for name in settings if name.endswith(".r")), None)
         if prefix is None or not all(key.startswith(prefix) for key in tensors):
             raise ValueError("save_lora() did not write it so")
@@ -447,7 +343,7 @@ def write_kohya(state: Mapping[str, Tensor], file: Path, notes: Mapping[str, str
     # One alpha for all layers, because diffusers leaves out those of single layers in attention. Where the rank is
     # another one, the second matrix makes up for it.
     scaled = {
-        f"unet.{key}": value * (ranks.others.get(key.removesuffix(_B), ranks.rank) / ranks.rank)
+        f"unet.{key}": value * (ranks.others.get(key.removesuffix(B), ranks.rank) / ranks.rank)
         for key, value in state.items()
     }
     named = convert_state_dict_to_kohya(scaled)
@@ -477,7 +373,7 @@ def write_peft(state: Mapping[str, Tensor], folder: Path, base_model: str | None
     config = LoraConfig(**Ranks.of(state).to_peft(), base_model_name_or_path=base_model, inference_mode=True)
     content = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     write_text(folder / PEFT_CONFIG_NAME, json.dumps(content, indent=2, sort_keys=True) + "\n")
-    return _write(folder / PEFT_FILE_NAME, {_PEFT + key: value for key, value in state.items()}, notes)
+    return _write(folder / PEFT_FILE_NAME, {PEFT + key: value for key, value in state.items()}, notes)
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Path:

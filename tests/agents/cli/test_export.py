@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 import yaml
-from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -115,6 +116,29 @@ def test_every_format_draws_the_same_images(run, tiny_sd_folder, tmp_path, capsy
     )
     with safe_open(tmp_path / "rabbit-diffusers" / FILE_NAME, "pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 2
+
+
+@pytest.mark.slow
+def test_a_transformer(tiny_folder, tmp_path, capsys, fresh_models):
+    model = str(tiny_folder("stable-diffusion-3"))
+    words = ["--env", "DPOK-SD15-v0", "--model", model, "--prompts", PROMPT, "--eta", "1"]
+    assert train(tmp_path / "run", *words, *OPTIONS) == 0
+    latents = torch.randn(1, 4, 8, 8)
+    settings = {"latents": latents, "num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt"}
+    expected = load_run(tmp_path / "run", "cpu").pipeline()(PROMPT, **settings).images
+    plain = StableDiffusion3Pipeline.from_pretrained(model)
+    assert not torch.allclose(plain(PROMPT, **settings).images, expected, atol=1e-2)
+    for kind in ("diffusers", "peft", "merged"):
+        assert export(tmp_path / "run", tmp_path / kind, kind) == 0
+        pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / kind if kind == "merged" else model)
+        if kind == "diffusers":
+            pipeline.load_lora_weights(str(tmp_path / kind))
+        elif kind == "peft":
+            pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, tmp_path / kind)
+        torch.testing.assert_close(pipeline(PROMPT, **settings).images, expected, rtol=1e-4, atol=1e-4)
+    capsys.readouterr()
+    assert export(tmp_path / "run", tmp_path / "kohya", "kohya") == 2
+    assert "use --format diffusers, whose file pytorch_lora_weights.safetensors ComfyUI" in capsys.readouterr().err
 
 
 def test_lora_formats_load_no_model(run, tmp_path, monkeypatch):

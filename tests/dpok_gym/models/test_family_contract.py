@@ -13,8 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    FluxPipeline,
+)
 from huggingface_hub import constants
+from peft import PeftModel
 from torch import Tensor, nn
 
 from agents import DenoisingPolicy
@@ -22,6 +29,7 @@ from dpok_gym import DenoisingVectorEnv, diffusion
 from dpok_gym.models import TextToImageModel, load_model
 from dpok_gym.models.base import GuidanceGradient
 from dpok_gym.models.lora import LoRA, reference_copy
+from dpok_gym.models.lora_files import write_peft
 from dpok_gym.models.scheduler_configs import is_flow_matching
 from dpok_gym.samplers.process import DenoisingProcess, State
 from dpok_gym.testing import TINY_FAMILIES
@@ -29,6 +37,18 @@ from tests.support import assert_same, redness
 
 PROMPTS = ["a green rabbit.", "dog"]
 T = 3
+
+
+def load_lora_weights(pipeline: Any, model: TextToImageModel, lora: LoRA, folder: Path) -> None:
+    lora.save(folder, model.lora_prefix)
+    pipeline.load_lora_weights(folder)
+
+
+def load_with_peft(pipeline: Any, model: TextToImageModel, lora: LoRA, folder: Path) -> None:
+    """The way into a pipeline that has no ``load_lora_weights``."""
+    assert not hasattr(pipeline, "load_lora_weights")
+    write_peft(lora.state_dict(), folder, None, {})
+    pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, folder).merge_and_unload()
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,10 @@ class Family:
         missing: parts that it comes without; diffusers has to be told so.
         for_pipeline: from latents (B, C, h, w) to what the pipeline takes.
         negative: arguments of ``load_model`` with which a negative prompt has an effect, and those of the pipeline.
+        negative_call: from the pipeline and negative prompts to the arguments that tell it of them.
+        normalize: from the autoencoder and its latents to those that the denoiser reads.
+        ddim: what the config of a DDIM scheduler in the pipeline has differently.
+        add_lora: adds a LoRA of a model to the pipeline, by way of a file in a folder.
     """
 
     scale: float = 5.0
@@ -54,7 +78,25 @@ class Family:
     missing: tuple[str, ...] = ()
     for_pipeline: Callable[[Tensor], Tensor] = lambda latents: latents
     negative: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
+    negative_call: Callable[[Any, list[str]], Mapping[str, Any]] = lambda _, prompts: {"negative_prompt": prompts}
+    normalize: Callable[[Any, Tensor], Tensor] = lambda vae, latents: (
+        (latents - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+    )
+    ddim: Mapping[str, Any] = field(default_factory=dict)
+    add_lora: Callable[[Any, TextToImageModel, LoRA, Path], None] = load_lora_weights
 
+
+def pack(latents: Tensor) -> Tensor:
+    """Returns latents as FLUX.1's pipeline takes them."""
+    batch, channels, height, width = latents.shape
+    return FluxPipeline._pack_latents(latents, batch, channels, height, width)
+
+
+_FLUX: dict[str, Any] = {
+    "size": (16, 16),
+    "for_pipeline": pack,
+    "negative": ({"true_cfg_scale": 3.0}, {"true_cfg_scale": 3.0}),
+}
 
 FAMILIES: dict[str, Family] = {
     "stable-diffusion": Family(),
@@ -62,6 +104,19 @@ FAMILIES: dict[str, Family] = {
     "stable-diffusion-xl": Family(),
     "stable-diffusion-3": Family(),
     "stable-diffusion-3-no-t5": Family(missing=("text_encoder_3", "tokenizer_3")),
+    "flux-dev": Family(scale=3.5, **_FLUX),
+    "flux-schnell": Family(scale=1.0, **_FLUX),
+    "flux2-klein": Family(
+        size=(16, 16),
+        negative_call=lambda pipeline, prompts: {"negative_prompt_embeds": pipeline.encode_prompt(prompts)[0]},
+        normalize=lambda vae, latents: vae.bn(Flux2KleinPipeline._patchify_latents(latents)),
+    ),
+    "pixart-sigma": Family(
+        call={"use_resolution_binning": False, "clean_caption": False},
+        ddim={"timestep_spacing": "trailing"},
+        add_lora=load_with_peft,
+    ),
+    "sana": Family(other_size=(32, 64), call={"use_resolution_binning": False}),
 }
 
 
@@ -123,14 +178,18 @@ def plain_pipeline(folder: Path, family: Family, **options: Any) -> Any:
 def draw_with_diffusers(
     pipeline: Any, family: Family, model: TextToImageModel, guidance_scale: float, **call: Any
 ) -> Tensor:
-    """Draws the same with a pipeline: with its own scheduler, or with DDIM if that is no flow-matching one."""
-    if not is_flow_matching(dict(pipeline.scheduler.config) | {"_class_name": type(pipeline.scheduler).__name__}):
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    """Draws the same with a pipeline: with Euler's steps if it was trained with flow matching, else with DDIM's."""
+    own = pipeline.scheduler
+    if not is_flow_matching(dict(own.config) | {"_class_name": type(own).__name__}):
+        pipeline.scheduler = DDIMScheduler.from_config(own.config, clip_sample=False, **family.ddim)
         call |= {"eta": 1.0}
+    elif not isinstance(own, FlowMatchEulerDiscreteScheduler):  # a solver that finds other noise levels by itself
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=own.config.flow_shift)
+        call |= {"sigmas": [1 - step / T for step in range(T)]}
     pipeline.set_progress_bar_config(disable=True)
     height, width = model.image_shape
-    return pipeline(
-        PROMPTS,
+    images = pipeline(
+        prompt=PROMPTS,
         height=height,
         width=width,
         latents=family.for_pipeline(x_T(model)),
@@ -139,6 +198,8 @@ def draw_with_diffusers(
         output_type="pt",
         **{**family.guidance(guidance_scale), **family.call, **call},
     ).images
+    pipeline.scheduler = own
+    return images
 
 
 def make_lora(model: TextToImageModel, scale: float = 0.3, layers: str = "attention") -> LoRA:
@@ -249,8 +310,10 @@ def test_negative_prompts(folder: Path, family: Family, make: Callable[..., Any]
     options, call = family.negative
     process = make(negative_prompt=negative_prompt, **options)
     ours = draw(process)
-    negative = {"negative_prompt": [negative_prompt] * len(PROMPTS), **call}
-    theirs = draw_with_diffusers(plain_pipeline(folder, family), family, process.model, family.scale, **negative)
+    pipeline = plain_pipeline(folder, family)
+    with torch.no_grad():
+        negative = {**family.negative_call(pipeline, [negative_prompt] * len(PROMPTS)), **call}
+    theirs = draw_with_diffusers(pipeline, family, process.model, family.scale, **negative)
     assert_same_images(ours, theirs)
     if negative_prompt:
         assert not torch.allclose(ours, draw(make(**options)), atol=1e-4)
@@ -273,7 +336,7 @@ def test_latents_of_images(folder: Path, family: Family, load: Callable[..., Any
         encoded = vae.encode(2 * images - 1)
         decoded = model.decode(latents)
     unscaled = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mean
-    expected = (unscaled - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+    expected = family.normalize(vae, unscaled)
     assert latents.shape == (2, *model.latent_shape)
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
@@ -294,9 +357,8 @@ def test_a_lora_draws_the_same_images_with_diffusers(
     before, lora = draw(process), make_lora(process.model, layers=layers)
     with lora.enabled():
         ours = draw(process)
-    lora.save(tmp_path, process.model.lora_prefix)
     pipeline = plain_pipeline(folder, family)
-    pipeline.load_lora_weights(tmp_path)
+    family.add_lora(pipeline, process.model, lora, tmp_path)
     assert_same_images(ours, draw_with_diffusers(pipeline, family, process.model, family.scale))
     assert not torch.allclose(ours, before, atol=1e-3)
     assert_same(draw(process), before)  # it is off again
@@ -558,8 +620,9 @@ def test_many_prompts_are_encoded_as_each_of_them(load: Callable[..., Any]) -> N
 
 def test_prompts_that_are_too_long(load: Callable[..., Any]) -> None:
     model = load()
-    most = max(model._readers().values())
-    short, long = "dog " * (most - 2), "dog " * (most + 1)
+    part, most = max(model._readers().items(), key=lambda reader: reader[1])
+    (n_around,) = model._count_tokens(getattr(model, part), [""])  # start and end, or a whole chat
+    short, long = " dog" * (most - n_around), " dog" * (most + 1)
     model.check_prompts([short])
     assert [index for index, _ in model.find_long([short, long, "dog"])] == [1]
     with pytest.raises(ValueError, match=rf"reads at most {most}.*shorten it"):

@@ -10,8 +10,14 @@ from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, StableDif
 
 from dpok_gym import diffusion
 from dpok_gym.models import TextToImageModel, load_model
-from dpok_gym.models.scheduler_configs import describe_changes, is_flow_matching, with_density, with_spacing
-from dpok_gym.samplers import DenoisingProcess, SamplerConfig, make_ddim_table
+from dpok_gym.models.scheduler_configs import (
+    describe_changes,
+    is_flow_matching,
+    with_density,
+    with_euler_steps,
+    with_spacing,
+)
+from dpok_gym.samplers import DenoisingProcess, SamplerConfig, make_ddim_table, make_flow_table
 
 #: As Stable Diffusion 1.5 is published.
 PUBLISHED: dict[str, Any] = {
@@ -167,3 +173,22 @@ def test_spacing_of_each_kind() -> None:
         with_spacing(FLOW, "leading")
     with pytest.raises(ValueError, match="timestep_spacing must be one of 'leading', 'trailing'"):
         with_spacing(FLOW, "linspace")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["DPMSolverMultistep", "UniPCMultistep", "DEISMultistep"])
+def test_other_solvers_of_flow_matching(kind: str) -> None:
+    """Euler's steps take their noise levels, but for a thousandth of the noise before the shift."""
+    solver: Any = getattr(diffusers, f"{kind}Scheduler")(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    config = with_euler_steps(dict(solver.config) | {"_class_name": type(solver).__name__})
+    assert config["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+    table = make_flow_table(config, 8, "ode", sigmas=config["timestep_spacing"])
+    solver.set_timesteps(8)
+    unshifted = [level / (5 - 4 * level) for level in (table.noise, solver.sigmas[:-1])]
+    assert (unshifted[0] - unshifted[1]).abs().max() < 0.0011
+
+
+def test_what_has_no_noise_levels_of_a_flow_stays() -> None:
+    for config in ({"_class_name": "DDIMScheduler"}, {"use_flow_sigmas": True, "use_dynamic_shifting": True}):
+        assert with_euler_steps(config) == config
