@@ -121,10 +121,6 @@ class Flux2Klein(LatentDiffusion):
             )
         return super().num_forward_passes(guidance_scale)
 
-    def pipeline_latents(self, latents: Tensor) -> Tensor:
-        """See the base class: as tokens."""
-        return latents.flatten(2).transpose(1, 2)
-
     def _denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         rows, columns = latents.shape[-2:]
         n_tokens = conditioning["encoder_hidden_states"].shape[1]

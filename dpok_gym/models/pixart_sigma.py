@@ -38,8 +38,8 @@ class PixArtSigma(LatentDiffusion):
         "transformer": PixArtTransformer2DModel,
         "vae": AutoencoderKL,
     }
-    #: The pipeline would draw a size of its own list, and scale the image.
-    pipeline_call: ClassVar[Mapping[str, Any]] = {"use_resolution_binning": False}
+    #: Else the pipeline may draw a size of its own list and scale the image, and may change the prompt.
+    pipeline_call: ClassVar[Mapping[str, Any]] = {"use_resolution_binning": False, "clean_caption": False}
     loads_lora = False
     flow_matching = False
     lora_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {

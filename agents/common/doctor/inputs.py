@@ -5,6 +5,7 @@ Letters used for shapes: B images, H x W pixels.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -177,7 +178,6 @@ def _check_variation(total: Tensor, prompts: list[str]) -> Finding:
     )
 
 
-@torch.no_grad()
 def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int) -> Finding:
     """Compares images of the process with those of diffusers' own pipeline, drawn with the same noise.
 
@@ -186,6 +186,15 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
         prompts: of the images.
         seed: of the noise.
     """
+    try:
+        return _compare_with_pipeline(process, prompts, seed)
+    finally:
+        if process.model.device.type != "cpu":
+            process.model.offload_text_encoder()  # as the environment left it
+
+
+@torch.no_grad()
+def _compare_with_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int) -> Finding:
     name, normal = "images equal the pipeline's", f"at most {_SAME_IMAGE:.3f} (of 1)"
     model: Any = process.model
     is_flow = is_flow_matching(model.scheduler_config)
@@ -210,6 +219,11 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(for_diffusers(model.scheduler_config))
     pipeline.set_progress_bar_config(disable=True)
     prompts, shape = list(prompts), (len(prompts), *model.latent_shape)
+    call = pipeline_arguments(_own_sampling(process))
+    if (told := call.pop("negative_prompt", None)) is not None:
+        if "negative_prompt" not in inspect.signature(pipeline.__call__).parameters:
+            return Finding(name, "not checked", f"{type(pipeline).__name__} takes no text as a negative prompt", normal)
+        call["negative_prompt"] = [told] * len(prompts)
     dtype = next(model.denoiser.parameters()).dtype
     start = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
     # The pipeline draws the noise of each step from the generator that it is given; so does the process here.
@@ -220,9 +234,6 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
     ):
         latents = step.next_latents
     ours = torch.cat([model.decode(row[None]) for row in latents]).cpu()
-    call = pipeline_arguments(_own_sampling(process))
-    if (told := call.pop("negative_prompt", None)) is not None:
-        call["negative_prompt"] = [told] * len(prompts)
     theirs = pipeline(
         prompt=prompts,
         latents=model.pipeline_latents(start.to(dtype)),
@@ -230,8 +241,6 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
         output_type="pt",
         **call,
     ).images
-    if model.device.type != "cpu":
-        model.offload_text_encoder()  # as the environment left it
     differences = (ours - theirs.float().cpu()).abs()
     is_half = dtype != torch.float32
     difference, limit = (differences.mean(), _SAME_IMAGE_HALF) if is_half else (differences.max(), _SAME_IMAGE)

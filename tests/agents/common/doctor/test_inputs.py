@@ -78,6 +78,7 @@ def test_the_pipeline_draws_the_same(changes: dict[str, Any], make_env: Callable
     assert check_pipeline(make_env(**changes).process, ["a rabbit", "the moon"], 0).status == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
