@@ -92,7 +92,10 @@ def test_code_of_the_card_runs(
     folder = tiny_folder(family)
     monkeypatch.chdir(folder.parent)  # a card names no folder
     options: dict[str, Any] = {"image_size": [32, 32], "negative_prompt": "moon"}
-    of_family = {"flux-dev": {"true_cfg_scale": 2}, "stable-diffusion-3": {"timestep_spacing": "trailing"}}
+    of_family: dict[str, dict[str, Any]] = {
+        "flux-dev": {"true_cfg_scale": 2},
+        "stable-diffusion-3": {"timestep_spacing": "trailing"},
+    }
     options |= of_family.get(family, {})
     process = DenoisingProcess(load_model(folder, "cpu", **options), "ddim", 4, guidance_scale=2, sde_steps=(1, 2))
     model, sampling = process.model, sampling_of(process)
