@@ -35,10 +35,8 @@ Format = Literal["diffusers", "kohya", "peft", "merged"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LIBRARIES = {"diffusers": "diffusers", "kohya": "diffusers", "peft": "peft", "merged": "diffusers"}
-#: What an image depends on beside prompt and seed.
+#: What an image depends on beside prompt and seed, and what the code that draws it must know of the pipeline.
 SAMPLING = (
-    "denoiser",
-    "is_flow_matching",
     "sampler",
     "num_inference_steps",
     "eta",
@@ -48,9 +46,12 @@ SAMPLING = (
     "negative_prompt",
     "image_size",
     "timestep_spacing",
-    "pipeline_call",
-    "loads_lora",
+    "is_flow_matching",
+    "denoiser",
+    "loads_lora_files",
 )
+#: Those of them that are arguments of a pipeline's call.
+_OF_CALL = ("num_inference_steps", "eta", "guidance_scale", "true_cfg_scale", "negative_prompt")
 #: The note in a LoRA's file that has these values, as JSON.
 _SAMPLING_NOTE = "dpok_gym.sampling"
 #: Arguments of an algorithm that say nothing about how it learned.
@@ -116,16 +117,9 @@ class Training:
 
 
 def sampling_of(process: DenoisingProcess) -> dict[str, Any]:
-    """Returns the arguments of a sampler, as :class:`Training` has them.
-
-    With flow matching there is a spacing only if it was asked for: else it is the pipeline's own.
-    """
+    """Returns the arguments of a sampler, as :class:`Training` has them."""
     model, known = process.model, process.config
-    is_flow = is_flow_matching(model.scheduler_config)
-    spacing = None if is_flow else model.scheduler_config.get("timestep_spacing", "leading")
     return {
-        "denoiser": model.lora_prefix.rstrip("."),
-        "is_flow_matching": is_flow,
         "sampler": known.sampler,
         "num_inference_steps": known.num_inference_steps,
         "eta": known.eta,
@@ -134,9 +128,10 @@ def sampling_of(process: DenoisingProcess) -> dict[str, Any]:
         "true_cfg_scale": model.options.get("true_cfg_scale"),
         "negative_prompt": model.options.get("negative_prompt"),
         "image_size": model.options.get("image_size"),
-        "timestep_spacing": model.options.get("timestep_spacing", spacing),
-        "pipeline_call": dict(getattr(model, "pipeline_call", {})),
-        "loads_lora": getattr(model, "loads_lora", False),
+        "timestep_spacing": model.scheduler_config.get("timestep_spacing", "leading"),
+        "is_flow_matching": is_flow_matching(model.scheduler_config),
+        "denoiser": model.lora_prefix.removesuffix("."),
+        "loads_lora_files": model.loads_lora_files,
     }
 
 
@@ -168,15 +163,15 @@ def hub_id(model: str) -> str | None:
 
 
 def usage_hint(sampling: Mapping[str, Any]) -> str:
-    """Returns how to draw, in a few words: scheduler or sampler, steps and guidance."""
-    window, spacing, true_cfg = (sampling[name] for name in ("sde_steps", "timestep_spacing", "true_cfg_scale"))
+    """Returns how to draw, in a few words: scheduler, steps and guidance."""
+    window = sampling["sde_steps"]
     where = f" in steps {window[0]} to {window[0] + window[1] - 1} and 0 in the others" if window else ""
-    spaced = f", spacing {spacing}" if spacing else ""
-    kernel = f"sampler {sampling['sampler']}" if sampling["is_flow_matching"] else "scheduler DDIM"
-    return (
-        f"the {kernel} (eta {sampling['eta']}{where}{spaced}), {sampling['num_inference_steps']} steps, guidance scale "
-        f"{sampling['guidance_scale']}" + (f", true CFG scale {true_cfg}" if true_cfg else "")
-    )
+    noise = f"eta {sampling['eta']}{where}"
+    if sampling["is_flow_matching"]:
+        scheduler = f"the sampler “{sampling['sampler']}” for flow matching ({noise})"
+    else:
+        scheduler = f"the scheduler DDIM ({noise}, spacing {sampling['timestep_spacing']})"
+    return f"{scheduler}, {sampling['num_inference_steps']} steps, guidance scale {sampling['guidance_scale']}"
 
 
 def lora_notes(process: DenoisingProcess) -> dict[str, str]:
@@ -187,12 +182,13 @@ def lora_notes(process: DenoisingProcess) -> dict[str, str]:
     model = process.model
     name = hub_id(model.name) or public_name(model.name)
     height, width = model.image_shape
+    # The specification has no word for what a flow-matching model predicts.
     prediction = {"modelspec.prediction_type": "v" if _predicts_velocity(model) else "epsilon"}
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": f"LoRA of {name}",
         "modelspec.implementation": "diffusers",
-        **({} if is_flow_matching(model.scheduler_config) else prediction),  # it has no word for that of a flow
+        **({} if is_flow_matching(model.scheduler_config) else prediction),
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.usage_hint": f"{usage_hint(sampling_of(process))}, strength 1",
         "ss_sd_model_name": name,
@@ -288,52 +284,47 @@ def _introduction(training: Training, ranks: Ranks | None) -> str:
 
 def _usage(training: Training, kind: Format, place: str) -> str:
     """Returns how to draw: the code for diffusers, and the settings for other programs."""
+    sampling = training.sampling
     base = place if kind == "merged" else hub_id(training.model) or public_name(training.model)
-    sampling, part = training.sampling, f"pipe.{training.sampling['denoiser']}"
-    load = {
-        "diffusers": [f"pipe.load_lora_weights({place!r})"],
-        "kohya": [f"pipe.load_lora_weights({place!r})"],
-        "peft": ["from peft import PeftModel", "", f"{part} = PeftModel.from_pretrained({part}, {place!r})"],
-        "merged": [],
-    }[kind]
-    is_flow = sampling["is_flow_matching"]
-    scheduler = [
-        "pipe.scheduler = DDIMScheduler.from_config(",
-        f"    pipe.scheduler.config, {_scheduler_arguments(sampling)}",
-        ")",
-    ]
+    peft = [f"pipe.{sampling['denoiser']} = PeftModel.from_pretrained(pipe.{sampling['denoiser']}, {place!r})"]
+    file = [f"pipe.load_lora_weights({place!r})"]
+    if not sampling["loads_lora_files"]:
+        file = ["# this pipeline reads no LoRA files: use dpok export --format peft"]
+    load = {"diffusers": file, "kohya": file, "peft": ["from peft import PeftModel", "", *peft], "merged": []}[kind]
+    if sampling["is_flow_matching"]:
+        classes, scheduler = "DiffusionPipeline", []
+        others = "The pipeline draws with its own solver, without noise in the steps; other numbers of steps work too"
+    else:
+        classes = "DDIMScheduler, DiffusionPipeline"
+        scheduler = [
+            "pipe.scheduler = DDIMScheduler.from_config(",
+            f"    pipe.scheduler.config, {_scheduler_arguments(sampling)}",
+            ")",
+        ]
+        others = "Other schedulers and numbers of steps work too"
     code = [
-        f"from diffusers import {'' if is_flow else 'DDIMScheduler, '}DiffusionPipeline",
+        f"from diffusers import {classes}",
         "",
         f"pipe = DiffusionPipeline.from_pretrained({base!r})",
         *load,
-        *([] if is_flow else scheduler),
+        *scheduler,
         f"image = pipe({_arguments(training)}).images[0]",
     ]
-    other = "Other schedulers and numbers of steps work too, but what was learned shows most with these."
-    if is_flow:
-        other = (
-            "The pipeline's own scheduler goes through the same noise levels, but adds no noise on the way, as the "
-            "sampler ode; other numbers of steps work too."
-        )
     lines = [
         "## How to draw",
         "",
-        f"It was trained with {usage_hint(sampling)}{'' if kind == 'merged' else ', at strength 1'}. {other}",
+        f"It was trained with {usage_hint(sampling)}{'' if kind == 'merged' else ', at strength 1'}. {others}, but "
+        "what was learned shows most with these.",
         "",
+        "```python",
+        *code,
+        "```",
     ]
-    if kind == "diffusers" and not sampling["loads_lora"]:
-        lines.append(
-            "The pipeline of this model cannot load a LoRA. `dpok export RUN --format peft` writes it for peft, and "
-            "`--format merged` writes a whole pipeline."
-        )
-    else:
-        lines += ["```python", *code, "```"]
     if kind == "kohya":
         lines += [
             "",
             "In ComfyUI, the sampler `ddpm` with the scheduler `ddim_uniform` is nearest. In AUTOMATIC1111's web UI, "
-            f"it is the sampler DDIM with “Eta for DDIM” at {training.sampling['eta']}.",
+            f"it is the sampler DDIM with “Eta for DDIM” at {sampling['eta']}.",
         ]
     return "\n".join(lines)
 
@@ -345,25 +336,16 @@ def _scheduler_arguments(sampling: Mapping[str, Any]) -> str:
     return f"timestep_spacing={spacing!r}{offset}, set_alpha_to_one=False, clip_sample=False"
 
 
-def pipeline_arguments(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a pipeline's call that stand for the values of :data:`SAMPLING`, without the prompt."""
-    names = ["num_inference_steps", "eta", "guidance_scale", "true_cfg_scale", "negative_prompt", "image_size"]
-    if sampling["is_flow_matching"]:
-        names.remove("eta")  # the scheduler adds no noise
-    arguments = {name: sampling[name] for name in names if sampling[name] is not None}
-    if sampling["is_flow_matching"] and sampling["timestep_spacing"] == "trailing":
-        n_steps = sampling["num_inference_steps"]
-        arguments["sigmas"] = [round(1 - step / n_steps, 6) for step in range(n_steps)]
-    size = arguments.pop("image_size", None)
-    if size is not None:
-        arguments["height"], arguments["width"] = (size, size) if isinstance(size, int) else size
-    return arguments | sampling["pipeline_call"]
-
-
 def _arguments(training: Training) -> str:
     """Returns the arguments of a pipeline's call, as code."""
-    prompt = training.prompts if training.is_one_prompt else "..."
-    arguments = {"prompt": prompt, **pipeline_arguments(training.sampling)}
+    sampling = training.sampling
+    known = {name: sampling[name] for name in _OF_CALL if sampling[name] is not None}
+    if sampling["is_flow_matching"]:
+        del known["eta"]  # their pipelines have no such argument
+    size = sampling["image_size"]
+    if size is not None:
+        known["height"], known["width"] = (size, size) if isinstance(size, int) else size
+    arguments = {"prompt": training.prompts if training.is_one_prompt else "...", **known}
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 

@@ -144,10 +144,6 @@ class Flux(LatentDiffusion):
             conditioning = conditioning | {"guidance": torch.full_like(timesteps, guidance_scale)}
         return super().predict(latents, timesteps, conditioning, self.true_cfg_scale, denoiser, guidance_gradient)
 
-    def pipeline_latents(self, latents: Tensor) -> Tensor:
-        """See the base class: as tokens."""
-        return pack(latents)
-
     def _denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         rows, columns = latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
         velocity = denoiser(
@@ -159,6 +155,13 @@ class Flux(LatentDiffusion):
             **conditioning,
         ).sample
         return unpack(velocity, rows, columns).float()
+
+    def pipeline_call(self, latents: Tensor, guidance_scale: float) -> dict[str, Any]:
+        """See the base class."""
+        call = super().pipeline_call(pack(latents), guidance_scale) | {"true_cfg_scale": self.true_cfg_scale}
+        if self.true_cfg_scale != 1:  # without a negative prompt, the pipeline would leave it out
+            call["negative_prompt"] = [self.negative_prompt or ""] * len(latents)
+        return call
 
 
 def positions(*sizes: int, like: Tensor) -> Tensor:

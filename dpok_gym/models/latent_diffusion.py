@@ -52,8 +52,6 @@ class LatentDiffusion(TextToImageModel):
         networks: the class of each network, by the pipeline's name of it.
         optional: names of the parts that may be missing; they are None then.
         settings: further arguments of the pipeline and their defaults.
-        pipeline_call: further arguments of the pipeline's call, with which it draws what the model does.
-        loads_lora: whether the pipeline has ``load_lora_weights``.
         size_factor: the sides of an image in pixels are multiples of it.
         max_side: the largest height or width in pixels.
         dtype: of the denoiser's weights.
@@ -68,8 +66,6 @@ class LatentDiffusion(TextToImageModel):
     networks: ClassVar[Mapping[str, Any]]
     optional: ClassVar[frozenset[str]] = frozenset()
     settings: ClassVar[Mapping[str, Any]] = {}
-    pipeline_call: ClassVar[Mapping[str, Any]] = {}
-    loads_lora: ClassVar[bool] = True
     #: Whether the family was trained with flow matching; None if it may be either.
     flow_matching: ClassVar[bool | None] = None
     denoiser: Any
@@ -114,6 +110,11 @@ class LatentDiffusion(TextToImageModel):
     def vae_scale_factor(self) -> int:
         """Pixels for each latent row and column."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def loads_lora_files(self) -> bool:
+        """See the base class."""
+        return hasattr(getattr(diffusers, self.pipeline), "load_lora_weights")
 
     @property
     def size_factor(self) -> int:
@@ -385,10 +386,6 @@ class LatentDiffusion(TextToImageModel):
         parts |= {"vae": self.vae, "scheduler": self._make_scheduler()}
         parts[self.denoiser_part] = reference_view(self.denoiser) if denoiser is None else denoiser
         return getattr(diffusers, self.pipeline)(**parts, **self._further_parts())
-
-    def pipeline_latents(self, latents: Tensor) -> Tensor:
-        """Returns latents (B, C, h, w) as the pipeline's call takes them."""
-        return latents
 
     def _make_scheduler(self) -> Any:
         if is_flow_matching(self.scheduler_config):

@@ -38,9 +38,6 @@ class PixArtSigma(LatentDiffusion):
         "transformer": PixArtTransformer2DModel,
         "vae": AutoencoderKL,
     }
-    #: Else the pipeline may draw a size of its own list and scale the image, and may change the prompt.
-    pipeline_call: ClassVar[Mapping[str, Any]] = {"use_resolution_binning": False, "clean_caption": False}
-    loads_lora = False
     flow_matching = False
     lora_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": _ATTENTION,
@@ -58,6 +55,11 @@ class PixArtSigma(LatentDiffusion):
 
     def _prepare_vae(self, vae: Any) -> Any:
         return without_overflow(vae)  # it is that of Stable Diffusion XL
+
+    def pipeline_call(self, latents: Tensor, guidance_scale: float) -> dict[str, Any]:
+        """See the base class."""
+        own = {"use_resolution_binning": False, "clean_caption": False}  # any size, and the prompts as they are
+        return super().pipeline_call(latents, guidance_scale) | own
 
     def _readers(self) -> Mapping[str, int]:
         return {"tokenizer": MAX_TOKENS}

@@ -40,7 +40,6 @@ class Sana(PixArtSigma):
         "transformer": SanaTransformer2DModel,
         "vae": AutoencoderDC,
     }
-    loads_lora = True
     flow_matching = True
     lora_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": _ATTENTION,

@@ -5,10 +5,8 @@ Letters used for shapes: B images, H x W pixels.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -18,7 +16,6 @@ from transformers.utils import logging
 from agents.common.buffer import number_groups
 from agents.common.doctor.finding import Finding, judge
 from agents.common.image_statistics import equal_share, variance_within
-from agents.common.model_card import pipeline_arguments, sampling_of
 from dpok_gym.models import TextToImageModel
 from dpok_gym.models.scheduler_configs import for_diffusers, is_flow_matching
 from dpok_gym.models.token_counts import count_tokens
@@ -26,6 +23,7 @@ from dpok_gym.prompts import find_unobservable
 from dpok_gym.rewards import Reward
 from dpok_gym.rewards.base import Components
 from dpok_gym.samplers import DenoisingProcess
+from dpok_gym.samplers.flow_matching import trailing_levels
 
 #: Largest difference between two scores of the same image, in standard deviations between images.
 _REPEATABLE, _RANDOM = 1e-4, 0.05
@@ -178,32 +176,23 @@ def _check_variation(total: Tensor, prompts: list[str]) -> Finding:
     )
 
 
+@torch.no_grad()
 def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int) -> Finding:
     """Compares images of the process with those of diffusers' own pipeline, drawn with the same noise.
+
+    The pipelines of flow-matching models add no noise in their steps, so it is left out here too.
 
     Args:
         process: the denoising process, with the LoRA off.
         prompts: of the images.
         seed: of the noise.
     """
-    try:
-        return _compare_with_pipeline(process, prompts, seed)
-    finally:
-        if process.model.device.type != "cpu":
-            process.model.offload_text_encoder()  # as the environment left it
-
-
-@torch.no_grad()
-def _compare_with_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int) -> Finding:
     name, normal = "images equal the pipeline's", f"at most {_SAME_IMAGE:.3f} (of 1)"
-    model: Any = process.model
+    model, config = process.model, process.config
     is_flow = is_flow_matching(model.scheduler_config)
     if is_flow:
-        # The schedulers of diffusers' pipelines add no noise. Flow models are compared without it, on the same levels.
-        process = DenoisingProcess(
-            model, "ode", process.num_inference_steps, guidance_scale=process.config.guidance_scale
-        )
-    elif process.config.sde_steps is not None:
+        process = DenoisingProcess(model, "ode", config.num_inference_steps, guidance_scale=config.guidance_scale)
+    elif config.sde_steps is not None:
         return Finding(
             name, "not checked", "diffusers' pipelines add noise in all steps, not in sde_steps only", normal
         )
@@ -215,15 +204,8 @@ def _compare_with_pipeline(process: DenoisingProcess, prompts: Sequence[str], se
         return Finding(name, "not checked", str(error), normal)
     finally:
         logging.set_verbosity(verbosity)
-    if is_flow:  # a model may come with another solver
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(for_diffusers(model.scheduler_config))
     pipeline.set_progress_bar_config(disable=True)
     prompts, shape = list(prompts), (len(prompts), *model.latent_shape)
-    call = pipeline_arguments(_own_sampling(process))
-    if (told := call.pop("negative_prompt", None)) is not None:
-        if "negative_prompt" not in inspect.signature(pipeline.__call__).parameters:
-            return Finding(name, "not checked", f"{type(pipeline).__name__} takes no text as a negative prompt", normal)
-        call["negative_prompt"] = [told] * len(prompts)
     dtype = next(model.denoiser.parameters()).dtype
     start = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
     # The pipeline draws the noise of each step from the generator that it is given; so does the process here.
@@ -234,13 +216,22 @@ def _compare_with_pipeline(process: DenoisingProcess, prompts: Sequence[str], se
     ):
         latents = step.next_latents
     ours = torch.cat([model.decode(row[None]) for row in latents]).cpu()
+    call = model.pipeline_call(start.to(dtype), config.guidance_scale)
+    if not is_flow:
+        call["eta"] = config.eta
+    else:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(for_diffusers(model.scheduler_config))
+        if model.scheduler_config.get("timestep_spacing") == "trailing":
+            call["sigmas"] = trailing_levels(process.num_inference_steps)
     theirs = pipeline(
         prompt=prompts,
-        latents=model.pipeline_latents(start.to(dtype)),
         generator=torch.Generator(model.device).manual_seed(seed),
+        num_inference_steps=process.num_inference_steps,
         output_type="pt",
         **call,
     ).images
+    if model.device.type != "cpu":
+        model.offload_text_encoder()  # as the environment left it
     differences = (ours - theirs.float().cpu()).abs()
     is_half = dtype != torch.float32
     difference, limit = (differences.mean(), _SAME_IMAGE_HALF) if is_half else (differences.max(), _SAME_IMAGE)
@@ -253,10 +244,3 @@ def _compare_with_pipeline(process: DenoisingProcess, prompts: Sequence[str], se
         "timestep_spacing) and the guidance",
         not difference <= limit,
     )
-
-
-def _own_sampling(process: DenoisingProcess) -> dict[str, Any]:
-    """Returns how a process draws, with what is the model's default too."""
-    model = process.model
-    spacing = model.scheduler_config.get("timestep_spacing")
-    return sampling_of(process) | {"image_size": list(model.image_shape), "timestep_spacing": spacing}

@@ -19,15 +19,11 @@ from agents.common.model_card import (
     usage_hint,
     write_card,
 )
-from dpok_gym.models import load_model
 from dpok_gym.models.lora import LoRA
 from dpok_gym.models.lora_files import Ranks, write_peft
-from dpok_gym.samplers import DenoisingProcess
 from tests.support import make_process
 
 SAMPLING: dict[str, Any] = {
-    "denoiser": "unet",
-    "is_flow_matching": False,
     "sampler": "ddim",
     "num_inference_steps": 20,
     "eta": 1.0,
@@ -37,8 +33,9 @@ SAMPLING: dict[str, Any] = {
     "negative_prompt": None,
     "image_size": None,
     "timestep_spacing": "leading",
-    "pipeline_call": {},
-    "loads_lora": True,
+    "is_flow_matching": False,
+    "denoiser": "unet",
+    "loads_lora_files": True,
 }
 RANKS = Ranks(4, {}, ("a", "b"))
 
@@ -78,42 +75,6 @@ def test_code_of_the_card_draws_as_trained(tmp_path: Path) -> None:
     assert call + "height=512, width=768" in code
     assert "pipe.load_lora_weights('me/rabbits')" in code
     assert "ComfyUI" in card
-
-
-@pytest.mark.parametrize(
-    ("family", "kind"),
-    [("stable-diffusion-3", "diffusers"), ("flux-dev", "diffusers"), ("sana", "diffusers"), ("pixart-sigma", "peft")],
-)
-@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of diffusers' solver, with NumPy 2
-def test_code_of_the_card_runs(
-    family: str, kind: Any, tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the LoRA of a transformer, and whatever its pipeline can be told."""
-    folder = tiny_folder(family)
-    monkeypatch.chdir(folder.parent)  # a card names no folder
-    options: dict[str, Any] = {"image_size": [32, 32], "negative_prompt": "moon"}
-    of_family: dict[str, dict[str, Any]] = {
-        "flux-dev": {"true_cfg_scale": 2},
-        "stable-diffusion-3": {"timestep_spacing": "trailing"},
-    }
-    options |= of_family.get(family, {})
-    process = DenoisingProcess(load_model(folder, "cpu", **options), "ddim", 4, guidance_scale=2, sde_steps=(1, 2))
-    model, sampling = process.model, sampling_of(process)
-    lora, notes = LoRA(model.denoiser, 2, model.lora_layers["all"]), lora_notes(process)
-    assert noted_sampling(notes) == sampling | {"sde_steps": [1, 2]}
-    if kind == "peft":
-        write_peft(lora.state_dict(), tmp_path / "lora", None, notes)
-    else:
-        lora.save(tmp_path / "lora", model.lora_prefix, notes)
-    known = training(model=str(folder), sampling=sampling)
-    card = write_card(tmp_path, known, kind, RANKS, str(tmp_path / "lora")).read_text()
-    drawn: dict[str, Any] = {}
-    exec(card.split("```python\n")[1].split("```")[0], drawn)
-    assert drawn["image"].size == (32, 32)
-    assert ("the scheduler DDIM (eta 1.0 in steps 1 to 2 and 0" in card) == (family == "pixart-sigma")
-    assert ("the sampler ddim (eta 1.0 in steps 1 to 2 and 0" in card) == (family != "pixart-sigma")
-    other = write_card(tmp_path, known, "diffusers", RANKS).read_text()
-    assert ("cannot load a LoRA" in other) == (family == "pixart-sigma")
 
 
 def test_prompts_of_a_set_are_not_in_the_card(tmp_path: Path) -> None:
@@ -203,7 +164,7 @@ def test_notes_of_a_file(folder: str, request: pytest.FixtureRequest) -> None:
 def test_notes_of_stable_diffusion_2_and_of_another_denoiser(tiny_v_folder: Path) -> None:
     process = make_process(tiny_v_folder, 3)
     model: Any = process.model
-    wide = SimpleNamespace(**vars(model), lora_prefix="unet.")
+    wide = SimpleNamespace(**vars(model), lora_prefix="unet.", loads_lora_files=True)
     wide.denoiser = SimpleNamespace(config={"cross_attention_dim": 1024})
     stand_in: Any = SimpleNamespace(model=wide, config=process.config)
     assert lora_notes(stand_in)["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
@@ -217,3 +178,49 @@ def test_hint_at_a_window_of_stochastic_steps() -> None:
     assert hint == "the scheduler DDIM (eta 1.0 in steps 4 to 9 and 0 in the others, spacing leading), 20 steps, " + (
         "guidance scale 5.0"
     )
+
+
+#: A format of each small pipeline that is no UNet, and what its call needs only because it is so small.
+TRANSFORMERS: dict[str, tuple[Any, str]] = {
+    "stable-diffusion-3": ("diffusers", ""),
+    "flux-dev": ("diffusers", ""),
+    "sana": ("diffusers", ", use_resolution_binning=False"),
+    "pixart-sigma": ("peft", ", use_resolution_binning=False"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_the_code_of_a_transformers_card_runs(
+    family: str, tiny_folder: Callable[[str], Path], tmp_path: Path, fresh_models: Callable[[], None]
+) -> None:
+    kind, small = TRANSFORMERS[family]
+    folder = tiny_folder(family)
+    process = make_process(folder, 2, guidance_scale=3.0, image_size=32)
+    lora = LoRA(process.model.denoiser, 2, process.model.lora_layers["attention"])
+    if kind == "peft":
+        write_peft(lora.state_dict(), tmp_path, None, {})
+    else:
+        lora.save(tmp_path, process.model.lora_prefix, lora_notes(process))
+    trained = training(model=str(folder), sampling=sampling_of(process))
+    card = write_card(tmp_path, trained, kind, RANKS, str(tmp_path)).read_text()
+    assert ("DDIM" in card) == (family == "pixart-sigma")
+    code = card.split("```python\n")[1].split("```")[0].replace(repr(folder.name), repr(str(folder)))
+    assert ("eta=" in code) == (family == "pixart-sigma")
+    names: dict[str, Any] = {}
+    exec(code.replace(").images", f"{small}).images"), names)
+    assert names["image"].size == (32, 32)
+    assert any("lora" in name for name, _ in names["pipe"].transformer.named_parameters())
+
+
+def test_a_lora_file_for_a_pipeline_that_reads_none(tmp_path: Path) -> None:
+    card = write_card(tmp_path, training(sampling=SAMPLING | {"loads_lora_files": False}), "diffusers").read_text()
+    assert "reads no LoRA files: use dpok export --format peft" in card
+    assert "load_lora_weights" not in card
+
+
+def test_scale_of_true_guidance_is_in_the_call(tmp_path: Path) -> None:
+    sampling = SAMPLING | {"true_cfg_scale": 2.0, "is_flow_matching": True, "sampler": "cps", "sde_steps": [1, 3]}
+    card = write_card(tmp_path, training(sampling=sampling), "merged").read_text()
+    assert "num_inference_steps=20, guidance_scale=5.0, true_cfg_scale=2.0)" in card
+    assert "the sampler “cps” for flow matching (eta 1.0 in steps 1 to 3 and 0 in the others), 20 steps" in card
