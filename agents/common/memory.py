@@ -148,7 +148,7 @@ class Rehearsal:
         guidance_gradient: GuidanceGradient = "both",
         autocast: bool = False,
     ) -> None:
-        networks = architecture.make(getattr(torch, dtype))
+        networks: Any = architecture.make(getattr(torch, dtype))
         if vae_tiling:
             networks.vae.enable_tiling()
         options: dict[str, Any] = {"image_size": image_size, "true_cfg_scale": true_cfg_scale}

@@ -244,7 +244,8 @@ def test_the_network_of_a_small_latent_is_the_papers() -> None:
     torch.nn.init.normal_(network.head.weight)
     latents, step, text = torch.randn(6, 4, 8, 8), torch.arange(6) % T, torch.randn(6, 5)
     hidden = torch.cat([latents.flatten(1), text], dim=1)
-    for layer, gain in zip(network.layers, network.gains, strict=True):
+    layers: Any = zip(network.layers, network.gains, strict=True)
+    for layer, gain in layers:
         hidden = torch.relu(hidden @ layer.weight.T + layer.bias) * gain.weight[step]
     torch.testing.assert_close(network(latents, step, text), (hidden @ network.head.weight.T).squeeze(1))
 
