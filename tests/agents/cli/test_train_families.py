@@ -29,7 +29,7 @@ FAMILIES: dict[str, list[str]] = {
     "stable-diffusion-3": ["--guidance-scale", "3"],
     "stable-diffusion-3-no-t5": ["--guidance-scale", "3"],
     "flux-dev": ["--guidance-scale", "3.5", "--image-size", "16"],
-    "flux-schnell": ["--image-size", "16"],
+    "flux-schnell": ["--guidance-scale", "1", "--image-size", "16"],
     "flux2-klein": ["--guidance-scale", "3", "--image-size", "16"],
     "pixart-sigma": ["--guidance-scale", "3"],
     "sana": ["--guidance-scale", "3"],
