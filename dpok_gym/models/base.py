@@ -305,6 +305,11 @@ class TextToImageModel(ABC):
     def text_features(self, conditioning: Conditioning) -> Tensor:
         """Returns one vector for each prompt, (N, F), for a critic to read."""
 
+    @property
+    def loads_lora_files(self) -> bool:
+        """Whether diffusers' pipeline of the model has ``load_lora_weights``."""
+        return True
+
     def num_forward_passes(self, guidance_scale: float) -> int:
         """Returns the forward passes of the denoiser for one image in :meth:`predict`: 2 with guidance, else 1."""
         return 1 if guidance_scale == 1 else 2

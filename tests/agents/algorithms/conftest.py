@@ -1,4 +1,4 @@
-"""Fixtures for the tests of the algorithms: agents on a tiny Stable Diffusion."""
+"""Fixtures for the tests of the algorithms: agents on a tiny Stable Diffusion, of version 1.5 or 3."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from typing import Any
 import pytest
 
 from dpok_gym import DenoisingVectorEnv
-from tests.agents.algorithms.support import ALGORITHMS, PROMPTS, Brightness, MakeAgent, N, T
+from tests.agents.algorithms.support import ALGORITHMS, DIFFUSIONS, PROMPTS, Brightness, MakeAgent, N, T
 
 
 @pytest.fixture
-def make_env(tiny_sd_folder: Path, fresh_models: Callable[[], None]) -> Callable[..., DenoisingVectorEnv]:
+def model_folder(request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path]) -> Path:
+    """The model of the agents: the UNet, or the one of a test that is for both kinds of diffusion."""
+    return tiny_folder(DIFFUSIONS[getattr(request, "param", "vp")])
+
+
+@pytest.fixture
+def make_env(model_folder: Path, fresh_models: Callable[[], None]) -> Callable[..., DenoisingVectorEnv]:
     """``make_env(num_envs, **changes)``: an environment of the tiny model."""
 
     def make(num_envs: int = N, **changes: Any) -> DenoisingVectorEnv:
         settings: dict[str, Any] = {
-            "model": str(tiny_sd_folder),
+            "model": str(model_folder),
             "prompts": PROMPTS,
             "reward": Brightness(),
             "num_inference_steps": T,

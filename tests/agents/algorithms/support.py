@@ -27,6 +27,7 @@ from agents import (
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.buffer import TrajectoryBuffer, Transitions
 from agents.common.matching import NoisyImages
+from dpok_gym.models.scheduler_configs import is_flow_matching
 from tests.support import assert_same
 
 N, T = 4, 3
@@ -64,6 +65,10 @@ class AlwaysFails(Brightness):
 
 
 _FORWARD: dict[str, Any] = {"n_gradient_steps": 4, "log_every": 3, "batch_size": 3}
+
+#: The tiny models: a UNet that predicts the noise, and a transformer that was trained with flow matching. The last step
+#: of the latter has no noise.
+DIFFUSIONS = {"vp": "stable-diffusion", "flow": "stable-diffusion-3-no-t5"}
 
 #: Each algorithm, in each form that has a loss of its own.
 ALGORITHMS: dict[str, tuple[type[DenoisingAlgorithm], dict[str, Any]]] = {
@@ -243,13 +248,23 @@ def _surrogate(agent: Any, log_ratio: Tensor, advantages: Tensor, limit: float, 
     return torch.maximum(-ratio * advantages, -clipped * advantages)
 
 
-def _denoising_loss(agent: Any, batch: NoisyImages) -> Tensor:
-    """w ||eps_theta - eps||^2 / D, with KL-O + gamma ||eps_theta - eps_pre||^2 / D: the tiny model predicts eps."""
-    table, policy = agent.process.table, agent.policy
+def _target(agent: Any, batch: NoisyImages) -> Tensor:
+    """What a perfect denoiser predicts: eps, or for flow matching v = eps - x_0."""
+    table = agent.process.table
     signal, noise = table.signal[batch.step][:, None, None, None], table.noise[batch.step][:, None, None, None]
     eps = (batch.noisy.double() - signal * batch.latents) / noise
+    return eps - batch.latents if _is_flow(agent) else eps
+
+
+def _is_flow(agent: Any) -> bool:
+    return is_flow_matching(agent.process.model.scheduler_config)
+
+
+def _denoising_loss(agent: Any, batch: NoisyImages) -> Tensor:
+    """w ||output - target||^2 / D, with KL-O + gamma ||output - output_pre||^2 / D."""
+    policy = agent.policy
     output = policy.predict_output(batch.state, guidance_scale=1.0).double()
-    loss = batch.weight * _squared(output - eps) / DIMS
+    loss = batch.weight * _squared(output - _target(agent, batch)) / DIMS
     if getattr(agent, "regularization", "") == "KL-O":
         reference = policy.predict_output(batch.state, reference=True, guidance_scale=1.0).double()
         loss = loss + agent.gamma_kl * _squared(output - reference) / DIMS
@@ -257,24 +272,26 @@ def _denoising_loss(agent: Any, batch: NoisyImages) -> Tensor:
 
 
 def _matching_loss(agent: Any, batch: NoisyImages) -> Tensor:
-    """The loss of DiffusionNFT or AWM, plus the distance to the pre-trained model: the tiny model predicts eps."""
+    """The loss of DiffusionNFT or AWM, plus the distance to the pre-trained model."""
     table, policy = agent.process.table, agent.policy
     signal, noise = table.signal.double()[batch.step], table.noise.double()[batch.step]
-    eps = (batch.noisy.double() - signal[:, None, None, None] * batch.latents) / noise[:, None, None, None]
+    # x_0 = (x_t - noise eps) / signal and v = (eps - noise x_t) / signal, or for flow matching x_0 = x_t - noise v: so
+    # an error of the output is an error of these in x_0 and in v.
+    in_clean, in_velocity = (noise, torch.ones_like(noise)) if _is_flow(agent) else (noise / signal, 1 / signal)
+    target = _target(agent, batch)
     output = policy.predict_output(batch.state, guidance_scale=1.0).double()
     with policy.old_weights():
         old = policy.predict_output(batch.state, guidance_scale=1.0).double()
     reference = policy.predict_output(batch.state, reference=True, guidance_scale=1.0).double()
     penalty = agent.kl_coef * _squared(output - reference) / DIMS
     if isinstance(agent, DiffusionNFT):
-        # x_0 = (x_t - noise eps) / signal, so an error of eps is an error of noise / signal in x_0.
         positive = (1 - agent.beta) * old + agent.beta * output
         negative = (1 + agent.beta) * old - agent.beta * output
         r = 0.5 + 0.5 * batch.weight.double()
-        loss = r * _squared(positive - eps) + (1 - r) * _squared(negative - eps)
-        return loss * (noise / signal) ** 2 / DIMS / agent.beta + penalty
-    # v = (eps - noise x_t) / signal, so an error of eps is one of 1 / signal in v.
-    log_ratio = -_squared(output - eps) / signal**2 / DIMS - batch.old_log_prob.double()  # type: ignore[attr-defined]
+        loss = r * _squared(positive - target) + (1 - r) * _squared(negative - target)
+        return loss * in_clean**2 / DIMS / agent.beta + penalty
+    matched = _squared(output - target) * in_velocity**2 / DIMS
+    log_ratio = -matched - batch.old_log_prob.double()  # type: ignore[attr-defined]
     ratio, clipped = log_ratio.exp(), log_ratio.clip(-agent.clip_range, agent.clip_range).exp()
     policy_loss = torch.maximum(-batch.weight * ratio, -batch.weight * clipped)
     return policy_loss + agent.ema_coef * _squared(output - old) / DIMS + penalty
@@ -288,7 +305,7 @@ def _minus_reward(agent: DRaFT, batch: Any) -> Tensor:
         index = T - agent.n_last_steps + k
         state = agent.process.state(latents, index, conditioning)
         mean, _ = agent.policy.transition(state)
-        if agent.kl_coef:
+        if agent.kl_coef and table.std[index] > 0:
             reference, _ = agent.policy.transition(state, reference=True)
             kl = kl + agent.kl_coef * _squared(mean - reference) / (2 * table.std[index].double() ** 2)
         latents = mean + table.std[index] * batch.noise[:, k]

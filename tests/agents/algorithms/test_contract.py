@@ -22,6 +22,7 @@ from agents.algorithms.registry import load_algorithm
 from dpok_gym import DenoisingVectorEnv, diffusion
 from tests.agents.algorithms.support import (
     ALGORITHMS,
+    DIFFUSIONS,
     FORWARD_PROCESSES,
     POLICY_GRADIENTS,
     PROMPTS,
@@ -60,6 +61,9 @@ every_policy_gradient = pytest.mark.parametrize("name", POLICY_GRADIENTS)
 BUILT_IN = ("dpok", "ddpo", "grpo", "reinforce", "sft", "rwr", "best-of-n", "diffusion-nft", "awm", "draft")
 
 
+both_diffusions = pytest.mark.parametrize("model_folder", DIFFUSIONS, indirect=True)
+
+
 def test_every_built_in_algorithm_is_tested_here() -> None:
     assert {load_algorithm(name) for name in BUILT_IN} == {cls for cls, _ in ALGORITHMS.values()}
 
@@ -71,6 +75,7 @@ def test_every_built_in_algorithm_is_tested_here() -> None:
 @pytest.mark.parametrize(
     ("name", "guidance_scale"), [(name, 1.0) for name in ALGORITHMS] + [("DPOK", 3.0), ("RWR", 3.0)]
 )
+@both_diffusions
 def test_begins_as_the_reference(name: str, guidance_scale: float, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """The ratio is exactly 1 and the KL exactly 0, of each transition."""
     agent = make_agent(name, make_env(guidance_scale=guidance_scale))
@@ -90,6 +95,7 @@ def test_begins_as_the_reference(name: str, guidance_scale: float, make_env: Mak
     + [("DPOK", {"lora_rank": 0}), ("DPOK", {"autocast": True}), ("GRPO", {"gradient_checkpointing": True})],
     ids=str,
 )
+@both_diffusions
 def test_first_update_finds_no_ratio_and_no_kl(name: str, policy_kwargs: dict[str, Any], make_agent: MakeAgent) -> None:
     """One state in each call of the network, in the rollout as in the update: then the ratio is 1 to the last bit."""
     agent = make_agent(name, policy_kwargs={"max_batch_size": 1, **policy_kwargs}, micro_batch_size=1, batch_size=None)
@@ -103,11 +109,12 @@ def test_first_update_finds_no_ratio_and_no_kl(name: str, policy_kwargs: dict[st
 
     agent.log_metrics = keep
     agent.learn(UPDATE)
+    n_states = N * int(agent.process.table.stochastic.sum())  # nothing is learned from the others
     if name not in SCORE_FUNCTIONS:
-        assert metrics["mean_ratio"] == [1.0] * UPDATE
-        assert metrics["clip_fraction"] == [0.0] * UPDATE
+        assert metrics["mean_ratio"] == [1.0] * n_states
+        assert metrics["clip_fraction"] == [0.0] * n_states
     if agent.kl_coef:
-        assert metrics["kl_to_reference"] == [0.0] * UPDATE
+        assert metrics["kl_to_reference"] == [0.0] * n_states
     assert np.isfinite(metrics["grad_norm"]).all()
 
 
@@ -116,6 +123,7 @@ def test_first_update_finds_no_ratio_and_no_kl(name: str, policy_kwargs: dict[st
 
 @pytest.mark.slow
 @every_algorithm
+@both_diffusions
 def test_loss_is_one_number_for_each_element(name: str, make_agent: MakeAgent) -> None:
     """No element's loss depends on the others, so it does not matter how a batch is split."""
     agent = make_agent(name)
@@ -136,6 +144,7 @@ def test_loss_is_one_number_for_each_element(name: str, make_agent: MakeAgent) -
 
 @pytest.mark.slow
 @every_algorithm
+@both_diffusions
 def test_loss_is_that_of_the_paper(name: str, make_agent: MakeAgent) -> None:
     agent = make_agent(name)
     batch = whole_batch(agent)
@@ -151,6 +160,7 @@ def test_loss_is_that_of_the_paper(name: str, make_agent: MakeAgent) -> None:
 
 @pytest.mark.slow
 @every_algorithm
+@both_diffusions
 def test_gradient_equals_finite_differences(name: str, make_agent: MakeAgent) -> None:
     """Of the loss written by hand, along the gradient and along a direction that is partly random."""
     # Where a clip begins to hold, there is no gradient; tests of the losses are about that.
@@ -163,7 +173,7 @@ def test_gradient_equals_finite_differences(name: str, make_agent: MakeAgent) ->
     start = flat_weights(agent)
     noise = torch.randn(len(start), generator=torch.Generator().manual_seed(3))
     for direction in (slope / slope.norm(), slope / slope.norm() + noise / noise.norm()):
-        size = 1e-2
+        size = 0.05 if name == "DRaFT" else 0.01  # its loss hardly depends on the weights
         values = []
         for sign in (1, -1):
             torch.nn.utils.vector_to_parameters(start + sign * size * direction, agent.policy.denoiser_parameters())
@@ -189,6 +199,7 @@ def test_elements_count_by_their_weights(name: str, make_agent: MakeAgent) -> No
 
 @pytest.mark.slow
 @every_algorithm_in_turn
+@both_diffusions
 def test_learns(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """Weights move; the reference stays where it was."""
     agent = make_agent(name)
@@ -210,6 +221,7 @@ def test_learns(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
 
 @pytest.mark.slow
 @every_algorithm_in_turn
+@both_diffusions
 def test_micro_batches_change_nothing(name: str, make_agent: MakeAgent) -> None:
     learned = {}
     for size in (None, 2, "auto"):
@@ -280,6 +292,7 @@ def go_on(agent: Any, reset: bool = False) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @every_algorithm_in_turn
+@both_diffusions
 def test_goes_on_from_a_state_to_the_same_weights(name: str, make_agent: MakeAgent) -> None:
     agent = make_agent(name)
     agent.learn(2 * UPDATE)
@@ -309,6 +322,7 @@ def test_two_agents_of_one_state_do_not_share_it(name: str, make_agent: MakeAgen
 
 @every_algorithm_in_turn
 @pytest.mark.parametrize("reset", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["on", "anew"])
+@both_diffusions
 def test_goes_on_after_loading(
     name: str, reset: bool, make_env: MakeEnv, make_agent: MakeAgent, tmp_path: Path
 ) -> None:
@@ -329,6 +343,7 @@ def test_goes_on_after_loading(
 
 @pytest.mark.slow
 @every_algorithm_in_turn
+@both_diffusions
 def test_masked_images_are_not_learned_from(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     # All images are decoded and scored in one call, so that the reward fails for the same ones each time.
     env = make_env(8, reward=EveryOtherFails(), non_finite="mask", decode_batch_size=8)
@@ -404,6 +419,7 @@ UPDATE_COLUMNS = {
 
 @pytest.mark.slow
 @every_algorithm_in_turn
+@both_diffusions
 def test_log(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """Each row holds what an iteration drew and what its own update did."""
     env = make_env() if "DRaFT" in name else make_env(reward={colours: 2.0})
@@ -481,6 +497,7 @@ def test_learning_rate_is_never_below_zero(make_agent: MakeAgent) -> None:
 
 
 @pytest.mark.slow
+@both_diffusions
 def test_gradient_checkpointing_changes_no_update(
     make_env: MakeEnv, make_agent: MakeAgent, fresh_models: Callable[[], None]
 ) -> None:
@@ -499,6 +516,7 @@ def test_gradient_checkpointing_changes_no_update(
     [({"guidance_gradient": "conditional"}, 3.0), ({"autocast": True}, 1.0), ({"lora_rank": 0}, 1.0)],
     ids=str,
 )
+@both_diffusions
 def test_options_of_the_policy_reach_the_update(
     policy_kwargs: dict[str, Any], guidance_scale: float, make_env: MakeEnv, make_agent: MakeAgent
 ) -> None:
