@@ -104,12 +104,11 @@ def model_from_source(
         advice = "It must be a whole diffusers pipeline (model_index.json, scheduler, and all tokenizers and networks)"
     disable_progress_bar()  # transformers shows one even for a file that loads in milliseconds
     try:
-        given = {} if vae is None else {"vae": _load_vae(vae, dtype, allow_pickle)}
         with _quiet_diffusers():
             if path.is_file():
-                family, parts, scheduler = _parts_of_file(path, dtype, allow_pickle, config, given)
+                family, parts, scheduler = _parts_of_file(path, dtype, allow_pickle, config, vae)
             else:
-                family, parts, scheduler = _parts_of_folder(path, dtype, variant, allow_pickle, given)
+                family, parts, scheduler = _parts_of_folder(path, dtype, variant, allow_pickle, vae)
         if spread:  # before it is on the device, which could not hold it
             parts[family.denoiser_part] = shard(parts[family.denoiser_part], device)
         return family(name, parts, scheduler, device)
@@ -182,16 +181,17 @@ def _parts_of_pipeline(pipe: Any, family: type[LatentDiffusion]) -> tuple[dict[s
 
 
 def _parts_of_folder(
-    folder: Path, dtype: torch.dtype, variant: str | None, allow_pickle: bool, given: Mapping[str, Any]
+    folder: Path, dtype: torch.dtype, variant: str | None, allow_pickle: bool, vae: str | None
 ) -> tuple[type[LatentDiffusion], dict[str, Any], dict[str, Any]]:
-    """Returns the family, its parts, those that are given among them, and the config of its scheduler."""
+    """Returns the family, its parts, perhaps with another autoencoder, and the config of its scheduler."""
     check_model_folder(folder)
     index, kind = _read_index(folder / "model_index.json")
     family = find_family(kind)
-    parts, variants = dict(given), set()
+    parts = {} if vae is None else {"vae": _load_vae(family.networks["vae"], vae, dtype, allow_pickle)}
+    variants = set()
     for name in ["scheduler", *family.tokenizers, *family.networks]:
         # In the index a part that was left out is [null, null]: its library and its class.
-        if name in given or (name in family.optional and not any(index.get(name) or ())):
+        if name in parts or (name in family.optional and not any(index.get(name) or ())):
             continue
         try:
             if not (folder / name).is_dir():
@@ -301,7 +301,7 @@ def _in_both(name: str, value: str | bool) -> str:
 
 
 def _parts_of_file(
-    path: Path, dtype: torch.dtype, allow_pickle: bool, config: str | None, given: Mapping[str, Any]
+    path: Path, dtype: torch.dtype, allow_pickle: bool, config: str | None, vae: str | None
 ) -> tuple[type[LatentDiffusion], dict[str, Any], dict[str, Any]]:
     """Returns what :func:`_parts_of_folder` does, of a single-file checkpoint in the layout of the model's authors."""
     if path.suffix == ".safetensors":
@@ -319,15 +319,17 @@ def _parts_of_file(
     if not is_xl and not any(key.startswith("cond_stage_model.") for key in keys):
         raise ValueError("it holds no Stable Diffusion 1.x, 2.x or XL with its text encoders")
     kind = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
-    if "vae" not in given and not any(key.startswith("first_stage_model.") for key in keys):
+    if vae is None and not any(key.startswith("first_stage_model.") for key in keys):
         raise ValueError(f"it holds no autoencoder: name the folder or hub id of one with {_in_both('vae', 'FOLDER')}")
     outage = None
     if config is None or not Path(config).expanduser().is_dir():
         check_hub_id("config", config or kind)
         outage = find_outage()
     settings: dict[str, Any] = {"torch_dtype": dtype, "config": config, "local_files_only": outage is not None}
+    if vae is not None:
+        settings["vae"] = _load_vae(AutoencoderKL, vae, dtype, allow_pickle)
     try:
-        pipeline = getattr(diffusers, kind).from_single_file(str(path), **settings, **given, **_UNUSED)
+        pipeline = getattr(diffusers, kind).from_single_file(str(path), **settings, **_UNUSED)
     except OSError as error:
         raise OSError(
             f"{outage or error} (a single file does not tell its architecture; where the hub cannot be reached, name "
@@ -345,24 +347,32 @@ def _parts_of_file(
     return family, parts, scheduler
 
 
-def _load_vae(source: str, dtype: torch.dtype, allow_pickle: bool) -> AutoencoderKL:
-    """Loads an autoencoder from its own folder or hub id, or from that of a model that has one."""
+def _load_vae(vae_class: Any, source: str, dtype: torch.dtype, allow_pickle: bool) -> Any:
+    """Loads an autoencoder of a class from its own folder or hub id, or from that of a model that has one."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         check_model_folder(folder)
         folder = folder / "vae" if (folder / "vae").is_dir() else folder
         variant = _find_variant(folder, None, allow_pickle)
-        return _load_network(AutoencoderKL, folder, variant, allow_pickle, torch_dtype=dtype)
+        _check_class(vae_class, vae_class.load_config(folder), source)
+        return _load_network(vae_class, folder, variant, allow_pickle, torch_dtype=dtype)
     check_hub_id("the autoencoder", source)
     outage = find_outage()
-    arguments = {"torch_dtype": dtype, "local_files_only": outage is not None}
     for subfolder in (None, "vae"):
+        place: dict[str, Any] = {"subfolder": subfolder, "local_files_only": outage is not None}
         try:
-            return _load_network(AutoencoderKL, source, None, allow_pickle, subfolder=subfolder, **arguments)
+            _check_class(vae_class, vae_class.load_config(source, **place), source)
+            return _load_network(vae_class, source, None, allow_pickle, torch_dtype=dtype, **place)
         except OSError as error:  # there is no config
             reason = outage or str(error)
     check_hub_id("the autoencoder", source, is_unknown=True)
     raise FileNotFoundError(f"the autoencoder {source!r} is no folder, and not in the Hugging Face cache ({reason})")
+
+
+def _check_class(vae_class: Any, config: Mapping[str, Any], source: str) -> None:
+    kind = config.get("_class_name", vae_class.__name__)
+    if kind != vae_class.__name__:
+        raise ValueError(f"the autoencoder {source} is an {kind}, and the model has an {vae_class.__name__}")
 
 
 def _find_folder(name: str, source: str, revision: str | None, variant: str | None, allow_pickle: bool) -> Path:

@@ -156,6 +156,18 @@ def test_classifier_free_guidance(folder: Path, pipeline: Any, negative_prompt: 
     assert process.num_function_evaluations == 2 * T * len(PROMPTS)
 
 
+def test_another_autoencoder(folder: Path, tiny_sd_folder: Path) -> None:
+    """Of its own class, which has the moments of the latents."""
+    model: Any = load_model(folder, "cpu", vae=folder, image_size=SIZE)
+    plain = load_model(folder, "cpu", image_size=SIZE)
+    latents = x_T(model)
+    with torch.no_grad():
+        assert model.decode(latents).equal(plain.decode(latents))
+    message = f"the autoencoder {tiny_sd_folder} is an AutoencoderKL, and the model has an AutoencoderKLFlux2"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_model(folder, "cpu", vae=tiny_sd_folder)
+
+
 def test_a_distilled_model_refuses_guidance(folder: Path, pipeline: Any) -> None:
     pipeline.register_to_config(is_distilled=True)
     model: Any = TextToImageModel.from_pipeline(pipeline, image_size=SIZE)
