@@ -21,6 +21,7 @@ from dpok_gym.models.lora_files import Ranks
 from dpok_gym.models.registry import find_source
 from dpok_gym.models.scheduler_configs import is_flow_matching
 from dpok_gym.rewards.remote.access import is_address
+from dpok_gym.samplers.flow_matching import trailing_levels
 from dpok_gym.utils.files import replacing, write_text
 from dpok_gym.utils.reading import parse_json
 from dpok_gym.utils.validation import shorten
@@ -49,6 +50,7 @@ SAMPLING = (
     "is_flow_matching",
     "denoiser",
     "loads_lora_files",
+    "pipeline_options",
 )
 #: Those of them that are arguments of a pipeline's call.
 _OF_CALL = ("num_inference_steps", "eta", "guidance_scale", "true_cfg_scale", "negative_prompt")
@@ -128,11 +130,19 @@ def sampling_of(process: DenoisingProcess) -> dict[str, Any]:
         "true_cfg_scale": model.options.get("true_cfg_scale"),
         "negative_prompt": model.options.get("negative_prompt"),
         "image_size": model.options.get("image_size"),
-        "timestep_spacing": model.scheduler_config.get("timestep_spacing", "leading"),
+        "timestep_spacing": _spacing_of(model),
         "is_flow_matching": is_flow_matching(model.scheduler_config),
         "denoiser": model.lora_prefix.removesuffix("."),
         "loads_lora_files": model.loads_lora_files,
+        "pipeline_options": dict(model.pipeline_options),
     }
+
+
+def _spacing_of(model: TextToImageModel) -> str | None:
+    """Returns the spacing of the timesteps; with flow matching None, if it is that of the model's own pipeline."""
+    if is_flow_matching(model.scheduler_config):
+        return model.options.get("timestep_spacing")
+    return model.scheduler_config.get("timestep_spacing", "leading")
 
 
 def noted_sampling(notes: Mapping[str, str]) -> dict[str, Any]:
@@ -171,7 +181,10 @@ def usage_hint(sampling: Mapping[str, Any]) -> str:
         scheduler = f"the sampler “{sampling['sampler']}” for flow matching ({noise})"
     else:
         scheduler = f"the scheduler DDIM ({noise}, spacing {sampling['timestep_spacing']})"
-    return f"{scheduler}, {sampling['num_inference_steps']} steps, guidance scale {sampling['guidance_scale']}"
+    true_cfg = f", true CFG scale {sampling['true_cfg_scale']}" if sampling["true_cfg_scale"] else ""
+    return (
+        f"{scheduler}, {sampling['num_inference_steps']} steps, guidance scale {sampling['guidance_scale']}{true_cfg}"
+    )
 
 
 def lora_notes(process: DenoisingProcess) -> dict[str, str]:
@@ -288,8 +301,6 @@ def _usage(training: Training, kind: Format, place: str) -> str:
     base = place if kind == "merged" else hub_id(training.model) or public_name(training.model)
     peft = [f"pipe.{sampling['denoiser']} = PeftModel.from_pretrained(pipe.{sampling['denoiser']}, {place!r})"]
     file = [f"pipe.load_lora_weights({place!r})"]
-    if not sampling["loads_lora_files"]:
-        file = ["# this pipeline reads no LoRA files: use dpok export --format peft"]
     load = {"diffusers": file, "kohya": file, "peft": ["from peft import PeftModel", "", *peft], "merged": []}[kind]
     if sampling["is_flow_matching"]:
         classes, scheduler = "DiffusionPipeline", []
@@ -316,10 +327,14 @@ def _usage(training: Training, kind: Format, place: str) -> str:
         f"It was trained with {usage_hint(sampling)}{'' if kind == 'merged' else ', at strength 1'}. {others}, but "
         "what was learned shows most with these.",
         "",
-        "```python",
-        *code,
-        "```",
     ]
+    if kind == "diffusers" and not sampling["loads_lora_files"]:
+        lines.append(
+            "The pipeline of this model reads no LoRA files. `dpok export RUN --format peft` writes the LoRA for peft, "
+            "and `--format merged` a whole pipeline."
+        )
+    else:
+        lines += ["```python", *code, "```"]
     if kind == "kohya":
         lines += [
             "",
@@ -342,10 +357,16 @@ def _arguments(training: Training) -> str:
     known = {name: sampling[name] for name in _OF_CALL if sampling[name] is not None}
     if sampling["is_flow_matching"]:
         del known["eta"]  # their pipelines have no such argument
+        if sampling["timestep_spacing"] == "trailing":
+            known["sigmas"] = [round(level, 6) for level in trailing_levels(sampling["num_inference_steps"])]
     size = sampling["image_size"]
     if size is not None:
         known["height"], known["width"] = (size, size) if isinstance(size, int) else size
-    arguments = {"prompt": training.prompts if training.is_one_prompt else "...", **known}
+    arguments = {
+        "prompt": training.prompts if training.is_one_prompt else "...",
+        **known,
+        **sampling["pipeline_options"],
+    }
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 

@@ -72,6 +72,7 @@ class TextToImageModel(ABC):
         long_prompts: what becomes of a prompt that is longer than the model reads: "error", or "truncate" to leave out
             its end, as diffusers' pipelines do.
         lora_layers: sets of layers for a LoRA: "attention" and "all", each a tuple of endings of layer names.
+        pipeline_options: further arguments with which diffusers' pipeline draws as the model does.
         lora_prefix: name of the denoiser in a LoRA file, with a dot, as diffusers' ``load_lora_weights`` expects it.
         default_lora_rank: rank of the LoRA that fine-tuning trains by default; 0 means: train the whole denoiser.
     """
@@ -87,6 +88,7 @@ class TextToImageModel(ABC):
     sequence_length: int | None = None
     lora_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     lora_prefix: str = ""
+    pipeline_options: ClassVar[Mapping[str, Any]] = {}
     long_prompts: LongPrompts = "error"
     default_lora_rank: int = 8
 
@@ -229,6 +231,14 @@ class TextToImageModel(ABC):
             prompts: N texts.
         """
         return iter(())
+
+    def longest_prompt(self, prompts: Sequence[str]) -> tuple[int, int] | None:
+        """Returns the tokens of the longest prompt, and the most that the model reads; None without a tokenizer.
+
+        Args:
+            prompts: N texts, at least one.
+        """
+        return None
 
     @abstractmethod
     def find_unreadable(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
@@ -386,5 +396,6 @@ class TextToImageModel(ABC):
         """
         height, width = self.image_shape
         call = {"latents": latents, "guidance_scale": guidance_scale, "height": height, "width": width}
+        call |= self.pipeline_options
         negative = self.options.get("negative_prompt")
         return call if negative is None else call | {"negative_prompt": [negative] * len(latents)}

@@ -234,6 +234,13 @@ class LatentDiffusion(TextToImageModel):
         readers = self._readers().items()
         return merge_by_index(*(self._find_long(getattr(self, name), most, prompts) for name, most in readers))
 
+    def longest_prompt(self, prompts: Sequence[str]) -> tuple[int, int]:
+        """See the base class: of the tokenizer that comes nearest to its limit."""
+        pairs = [
+            (max(self._count_tokens(getattr(self, name), prompts)), most) for name, most in self._readers().items()
+        ]
+        return max(pairs, key=lambda pair: pair[0] / pair[1])
+
     def _find_long(self, tokenizer: Any, max_tokens: int, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
         for index, n_tokens in enumerate(self._count_tokens(tokenizer, prompts)):
             if n_tokens > max_tokens:

@@ -44,6 +44,8 @@ class PixArtSigma(LatentDiffusion):
         "all": (*_ATTENTION, "ff.net.0.proj", "ff.net.2"),
     }
     lora_prefix = "transformer."
+    #: Any size, and the prompts as they are.
+    pipeline_options: ClassVar[Mapping[str, Any]] = {"use_resolution_binning": False, "clean_caption": False}
 
     def _count_text_features(self) -> int:
         return self.text_encoder.config.hidden_size
@@ -55,11 +57,6 @@ class PixArtSigma(LatentDiffusion):
 
     def _prepare_vae(self, vae: Any) -> Any:
         return without_overflow(vae)  # it is that of Stable Diffusion XL
-
-    def pipeline_call(self, latents: Tensor, guidance_scale: float) -> dict[str, Any]:
-        """See the base class."""
-        own = {"use_resolution_binning": False, "clean_caption": False}  # any size, and the prompts as they are
-        return super().pipeline_call(latents, guidance_scale) | own
 
     def _readers(self) -> Mapping[str, int]:
         return {"tokenizer": MAX_TOKENS}

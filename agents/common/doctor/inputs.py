@@ -18,7 +18,6 @@ from agents.common.doctor.finding import Finding, judge
 from agents.common.image_statistics import equal_share, variance_within
 from dpok_gym.models import TextToImageModel
 from dpok_gym.models.scheduler_configs import for_diffusers, is_flow_matching
-from dpok_gym.models.token_counts import count_tokens
 from dpok_gym.prompts import find_unobservable
 from dpok_gym.rewards import Reward
 from dpok_gym.rewards.base import Components
@@ -51,9 +50,8 @@ def check_prompts(model: TextToImageModel, prompts: Sequence[str], max_bytes: in
     refused = find_refused(model, prompts, max_bytes, skip_long)
     n_long, copies = len(list(model.find_long(prompts))), len(prompts) - len(set(prompts))
     length = f"{max(len(prompt.encode(errors='replace')) for prompt in prompts)} bytes"
-    tokenizer = getattr(model, "tokenizer", None)  # a model of one's own may read texts in another way
-    if tokenizer is not None:
-        length = f"{max(count_tokens(tokenizer, prompts))} of {tokenizer.model_max_length} tokens"
+    if (counted := model.longest_prompt(prompts)) is not None:
+        length = "{} of {} tokens".format(*counted)
     advice = "a prompt that stands there twice is drawn twice as often; leave out the copies if that is not meant"
     if n_long:
         advice = "prompts that are too long are left out, or lose their end: shorten them"

@@ -36,6 +36,7 @@ SAMPLING: dict[str, Any] = {
     "is_flow_matching": False,
     "denoiser": "unet",
     "loads_lora_files": True,
+    "pipeline_options": {},
 }
 RANKS = Ranks(4, {}, ("a", "b"))
 
@@ -164,7 +165,7 @@ def test_notes_of_a_file(folder: str, request: pytest.FixtureRequest) -> None:
 def test_notes_of_stable_diffusion_2_and_of_another_denoiser(tiny_v_folder: Path) -> None:
     process = make_process(tiny_v_folder, 3)
     model: Any = process.model
-    wide = SimpleNamespace(**vars(model), lora_prefix="unet.", loads_lora_files=True)
+    wide = SimpleNamespace(**vars(model), lora_prefix="unet.", loads_lora_files=True, pipeline_options={})
     wide.denoiser = SimpleNamespace(config={"cross_attention_dim": 1024})
     stand_in: Any = SimpleNamespace(model=wide, config=process.config)
     assert lora_notes(stand_in)["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
@@ -180,12 +181,12 @@ def test_hint_at_a_window_of_stochastic_steps() -> None:
     )
 
 
-#: A format of each small pipeline that is no UNet, and what its call needs only because it is so small.
-TRANSFORMERS: dict[str, tuple[Any, str]] = {
-    "stable-diffusion-3": ("diffusers", ""),
-    "flux-dev": ("diffusers", ""),
-    "sana": ("diffusers", ", use_resolution_binning=False"),
-    "pixart-sigma": ("peft", ", use_resolution_binning=False"),
+#: A format of each small pipeline that is no UNet.
+TRANSFORMERS: dict[str, Any] = {
+    "stable-diffusion-3": "diffusers",
+    "flux-dev": "diffusers",
+    "sana": "diffusers",
+    "pixart-sigma": "peft",
 }
 
 
@@ -194,7 +195,7 @@ TRANSFORMERS: dict[str, tuple[Any, str]] = {
 def test_the_code_of_a_transformers_card_runs(
     family: str, tiny_folder: Callable[[str], Path], tmp_path: Path, fresh_models: Callable[[], None]
 ) -> None:
-    kind, small = TRANSFORMERS[family]
+    kind = TRANSFORMERS[family]
     folder = tiny_folder(family)
     process = make_process(folder, 2, guidance_scale=3.0, image_size=32)
     lora = LoRA(process.model.denoiser, 2, process.model.lora_layers["attention"])
@@ -208,15 +209,15 @@ def test_the_code_of_a_transformers_card_runs(
     code = card.split("```python\n")[1].split("```")[0].replace(repr(folder.name), repr(str(folder)))
     assert ("eta=" in code) == (family == "pixart-sigma")
     names: dict[str, Any] = {}
-    exec(code.replace(").images", f"{small}).images"), names)
+    exec(code, names)
     assert names["image"].size == (32, 32)
     assert any("lora" in name for name, _ in names["pipe"].transformer.named_parameters())
 
 
 def test_a_lora_file_for_a_pipeline_that_reads_none(tmp_path: Path) -> None:
     card = write_card(tmp_path, training(sampling=SAMPLING | {"loads_lora_files": False}), "diffusers").read_text()
-    assert "reads no LoRA files: use dpok export --format peft" in card
-    assert "load_lora_weights" not in card
+    assert "reads no LoRA files. `dpok export RUN --format peft` writes" in card
+    assert "```" not in card  # code without the LoRA would draw what was there before
 
 
 def test_scale_of_true_guidance_is_in_the_call(tmp_path: Path) -> None:
@@ -224,3 +225,10 @@ def test_scale_of_true_guidance_is_in_the_call(tmp_path: Path) -> None:
     card = write_card(tmp_path, training(sampling=sampling), "merged").read_text()
     assert "num_inference_steps=20, guidance_scale=5.0, true_cfg_scale=2.0)" in card
     assert "the sampler “cps” for flow matching (eta 1.0 in steps 1 to 3 and 0 in the others), 20 steps" in card
+    assert "guidance scale 5.0, true CFG scale 2.0. " in card
+
+
+def test_noise_levels_that_were_asked_for_are_in_the_call(tmp_path: Path) -> None:
+    sampling = SAMPLING | {"is_flow_matching": True, "timestep_spacing": "trailing", "num_inference_steps": 4}
+    card = write_card(tmp_path, training(sampling=sampling), "merged").read_text()
+    assert "sigmas=[1.0, 0.75, 0.5, 0.25])" in card
