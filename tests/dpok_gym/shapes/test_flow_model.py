@@ -55,4 +55,5 @@ def test_it_draws_what_it_is_asked_for() -> None:
     prompts = list(load_prompts("shapes").train)
     evaluation = sample_images(env.process, env, prompts, seed=0)
     assert 0.25 < evaluation.aligned.mean() < 0.8
+    assert evaluation.mean_quality is not None
     assert evaluation.mean_quality > 0.75
