@@ -131,7 +131,7 @@ def register_builtins() -> None:
     register_model("pixart", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS")
     register_model("sd35", "stabilityai/stable-diffusion-3.5-medium")
     register_model("flux", "black-forest-labs/FLUX.1-dev")
-    register_model("sana", "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers")
+    register_model("sana", "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers")
 
     register_reward("shapes-alignment", "dpok_gym.shapes.rewards:ShapesAlignment")
     register_reward("shapes-quality", "dpok_gym.shapes.rewards:ShapesQuality")

@@ -26,6 +26,7 @@ from torch import Tensor
 from dpok_gym import diffusion
 from dpok_gym.judging import ImageJudge, Outcome, make_info
 from dpok_gym.models import TextToImageModel
+from dpok_gym.models.base import MIN_PROMPTS_KEPT
 from dpok_gym.models.loading import find_model
 from dpok_gym.models.scheduler_configs import TimestepSpacing
 from dpok_gym.prompt_checks import check_prompts, skip_long_prompts
@@ -57,9 +58,6 @@ LATENT_BOUND = 100.0
 
 #: More images at once are drawn by more processes; and ten times as many would fill the memory of a large machine.
 MAX_ENVS = 2**17
-
-#: Prompts that are encoded when the environment is made; a longer list is encoded as its prompts are drawn.
-_MAX_PROMPTS_ENCODED_AHEAD = 512
 
 #: Attributes that the constructor makes anew of its arguments.
 _MADE_OF_ARGUMENTS = ("model", "process", "prompts", "reward", "_judge", "_reference", "world")
@@ -205,7 +203,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self.reward: Reward = make_reward(reward, non_finite)
         self._judge = ImageJudge(self.model, self.reward, decode_batch_size, self.reward_workers)
         if self.model.device.type != "cpu":
-            if len(self.prompts.train) <= _MAX_PROMPTS_ENCODED_AHEAD:
+            if len(self.prompts.train) <= MIN_PROMPTS_KEPT:  # a longer list is encoded as its prompts are drawn
                 self.model.encode(self.prompts.train)
             self.model.offload_text_encoder()  # its memory is better used for images
 

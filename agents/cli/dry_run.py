@@ -160,8 +160,9 @@ def estimate_memory(config: Config, architecture: Architecture, on_gpu: bool = T
     kept[f"{what}, {n_copies} times: its gradient, AdamW" + " and the old policy" * (n_copies > 4)] = n_copies * trained
     if algo.get("use_critic") and algo["critic_kind"] == "network":
         with torch.device("meta"):
-            width = latent // 4, rehearsal.model.text_width, n_steps, policy["critic_hidden"]
-            kept["critic, 4 times"] = 4 * size_of(ValueNetwork(*width).parameters())
+            model = rehearsal.model
+            critic = ValueNetwork(model.latent_shape, model.text_width, n_steps, policy["critic_hidden"])
+            kept["critic, 4 times"] = 4 * size_of(critic.parameters())
     kept[f"trajectories of {n_images} images"] = n_images * (2 * n_steps + 1) * latent
     kept["their prompts, encoded"] = n_images * rehearsal.prompt_bytes
     if issubclass(algorithm, ForwardProcess):

@@ -19,6 +19,7 @@ import yaml
 from agents.common.arguments import describe_arguments
 from dpok_gym.models.lora_files import Ranks
 from dpok_gym.models.registry import find_source
+from dpok_gym.models.scheduler_configs import is_flow_matching
 from dpok_gym.rewards.remote.access import is_address
 from dpok_gym.utils.files import replacing, write_text
 from dpok_gym.utils.reading import parse_json
@@ -34,16 +35,23 @@ Format = Literal["diffusers", "kohya", "peft", "merged"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LIBRARIES = {"diffusers": "diffusers", "kohya": "diffusers", "peft": "peft", "merged": "diffusers"}
-#: What an image depends on beside prompt and seed.
+#: What an image depends on beside prompt and seed, and what the code that draws it must know of the pipeline.
 SAMPLING = (
+    "sampler",
     "num_inference_steps",
     "eta",
     "sde_steps",
     "guidance_scale",
+    "true_cfg_scale",
     "negative_prompt",
     "image_size",
     "timestep_spacing",
+    "is_flow_matching",
+    "denoiser",
+    "loads_lora_files",
 )
+#: Those of them that are arguments of a pipeline's call.
+_OF_CALL = ("num_inference_steps", "eta", "guidance_scale", "true_cfg_scale", "negative_prompt")
 #: The note in a LoRA's file that has these values, as JSON.
 _SAMPLING_NOTE = "dpok_gym.sampling"
 #: Arguments of an algorithm that say nothing about how it learned.
@@ -112,13 +120,18 @@ def sampling_of(process: DenoisingProcess) -> dict[str, Any]:
     """Returns the arguments of a sampler, as :class:`Training` has them."""
     model, known = process.model, process.config
     return {
+        "sampler": known.sampler,
         "num_inference_steps": known.num_inference_steps,
         "eta": known.eta,
         "sde_steps": known.sde_steps,
         "guidance_scale": known.guidance_scale,
+        "true_cfg_scale": model.options.get("true_cfg_scale"),
         "negative_prompt": model.options.get("negative_prompt"),
         "image_size": model.options.get("image_size"),
         "timestep_spacing": model.scheduler_config.get("timestep_spacing", "leading"),
+        "is_flow_matching": is_flow_matching(model.scheduler_config),
+        "denoiser": model.lora_prefix.removesuffix("."),
+        "loads_lora_files": model.loads_lora_files,
     }
 
 
@@ -153,10 +166,12 @@ def usage_hint(sampling: Mapping[str, Any]) -> str:
     """Returns how to draw, in a few words: scheduler, steps and guidance."""
     window = sampling["sde_steps"]
     where = f" in steps {window[0]} to {window[0] + window[1] - 1} and 0 in the others" if window else ""
-    return (
-        f"the scheduler DDIM (eta {sampling['eta']}{where}, spacing {sampling['timestep_spacing']}), "
-        f"{sampling['num_inference_steps']} steps, guidance scale {sampling['guidance_scale']}"
-    )
+    noise = f"eta {sampling['eta']}{where}"
+    if sampling["is_flow_matching"]:
+        scheduler = f"the sampler “{sampling['sampler']}” for flow matching ({noise})"
+    else:
+        scheduler = f"the scheduler DDIM ({noise}, spacing {sampling['timestep_spacing']})"
+    return f"{scheduler}, {sampling['num_inference_steps']} steps, guidance scale {sampling['guidance_scale']}"
 
 
 def lora_notes(process: DenoisingProcess) -> dict[str, str]:
@@ -167,11 +182,13 @@ def lora_notes(process: DenoisingProcess) -> dict[str, str]:
     model = process.model
     name = hub_id(model.name) or public_name(model.name)
     height, width = model.image_shape
+    # The specification has no word for what a flow-matching model predicts.
+    prediction = {"modelspec.prediction_type": "v" if _predicts_velocity(model) else "epsilon"}
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": f"LoRA of {name}",
         "modelspec.implementation": "diffusers",
-        "modelspec.prediction_type": "v" if _predicts_velocity(model) else "epsilon",
+        **({} if is_flow_matching(model.scheduler_config) else prediction),
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.usage_hint": f"{usage_hint(sampling_of(process))}, strength 1",
         "ss_sd_model_name": name,
@@ -267,28 +284,37 @@ def _introduction(training: Training, ranks: Ranks | None) -> str:
 
 def _usage(training: Training, kind: Format, place: str) -> str:
     """Returns how to draw: the code for diffusers, and the settings for other programs."""
+    sampling = training.sampling
     base = place if kind == "merged" else hub_id(training.model) or public_name(training.model)
-    load = {
-        "diffusers": [f"pipe.load_lora_weights({place!r})"],
-        "kohya": [f"pipe.load_lora_weights({place!r})"],
-        "peft": ["from peft import PeftModel", "", f"pipe.unet = PeftModel.from_pretrained(pipe.unet, {place!r})"],
-        "merged": [],
-    }[kind]
+    peft = [f"pipe.{sampling['denoiser']} = PeftModel.from_pretrained(pipe.{sampling['denoiser']}, {place!r})"]
+    file = [f"pipe.load_lora_weights({place!r})"]
+    if not sampling["loads_lora_files"]:
+        file = ["# this pipeline reads no LoRA files: use dpok export --format peft"]
+    load = {"diffusers": file, "kohya": file, "peft": ["from peft import PeftModel", "", *peft], "merged": []}[kind]
+    if sampling["is_flow_matching"]:
+        classes, scheduler = "DiffusionPipeline", []
+        others = "The pipeline draws with its own solver, without noise in the steps; other numbers of steps work too"
+    else:
+        classes = "DDIMScheduler, DiffusionPipeline"
+        scheduler = [
+            "pipe.scheduler = DDIMScheduler.from_config(",
+            f"    pipe.scheduler.config, {_scheduler_arguments(sampling)}",
+            ")",
+        ]
+        others = "Other schedulers and numbers of steps work too"
     code = [
-        "from diffusers import DDIMScheduler, DiffusionPipeline",
+        f"from diffusers import {classes}",
         "",
         f"pipe = DiffusionPipeline.from_pretrained({base!r})",
         *load,
-        "pipe.scheduler = DDIMScheduler.from_config(",
-        f"    pipe.scheduler.config, {_scheduler_arguments(training.sampling)}",
-        ")",
+        *scheduler,
         f"image = pipe({_arguments(training)}).images[0]",
     ]
     lines = [
         "## How to draw",
         "",
-        f"It was trained with {usage_hint(training.sampling)}{'' if kind == 'merged' else ', at strength 1'}. Other "
-        "schedulers and numbers of steps work too, but what was learned shows most with these.",
+        f"It was trained with {usage_hint(sampling)}{'' if kind == 'merged' else ', at strength 1'}. {others}, but "
+        "what was learned shows most with these.",
         "",
         "```python",
         *code,
@@ -298,7 +324,7 @@ def _usage(training: Training, kind: Format, place: str) -> str:
         lines += [
             "",
             "In ComfyUI, the sampler `ddpm` with the scheduler `ddim_uniform` is nearest. In AUTOMATIC1111's web UI, "
-            f"it is the sampler DDIM with “Eta for DDIM” at {training.sampling['eta']}.",
+            f"it is the sampler DDIM with “Eta for DDIM” at {sampling['eta']}.",
         ]
     return "\n".join(lines)
 
@@ -312,12 +338,14 @@ def _scheduler_arguments(sampling: Mapping[str, Any]) -> str:
 
 def _arguments(training: Training) -> str:
     """Returns the arguments of a pipeline's call, as code."""
-    sampling = {name: value for name, value in training.sampling.items() if value is not None}
-    del sampling["timestep_spacing"]  # the scheduler's
-    size = sampling.pop("image_size", None)
+    sampling = training.sampling
+    known = {name: sampling[name] for name in _OF_CALL if sampling[name] is not None}
+    if sampling["is_flow_matching"]:
+        del known["eta"]  # their pipelines have no such argument
+    size = sampling["image_size"]
     if size is not None:
-        sampling["height"], sampling["width"] = (size, size) if isinstance(size, int) else size
-    arguments = {"prompt": training.prompts if training.is_one_prompt else "...", **sampling}
+        known["height"], known["width"] = (size, size) if isinstance(size, int) else size
+    arguments = {"prompt": training.prompts if training.is_one_prompt else "...", **known}
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 

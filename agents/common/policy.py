@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.distributions import DiagGaussianDistribution
@@ -167,8 +166,8 @@ class DenoisingPolicy(ActorCriticPolicy):
         self.old = SlowCopy(self._named_denoiser_parameters()) if keep_old else None
         self.critic: ValueNetwork | RewardCritic | None = None
         if use_critic and check_choice("critic_kind", critic_kind, "network", "reward") == "network":
-            dims = int(np.prod(self.model.latent_shape))
-            self.critic = ValueNetwork(dims, self.model.text_width, process.num_inference_steps, critic_hidden)
+            shape, width = self.model.latent_shape, self.model.text_width
+            self.critic = ValueNetwork(shape, width, process.num_inference_steps, critic_hidden)
             self.critic.to(self.model.device)
         elif use_critic:
             check_names("argument of RewardCritic", critic_kwargs or {}, inspect.signature(RewardCritic).parameters)

@@ -24,9 +24,12 @@ Conditioning = dict[str, Tensor]
 GuidanceGradient = Literal["both", "conditional"]
 LongPrompts = Literal["error", "truncate"]
 
-#: Most bytes of conditioning that a model keeps. One prompt has 230 KiB with Stable Diffusion 1.5 in float32 (77 x 768
-#: numbers) and 620 KiB with XL, so this is enough for about 1100 and 400 prompts.
+#: Most bytes of conditioning that a model keeps in the memory of the CPU. One prompt has 230 KiB with Stable Diffusion
+#: 1.5 in float32 (77 x 768 numbers), so this is enough for about 1100 prompts.
 CONDITIONING_CACHE_BYTES = 256 * 2**20
+#: Prompts that are kept even if they take more. One has 4 MiB with FLUX.1 in bfloat16 (512 x 4096 numbers), and its
+#: text encoders of 9 GB should not have to come back for it.
+MIN_PROMPTS_KEPT = 512
 
 #: The name of the model of a live pipeline that has no name of its own.
 LIVE_PIPELINE = "pipeline"
@@ -89,7 +92,7 @@ class TextToImageModel(ABC):
 
     def __init__(self) -> None:
         self.options = {}
-        self._conditioning = ConditioningCache(CONDITIONING_CACHE_BYTES)
+        self._conditioning = ConditioningCache(CONDITIONING_CACHE_BYTES, MIN_PROMPTS_KEPT)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextToImageModel:
         """Returns the model itself: everyone shares its networks. Gymnasium copies an environment's arguments often."""
@@ -206,7 +209,7 @@ class TextToImageModel(ABC):
             return self
         model = copy.copy(self)
         # A cache of its own: with another size XL's conditioning differs, and a prompt may be too long for one only.
-        model._conditioning = ConditioningCache(CONDITIONING_CACHE_BYTES)
+        model._conditioning = ConditioningCache(CONDITIONING_CACHE_BYTES, MIN_PROMPTS_KEPT)
         model.long_prompts = long_prompts
         if timestep_spacing is not None:
             model.scheduler_config = with_spacing(self.scheduler_config, timestep_spacing)
@@ -251,7 +254,8 @@ class TextToImageModel(ABC):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Returns what the denoiser is told about each prompt: tensors with a leading axis of N, on the model's device.
 
-        Each distinct prompt is encoded once, and kept as long as :data:`CONDITIONING_CACHE_BYTES` allows.
+        Each distinct prompt is encoded once, and kept as long as :data:`CONDITIONING_CACHE_BYTES` and
+        :data:`MIN_PROMPTS_KEPT` allow.
 
         Args:
             prompts: N texts.
@@ -275,12 +279,12 @@ class TextToImageModel(ABC):
             # One at a time: in a batch, its last bits would depend on the prompts beside it.
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 encoded = self._encode([prompt])
-            conditioning[prompt] = {name: values[0] for name, values in encoded.items()}
+            conditioning[prompt] = {name: values[0].cpu() for name, values in encoded.items()}
             self._conditioning.add(prompt, conditioning[prompt])
         rows = [conditioning[prompt] for prompt in prompts]
         stacked: Conditioning = {}
         for name in rows[0]:
-            stacked[name] = torch.stack([row[name] for row in rows])
+            stacked[name] = torch.stack([row[name] for row in rows]).to(self.device)
         return stacked
 
     @abstractmethod
@@ -300,6 +304,11 @@ class TextToImageModel(ABC):
     @abstractmethod
     def text_features(self, conditioning: Conditioning) -> Tensor:
         """Returns one vector for each prompt, (N, F), for a critic to read."""
+
+    @property
+    def loads_lora_files(self) -> bool:
+        """Whether diffusers' pipeline of the model has ``load_lora_weights``."""
+        return True
 
     def num_forward_passes(self, guidance_scale: float) -> int:
         """Returns the forward passes of the denoiser for one image in :meth:`predict`: 2 with guidance, else 1."""
@@ -367,3 +376,15 @@ class TextToImageModel(ABC):
             ValueError: if diffusers has no pipeline for the model.
         """
         raise ValueError(f"diffusers has no pipeline for the model {self.name!r}; draw with a DenoisingProcess instead")
+
+    def pipeline_call(self, latents: Tensor, guidance_scale: float) -> dict[str, Any]:
+        """Returns the arguments with which that pipeline draws the model's images: all but prompts, steps and noise.
+
+        Args:
+            latents: (B, C, h, w) x_T.
+            guidance_scale: as for :meth:`predict`.
+        """
+        height, width = self.image_shape
+        call = {"latents": latents, "guidance_scale": guidance_scale, "height": height, "width": width}
+        negative = self.options.get("negative_prompt")
+        return call if negative is None else call | {"negative_prompt": [negative] * len(latents)}

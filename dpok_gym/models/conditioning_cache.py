@@ -12,13 +12,14 @@ class ConditioningCache:
 
     Args:
         max_bytes: most bytes of tensors that are kept.
+        min_entries: prompts that are kept even if they take more.
 
     Attributes:
         num_bytes: bytes of the tensors in it.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
+    def __init__(self, max_bytes: int, min_entries: int = 0) -> None:
+        self.max_bytes, self.min_entries = max_bytes, min_entries
         self.num_bytes = 0
         self._entries: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
@@ -39,7 +40,7 @@ class ConditioningCache:
         """Keeps the conditioning of a new prompt. One that is larger than the whole cache is not kept."""
         self._entries[prompt] = conditioning
         self.num_bytes += _count_bytes(conditioning)
-        while self.num_bytes > self.max_bytes:
+        while self.num_bytes > self.max_bytes and len(self) > self.min_entries:
             _, removed = self._entries.popitem(last=False)
             self.num_bytes -= _count_bytes(removed)
 

@@ -156,6 +156,13 @@ class Flux(LatentDiffusion):
         ).sample
         return unpack(velocity, rows, columns).float()
 
+    def pipeline_call(self, latents: Tensor, guidance_scale: float) -> dict[str, Any]:
+        """See the base class."""
+        call = super().pipeline_call(pack(latents), guidance_scale) | {"true_cfg_scale": self.true_cfg_scale}
+        if self.true_cfg_scale != 1:  # without a negative prompt, the pipeline would leave it out
+            call["negative_prompt"] = [self.negative_prompt or ""] * len(latents)
+        return call
+
 
 def positions(*sizes: int, like: Tensor) -> Tensor:
     """Returns the coordinates of all places of a grid of these sizes, (places, axes) int64, on a tensor's device."""

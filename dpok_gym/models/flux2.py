@@ -134,6 +134,14 @@ class Flux2Klein(LatentDiffusion):
         ).sample
         return velocity.transpose(1, 2).unflatten(2, (rows, columns)).float()
 
+    def pipeline_call(self, latents: Tensor, guidance_scale: float) -> dict[str, Any]:
+        """See the base class. The pipeline takes a negative prompt only if it is encoded."""
+        call = super().pipeline_call(latents, guidance_scale)
+        if call.pop("negative_prompt", None) is not None:
+            empty = self.unconditional()["encoder_hidden_states"]
+            call["negative_prompt_embeds"] = empty.expand(len(latents), -1, -1)
+        return call
+
     def _normalize(self, latents: Tensor) -> Tensor:
         mean, std = self._moments(latents)
         return (pixel_unshuffle(latents, PATCH) - mean) / std

@@ -112,6 +112,11 @@ class LatentDiffusion(TextToImageModel):
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
+    def loads_lora_files(self) -> bool:
+        """See the base class."""
+        return hasattr(getattr(diffusers, self.pipeline), "load_lora_weights")
+
+    @property
     def size_factor(self) -> int:
         """The sides of an image in pixels are multiples of it."""
         return self.vae_scale_factor

@@ -56,6 +56,11 @@ class PixArtSigma(LatentDiffusion):
     def _prepare_vae(self, vae: Any) -> Any:
         return without_overflow(vae)  # it is that of Stable Diffusion XL
 
+    def pipeline_call(self, latents: Tensor, guidance_scale: float) -> dict[str, Any]:
+        """See the base class."""
+        own = {"use_resolution_binning": False, "clean_caption": False}  # any size, and the prompts as they are
+        return super().pipeline_call(latents, guidance_scale) | own
+
     def _readers(self) -> Mapping[str, int]:
         return {"tokenizer": MAX_TOKENS}
 

@@ -75,8 +75,8 @@ def make_flow_table(
     - "ode": 0. It leaves none.
 
     Args:
-        scheduler_config: of a ``FlowMatchEulerDiscreteScheduler``. An entry ``dynamic_shift`` says how it depends on the
-            size of an image: "linear", the default, or "empirical", as in FLUX.2, where it depends on T too.
+        scheduler_config: of a ``FlowMatchEulerDiscreteScheduler``. An entry ``dynamic_shift`` says how it depends on
+            the size of an image: "linear", the default, or "empirical", as in FLUX.2, where it depends on T too.
         num_inference_steps: T, from 1 to the number of training timesteps.
         kernel: how the noise is added.
         eta: amount of noise, at least 0; at most 1 for "ddim" and "cps"; 0 is the ODE, and "ode" does not look at it.
@@ -99,6 +99,11 @@ def make_flow_table(
     s = levels[:-1]
     columns = (sample_coef, output_coef, std, 1 - s, s, torch.ones_like(s), -s)  # x_0 = x_s - s v
     return TransitionTable(timesteps, *(column.float() for column in columns))
+
+
+def trailing_levels(num_inference_steps: int) -> list[float]:
+    """Returns the noise levels before the shift of "trailing": 1, 1 - 1/T, ..., 1/T."""
+    return [float(level) for level in np.linspace(1, 1 / num_inference_steps, num_inference_steps)]
 
 
 def _check_eta(kernel: str, eta: float) -> float:
@@ -140,7 +145,7 @@ def _noise_levels(
     scheduler = _make_scheduler(config)
     n_steps = check_integer("num_inference_steps", num_inference_steps, 1, scheduler.config.num_train_timesteps)
     if sigmas == "trailing":
-        sigmas = [float(level) for level in np.linspace(1, 1 / n_steps, n_steps)]
+        sigmas = trailing_levels(n_steps)
     if sigmas is not None and len(sigmas) != n_steps:
         raise ValueError(f"sigmas must hold one noise level for each of the {n_steps} steps, got {len(sigmas)}")
     mu = None

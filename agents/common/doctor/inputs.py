@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from transformers.utils import logging
 
@@ -16,11 +17,13 @@ from agents.common.buffer import number_groups
 from agents.common.doctor.finding import Finding, judge
 from agents.common.image_statistics import equal_share, variance_within
 from dpok_gym.models import TextToImageModel
+from dpok_gym.models.scheduler_configs import for_diffusers, is_flow_matching
 from dpok_gym.models.token_counts import count_tokens
 from dpok_gym.prompts import find_unobservable
 from dpok_gym.rewards import Reward
 from dpok_gym.rewards.base import Components
 from dpok_gym.samplers import DenoisingProcess
+from dpok_gym.samplers.flow_matching import trailing_levels
 
 #: Largest difference between two scores of the same image, in standard deviations between images.
 _REPEATABLE, _RANDOM = 1e-4, 0.05
@@ -177,6 +180,8 @@ def _check_variation(total: Tensor, prompts: list[str]) -> Finding:
 def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int) -> Finding:
     """Compares images of the process with those of diffusers' own pipeline, drawn with the same noise.
 
+    The pipelines of flow-matching models add no noise in their steps, so it is left out here too.
+
     Args:
         process: the denoising process, with the LoRA off.
         prompts: of the images.
@@ -184,7 +189,10 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
     """
     name, normal = "images equal the pipeline's", f"at most {_SAME_IMAGE:.3f} (of 1)"
     model, config = process.model, process.config
-    if config.sde_steps is not None:
+    is_flow = is_flow_matching(model.scheduler_config)
+    if is_flow:
+        process = DenoisingProcess(model, "ode", config.num_inference_steps, guidance_scale=config.guidance_scale)
+    elif config.sde_steps is not None:
         return Finding(
             name, "not checked", "diffusers' pipelines add noise in all steps, not in sde_steps only", normal
         )
@@ -208,17 +216,19 @@ def check_pipeline(process: DenoisingProcess, prompts: Sequence[str], seed: int)
     ):
         latents = step.next_latents
     ours = torch.cat([model.decode(row[None]) for row in latents]).cpu()
+    call = model.pipeline_call(start.to(dtype), config.guidance_scale)
+    if not is_flow:
+        call["eta"] = config.eta
+    else:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(for_diffusers(model.scheduler_config))
+        if model.scheduler_config.get("timestep_spacing") == "trailing":
+            call["sigmas"] = trailing_levels(process.num_inference_steps)
     theirs = pipeline(
-        prompts,
-        negative_prompt=None if (told := model.options.get("negative_prompt")) is None else [told] * len(prompts),
-        latents=start.to(dtype),
+        prompt=prompts,
         generator=torch.Generator(model.device).manual_seed(seed),
         num_inference_steps=process.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        eta=config.eta,
-        height=model.image_shape[0],
-        width=model.image_shape[1],
         output_type="pt",
+        **call,
     ).images
     if model.device.type != "cpu":
         model.offload_text_encoder()  # as the environment left it

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agents import DPOK
 from agents.common.buffer import TrajectoryBuffer
-from agents.common.critic import Regression, RewardCritic
+from agents.common.critic import MAX_LATENT_DIMS, Regression, RewardCritic, ValueNetwork
 from dpok_gym import DenoisingVectorEnv
 from dpok_gym.prompts import prompt_to_bytes
 from tests.agents.common.support import PROMPTS, collect, perturb
@@ -216,3 +216,69 @@ def test_it_explains_the_rewards_of_shapes(prompts: str) -> None:
         critic.fit(buffer)
         agent.images_drawn += 64  # the next images are others
     assert (explained[-3:] > 1 / 3).all(), explained
+
+
+@pytest.mark.parametrize(
+    ("shape", "square", "dims"),
+    [
+        ((4, 64, 64), 1, 4 * 64 * 64),  # Stable Diffusion 1.5
+        ((4, 96, 96), 2, 4 * 48 * 48),
+        ((16, 128, 128), 4, 16 * 32 * 32),  # FLUX and Stable Diffusion 3
+        ((32, 32, 32), 2, 32 * 16 * 16),  # Sana
+        ((16, 512, 384), 15, 16 * 35 * 26),
+        ((3, 2, 9000), 2, 3 * 4500),
+        ((2, 1, 1), 1, 2),
+    ],
+)
+def test_the_network_does_not_grow_with_the_latent(shape: tuple[int, int, int], square: int, dims: int) -> None:
+    network = ValueNetwork(shape, 768, 10)
+    assert (network.square, network.layers[0].in_features) == (square, dims + 768)
+    assert dims <= MAX_LATENT_DIMS
+    assert sum(value.numel() for value in network.parameters()) < 5e6
+    assert network(torch.randn(2, *shape), torch.tensor([0, 9]), torch.randn(2, 768)).shape == (2,)
+
+
+def test_the_network_of_a_small_latent_is_the_papers() -> None:
+    """A multilayer perceptron on all numbers, with gains for each step."""
+    network = ValueNetwork((4, 8, 8), 5, T, hidden=16)
+    torch.nn.init.normal_(network.head.weight)
+    latents, step, text = torch.randn(6, 4, 8, 8), torch.arange(6) % T, torch.randn(6, 5)
+    hidden = torch.cat([latents.flatten(1), text], dim=1)
+    for layer, gain in zip(network.layers, network.gains, strict=True):
+        hidden = torch.relu(hidden @ layer.weight.T + layer.bias) * gain.weight[step]
+    torch.testing.assert_close(network(latents, step, text), (hidden @ network.head.weight.T).squeeze(1))
+
+
+def test_the_network_sees_a_large_latent() -> None:
+    """It learns where the bright part of a noisy FLUX latent is, of images that it has not seen."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> tuple[Tensor, Tensor]:
+        is_left = torch.arange(n) % 2 == 0
+        latents = torch.randn(n, 16, 128, 128, generator=generator)
+        latents[is_left, :4, :, :64] += 0.5
+        latents[~is_left, :4, :, 64:] += 0.5
+        return latents, is_left.float()
+
+    network = ValueNetwork((16, 128, 128), 2, T, hidden=32)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    latents, rewards = draw(48)
+    inputs = (torch.zeros(48, dtype=torch.int64), torch.zeros(48, 2))
+    for _ in range(30):
+        optimizer.zero_grad()
+        (network(latents, *inputs) - rewards).square().mean().backward()
+        optimizer.step()
+    latents, rewards = draw(16)
+    with torch.no_grad():
+        errors = network(latents, inputs[0][:16], inputs[1][:16]) - rewards
+    assert errors.square().mean() < 0.1 * rewards.var()
+
+
+def test_the_networks_state_is_that_of_one_shape() -> None:
+    network, same = (ValueNetwork((16, 128, 128), 8, T, hidden=16) for _ in range(2))
+    torch.nn.init.normal_(network.head.weight)
+    same.load_state_dict(network.state_dict())
+    inputs = (torch.randn(2, 16, 128, 128), torch.zeros(2, dtype=torch.int64), torch.randn(2, 8))
+    assert_same(same(*inputs), network(*inputs))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        ValueNetwork((4, 64, 32), 8, T, hidden=16).load_state_dict(network.state_dict())

@@ -1,5 +1,6 @@
 """Model cards: the header that the hub reads, the code that a reader copies, and what must not be published."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,18 +9,33 @@ import pytest
 import torch
 import yaml
 
-from agents.common.model_card import Training, hub_id, lora_notes, noted_sampling, public_name, usage_hint, write_card
-from dpok_gym.models.lora_files import Ranks
+from agents.common.model_card import (
+    Training,
+    hub_id,
+    lora_notes,
+    noted_sampling,
+    public_name,
+    sampling_of,
+    usage_hint,
+    write_card,
+)
+from dpok_gym.models.lora import LoRA
+from dpok_gym.models.lora_files import Ranks, write_peft
 from tests.support import make_process
 
 SAMPLING: dict[str, Any] = {
+    "sampler": "ddim",
     "num_inference_steps": 20,
     "eta": 1.0,
     "sde_steps": None,
     "guidance_scale": 5.0,
+    "true_cfg_scale": None,
     "negative_prompt": None,
     "image_size": None,
     "timestep_spacing": "leading",
+    "is_flow_matching": False,
+    "denoiser": "unet",
+    "loads_lora_files": True,
 }
 RANKS = Ranks(4, {}, ("a", "b"))
 
@@ -148,7 +164,7 @@ def test_notes_of_a_file(folder: str, request: pytest.FixtureRequest) -> None:
 def test_notes_of_stable_diffusion_2_and_of_another_denoiser(tiny_v_folder: Path) -> None:
     process = make_process(tiny_v_folder, 3)
     model: Any = process.model
-    wide = SimpleNamespace(**vars(model), lora_prefix="unet.")
+    wide = SimpleNamespace(**vars(model), lora_prefix="unet.", loads_lora_files=True)
     wide.denoiser = SimpleNamespace(config={"cross_attention_dim": 1024})
     stand_in: Any = SimpleNamespace(model=wide, config=process.config)
     assert lora_notes(stand_in)["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
@@ -162,3 +178,49 @@ def test_hint_at_a_window_of_stochastic_steps() -> None:
     assert hint == "the scheduler DDIM (eta 1.0 in steps 4 to 9 and 0 in the others, spacing leading), 20 steps, " + (
         "guidance scale 5.0"
     )
+
+
+#: A format of each small pipeline that is no UNet, and what its call needs only because it is so small.
+TRANSFORMERS: dict[str, tuple[Any, str]] = {
+    "stable-diffusion-3": ("diffusers", ""),
+    "flux-dev": ("diffusers", ""),
+    "sana": ("diffusers", ", use_resolution_binning=False"),
+    "pixart-sigma": ("peft", ", use_resolution_binning=False"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_the_code_of_a_transformers_card_runs(
+    family: str, tiny_folder: Callable[[str], Path], tmp_path: Path, fresh_models: Callable[[], None]
+) -> None:
+    kind, small = TRANSFORMERS[family]
+    folder = tiny_folder(family)
+    process = make_process(folder, 2, guidance_scale=3.0, image_size=32)
+    lora = LoRA(process.model.denoiser, 2, process.model.lora_layers["attention"])
+    if kind == "peft":
+        write_peft(lora.state_dict(), tmp_path, None, {})
+    else:
+        lora.save(tmp_path, process.model.lora_prefix, lora_notes(process))
+    trained = training(model=str(folder), sampling=sampling_of(process))
+    card = write_card(tmp_path, trained, kind, RANKS, str(tmp_path)).read_text()
+    assert ("DDIM" in card) == (family == "pixart-sigma")
+    code = card.split("```python\n")[1].split("```")[0].replace(repr(folder.name), repr(str(folder)))
+    assert ("eta=" in code) == (family == "pixart-sigma")
+    names: dict[str, Any] = {}
+    exec(code.replace(").images", f"{small}).images"), names)
+    assert names["image"].size == (32, 32)
+    assert any("lora" in name for name, _ in names["pipe"].transformer.named_parameters())
+
+
+def test_a_lora_file_for_a_pipeline_that_reads_none(tmp_path: Path) -> None:
+    card = write_card(tmp_path, training(sampling=SAMPLING | {"loads_lora_files": False}), "diffusers").read_text()
+    assert "reads no LoRA files: use dpok export --format peft" in card
+    assert "load_lora_weights" not in card
+
+
+def test_scale_of_true_guidance_is_in_the_call(tmp_path: Path) -> None:
+    sampling = SAMPLING | {"true_cfg_scale": 2.0, "is_flow_matching": True, "sampler": "cps", "sde_steps": [1, 3]}
+    card = write_card(tmp_path, training(sampling=sampling), "merged").read_text()
+    assert "num_inference_steps=20, guidance_scale=5.0, true_cfg_scale=2.0)" in card
+    assert "the sampler “cps” for flow matching (eta 1.0 in steps 1 to 3 and 0 in the others), 20 steps" in card

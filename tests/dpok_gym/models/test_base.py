@@ -64,6 +64,7 @@ def test_each_distinct_prompt_is_encoded_once(model: Counting) -> None:
 
 def test_the_memory_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpok_gym.models.base.CONDITIONING_CACHE_BYTES", 2 * BYTES + 3)
+    monkeypatch.setattr("dpok_gym.models.base.MIN_PROMPTS_KEPT", 1)
     model = Counting()
     for prompts, encoded in (
         (["a"], ["a"]),
@@ -97,6 +98,14 @@ def test_cache_counts_its_bytes() -> None:
     cache.add("small", {"values": torch.zeros(1)})
     cache.clear()
     assert (cache.num_bytes, len(cache)) == (0, 0)
+
+
+def test_some_prompts_are_kept_whatever_they_take() -> None:
+    cache = ConditioningCache(100, min_entries=2)
+    for name in ("first", "second", "third"):
+        cache.add(name, {"values": torch.zeros(50)})
+    assert [name in cache for name in ("first", "second", "third")] == [False, True, True]
+    assert cache.num_bytes == 2 * 4 * 50
 
 
 def test_encoding_is_the_callers_own(model: Counting) -> None:

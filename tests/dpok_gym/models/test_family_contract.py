@@ -40,13 +40,14 @@ T = 3
 
 
 def load_lora_weights(pipeline: Any, model: TextToImageModel, lora: LoRA, folder: Path) -> None:
+    assert model.loads_lora_files
     lora.save(folder, model.lora_prefix)
     pipeline.load_lora_weights(folder)
 
 
 def load_with_peft(pipeline: Any, model: TextToImageModel, lora: LoRA, folder: Path) -> None:
     """The way into a pipeline that has no ``load_lora_weights``."""
-    assert not hasattr(pipeline, "load_lora_weights")
+    assert not model.loads_lora_files
     write_peft(lora.state_dict(), folder, None, {})
     pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, folder).merge_and_unload()
 

@@ -357,6 +357,7 @@ def test_kept_encodings_equal_separate_ones(fresh: Any, monkeypatch: pytest.Monk
     separate = torch.cat([fresh._encode([prompt])["encoder_hidden_states"] for prompt in PROMPTS])
     room_for_two = 2 * separate[0].numel() * 4
     monkeypatch.setattr(fresh._conditioning, "max_bytes", room_for_two)
+    monkeypatch.setattr(fresh._conditioning, "min_entries", 0)
     encoded: list[list[str]] = []
     plain = fresh._encode
     monkeypatch.setattr(fresh, "_encode", lambda prompts: encoded.append(list(prompts)) or plain(prompts))

@@ -1,6 +1,7 @@
 """Checks of prompts and of rewards, on made ones."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor
 
 from agents.common.doctor.inputs import check_pipeline, check_prompts, check_reward
+from dpok_gym.models import load_model
 from dpok_gym.rewards import make_reward
+from dpok_gym.samplers import DenoisingProcess
 
 PROMPTS = ["a rabbit"] * 4 + ["the moon"] * 4
 IMAGES = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -72,6 +75,26 @@ def _red(images: Tensor, prompts: list[str]) -> Tensor:
 )
 def test_the_pipeline_draws_the_same(changes: dict[str, Any], make_env: Callable[..., Any]) -> None:
     assert check_pipeline(make_env(**changes).process, ["a rabbit", "the moon"], 0).status == "ok"
+
+
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "stable-diffusion-3": {"negative_prompt": "moon", "timestep_spacing": "trailing"},
+    "flux-dev": {"image_size": 16, "true_cfg_scale": 2.0},
+    "flux-schnell": {"image_size": 16},
+    "flux2-klein": {"image_size": 16, "negative_prompt": "moon"},
+    "pixart-sigma": {"negative_prompt": "moon"},
+    "sana": {},
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_the_pipelines_of_transformers_draw_the_same(name: str, tiny_folder: Callable[[str], Path]) -> None:
+    """Without noise, if they were trained with flow matching, whatever noise a training adds."""
+    model = load_model(tiny_folder(name), "cpu", **TRANSFORMERS[name])
+    scale = 1.0 if name == "flux-schnell" else 3.0
+    process = DenoisingProcess(model, "ddim", 2, guidance_scale=scale)
+    assert check_pipeline(process, ["a rabbit", "the moon"], 0).status == "ok"
+    assert process.config.sampler == "ddim"
 
 
 def test_another_amount_of_noise_is_not_the_pipeline(make_env: Callable[..., Any]) -> None:
