@@ -25,7 +25,9 @@ from agents.common.critic import ValueNetwork
 from agents.common.held_out import find_clip
 from agents.common.memory import LIBRARIES, MARGIN, N_COPIES, Rehearsal, free_memory, size_of, with_margin
 from dpok_gym.models.architecture import Architecture, find_architecture
+from dpok_gym.samplers.transition_table import eta_of_steps
 from dpok_gym.utils.device import find_device
+from dpok_gym.utils.validation import check_integer
 from dpok_gym.worlds import find_world
 
 #: Parameters of the reward networks, in millions, with the names of :func:`dpok_gym.rewards.registry.list_rewards`. On
@@ -68,7 +70,12 @@ def describe(config: Config, log: Path | None = None) -> str:
     Args:
         config: the settings.
         log: the log of a run with these settings that has begun; None if there is none.
+
+    Raises:
+        ValueError: if the stochastic steps are not within the denoising steps, or the model has no such guidance.
     """
+    env = config.env_kwargs
+    eta_of_steps(1.0, check_integer("num_inference_steps", env["num_inference_steps"]), env["sde_steps"])
     notes = [
         *_describe_memory(config),
         "",

@@ -136,6 +136,18 @@ def test_guidance_that_is_an_input_costs_no_pass(words: list[str], expected: int
     assert count_forward_passes(_config("--env", "DPOK-FLUX-v0", *words)) == expected
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sde-steps", "18", "4"], r"sde_steps=\(18, 4\) ends after step 21, but the last of the 20"),
+        (["--num-inference-steps", "0"], "num_inference_steps must be an integer of at least 1, got 0"),
+    ],
+)
+def test_steps_that_do_not_exist(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        describe(_config("--env", "DPOK-FLUX-v0", *words))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", ["dpok", "ddpo", "diffusion-nft", "awm"])
 def test_the_passes_are_those_of_a_run(algo: str) -> None:
