@@ -413,6 +413,25 @@ def test_a_pipeline_of_another_denoiser(
         assert_same_images(before, draw_with_diffusers(model.to_pipeline(), family, model, family.scale))
 
 
+def test_layers_of_a_lora(load: Callable[..., Any]) -> None:
+    """In every block, all projections of attention; or all layers but those of norms and those with groups."""
+    model = load()
+    if model.denoiser_part == "unet":
+        pytest.skip("a UNet has layers of other kinds")
+    network = reference_copy(model.denoiser)
+    layers = set()
+    for layer, module in network.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and getattr(module, "groups", 1) == 1:
+            layers.add(layer)
+    layers = {layer for layer in layers if "blocks." in layer and "norm" not in layer}
+    expected = {"attention": {layer for layer in layers if ".attn" in layer}, "all": layers}
+    assert model.lora_layers.keys() == expected.keys()
+    for kind, endings in model.lora_layers.items():
+        lora = LoRA(reference_copy(network), 2, endings)
+        changed = {key.partition(".lora_")[0] for key in lora.parameters}
+        assert {layer for layer in changed if "blocks." in layer} == expected[kind], kind
+
+
 Gradients = tuple[Tensor, list[Tensor]]
 
 
