@@ -559,8 +559,11 @@ def test_bfloat16_through_the_policy(make: Callable[..., Any]) -> None:
     assert all(value.grad is not None and value.grad.isfinite().all() for value in policy.denoiser_parameters())
 
 
-def test_images_in_bfloat16_are_nearly_the_same(make: Callable[..., Any]) -> None:
-    torch.testing.assert_close(draw(make(dtype="bfloat16")), draw(make()), rtol=0.1, atol=0.1)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_images_in_half_precision_are_nearly_the_same(make: Callable[..., Any], dtype: str) -> None:
+    process = make(dtype=dtype)
+    assert process.model.dtype == getattr(torch, dtype)
+    torch.testing.assert_close(draw(process), draw(make()), rtol=0.1, atol=0.1)
 
 
 # --- Text encoders

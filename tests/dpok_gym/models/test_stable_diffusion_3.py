@@ -1,0 +1,62 @@
+"""Stable Diffusion 3 against diffusers' own pipeline, and what only this family has."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+from dpok_gym.models import TextToImageModel, load_model
+from dpok_gym.samplers import DenoisingProcess
+from dpok_gym.testing import MAX_TOKENS
+
+FAMILIES = ["stable-diffusion-3", "stable-diffusion-3-no-t5"]
+
+
+def make_pipeline(folder: Path) -> Any:
+    missing: Any = {"text_encoder_3": None, "tokenizer_3": None} if "no-t5" in folder.name else {}
+    pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, **missing)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_encoded_as_in_the_pipeline(family: str, tiny_folder: Callable[[str], Path]) -> None:
+    """The last row of a model without T5 stands for 256 equal ones."""
+    folder = tiny_folder(family)
+    model: Any = load_model(folder, "cpu", long_prompts="truncate")
+    prompts = ["a green rabbit.", "", "dog " * MAX_TOKENS, "dog " * 300]
+    ours = model.encode(prompts)
+    with torch.no_grad():
+        embeds, _, pooled, _ = make_pipeline(folder).encode_prompt(prompts, None, None)
+    hidden = ours["encoder_hidden_states"]
+    if model.text_encoder_3 is None:
+        hidden = torch.cat([hidden[:, :-1], hidden[:, -1:].expand(-1, 256, -1)], dim=1)
+    assert hidden.shape == (4, MAX_TOKENS + 256, model.denoiser.config.joint_attention_dim)
+    torch.testing.assert_close(hidden, embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours["pooled_projections"], pooled, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.text_features(ours), pooled, rtol=1e-4, atol=1e-5)
+
+
+def test_t5_reads_what_clip_leaves_out(tiny_folder: Callable[[str], Path]) -> None:
+    prompt = "dog " * 255  # and an end
+    model: Any = load_model(tiny_folder("stable-diffusion-3"), "cpu")
+    model.check_prompts([prompt])
+    with pytest.raises(ValueError, match=r"has 257 tokens and the model .* at most 256 "):
+        model.check_prompts([prompt + "dog"])
+    with pytest.raises(ValueError, match=rf"has 257 tokens and the model .* at most {MAX_TOKENS} "):
+        load_model(tiny_folder("stable-diffusion-3-no-t5"), "cpu").check_prompts([prompt])
+
+
+@pytest.mark.parametrize("size", [(16, 32), (64, 64)])
+def test_noise_levels_that_depend_on_the_size(tiny_folder: Callable[[str], Path], size: tuple[int, int]) -> None:
+    """The published schedulers have one shift for all sizes; with another one, the pipeline counts the patches."""
+    pipe = make_pipeline(tiny_folder("stable-diffusion-3-no-t5"))
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    model = TextToImageModel.from_pipeline(pipe, image_size=size)
+    table = DenoisingProcess(model, "ode", 3).table
+    pipe("dog", height=size[0], width=size[1], num_inference_steps=3, output_type="latent")
+    assert table.timesteps.equal(pipe.scheduler.timesteps)
+    torch.testing.assert_close(table.noise, pipe.scheduler.sigmas[:-1], rtol=0, atol=1e-7)
