@@ -97,3 +97,17 @@ def test_noise_levels_that_depend_on_the_size(tiny_folder: Callable[[str], Path]
     pipe("dog", height=size[0], width=size[1], num_inference_steps=3, output_type="latent")
     assert table.timesteps.equal(pipe.scheduler.timesteps)
     torch.testing.assert_close(table.noise, pipe.scheduler.sigmas[:-1], rtol=0, atol=1e-7)
+
+
+def test_the_largest_image(folder: Path) -> None:
+    """The denoiser has 16 x 16 positions, for patches of 4 pixels; the pipeline's own error is about these too."""
+    model = load_model(folder, "cpu", image_size=64)
+    process = DenoisingProcess(model, "ode", 1)
+    x_T = torch.randn(1, *model.latent_shape)
+    (step,) = process.denoise(x_T, process.encode(["dog"]), lambda _: torch.zeros_like(x_T))
+    assert step.next_latents.shape == (1, 4, 32, 32)
+    with pytest.raises(ValueError, match="multiples of 4 pixels, got 68; at most 64"):
+        load_model(folder, "cpu", image_size=68)
+    pipe: Any = DiffusionPipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match="cannot be greater than `pos_embed_max_size`"):
+        pipe("dog", height=80, width=80, num_inference_steps=1)
