@@ -1,4 +1,4 @@
-"""What is special about Stable Diffusion 3: T5, which may be left out."""
+"""Stable Diffusion 3 against diffusers' own pipeline, and what only this family has."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,14 +6,62 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from dpok_gym.models import TextToImageModel, load_model
 from dpok_gym.models.architecture import find_architecture
 from dpok_gym.samplers import DenoisingProcess
+from dpok_gym.testing import MAX_TOKENS
 from tests.support import assert_same
 
 WITHOUT_T5: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None}
+FAMILIES = ["stable-diffusion-3", "stable-diffusion-3-no-t5"]
+
+
+def make_pipeline(folder: Path) -> Any:
+    pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, **(WITHOUT_T5 if "no-t5" in folder.name else {}))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_encoded_as_in_the_pipeline(family: str, tiny_folder: Callable[[str], Path]) -> None:
+    """The last row of a model without T5 stands for 256 equal ones."""
+    folder = tiny_folder(family)
+    model: Any = load_model(folder, "cpu", long_prompts="truncate")
+    prompts = ["a green rabbit.", "", "dog " * MAX_TOKENS, "dog " * 300]
+    ours = model.encode(prompts)
+    with torch.no_grad():
+        embeds, _, pooled, _ = make_pipeline(folder).encode_prompt(prompts, None, None)
+    hidden = ours["encoder_hidden_states"]
+    if model.text_encoder_3 is None:
+        hidden = torch.cat([hidden[:, :-1], hidden[:, -1:].expand(-1, 256, -1)], dim=1)
+    assert hidden.shape == (4, MAX_TOKENS + 256, model.denoiser.config.joint_attention_dim)
+    torch.testing.assert_close(hidden, embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours["pooled_projections"], pooled, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.text_features(ours), pooled, rtol=1e-4, atol=1e-5)
+
+
+def test_t5_reads_what_clip_leaves_out(tiny_folder: Callable[[str], Path]) -> None:
+    prompt = "dog " * 255  # and an end
+    model: Any = load_model(tiny_folder("stable-diffusion-3"), "cpu")
+    model.check_prompts([prompt])
+    with pytest.raises(ValueError, match=r"has 257 tokens and the model .* at most 256 "):
+        model.check_prompts([prompt + "dog"])
+    with pytest.raises(ValueError, match=rf"has 257 tokens and the model .* at most {MAX_TOKENS} "):
+        load_model(tiny_folder("stable-diffusion-3-no-t5"), "cpu").check_prompts([prompt])
+
+
+@pytest.mark.parametrize("size", [(16, 32), (64, 64)])
+def test_noise_levels_that_depend_on_the_size(tiny_folder: Callable[[str], Path], size: tuple[int, int]) -> None:
+    """The published schedulers have one shift for all sizes; with another one, the pipeline counts the patches."""
+    pipe = make_pipeline(tiny_folder("stable-diffusion-3-no-t5"))
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    model = TextToImageModel.from_pipeline(pipe, image_size=size)
+    table = DenoisingProcess(model, "ode", 3).table
+    pipe("dog", height=size[0], width=size[1], num_inference_steps=3, output_type="latent")
+    assert table.timesteps.equal(pipe.scheduler.timesteps)
+    torch.testing.assert_close(table.noise, pipe.scheduler.sigmas[:-1], rtol=0, atol=1e-7)
 
 
 @pytest.fixture
@@ -25,7 +73,7 @@ def test_t5_is_left_out_of_a_folder_that_has_it(folder: Path) -> None:
     """As diffusers does, and with other images than with T5."""
     model = load_model(folder, "cpu", without_t5=True)
     assert model.options == {"without_t5": True}
-    live = TextToImageModel.from_pipeline(DiffusionPipeline.from_pretrained(folder, **WITHOUT_T5))
+    live = TextToImageModel.from_pipeline(StableDiffusion3Pipeline.from_pretrained(folder, **WITHOUT_T5))
     processes = [DenoisingProcess(each, "ode", 3) for each in (model, live)]
     assert processes[0].config == processes[1].config
     x, timesteps = torch.randn(1, *model.latent_shape), torch.tensor([900.0])
@@ -40,7 +88,7 @@ def test_t5_is_left_out_of_a_folder_that_has_it(folder: Path) -> None:
 def test_a_folder_without_t5_needs_no_option(tiny_folder: Callable[[str], Path]) -> None:
     """Nor has the model of a live pipeline one, so that it is the same model when it is loaded again."""
     folder = tiny_folder("stable-diffusion-3-no-t5")
-    live = TextToImageModel.from_pipeline(DiffusionPipeline.from_pretrained(folder, **WITHOUT_T5))
+    live = TextToImageModel.from_pipeline(StableDiffusion3Pipeline.from_pretrained(folder, **WITHOUT_T5))
     assert live.options == load_model(folder, "cpu").options == {}
 
 
