@@ -2,7 +2,8 @@
 
 It is a small Stable Diffusion 3: a transformer of image and text tokens (MMDiT) and two text encoders, without T5. They
 learn together, with the flow-matching loss, in the latents of the embedded autoencoder, which stays as it is. The
-scenes and the captions, some of them wrong, are those of :mod:`dpok_gym.shapes.pretrain`.
+scenes and the captions, some of them wrong, are those of :mod:`dpok_gym.shapes.pretrain`. The denoiser has 3.6 million
+parameters; 22,000 steps of 64 images take about two hours on one core.
 
 The shipped weights differ in one point from what this script makes: the learning rate fell as if towards zero at step
 12,000 until step 3,000, at 16,000 until 8,000, and at 30,000 until 17,500.
