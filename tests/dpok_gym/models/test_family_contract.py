@@ -625,9 +625,17 @@ def test_offloaded_text_encoders_are_on_the_device_only_while_they_read(
         where.clear()
     model.encode(["a dog", "moon", "a rabbit"])
     assert all(where == ["cpu"] * 3 for where in places.values())  # twice to read, and then away
+    model._unconditional = None  # as with another negative prompt
+    model._conditioning.clear()
+    for where in places.values():
+        where.clear()
+    model.unconditional()
+    assert all(len(where) > 1 for where in places.values())
+    for where in places.values():
+        where.clear()
     model.to_pipeline()
     model.encode(["a red dog"])
-    assert all(where == ["cpu"] * 5 for where in places.values())  # not away from a pipeline
+    assert all(where == ["cpu"] * 2 for where in places.values())  # not away from a pipeline
 
 
 def test_prompts_are_encoded_in_the_precision_of_the_weights(load: Callable[..., Any], family: Family) -> None:
