@@ -172,6 +172,10 @@ class TextToImageModel(ABC):
             "is guidance_scale"
         )
 
+    def without_true_cfg(self) -> TextToImageModel:
+        """Returns a model with the same networks and no true classifier-free guidance: itself for most."""
+        return self
+
     def with_options(
         self,
         *,

@@ -88,6 +88,10 @@ class Flux(LatentDiffusion):
         other.true_cfg_scale = scale
         return other
 
+    def without_true_cfg(self) -> Flux:
+        """See the base class."""
+        return self if self.true_cfg_scale == 1 else self.with_true_cfg(1.0)
+
     def configured(self, image_size: int | Sequence[int] | None, negative_prompt: str | None) -> LatentDiffusion:
         """See the base class.
 

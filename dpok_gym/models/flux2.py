@@ -121,6 +121,19 @@ class Flux2Klein(LatentDiffusion):
             )
         return super().num_forward_passes(guidance_scale)
 
+    def configured(self, image_size: int | Sequence[int] | None, negative_prompt: str | None) -> LatentDiffusion:
+        """See the base class.
+
+        Raises:
+            ValueError: also for a negative prompt, if the denoiser is distilled.
+        """
+        if negative_prompt is not None and self.is_distilled:
+            raise ValueError(
+                f"the model {self.name!r} is guidance-distilled, so a negative prompt has no effect: leave out "
+                "negative_prompt, or use a base model, such as FLUX.2-klein-base"
+            )
+        return super().configured(image_size, negative_prompt)
+
     def _denoise(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         rows, columns = latents.shape[-2:]
         n_tokens = conditioning["encoder_hidden_states"].shape[1]

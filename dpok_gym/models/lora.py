@@ -70,14 +70,7 @@ class LoRA:
         ranks = Ranks(self.rank, dict(other_ranks or {}), self.target_modules)
         for layer, other in ranks.others.items():
             check_integer(f"the LoRA rank of the layer {layer}", other, maximum=MAX_RANK)
-        # An ending may also be that of a list of layers, such as "to_out" in the first blocks of FLUX.2.
-        endings = tuple(f".{ending}" for ending in self.target_modules)
-        lists = [
-            name
-            for name, module in network.named_modules()
-            if isinstance(module, nn.ModuleList) and name.endswith(endings)
-        ]
-        config = LoraConfig(**ranks.to_peft(), exclude_modules=lists or None)
+        config = LoraConfig(**ranks.to_peft(), exclude_modules=_not_to_change(network, self.target_modules) or None)
         before = [_state(layer) for layer in _layers(network)]
         trainable: list[nn.Parameter] = []  # of other LoRAs, which peft would freeze
         for layer in _layers(network):
@@ -197,6 +190,21 @@ class LoRA:
             for layer in _layers(copied):
                 layer.merge(adapter_names=[self.name])
         return _without_adapters(copied)
+
+
+def _not_to_change(network: nn.Module, endings: Sequence[str]) -> list[str]:
+    """Returns the names with such an ending that a LoRA has no use for; a layer that is named in whole is not left out.
+
+    An ending may also be that of a list of layers, such as "to_out" in the first blocks of FLUX.2. And in the last
+    block of Stable Diffusion 3, no layer reads what becomes of the text, so the queries of its tokens have no gradient.
+    """
+    unread: list[str] = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.ModuleList):
+            unread.append(name)
+        elif getattr(module, "context_pre_only", None):  # an attention layer
+            unread.append(f"{name}.add_q_proj")
+    return [name for name in unread if name.endswith(tuple(f".{ending}" for ending in endings))]
 
 
 def reference_view(network: nn.Module) -> nn.Module:

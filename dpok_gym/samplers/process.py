@@ -254,7 +254,7 @@ class DenoisingProcess:
 
         Args:
             state: B states.
-            guidance_scale: None for the process's own; 1 for no guidance.
+            guidance_scale: None for the process's own; 1 for no guidance, not even a ``true_cfg_scale``.
             denoiser: a network to use in place of the model's own.
             guidance_gradient: see :meth:`TextToImageModel.predict`.
 
@@ -262,10 +262,11 @@ class DenoisingProcess:
             (B, C, h, w) float32.
         """
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        model = self.model.without_true_cfg() if guidance_scale == 1 else self.model
         # Counted here, because every pass of the denoiser goes through this method.
-        self.num_function_evaluations += len(state.latents) * self.model.num_forward_passes(scale)
+        self.num_function_evaluations += len(state.latents) * model.num_forward_passes(scale)
         timesteps = self.table.timesteps[state.step]
-        return self.model.predict(state.latents, timesteps, state.conditioning, scale, denoiser, guidance_gradient)
+        return model.predict(state.latents, timesteps, state.conditioning, scale, denoiser, guidance_gradient)
 
     def transition(
         self, state: State, denoiser: nn.Module | None = None, guidance_gradient: GuidanceGradient = "both"

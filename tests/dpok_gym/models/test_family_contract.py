@@ -454,6 +454,16 @@ def gradients(
     return output.detach(), values
 
 
+@pytest.mark.parametrize("layers", ["attention", "all"])
+def test_every_part_of_a_lora_learns(make: Callable[..., Any], layers: str) -> None:
+    """The images must depend on each of the chosen layers."""
+    process = make()
+    lora = make_lora(process.model, layers=layers)
+    _, values = gradients(process, lora)
+    assert len(values) == len(lora.parameters)
+    assert all(value.any() for value in values)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True])
 def test_gradient_checkpointing_changes_only_what_is_kept(

@@ -144,6 +144,22 @@ def test_true_classifier_free_guidance(folders: dict[str, Path], name: str, nega
     assert not torch.allclose(ours, draw(DenoisingProcess(plain, "ode", T, guidance_scale=scale)), atol=1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dev", "schnell"])
+def test_losses_on_noisy_images_have_no_true_guidance(folders: dict[str, Path], name: str) -> None:
+    """They ask for a guidance scale of 1; schnell's own scale is 1 as well, and keeps the true guidance."""
+    scale = 3.5 if name == "dev" else 1.0
+    guided, plain = (
+        DenoisingProcess(load_model(folders[name], "cpu", image_size=SIZE, **options), "ode", T, guidance_scale=scale)
+        for options in ({"true_cfg_scale": 3.0}, {})
+    )
+    state = guided.state(x_T(guided.model), 0, guided.encode(PROMPTS))
+    torch.testing.assert_close(guided.predict(state, 1.0), plain.predict(state, 1.0), rtol=0, atol=0)
+    assert guided.num_function_evaluations == len(PROMPTS)
+    assert not torch.allclose(guided.predict(state), plain.predict(state), atol=1e-3)
+    assert guided.num_function_evaluations == 3 * len(PROMPTS)
+
+
 def test_a_negative_prompt_needs_true_guidance(dev: Path, schnell: Path) -> None:
     with pytest.raises(ValueError, match=r"so a negative prompt has no effect: pass true_cfg_scale above 1 too"):
         load_model(dev, "cpu", negative_prompt="dog")

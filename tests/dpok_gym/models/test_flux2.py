@@ -165,6 +165,8 @@ def test_a_distilled_model_refuses_guidance(folder: Path, pipeline: Any) -> None
         DenoisingProcess(model, num_inference_steps=T, guidance_scale=4.0)
     with pytest.raises(ValueError, match=re.escape(message)):
         DenoisingVectorEnv(model=model, prompts=PROMPTS, reward=redness, guidance_scale=4.0)
+    with pytest.raises(ValueError, match="is guidance-distilled, so a negative prompt has no effect: leave out"):
+        model.with_options(negative_prompt="a dog")
     ours = draw(DenoisingProcess(model, "ode", T))
     # The pipeline ignores a scale.
     torch.testing.assert_close(ours, draw_with_diffusers(pipeline, model, guidance_scale=4.0), rtol=1e-4, atol=1e-4)
