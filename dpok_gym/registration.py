@@ -34,9 +34,8 @@ _SHAPES: dict[str, Any] = {
     "eta": 1.0,
     "guidance_scale": 1.0,
 }
-#: A transformer trained with flow matching, of the same world. "ddim" with eta = 0.5 draws nearly as well as without
-#: noise: see ``python -m benchmarks.flow_noise``.
-_SHAPES_FLOW = _SHAPES | {"model": "shapes-flow", "eta": 0.5}
+#: A transformer trained with flow matching, of the same world.
+_SHAPES_FLOW = _SHAPES | {"model": "shapes-flow"}
 
 #: Transformers trained with flow matching. The steps and the guidance are those that their authors' pages draw with.
 #: eta = 0.5 is about as much noise as the customary 0.7 of "flow-sde", but none of it stays in the image.

@@ -35,6 +35,18 @@ SB3_ADVICE = (
 )
 
 
+#: The small pipeline that stands for a published model in tests, by the model's name.
+SMALL_MODELS = {
+    "sd15": "stable-diffusion",
+    "sd21": "stable-diffusion-v",
+    "sdxl": "stable-diffusion-xl",
+    "sd35": "stable-diffusion-3",
+    "flux": "flux-dev",
+    "pixart": "pixart-sigma",
+    "sana": "sana",
+}
+
+
 def redness(images: Tensor, prompts: list[str]) -> Tensor:
     """Returns how much redder than green and blue each image is."""
     return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))

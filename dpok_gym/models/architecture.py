@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,11 @@ PUBLISHED: dict[str, Architecture] = {
 
 
 def find_architecture(
-    name_or_path: str, revision: str | None = None, config: str | None = None, **other: Any
+    name_or_path: str,
+    revision: str | None = None,
+    config: str | None = None,
+    without_t5: bool = False,
+    **other: Any,
 ) -> Architecture:
     """Finds the architecture of a model, without its weights and without the network.
 
@@ -244,17 +248,26 @@ def find_architecture(
         name_or_path: a registered name, a diffusers folder, a single file, or a hub id whose configs are in the cache.
         revision: of a hub id.
         config: for a single file, a diffusers folder of the same architecture.
+        without_t5: whether to leave out the parts that a family can do without.
         other: further arguments of :func:`dpok_gym.models.load_model`, which do not matter.
 
     Raises:
         ValueError: if the architecture cannot be told; the message says how to get it.
     """
+    found = _find_architecture(name_or_path, revision, config)
+    if without_t5:
+        kept = {part: own for part, own in found.configs.items() if part not in found.family.optional}
+        found = replace(found, configs=kept)
+    return found
+
+
+def _find_architecture(name_or_path: str, revision: str | None = None, config: str | None = None) -> Architecture:
     source = find_source(name_or_path)
     if is_factory(source):
         raise ValueError(f"the model {name_or_path!r} is made by a function, whose networks are not known beforehand")
     path = Path(str(source)).expanduser()
     if path.is_file():
-        return find_architecture(config) if config else _of_file(path)
+        return _find_architecture(config) if config else _of_file(path)
     index = _config_file(str(source), "model_index.json", revision)
     if index is None:
         if name_or_path in PUBLISHED:

@@ -117,7 +117,7 @@ class TextToImageModel(ABC):
         copied. They are frozen and put into evaluation mode.
 
         Args:
-            pipe: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
+            pipe: of one of the classes in :data:`dpok_gym.models.pipelines.FAMILIES`, with all its parts.
             image_size: pixels of a side, or (height, width); None for the size that the model was trained with.
             negative_prompt: what guidance leads away from; None for what the model was trained with.
             true_cfg_scale: see :meth:`with_options`.

@@ -154,7 +154,7 @@ class Flux(LatentDiffusion):
             pack(latents),
             timestep=timesteps.to(latents.dtype) / 1000,  # the noise level, rounded as in the pipeline
             # The tokens of the text have no place; a patch has its row and column.
-            txt_ids=torch.zeros_like(positions(conditioning["encoder_hidden_states"].shape[1], 1, 1, like=latents)),
+            txt_ids=latents.new_zeros(conditioning["encoder_hidden_states"].shape[1], 3),
             img_ids=positions(1, rows, columns, like=latents),
             **conditioning,
         ).sample

@@ -118,8 +118,8 @@ class LatentDiffusion(TextToImageModel):
 
     @property
     def size_factor(self) -> int:
-        """The sides of an image in pixels are multiples of it."""
-        return self.vae_scale_factor
+        """The sides of an image in pixels are multiples of it: latents, and patches of a transformer, are whole."""
+        return self.vae_scale_factor * getattr(self.denoiser.config, "patch_size", 1)
 
     @property
     def max_side(self) -> int:

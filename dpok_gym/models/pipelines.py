@@ -75,6 +75,7 @@ def model_from_source(
     allow_pickle: bool = False,
     config: str | None = None,
     vae: str | None = None,
+    without_t5: bool = False,
     spread: bool = False,
 ) -> LatentDiffusion:
     """Loads the networks of a model; see :func:`dpok_gym.models.load_model`.
@@ -89,6 +90,7 @@ def model_from_source(
         allow_pickle: whether weights that are no safetensors may be read.
         config: for a single file, a diffusers folder or hub id of the same architecture.
         vae: a folder or hub id of another autoencoder.
+        without_t5: whether to leave out the parts that a family can do without.
         spread: whether to spread the denoiser over the ranks.
 
     Raises:
@@ -99,7 +101,7 @@ def model_from_source(
     if path.is_file():
         what, advice = f"the checkpoint {path}", "It must hold a whole model, in one file as its authors published it"
     else:
-        path = _find_folder(name, source, revision, variant, allow_pickle)
+        path = _find_folder(name, source, revision, variant, allow_pickle, without_t5)
         what = f"the model folder {path}"
         advice = "It must be a whole diffusers pipeline (model_index.json, scheduler, and all tokenizers and networks)"
     disable_progress_bar()  # transformers shows one even for a file that loads in milliseconds
@@ -107,8 +109,9 @@ def model_from_source(
         with _quiet_diffusers():
             if path.is_file():
                 family, parts, scheduler = _parts_of_file(path, dtype, allow_pickle, config, vae)
+                _left_out(family, without_t5)  # an error, as no family of single files can do without a part
             else:
-                family, parts, scheduler = _parts_of_folder(path, dtype, variant, allow_pickle, vae)
+                family, parts, scheduler = _parts_of_folder(path, dtype, variant, allow_pickle, vae, without_t5)
         if spread:  # before it is on the device, which could not hold it
             parts[family.denoiser_part] = shard(parts[family.denoiser_part], device)
         return family(name, parts, scheduler, device)
@@ -140,8 +143,26 @@ def model_from_pipeline(pipe: DiffusionPipeline) -> LatentDiffusion:
     name = os.fspath(pipe.name_or_path or LIVE_PIPELINE)
     model = family(name, *_parts_of_pipeline(pipe, family), getattr(pipe, family.denoiser_part).device)
     if model.dtype != torch.float32:
-        model.options = {"dtype": str(model.dtype).removeprefix("torch.")}
+        model.options["dtype"] = str(model.dtype).removeprefix("torch.")
+    if any(getattr(pipe, part) is None for part in family.optional) and _has_optional_parts(name, family):
+        model.options["without_t5"] = True
     return model
+
+
+def _has_optional_parts(name: str, family: type[LatentDiffusion]) -> bool:
+    """Returns whether loading by this name would also load the parts that a family can do without."""
+    index = Path(name) / "model_index.json"
+    if not index.is_file():
+        return name != LIVE_PIPELINE  # those on the hub do
+    entries = read_json(index)
+    return any(any(entries.get(part) or ()) for part in family.optional)
+
+
+def _left_out(family: type[LatentDiffusion], without_t5: bool) -> frozenset[str]:
+    """Returns the parts that are not loaded, though the model may have them."""
+    if without_t5 and not family.optional:
+        raise ValueError(f"a {family.pipeline} has no T5 that it can do without: leave out without_t5")
+    return family.optional if without_t5 else frozenset()
 
 
 def _family_of(pipe: DiffusionPipeline) -> type[LatentDiffusion]:
@@ -181,17 +202,18 @@ def _parts_of_pipeline(pipe: Any, family: type[LatentDiffusion]) -> tuple[dict[s
 
 
 def _parts_of_folder(
-    folder: Path, dtype: torch.dtype, variant: str | None, allow_pickle: bool, vae: str | None
+    folder: Path, dtype: torch.dtype, variant: str | None, allow_pickle: bool, vae: str | None, without_t5: bool
 ) -> tuple[type[LatentDiffusion], dict[str, Any], dict[str, Any]]:
     """Returns the family, its parts, perhaps with another autoencoder, and the config of its scheduler."""
     check_model_folder(folder)
     index, kind = _read_index(folder / "model_index.json")
     family = find_family(kind)
     parts = {} if vae is None else {"vae": _load_vae(family.networks["vae"], vae, dtype, allow_pickle)}
-    variants = set()
+    variants, left_out = set(), _left_out(family, without_t5)
     for name in ["scheduler", *family.tokenizers, *family.networks]:
         # In the index a part that was left out is [null, null]: its library and its class.
-        if name in parts or (name in family.optional and not any(index.get(name) or ())):
+        is_missing = name in family.optional and not any(index.get(name) or ())
+        if name in parts or name in left_out or is_missing:
             continue
         try:
             if not (folder / name).is_dir():
@@ -375,7 +397,9 @@ def _check_class(vae_class: Any, config: Mapping[str, Any], source: str) -> None
         raise ValueError(f"the autoencoder {source} is an {kind}, and the model has an {vae_class.__name__}")
 
 
-def _find_folder(name: str, source: str, revision: str | None, variant: str | None, allow_pickle: bool) -> Path:
+def _find_folder(
+    name: str, source: str, revision: str | None, variant: str | None, allow_pickle: bool, without_t5: bool
+) -> Path:
     """Returns the local folder of a pipeline, downloaded from the hub if it is not there."""
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -389,7 +413,8 @@ def _find_folder(name: str, source: str, revision: str | None, variant: str | No
         _, pipeline = _read_index(Path(hf_hub_download(source, "model_index.json", **wanted)))
         if pipeline in FAMILIES:
             wanted |= {"variant": variant, "use_safetensors": _use_safetensors(allow_pickle)}
-            return Path(DiffusionPipeline.download(source, **wanted, **_UNUSED))
+            left_out = dict.fromkeys(_left_out(find_family(pipeline), without_t5))
+            return Path(DiffusionPipeline.download(source, **wanted, **_UNUSED, **left_out))
     except Exception as error:
         check_hub_id(f"the model {name!r}", source, is_unknown=True)
         reason = outage or f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -50,11 +50,6 @@ class PixArtSigma(LatentDiffusion):
     def _count_text_features(self) -> int:
         return self.text_encoder.config.hidden_size
 
-    @property
-    def size_factor(self) -> int:
-        """See the base class: the transformer reads patches of latents."""
-        return self.vae_scale_factor * self.denoiser.config.patch_size
-
     def _prepare_vae(self, vae: Any) -> Any:
         return without_overflow(vae)  # it is that of Stable Diffusion XL
 

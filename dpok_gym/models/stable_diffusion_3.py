@@ -62,11 +62,6 @@ class StableDiffusion3(LatentDiffusion):
     tokenizer_3: Any
 
     @property
-    def size_factor(self) -> int:
-        """See the base class: a patch of the denoiser must be whole."""
-        return self.vae_scale_factor * self.denoiser.config.patch_size  # type: ignore[no-any-return]
-
-    @property
     def max_side(self) -> int:
         """See the base class: the denoiser has as many positions."""
         return min(super().max_side, self.size_factor * self.denoiser.config.pos_embed_max_size)

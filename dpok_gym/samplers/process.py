@@ -28,7 +28,10 @@ from dpok_gym.utils.validation import check_choice, check_names, check_non_negat
 
 #: Arguments of :func:`dpok_gym.models.load_model` that change the distribution of the images. The others only change
 #: the precision, the speed, or the files that are read.
-_DRAWING_KWARGS = ("image_size", "negative_prompt", "true_cfg_scale", "timestep_spacing", "revision", "vae")
+_DRAWING_KWARGS = (
+    *("image_size", "negative_prompt", "true_cfg_scale", "timestep_spacing"),
+    *("revision", "vae", "without_t5"),
+)
 
 
 @dataclass(frozen=True)

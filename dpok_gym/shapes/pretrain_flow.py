@@ -2,7 +2,11 @@
 
 It is a small Stable Diffusion 3: a transformer of image and text tokens (MMDiT) and two text encoders, without T5. They
 learn together, with the flow-matching loss, in the latents of the embedded autoencoder, which stays as it is. The
-scenes and the captions, some of them wrong, are those of :mod:`dpok_gym.shapes.pretrain`.
+scenes and the captions, some of them wrong, are those of :mod:`dpok_gym.shapes.pretrain`. The denoiser has 3.6 million
+parameters; 22,000 steps of 64 images take about two hours on one core.
+
+The shipped weights differ in one point from what this script makes: the learning rate fell as if towards zero at step
+12,000 until step 3,000, at 16,000 until 8,000, and at 30,000 until 17,500.
 
 An interrupted run continues where it stopped, if started with the same ``--work``: this folder keeps the log and the
 checkpoints.
@@ -33,7 +37,7 @@ from dpok_gym.shapes.saving import save_pipeline
 from dpok_gym.shapes.scenes import IMAGE_SIZE
 from dpok_gym.shapes.training import minimise
 
-STEPS, LEARNING_RATE = 30_000, 2e-3
+STEPS, LEARNING_RATE = 22_000, 2e-3
 EMA_DECAY = 0.999
 #: Rows of zeros in the place of T5's tokens, as in ``StableDiffusion3Pipeline``.
 T5_TOKENS = 256

@@ -41,7 +41,9 @@ TINY_FAMILIES: dict[str, str] = {
 }
 
 
-def save_tiny_pipeline(folder: Path, family: str = "stable-diffusion", tokenizer: CLIPTokenizer | None = None) -> Path:
+def save_tiny_pipeline(
+    folder: str | Path, family: str = "stable-diffusion", tokenizer: CLIPTokenizer | None = None
+) -> Path:
     """Saves a diffusers pipeline of random weights, the same ones each time.
 
     The networks have about a million parameters at most, and the layers of the real ones. Their own tokenizers read

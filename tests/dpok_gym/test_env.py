@@ -5,6 +5,7 @@ import inspect
 import math
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import dpok_gym
 from dpok_gym import DenoisingEnv, DenoisingVectorEnv, NoiseAction, PromptSet, TextFeatures, TextToImageModel
 from dpok_gym.prompts import prompt_to_bytes, prompts_from_bytes
 from dpok_gym.registration import ENVIRONMENTS
-from tests.support import GYMNASIUM_ADVICE, SB3_ADVICE, always_nan, assert_same
+from tests.support import GYMNASIUM_ADVICE, SB3_ADVICE, SMALL_MODELS, always_nan, assert_same
 
 RED_CIRCLE = "a red circle"
 T = 3
@@ -61,12 +62,11 @@ def text_of(observation: dict[str, Any]) -> str:
 @pytest.mark.parametrize("wrapped", ["plain", "noise", "squashed noise", "features", "noise and features"])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
-def test_checkers(env_id: str, steps: int, wrapped: str, request: pytest.FixtureRequest, only_warnings) -> None:
-    small = {"sd15": "tiny_sd_folder", "sd21": "tiny_v_folder", "sdxl": "tiny_xl_folder"}  # in place of the real ones
+def test_checkers(env_id: str, steps: int, wrapped: str, tiny_folder: Callable[[str], Path], only_warnings) -> None:
     name = ENVIRONMENTS[env_id]["model"]
     ours: dict[str, Any] = {}
-    if name in small:
-        ours = {"model": str(request.getfixturevalue(small[name])), "reward": "jpeg-compressibility"}
+    if name in SMALL_MODELS:
+        ours = {"model": str(tiny_folder(SMALL_MODELS[name])), "image_size": 32, "reward": "jpeg-compressibility"}
     with only_warnings():
         env = gymnasium.make(env_id, num_inference_steps=steps, render_mode="rgb_array", **ours).unwrapped
         if "noise" in wrapped:

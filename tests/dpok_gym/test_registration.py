@@ -30,6 +30,7 @@ from dpok_gym.registration import (
 )
 from dpok_gym.rewards import list_rewards
 from dpok_gym.worlds import WORLDS
+from tests.support import SMALL_MODELS
 
 ROOT = Path(dpok_gym.__file__).parents[1]
 
@@ -116,8 +117,8 @@ def test_built_in_prompts_can_be_loaded() -> None:
 
 
 def test_the_embedded_models_need_no_download() -> None:
-    assert {"shapes", "mixture", "mixture-1d"} <= set(list_local_models())
-    assert not {"sd15", "sd21", "sdxl"} & set(list_local_models())
+    assert {"shapes", "shapes-flow", "mixture", "mixture-1d"} <= set(list_local_models())
+    assert not SMALL_MODELS.keys() & set(list_local_models())
 
 
 @pytest.mark.parametrize("env_id", TASKS)

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dpok_gym.models import TextToImageModel
 from dpok_gym.prompts import prompt_to_bytes, prompts_from_bytes
 from dpok_gym.registration import ENVIRONMENTS
 from dpok_gym.worlds import find_world
-from tests.support import assert_same, colours, every_other_fails, redness
+from tests.support import SMALL_MODELS, assert_same, colours, every_other_fails, redness
 
 N, T = 3, 2
 SHAPE = (N, 4, 8, 8)
@@ -35,12 +36,11 @@ def noise(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
-def test_equals_the_scalar_environments(env_id: str, request: pytest.FixtureRequest, only_warnings) -> None:
+def test_equals_the_scalar_environments(env_id: str, tiny_folder: Callable[[str], Path], only_warnings) -> None:
     kwargs: dict[str, Any] = {"num_inference_steps": T, "render_mode": "rgb_array", "decode_batch_size": 1}
-    small = {"sd15": "tiny_sd_folder", "sd21": "tiny_v_folder", "sdxl": "tiny_xl_folder"}  # in place of the real ones
     name = ENVIRONMENTS[env_id]["model"]
-    if name in small:
-        kwargs["model"] = str(request.getfixturevalue(small[name]))
+    if name in SMALL_MODELS:
+        kwargs |= {"model": str(tiny_folder(SMALL_MODELS[name])), "image_size": 32}
     if ENVIRONMENTS[env_id]["reward"] in ("image-reward", "shapes-preference"):  # networks round differently in batches
         kwargs["reward"] = "jpeg-compressibility"
     with only_warnings():

@@ -63,14 +63,14 @@ def test_built_in_worlds(name: str) -> None:
         assert reward is None or reward in world.evaluation_rewards
     for reward in rewards:
         make_reward(reward)
-    prompts = load_prompts(["one gaussian", "two modes"] if name == "mixture-1d" else name)
+    prompts = load_prompts(["one gaussian", "two modes"] if name == "mixture-1d" else name.partition("-")[0])
     assert DenoisingVectorEnv(model=name, prompts=prompts, reward=redness, device="cpu").world is world
     assert world.can_judge(prompts.train, world.image_shape)
     assert not set(world.unseen_prompts(prompts)) & set(prompts.train)
 
 
 def test_it_is_there_for_every_name() -> None:
-    assert WORLDS.names() == ["mixture", "mixture-1d", "shapes"]
+    assert WORLDS.names() == ["mixture", "mixture-1d", "shapes", "shapes-flow"]
     assert find_world("mixture") is find_world("mixture-1d")
     assert find_world("mixture") is not find_world("shapes")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,18 @@ def test_steps_that_do_not_exist(words: list[str], message: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_second_pass_takes_memory(tiny_folder: Callable[[str], Path]) -> None:
+    architecture = find_architecture(str(tiny_folder("flux-dev")))
+    words = ["--env", "DPOK-FLUX-v0", "--dtype", "float32", "--image-size", "64"]
+    plain, guided = (
+        estimate_memory(_config(*words, *more), architecture).phases
+        for more in ([], ["--model-kwargs", "true_cfg_scale=4"])
+    )
+    (rollout,) = (what for what in plain if what.startswith("rollout"))
+    assert guided[rollout] > 1.5 * plain[rollout]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", ["dpok", "ddpo", "diffusion-nft", "awm"])
 def test_the_passes_are_those_of_a_run(algo: str) -> None:
     """Counted by the process, whose denoiser's every call goes through one method."""
@@ -224,5 +237,8 @@ def test_what_is_kept(tiny_sd_folder: Path) -> None:
     assert of_rwr.kept["reward image-reward"] == 446_000_000 * 2
     assert "LoRA, 4 times: its gradient, AdamW" in of_rwr.kept
     assert not any(what.startswith("text encoders, ") for what in of_rwr.kept)
-    assert any(what.startswith("encoding a prompt, with the text encoders, ") for what in of_rwr.phases)
+    ((what, on_gpu),) = (phase for phase in of_rwr.phases.items() if phase[0].startswith("encoding a prompt"))
+    assert what.startswith("encoding a prompt, with the text encoders, ")
+    (encoders,) = (size for what, size in of_nft.kept.items() if what.startswith("text encoders, "))
+    assert on_gpu == of_nft.phases["encoding a prompt"] + encoders
     assert of_rwr.expected > 1.1 * of_rwr.counted > of_nft.counted / 4

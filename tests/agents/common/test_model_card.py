@@ -148,6 +148,13 @@ FAMILIES = {
 }
 
 
+def test_a_velocity_of_flow_matching_has_no_word_in_the_notes(tiny_folder: Callable[[str], Path]) -> None:
+    """ "v" would be that of a variance-preserving diffusion."""
+    notes = lora_notes(make_process(tiny_folder("stable-diffusion-3"), 3))
+    assert "modelspec.prediction_type" not in notes
+    assert notes["modelspec.resolution"] == "16x16"
+
+
 @pytest.mark.parametrize("folder", FAMILIES)
 def test_notes_of_a_file(folder: str, request: pytest.FixtureRequest) -> None:
     process = make_process(request.getfixturevalue(folder), 3, guidance_scale=2.5)

@@ -413,6 +413,28 @@ def test_a_pipeline_of_another_denoiser(
         assert_same_images(before, draw_with_diffusers(model.to_pipeline(), family, model, family.scale))
 
 
+def test_layers_of_a_lora(load: Callable[..., Any]) -> None:
+    """In every block, all projections of attention; or all layers but those of norms and those with groups."""
+    model = load()
+    if model.denoiser_part == "unet":
+        pytest.skip("a UNet has layers of other kinds")
+    network = reference_copy(model.denoiser)
+    layers = set()
+    for layer, module in network.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and getattr(module, "groups", 1) == 1:
+            layers.add(layer)
+    layers = {layer for layer in layers if "blocks." in layer and "norm" not in layer}
+    for layer, module in network.named_modules():
+        if getattr(module, "context_pre_only", None):  # nothing reads what becomes of the text there
+            layers.discard(f"{layer}.add_q_proj")
+    expected = {"attention": {layer for layer in layers if ".attn" in layer}, "all": layers}
+    assert model.lora_layers.keys() == expected.keys()
+    for kind, endings in model.lora_layers.items():
+        lora = LoRA(reference_copy(network), 2, endings)
+        changed = {key.partition(".lora_")[0] for key in lora.parameters}
+        assert {layer for layer in changed if "blocks." in layer} == expected[kind], kind
+
+
 Gradients = tuple[Tensor, list[Tensor]]
 
 
@@ -550,8 +572,11 @@ def test_bfloat16_through_the_policy(make: Callable[..., Any]) -> None:
     assert all(value.grad is not None and value.grad.isfinite().all() for value in policy.denoiser_parameters())
 
 
-def test_images_in_bfloat16_are_nearly_the_same(make: Callable[..., Any]) -> None:
-    torch.testing.assert_close(draw(make(dtype="bfloat16")), draw(make()), rtol=0.1, atol=0.1)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_images_in_half_precision_are_nearly_the_same(make: Callable[..., Any], dtype: str) -> None:
+    process = make(dtype=dtype)
+    assert process.model.dtype == getattr(torch, dtype)
+    torch.testing.assert_close(draw(process), draw(make()), rtol=0.1, atol=0.1)
 
 
 # --- Text encoders
@@ -603,9 +628,17 @@ def test_offloaded_text_encoders_are_on_the_device_only_while_they_read(
         where.clear()
     model.encode(["a dog", "moon", "a rabbit"])
     assert all(where == ["cpu"] * 3 for where in places.values())  # twice to read, and then away
+    model._unconditional = None  # as with another negative prompt
+    model._conditioning.clear()
+    for where in places.values():
+        where.clear()
+    model.unconditional()
+    assert all(len(where) > 1 for where in places.values())
+    for where in places.values():
+        where.clear()
     model.to_pipeline()
     model.encode(["a red dog"])
-    assert all(where == ["cpu"] * 5 for where in places.values())  # not away from a pipeline
+    assert all(where == ["cpu"] * 2 for where in places.values())  # not away from a pipeline
 
 
 def test_prompts_are_encoded_in_the_precision_of_the_weights(load: Callable[..., Any], family: Family) -> None:

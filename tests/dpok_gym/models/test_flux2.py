@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dpok_gym import DenoisingVectorEnv
 from dpok_gym.models import TextToImageModel, load_model
-from dpok_gym.models.lora import LoRA
 from dpok_gym.samplers import DenoisingProcess
 from dpok_gym.testing import save_tiny_pipeline
 from tests.support import redness
@@ -145,17 +144,6 @@ def test_the_shift_of_the_default_size(folder: Path, n_steps: int, mu: float) ->
     torch.testing.assert_close(DenoisingProcess(model, "ode", n_steps).table.noise, expected, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("negative_prompt", [None, "a dog"])
-def test_classifier_free_guidance(folder: Path, pipeline: Any, negative_prompt: str | None) -> None:
-    model = load_model(folder, "cpu", image_size=SIZE, negative_prompt=negative_prompt)
-    process = DenoisingProcess(model, "ode", T, guidance_scale=4.0)
-    with torch.no_grad():
-        empty, _ = pipeline.encode_prompt([negative_prompt or ""] * len(PROMPTS))
-    theirs = draw_with_diffusers(pipeline, model, guidance_scale=4.0, negative_prompt_embeds=empty)
-    torch.testing.assert_close(draw(process), theirs, rtol=1e-4, atol=1e-4)
-    assert process.num_function_evaluations == 2 * T * len(PROMPTS)
-
-
 def test_another_autoencoder(folder: Path, tiny_sd_folder: Path) -> None:
     """Of its own class, which has the moments of the latents."""
     model: Any = load_model(folder, "cpu", vae=folder, image_size=SIZE)
@@ -182,17 +170,3 @@ def test_a_distilled_model_refuses_guidance(folder: Path, pipeline: Any) -> None
     ours = draw(DenoisingProcess(model, "ode", T))
     # The pipeline ignores a scale.
     torch.testing.assert_close(ours, draw_with_diffusers(pipeline, model, guidance_scale=4.0), rtol=1e-4, atol=1e-4)
-
-
-def test_layers_of_a_lora(folder: Path) -> None:
-    """The last layer of attention is in a list in the blocks of two streams, and not in those of one."""
-    model: Any = load_model(folder, "cpu")
-    lora = LoRA(model.denoiser, 2, model.lora_layers["attention"])
-    layers = {name.partition(".lora_")[0] for name in lora.parameters}
-    assert {"transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.attn.to_out"} <= layers
-    every = {name for name, module in model.denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
-    others = {"x_embedder", "context_embedder", "norm_out.linear", "proj_out"}
-    lora = LoRA(model.denoiser, 2, model.lora_layers["all"])
-    layers = {name.partition(".lora_")[0] for name in lora.parameters}
-    plain = {name for name in every if "lora" not in name and "modulation" not in name and "embed" not in name}
-    assert {name.removesuffix(".base_layer") for name in plain} - others == layers

@@ -110,6 +110,7 @@ def test_spec_tells_models_apart() -> None:
         "allow_pickle": True,
         "config": "folder",
         "vae": "folder",
+        "without_t5": True,
         "vae_tiling": True,
         "compile": True,
         "shard": True,

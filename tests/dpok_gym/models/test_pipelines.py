@@ -110,6 +110,15 @@ def test_a_live_pipeline_shares_its_networks(pipe: Any) -> None:
     assert pointers & {value.data_ptr() for part in networks(pipe).values() for value in part.parameters()}
 
 
+def test_a_lora_that_learns_goes_on_learning(tiny_sd_folder: Path) -> None:
+    """It is off in the pipeline between the calls of the agent that it belongs to."""
+    pipe = load_pipeline(tiny_sd_folder)
+    lora = LoRA(pipe.unet, 2, StableDiffusion.lora_layers["attention"])
+    TextToImageModel.from_pipeline(pipe)
+    assert all(value.requires_grad for value in lora.parameters.values())
+    assert not any(value.requires_grad for name, value in pipe.unet.named_parameters() if ".lora_" not in name)
+
+
 @pytest.mark.slow
 def test_a_live_pipeline_goes_on_drawing(folder: Path, pipe: Any) -> None:
     model = load_model(folder, "cpu")
