@@ -205,7 +205,7 @@ class Rehearsal:
 
     @property
     def prompt_bytes(self) -> int:
-        """What the denoiser is told about one prompt."""
+        """The bytes of what the denoiser is told about one prompt."""
         return size_of(self.told.values())
 
     @property
@@ -251,7 +251,7 @@ class Rehearsal:
         return memory.peak
 
     def blocks(self, n: int, gradient_checkpointing: bool, guided: bool = True) -> list[Blocks]:
-        """What the blocks of the denoiser keep for the backward pass of ``n`` elements; arguments of :meth:`update`."""
+        """Returns what the blocks of the denoiser keep for the backward pass of ``n`` elements; see :meth:`update`."""
         self._checkpoint(gradient_checkpointing)
         children = self._trained_denoiser.named_children()
         lists = [(name, blocks) for name, blocks in children if isinstance(blocks, nn.ModuleList)]

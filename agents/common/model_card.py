@@ -149,12 +149,12 @@ def noted_sampling(notes: Mapping[str, str]) -> dict[str, Any]:
     """Returns the values of :data:`SAMPLING` that the notes of a LoRA's file have.
 
     Raises:
-        ValueError: if they have none.
+        ValueError: if they lack some.
     """
     values = parse_json(notes.get(_SAMPLING_NOTE, ""), f"the note {_SAMPLING_NOTE} of the LoRA")
-    if not isinstance(values, dict):
-        raise ValueError(f"the note {_SAMPLING_NOTE} of the LoRA is no mapping; write the LoRA again")
-    return {name: values.get(name) for name in SAMPLING}
+    if not isinstance(values, dict) or not values.keys() >= set(SAMPLING):
+        raise ValueError(f"the note {_SAMPLING_NOTE} of the LoRA does not say {', '.join(SAMPLING)}; write it again")
+    return {name: values[name] for name in SAMPLING}
 
 
 def public_name(text: str) -> str:

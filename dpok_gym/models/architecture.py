@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dpok_gym.models.latent_diffusion import LatentDiffusion
-from dpok_gym.models.pipelines import FAMILIES, find_family
+from dpok_gym.models.pipelines import FAMILIES, find_family, find_left_out
 from dpok_gym.models.registry import find_source, is_factory
 from dpok_gym.utils.reading import check_tensors, read_json
 
@@ -255,9 +255,8 @@ def find_architecture(
         ValueError: if the architecture cannot be told; the message says how to get it.
     """
     found = _find_architecture(name_or_path, revision, config)
-    if without_t5:
-        kept = {part: own for part, own in found.configs.items() if part not in found.family.optional}
-        found = replace(found, configs=kept)
+    if left_out := find_left_out(found.family, without_t5):
+        found = replace(found, configs={part: own for part, own in found.configs.items() if part not in left_out})
     return found
 
 

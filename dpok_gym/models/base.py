@@ -321,7 +321,7 @@ class TextToImageModel(ABC):
 
     @property
     def loads_lora_files(self) -> bool:
-        """Whether diffusers' pipeline of the model has ``load_lora_weights``."""
+        """True if diffusers' pipeline of the model has ``load_lora_weights``."""
         return True
 
     def num_forward_passes(self, guidance_scale: float) -> int:

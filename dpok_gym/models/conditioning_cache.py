@@ -37,7 +37,7 @@ class ConditioningCache:
         return self._entries[prompt]
 
     def add(self, prompt: str, conditioning: dict[str, Tensor]) -> None:
-        """Keeps the conditioning of a new prompt. One that is larger than the whole cache is not kept."""
+        """Keeps the conditioning of a new prompt, unless it takes more than ``max_bytes`` and ``min_entries`` is 0."""
         self._entries[prompt] = conditioning
         self.num_bytes += _count_bytes(conditioning)
         while self.num_bytes > self.max_bytes and len(self) > self.min_entries:

@@ -16,7 +16,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from dpok_gym.models.base import Conditioning, GuidanceGradient
-from dpok_gym.models.latent_diffusion import LatentDiffusion
+from dpok_gym.models.latent_diffusion import JOINT_ATTENTION, LatentDiffusion
 
 #: The height and width of a patch of the latent, which is one token of the transformer.
 PATCH = 2
@@ -24,7 +24,6 @@ PATCH = 2
 #: Height and width of the latents of 1024 x 1024 pixels, which diffusers' pipeline draws.
 _DEFAULT_LATENT_SIZE = (128, 128)
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
 
 
@@ -52,7 +51,10 @@ class Flux(LatentDiffusion):
     max_sequence_length: ClassVar[int] = 512
     #: The projections of every attention layer, in the blocks of two streams and of one; or the feed-forward layers and
     #: the last projection too.
-    lora_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention": _ATTENTION, "all": _ATTENTION + _FEED_FORWARD}
+    lora_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": JOINT_ATTENTION,
+        "all": JOINT_ATTENTION + _FEED_FORWARD,
+    }
     lora_prefix = "transformer."
     true_cfg_scale: float = 1.0
     text_encoder_2: Any

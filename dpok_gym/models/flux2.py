@@ -16,7 +16,7 @@ from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
 from dpok_gym.models.base import Conditioning
 from dpok_gym.models.flux import PATCH, positions
-from dpok_gym.models.latent_diffusion import LatentDiffusion
+from dpok_gym.models.latent_diffusion import JOINT_ATTENTION, LatentDiffusion
 
 #: Height and width of the latents of 1024 x 1024 pixels, which diffusers' pipeline draws.
 _DEFAULT_LATENT_SIZE = (64, 64)
@@ -29,7 +29,7 @@ _CHUNK = 10_000
 
 #: In the blocks of one stream, the first layers of attention and feed-forward are one layer, and so are the last ones.
 _ONE_STREAM = ("to_qkv_mlp_proj", "to_out")
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", *_ONE_STREAM)
+_ATTENTION = (*JOINT_ATTENTION, *_ONE_STREAM)
 _FEED_FORWARD = ("linear_in", "linear_out")
 
 

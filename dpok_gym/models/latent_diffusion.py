@@ -1,4 +1,4 @@
-"""What all models have in common that are a pipeline of diffusers: text encoders, a denoiser and an autoencoder.
+"""The base of all models that are a pipeline of diffusers: text encoders, a denoiser and an autoencoder.
 
 Letters used for sizes: B images, N prompts, L tokens of a prompt, F features, C x h x w a latent, H x W an image.
 """
@@ -29,6 +29,11 @@ from dpok_gym.utils.validation import shorten
 
 #: The largest height or width in pixels: four times that of Stable Diffusion XL.
 MAX_SIDE = 4096
+
+#: Endings of the names of an attention layer's projections, for ``lora_layers``. Where image and text attend to each
+#: other, the text has projections of its own.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 logger = logging.getLogger(__name__)
 

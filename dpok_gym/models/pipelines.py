@@ -109,7 +109,7 @@ def model_from_source(
         with _quiet_diffusers():
             if path.is_file():
                 family, parts, scheduler = _parts_of_file(path, dtype, allow_pickle, config, vae)
-                _left_out(family, without_t5)  # an error, as no family of single files can do without a part
+                find_left_out(family, without_t5)  # an error, as no family of single files can do without a part
             else:
                 family, parts, scheduler = _parts_of_folder(path, dtype, variant, allow_pickle, vae, without_t5)
         if spread:  # before it is on the device, which could not hold it
@@ -158,8 +158,12 @@ def _has_optional_parts(name: str, family: type[LatentDiffusion]) -> bool:
     return any(any(entries.get(part) or ()) for part in family.optional)
 
 
-def _left_out(family: type[LatentDiffusion], without_t5: bool) -> frozenset[str]:
-    """Returns the parts that are not loaded, though the model may have them."""
+def find_left_out(family: type[LatentDiffusion], without_t5: bool) -> frozenset[str]:
+    """Returns the names of the parts that are not loaded, though the model may have them.
+
+    Raises:
+        ValueError: if the family can do without none.
+    """
     if without_t5 and not family.optional:
         raise ValueError(f"a {family.pipeline} has no T5 that it can do without: leave out without_t5")
     return family.optional if without_t5 else frozenset()
@@ -209,7 +213,7 @@ def _parts_of_folder(
     index, kind = _read_index(folder / "model_index.json")
     family = find_family(kind)
     parts = {} if vae is None else {"vae": _load_vae(family.networks["vae"], vae, dtype, allow_pickle)}
-    variants, left_out = set(), _left_out(family, without_t5)
+    variants, left_out = set(), find_left_out(family, without_t5)
     for name in ["scheduler", *family.tokenizers, *family.networks]:
         # In the index a part that was left out is [null, null]: its library and its class.
         is_missing = name in family.optional and not any(index.get(name) or ())
@@ -413,7 +417,7 @@ def _find_folder(
         _, pipeline = _read_index(Path(hf_hub_download(source, "model_index.json", **wanted)))
         if pipeline in FAMILIES:
             wanted |= {"variant": variant, "use_safetensors": _use_safetensors(allow_pickle)}
-            left_out = dict.fromkeys(_left_out(find_family(pipeline), without_t5))
+            left_out = dict.fromkeys(find_left_out(find_family(pipeline), without_t5))
             return Path(DiffusionPipeline.download(source, **wanted, **_UNUSED, **left_out))
     except Exception as error:
         check_hub_id(f"the model {name!r}", source, is_unknown=True)

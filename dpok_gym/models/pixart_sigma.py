@@ -13,14 +13,12 @@ from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
 from dpok_gym.models.base import Conditioning
-from dpok_gym.models.latent_diffusion import LatentDiffusion
+from dpok_gym.models.latent_diffusion import ATTENTION, LatentDiffusion
 from dpok_gym.models.stable_diffusion_xl import without_overflow
 from dpok_gym.models.token_counts import count_tokens
 
 #: Tokens of a prompt that the pipelines of PixArt-Sigma and of Sana read, the special ones included.
 MAX_TOKENS = 300
-
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class PixArtSigma(LatentDiffusion):
@@ -40,8 +38,8 @@ class PixArtSigma(LatentDiffusion):
     }
     flow_matching = False
     lora_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "attention": _ATTENTION,
-        "all": (*_ATTENTION, "ff.net.0.proj", "ff.net.2"),
+        "attention": ATTENTION,
+        "all": (*ATTENTION, "ff.net.0.proj", "ff.net.2"),
     }
     lora_prefix = "transformer."
     #: Any size, and the prompts as they are.

@@ -16,10 +16,9 @@ from torch import Tensor
 from transformers import Gemma2Model, GemmaTokenizer
 
 from dpok_gym.models.base import Conditioning
+from dpok_gym.models.latent_diffusion import ATTENTION
 from dpok_gym.models.pixart_sigma import MAX_TOKENS, PixArtSigma, read_as
 from dpok_gym.models.scheduler_configs import with_euler_steps
-
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 #: What the language model is told before each prompt. Its answer is not used, only what it thinks of the prompt.
 _INSTRUCTION = "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
@@ -42,10 +41,10 @@ class Sana(PixArtSigma):
     }
     flow_matching = True
     lora_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "attention": _ATTENTION,
+        "attention": ATTENTION,
         # The feed-forward layers are convolutions. The one between these two has a group for each channel, for which
         # a low rank does not exist.
-        "all": (*_ATTENTION, "conv_inverted", "conv_point"),
+        "all": (*ATTENTION, "conv_inverted", "conv_point"),
     }
 
     @property

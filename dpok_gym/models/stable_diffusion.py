@@ -13,9 +13,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dpok_gym.models.base import Conditioning
-from dpok_gym.models.latent_diffusion import LatentDiffusion
+from dpok_gym.models.latent_diffusion import ATTENTION, LatentDiffusion
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 _CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
 
@@ -37,8 +36,8 @@ class StableDiffusion(LatentDiffusion):
     #: The projections of every attention layer of a diffusers UNet, as is usual for large models; or the feed-forward
     #: and convolutional layers of all its blocks too.
     lora_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "attention": _ATTENTION,
-        "all": _ATTENTION + _FEED_FORWARD + _CONVOLUTIONS,
+        "attention": ATTENTION,
+        "all": ATTENTION + _FEED_FORWARD + _CONVOLUTIONS,
     }
     lora_prefix = "unet."
 

@@ -15,14 +15,13 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from dpok_gym.models.base import Conditioning
-from dpok_gym.models.latent_diffusion import LatentDiffusion
+from dpok_gym.models.latent_diffusion import JOINT_ATTENTION, LatentDiffusion
 from dpok_gym.models.repeated_token import give_processor
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 #: Tokens of a prompt that T5 reads, as in the pipeline.
-_T5_TOKENS = 256
+T5_TOKENS = 256
 
 
 class StableDiffusion3(LatentDiffusion):
@@ -52,8 +51,8 @@ class StableDiffusion3(LatentDiffusion):
     flow_matching = True
     #: The projections of every attention layer, of the image and of the text; or the feed-forward layers too.
     lora_layers: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "attention": _ATTENTION,
-        "all": _ATTENTION + _FEED_FORWARD,
+        "attention": JOINT_ATTENTION,
+        "all": JOINT_ATTENTION + _FEED_FORWARD,
     }
     lora_prefix = "transformer."
     text_encoder_2: Any
@@ -74,7 +73,7 @@ class StableDiffusion3(LatentDiffusion):
         return self.text_encoder.config.projection_dim + self.text_encoder_2.config.projection_dim
 
     def _readers(self) -> Mapping[str, int]:
-        return super()._readers() if self.text_encoder_3 is None else {"tokenizer_3": _T5_TOKENS}
+        return super()._readers() if self.text_encoder_3 is None else {"tokenizer_3": T5_TOKENS}
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         length = self.tokenizer.model_max_length
@@ -87,7 +86,7 @@ class StableDiffusion3(LatentDiffusion):
         if self.text_encoder_3 is None:
             hidden_3 = hidden.new_zeros(len(prompts), 1, width)  # this row counts as often as T5 has tokens
         else:
-            tokens = self._tokenize(self.tokenizer_3, prompts, _T5_TOKENS)["input_ids"]
+            tokens = self._tokenize(self.tokenizer_3, prompts, T5_TOKENS)["input_ids"]
             hidden_3 = self.text_encoder_3.to(self.device)(tokens).last_hidden_state
         return {
             "encoder_hidden_states": torch.cat([F.pad(hidden, (0, width - hidden.shape[-1])), hidden_3], dim=1),
@@ -104,8 +103,8 @@ class StableDiffusion3(LatentDiffusion):
         if self.text_encoder_3 is None:
             # Asked each time, because a trained copy of the denoiser may have diffusers' own attention again.
             if give_processor(denoiser):
-                attention_kwargs = {"num_repeats": _T5_TOKENS}
+                attention_kwargs = {"num_repeats": T5_TOKENS}
             else:
-                hidden = torch.cat([hidden[:, :-1], hidden[:, -1:].expand(-1, _T5_TOKENS, -1)], dim=1)
+                hidden = torch.cat([hidden[:, :-1], hidden[:, -1:].expand(-1, T5_TOKENS, -1)], dim=1)
         output = denoiser(latents, hidden, pooled, timesteps, joint_attention_kwargs=attention_kwargs)
         return output.sample.float()  # type: ignore[no-any-return]

@@ -115,21 +115,25 @@ def train_clip_tokenizer(texts: Iterable[str], max_tokens: int, **config: Any) -
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=max_tokens, **config)
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Returns the untrained text encoder, a small CLIP text tower."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def make_text_config(tokenizer: CLIPTokenizer, **further: Any) -> CLIPTextConfig:
+    """Returns the config of a small CLIP text tower of two layers, with further entries."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **further,
     )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Returns the untrained text encoder."""
+    return CLIPTextModel(make_text_config(tokenizer))
 
 
 def make_unet() -> UNet2DConditionModel:

@@ -28,37 +28,23 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from dpok_gym.models.repeated_token import RepeatedTokenProcessor
+from dpok_gym.models.stable_diffusion_3 import T5_TOKENS
 from dpok_gym.shapes import FLOW_WEIGHTS, WEIGHTS
-from dpok_gym.shapes.pretrain import BATCH, MAX_TOKENS, TEXT_WIDTH, draw_examples, encode_scenes
+from dpok_gym.shapes.pretrain import BATCH, TEXT_WIDTH, draw_examples, encode_scenes, make_text_config
 from dpok_gym.shapes.saving import save_pipeline
 from dpok_gym.shapes.scenes import IMAGE_SIZE
 from dpok_gym.shapes.training import minimise
 
 STEPS, LEARNING_RATE = 22_000, 2e-3
 EMA_DECAY = 0.999
-#: Rows of zeros in the place of T5's tokens, as in ``StableDiffusion3Pipeline``.
-T5_TOKENS = 256
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     """Returns an untrained text encoder: a small CLIP text tower. The denoiser reads its last layer but one."""
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return CLIPTextModelWithProjection(make_text_config(tokenizer, projection_dim=TEXT_WIDTH))
 
 
 def make_transformer() -> SD3Transformer2DModel:

@@ -155,6 +155,12 @@ def test_a_velocity_of_flow_matching_has_no_word_in_the_notes(tiny_folder: Calla
     assert notes["modelspec.resolution"] == "16x16"
 
 
+@pytest.mark.parametrize("note", ["[]", "{}", '{"eta": 1.0}'])
+def test_notes_that_do_not_say_how_to_draw(note: str) -> None:
+    with pytest.raises(ValueError, match=r"does not say sampler, .* write it again"):
+        noted_sampling({"dpok_gym.sampling": note})
+
+
 @pytest.mark.parametrize("folder", FAMILIES)
 def test_notes_of_a_file(folder: str, request: pytest.FixtureRequest) -> None:
     process = make_process(request.getfixturevalue(folder), 3, guidance_scale=2.5)

@@ -55,6 +55,8 @@ def test_size_without_t5(folder: Path) -> None:
 def test_a_family_that_needs_its_text_encoders(name: str, tiny_folder: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match="has no T5 that it can do without: leave out without_t5"):
         load_model(tiny_folder(name), "cpu", without_t5=True)
+    with pytest.raises(ValueError, match="has no T5 that it can do without"):
+        find_architecture(str(tiny_folder(name)), without_t5=True)
 
 
 @pytest.mark.parametrize("family", ["stable-diffusion-3", "stable-diffusion-3-no-t5"])
