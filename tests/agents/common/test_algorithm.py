@@ -131,7 +131,7 @@ def test_steps_are_rounded_up_to_whole_iterations(make_agent: Callable[..., Any]
         ({"num_inference_steps": T + 1}, f"num_inference_steps {T} there, {T + 1} here"),
         ({"guidance_scale": 7.5}, r"guidance_scale 1\.0 there, 7\.5 here"),
         ({"eta": 0.5}, r"eta 1\.0 there, 0\.5 here"),
-        ({"model": "velocity"}, "model '.*epsilon' there, '.*velocity' here"),
+        ({"model": "velocity"}, "model '.*stable-diffusion' there, '.*stable-diffusion-v' here"),
         ({"image_size": 32}, "image_size None there, 32 here"),
     ],
     ids=str,
