@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from agents.algorithms.awm import AWM as AWM
     from agents.algorithms.best_of_n import BestOfN as BestOfN
     from agents.algorithms.ddpo import DDPO as DDPO
+    from agents.algorithms.diffusion_dpo import DiffusionDPO as DiffusionDPO
     from agents.algorithms.diffusion_nft import DiffusionNFT as DiffusionNFT
     from agents.algorithms.dpok import DPOK as DPOK
     from agents.algorithms.draft import DRaFT as DRaFT
@@ -53,6 +54,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "DRaFT": "algorithms.draft",
         "DenoisingAlgorithm": "common.algorithm",
         "DenoisingPolicy": "common.policy",
+        "DiffusionDPO": "algorithms.diffusion_dpo",
         "DiffusionNFT": "algorithms.diffusion_nft",
         "Evaluation": "common.evaluation",
         "FKSteering": "common.steering",

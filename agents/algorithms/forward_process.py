@@ -93,14 +93,8 @@ class ForwardProcess(DenoisingAlgorithm):
                     self._finish_iteration(log_interval)
         # All images are drawn before the fit begins: their weights depend on all rewards.
         while is_going_on and not self.is_done(total):
-            callback.on_rollout_start()  # where callbacks save
             n_steps = min(self.log_every, self.n_gradient_steps - self.n_fitted)
-            with self._logged_update(n_steps * (self.batch_size or len(self.image_prompts))):
-                self.train()
-            self.iteration += 1
-            callback.on_rollout_end()
-            if log_interval and self.iteration % log_interval == 0:
-                self.dump_logs(self.iteration)
+            self._fit_iteration(callback, log_interval, n_steps * (self.batch_size or len(self.image_prompts)))
         callback.on_training_end()
         return self
 

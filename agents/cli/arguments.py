@@ -32,6 +32,7 @@ _TEXTS = {
     "prompts": "TEXT|SET|FILE",
     "reward": "NAME[=WEIGHT],...",
     "lora": "FOLDER|FILE",
+    "choices": "FILE",
     "held_out_reward": "NAME[=WEIGHT],...",
 }
 

@@ -30,6 +30,7 @@ from dpok_gym.utils.validation import (
     check_integer,
     check_mapping,
     check_names,
+    check_path,
     check_positive,
     suggest,
 )
@@ -291,7 +292,7 @@ def default_config(env_id: str, algo: str, preset_name: str | None = None) -> Co
         device="auto",
         **run_options,
         env_kwargs=find_paths(env_kwargs),
-        algo_kwargs=find_held_out_reward(own | chosen),
+        algo_kwargs=find_algorithm_paths(own | chosen),
         policy_kwargs=policy_kwargs,
     )
 
@@ -338,10 +339,15 @@ def find_reward(reward: Any) -> dict[str, Any]:
     return {_absolute(name, list_rewards()): weight for name, weight in parse_reward(reward).items()}
 
 
-def find_held_out_reward(algo_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an algorithm's arguments with the held-out reward as a dict, unless it is "auto" or None."""
-    reward = algo_kwargs["held_out_reward"]
-    return {**algo_kwargs, "held_out_reward": reward if reward in ("auto", None) else find_reward(reward)}
+def find_algorithm_paths(algo_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an algorithm's arguments with absolute paths, and with the held-out reward as a dict unless it is "auto"
+    or None."""
+    resolved = dict(algo_kwargs)
+    reward = resolved["held_out_reward"]
+    resolved["held_out_reward"] = reward if reward in ("auto", None) else find_reward(reward)
+    if resolved.get("choices") is not None:
+        resolved["choices"] = os.path.abspath(check_path("--choices", resolved["choices"]))
+    return resolved
 
 
 def reward_names(held_out_reward: Any) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from agents.algorithms.awm import AWM
+from agents.algorithms.diffusion_dpo import DiffusionDPO
 from agents.algorithms.diffusion_nft import DiffusionNFT
 from agents.algorithms.draft import DRaFT
 from agents.algorithms.forward_process import ForwardProcess
@@ -201,7 +202,7 @@ def _phases(config: Config, rehearsal: Rehearsal, free: int | None) -> dict[str,
     update: dict[str, Any] = {"guided": _learns_guided(config)}
     if issubclass(load_algorithm(config.algo), DRaFT):
         update |= {"n_steps": algo["n_last_steps"], "decodes": True}
-    n = _micro_batch(algo)
+    n = _micro_batch(config)
     checkpoints = policy["gradient_checkpointing"]
     if checkpoints == "auto":
         checkpoints = rehearsal.needs_checkpointing(policy["max_batch_size"], free)
@@ -219,16 +220,19 @@ def _phases(config: Config, rehearsal: Rehearsal, free: int | None) -> dict[str,
 
 def _learns_guided(config: Config) -> bool:
     """Returns whether the guided output is trained."""
-    return not issubclass(load_algorithm(config.algo), (OnlineForwardProcess, ForwardProcess))
+    return not issubclass(load_algorithm(config.algo), (OnlineForwardProcess, ForwardProcess, DiffusionDPO))
 
 
-def _micro_batch(algo: Mapping[str, Any]) -> int:
-    """Returns the elements of a forward and backward pass; 1 for "auto", which takes as many as fit."""
+def _micro_batch(config: Config) -> int:
+    """Returns the latents of a forward and backward pass; for "auto", which takes as many as fit, those of an element.
+    """
+    algo = config.algo_kwargs
+    of_element = 2 if issubclass(load_algorithm(config.algo), DiffusionDPO) else 1  # a pair
     size = algo["micro_batch_size"]
     if size == "auto":
-        return 1
+        return of_element
     largest = algo["batch_size"] or size
-    return min(size or largest, largest or size)
+    return of_element * min(size or largest, largest or size)
 
 
 def _keeps_old(algorithm: type, algo: Mapping[str, Any]) -> bool:
@@ -263,7 +267,7 @@ def _describe_memory(config: Config) -> Iterator[str]:
 
 
 def _describe_blocks(config: Config, rehearsal: Rehearsal) -> Iterator[str]:
-    n, guided = _micro_batch(config.algo_kwargs), _learns_guided(config)
+    n, guided = _micro_batch(config), _learns_guided(config)
     plain, checkpointed = (rehearsal.blocks(n, checkpoints, guided) for checkpoints in (False, True))
     yield "  kept in an update from the forward to the backward pass; less with gradient checkpointing"
     for blocks, less in zip(plain, checkpointed, strict=True):
@@ -312,6 +316,11 @@ def count_update_passes(config: Config) -> Passes | None:
         if issubclass(algorithm, AWM):
             old = 1 + bool(algo["ema_coef"])
         return of_batches(n, 1, 1, old + reference)
+    if issubclass(algorithm, DiffusionDPO):
+        is_online = algo["choices"] is None
+        steps = algo["steps_per_iteration" if is_online else "n_gradient_steps"]
+        pairs = steps * (algo["batch_size"] or n_images // algo["group_size"])
+        return Passes(pairs, 2 * pairs, 2 * pairs, 2 * pairs, steps, is_per_iteration=is_online)
     if issubclass(algorithm, DRaFT):
         passes = of_batches(n_images, guided, back, 0)
         k = algo["n_last_steps"]
@@ -331,14 +340,17 @@ def _describe_passes(config: Config) -> Iterator[str]:
     iterations = math.ceil(config.images / n_images)
     with_reference = (algo.get("kl_placement") == "reward" and algo["kl_coef"] > 0) or algo.get("max_kl") is not None
     drawing = n_images * n_steps * guided * (1 + with_reference)
+    if algo.get("choices") is not None:
+        iterations, drawing = 0, 0
     update = count_update_passes(config)
     yield f"denoiser passes of one latent{', two for a guided output' * (guided == 2)}; {iterations} iterations:"
-    yield f"  {drawing:>11,}  rollout of {n_images} images in {n_steps} steps"
+    if iterations:
+        yield f"  {drawing:>11,}  rollout of {n_images} images in {n_steps} steps"
     total = iterations * drawing
     if update is None:
         yield "            ?  update: not known for this algorithm"
     else:
-        when = "update" if update.is_per_iteration else "fit, once, after all iterations"
+        when = "update" if update.is_per_iteration else "fit, once" + ", after all iterations" * bool(iterations)
         of_what = f"of {update.elements:,} elements in {update.optimizer_steps:,} steps"
         yield f"  {update.forward:>11,}  {when}: forward, {of_what}"
         yield f"  {update.backward:>11,}  {when}: backward, about twice a forward pass each"

@@ -35,14 +35,19 @@ _NO_COMPONENTS = {
     "reward_std",
     "equal_share",
 }
+#: Losses of a fit, in rows of the log that are of no rollout, with their labels.
+_FIT_LOSSES = {
+    "train/denoising_loss": "denoising loss",
+    "train/preference_loss": "preference loss\n(a coin has 0.69)",
+}
 _CELL = 1.05  # inches, of an image with its margin
 
 
 def learning_curve(rows: Sequence[Mapping[str, float]], path: str | Path, title: str = "") -> Path:
     """Draws every component of the reward, and the KL to the pre-trained model, against the images drawn.
 
-    For forward-process algorithms the denoising loss against the optimiser steps takes the place of the KL. Algorithms
-    that log neither have no such panel.
+    For algorithms that fit images of a fixed set, their loss against the optimiser steps takes the place of the KL.
+    Algorithms that log neither have no such panel.
 
     Args:
         rows: rows of the log, see :func:`agents.cli.logs.read_log`; there may be none yet.
@@ -54,7 +59,8 @@ def learning_curve(rows: Sequence[Mapping[str, float]], path: str | Path, title:
     components = [name for name in logged if name not in _NO_COMPONENTS]
     components.sort(key=_HELD_OUT.__eq__)  # what is trained on comes first; the rest keeps its order
     rollouts = [row for row in rows if "rollout/images" in row]
-    fits = any("train/denoising_loss" in row for row in rows)
+    fitted = [name for name in _FIT_LOSSES if any(name in row and "rollout/images" not in row for row in rows)]
+    fits = bool(fitted)
     has_kl = not rollouts or any("train/kl_to_reference" in row for row in rows)
     n_panels = len(components) + (fits or has_kl or not components)
     figure = Figure(figsize=(7, 0.6 + 1.9 * n_panels), layout="constrained")
@@ -71,8 +77,8 @@ def learning_curve(rows: Sequence[Mapping[str, float]], path: str | Path, title:
         label = "images drawn by the pre-trained model" if fits else "images drawn"
         by_images[-1].set_xlabel(label)
     if fits:
-        _curve(panels[-1], _points(rows, "train/n_updates", "train/denoising_loss"), KL)
-        panels[-1].set(ylabel="denoising loss", xlabel="optimiser steps")
+        _curve(panels[-1], _points(rows, "train/n_updates", fitted[0]), KL)
+        panels[-1].set(ylabel=_FIT_LOSSES[fitted[0]], xlabel="optimiser steps")
     elif has_kl:
         _curve(panels[-1], _points(rollouts, "rollout/images", "train/kl_to_reference"), KL)
         panels[-1].set_ylabel("KL to pre-trained\n(nats per image)")

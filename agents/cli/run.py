@@ -75,17 +75,16 @@ class Run:
         self._checkpoint, seconds = checkpoint, 0.0
         if checkpoint is not None:
             seconds = self._load(checkpoint)
-        self.held_out = self.agent.held_out.description  # made now: an error after the first evaluation would be late
+        self.prepared = self.agent.prepare()  # now: an error after the first evaluation would be late
         self.prompts = cycle_prompts(self.env.prompts.train, config.eval_images)
-        self.progress = ProgressCallback(self._total_images(), None if distributed.is_main() else True, seconds)
+        self.progress = ProgressCallback(self._total(), None if distributed.is_main() else True, seconds)
         self.interrupts = InterruptCallback()
         #: The command that resumes this run, for messages.
         self.resume_command = f"dpok train --resume --out {shlex.quote(str(folder))}{' --trust' * bool(config.code())}"
         is_evaluated = distributed.any_of(distributed.is_main() and self._is_evaluated())
         if self.agent.is_done(self._total_timesteps()) and is_evaluated:
-            raise ValueError(
-                f"the run in {folder} has drawn its {self.agent.images_drawn} images; ask for more with --images"
-            )
+            advice = "ask for more with --images" if self.agent.draws_images else "train anew, in another --out"
+            raise ValueError(f"the run in {folder} is complete, after {self._done}; {advice}")
 
     def _load(self, checkpoint: Path) -> float:
         """Puts the agent into the state of a checkpoint; returns the seconds of training until then."""
@@ -129,14 +128,14 @@ class Run:
         self._check_places()
         self.config.write(self.folder)
         say(self.console, f"writing to {self.folder}")
-        say(self.console, self.held_out)
-        if self._total_images() != self.config.images:
-            say(self.console, f"{self._total_images()} images will be drawn, in whole iterations")
+        say(self.console, self.prepared)
+        if self.agent.draws_images and self._total() != self.config.images:
+            say(self.console, f"{self._total()} images will be drawn, in whole iterations")
         if self._checkpoint is None:
             # It may be of an earlier run with other settings, which was killed before its first checkpoint.
             (self.folder / EVALUATION_BEFORE).unlink(missing_ok=True)
         else:
-            say(self.console, f"resuming from {self._checkpoint}, with {self.agent.images_drawn} images drawn")
+            say(self.console, f"resuming from {self._checkpoint}, after {self._done}")
         log = self.folder / LOG
         rows = self._restore_log(log)
         remove_leftovers(self.folder)
@@ -215,7 +214,7 @@ class Run:
         return replace(drawn[: len(own)].gather(n), prompts=self.prompts)
 
     def learn(self) -> None:
-        """Trains until all images are drawn and learned from."""
+        """Trains until all images are drawn and learned from, or all choices are."""
         config, total = self.config, self._total_timesteps()
         save = CheckpointCallback(
             self.folder,
@@ -234,7 +233,7 @@ class Run:
                 self.agent.learn(
                     max(total - self.agent.num_timesteps, 0),
                     [self.progress, save, self.interrupts],
-                    reset_num_timesteps=not self.agent.num_timesteps,
+                    reset_num_timesteps=self._checkpoint is None,
                 )
         finally:
             SIGNALS.deferred = distributed.count() > 1
@@ -279,7 +278,7 @@ class Run:
             self.agent.save_lora(self.folder / LORA)
         plots.learning_curve(read_log(self.folder / LOG), self.folder / LEARNING_CURVE, self._title)
         if before and after:
-            labels = ("pre-trained", f"{self.config.algo.upper()},\n{self.agent.images_drawn:,} images")
+            labels = ("pre-trained", f"{self.config.algo.upper()},\n{self._done}")
             plots.before_after(before, after, self.folder / BEFORE_AFTER, self._title, labels)
         for path in (self.folder / LOG, self._tensorboard.path):
             if path.is_file():
@@ -298,7 +297,7 @@ class Run:
         """True if the agent is worth saving: it has learned, no update is half done, and its weights are finite."""
         weights = self.agent.policy.parameters()
         return (
-            self.agent.images_drawn > 0
+            self.agent.iteration > 0
             and not self.interrupts.updating
             and all(bool(whole(values.isfinite().all())) for values in weights)
         )
@@ -310,8 +309,17 @@ class Run:
             if log is not None:
                 log.close()
 
-    def _total_images(self) -> int:
-        """Returns the images of the whole training: the budget, rounded up to whole iterations."""
+    @property
+    def _done(self) -> str:
+        """How far the training has come."""
+        agent: Any = self.agent
+        return f"{agent.images_drawn:,} images" if agent.draws_images else f"{agent.n_fitted:,} optimiser steps"
+
+    def _total(self) -> int:
+        """Returns the images of the whole training: the budget, rounded up to whole iterations; or its optimiser steps.
+        """
+        if not self.agent.draws_images:
+            return self.config.algo_kwargs["n_gradient_steps"]
         per_iteration = self.config.algo_kwargs.get("images_per_iteration") or self.config.n_envs
         return math.ceil(self.config.images / per_iteration) * per_iteration
 

@@ -31,7 +31,7 @@ from agents.cli.config import (
     config_file,
     default_config,
     describe_settings,
-    find_held_out_reward,
+    find_algorithm_paths,
     find_paths,
     named_code,
 )
@@ -61,7 +61,8 @@ _ALGO_HELP = (
     f"Algorithm, whose own options are below: {', '.join(list_algorithms())}; or MODULE:CLASS of one of yours. dpok is "
     "policy gradient with a KL penalty (Fan et al. 2023); ddpo, grpo and reinforce are other policy gradients. sft "
     "(weighted by the reward), rwr (by its exponential) and best-of-n (on winners) learn from images of the "
-    "pre-trained model. draft follows the gradient of the reward, which must have one."
+    "pre-trained model. diffusion-dpo learns from people's --choices, or from pairs of its own images. draft follows "
+    "the gradient of the reward, which must have one."
 )
 _PRESET_HELP = "Named settings, which the other options change: " + "; ".join(
     f"{name} ({preset.description})" for name, preset in PRESETS.items()
@@ -298,7 +299,7 @@ def _config_of(parsed: Any, base: Config) -> Config:
                 settings[option] = list(value) if isinstance(value, tuple) else value
         values[name] = settings
     values["env_kwargs"] = find_paths(values["env_kwargs"])
-    values["algo_kwargs"] = find_held_out_reward(values["algo_kwargs"])
+    values["algo_kwargs"] = find_algorithm_paths(values["algo_kwargs"])
     return replace(base, **values)
 
 

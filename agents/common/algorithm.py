@@ -123,6 +123,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
     use_critic: bool = False
     #: Whether the policy keeps a copy of its weights that follows them slowly.
     keep_old: bool = False
+    #: Whether a training draws images. If not, all that it learns from is in a file.
+    draws_images: bool = True
     #: Which critic, see :class:`~agents.common.policy.DenoisingPolicy`.
     critic_kind: CriticKind = "network"
 
@@ -362,9 +364,33 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
         callback.on_training_end()
         return self
 
+    def prepare(self) -> str:
+        """Loads what a training needs beside its environment, so that no image is drawn in vain if something is missing.
+
+        Returns:
+            One line that says what it is.
+        """
+        return self.held_out.description
+
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        _ = self.held_out  # if it is missing, no image was drawn in vain
+        self.prepare()
         return super()._setup_learn(*args, **kwargs)
+
+    def _fit_iteration(self, callback: BaseCallback, log_interval: int, n_images: int) -> None:
+        """Takes the optimiser steps of an iteration that draws no image.
+
+        Args:
+            callback: asked as around a rollout.
+            log_interval: iterations between two rows of the log.
+            n_images: images that the steps learn from, for the speed in the log.
+        """
+        callback.on_rollout_start()  # where callbacks save
+        with self._logged_update(n_images):
+            self.train()
+        self.iteration += 1
+        callback.on_rollout_end()
+        if log_interval and self.iteration % log_interval == 0:
+            self.dump_logs(self.iteration)
 
     @contextmanager
     def _whole_iteration(self) -> Iterator[None]:

@@ -13,29 +13,30 @@ from tqdm import tqdm
 class ProgressCallback(BaseCallback):
     """A progress bar in images, with the mean reward and the latest update's statistics.
 
-    Once two iterations have run, it says how long the others will take.
+    Once two iterations have run, it says how long the others will take. The bar of a training that draws no images is in
+    optimiser steps.
 
     Args:
-        images: number of images that the training will have drawn in the end.
+        total: number of images that the training will have drawn in the end, or of optimiser steps if it draws none.
         disable: True for no bar; None shows it in a terminal only.
         seconds: seconds that the training has taken before, in another process; the log goes on from them.
     """
 
-    def __init__(self, images: int, disable: bool | None = None, seconds: float = 0.0) -> None:
+    def __init__(self, total: int, disable: bool | None = None, seconds: float = 0.0) -> None:
         super().__init__()
         self._bar: tqdm | None = None
-        self._images, self._disable = images, disable
+        self._total, self._disable = total, disable
         self._started: float | None = None
         self._seconds = seconds
-        #: When the first iterations of this process began, and the images drawn until then.
+        #: When the first iterations of this process began, and what was done until then.
         self._begun: list[tuple[float, int]] = []
 
     def _on_training_start(self) -> None:
         self._bar = tqdm(
-            total=self._images, initial=self._drawn(), unit=" images", disable=self._disable, dynamic_ncols=True
+            total=self._total, initial=self._done(), unit=f" {self._unit}s", disable=self._disable, dynamic_ncols=True
         )
         self._started = time.perf_counter()
-        if self._seconds and self.model.num_timesteps:
+        if self._seconds and self._done():
             # SB3 computes the seconds and the speed that it logs from these.
             self.model.start_time -= int(self._seconds * 1e9)
             self.model._num_timesteps_at_start = 0
@@ -46,26 +47,27 @@ class ProgressCallback(BaseCallback):
     def _on_rollout_start(self) -> None:
         if len(self._begun) == 3:
             return
-        self._begun.append((time.perf_counter(), self._drawn()))
+        self._begun.append((time.perf_counter(), self._done()))
         if len(self._begun) == 3 and self._disable is not True:
             # The first iteration is slower: it compiles, and fills caches.
-            (before, drawn_before), (now, drawn) = self._begun[1:]
-            if drawn_before < drawn < self._images:
-                seconds = (now - before) / (drawn - drawn_before)
-                left = format_seconds(seconds * (self._images - drawn))
-                tqdm.write(f"{self._images - drawn} images are left: {left}, at {seconds:.3g} seconds an image")
+            (before, done_before), (now, done) = self._begun[1:]
+            if done_before < done < self._total:
+                seconds, left = (now - before) / (done - done_before), self._total - done
+                time_left = format_seconds(seconds * left)
+                tqdm.write(f"{left} {self._unit}s are left: {time_left}, at {seconds:.3g} seconds an {self._unit}")
 
     def _on_rollout_end(self) -> None:
         assert self._bar is not None
-        self._bar.update(self._drawn() - self._bar.n)
+        self._bar.update(self._done() - self._bar.n)
         recent = [episode["r"] for episode in self.model.ep_info_buffer or ()]
         parts = [f"reward {np.mean(recent):.3f}"] if recent else []
         agent: Any = self.model
         latest = agent.latest_metrics  # the logger has forgotten the row of the latest update
         if "kl_to_reference" in latest:
             parts.append(f"KL {latest['kl_to_reference']:.2f} nats")
-        if "denoising_loss" in latest:
-            parts.append(f"update {agent._n_updates}, loss {latest['denoising_loss']:.4f}")
+        for name in ("denoising_loss", "preference_loss"):
+            if name in latest:
+                parts.append(f"update {agent._n_updates}, loss {latest[name]:.4f}")
         self._bar.set_postfix_str(", ".join(parts))
 
     def _on_training_end(self) -> None:
@@ -83,8 +85,13 @@ class ProgressCallback(BaseCallback):
             self._bar.close()
         self._seconds, self._started = self.seconds, None
 
-    def _drawn(self) -> int:
-        return self.model.num_timesteps // self.model.process.num_inference_steps  # type: ignore[attr-defined]
+    @property
+    def _unit(self) -> str:
+        return "image" if self.model.draws_images else "optimiser step"  # type: ignore[attr-defined]
+
+    def _done(self) -> int:
+        agent: Any = self.model
+        return agent.num_timesteps // agent.process.num_inference_steps if agent.draws_images else agent._n_updates
 
 
 def format_seconds(seconds: float) -> str:

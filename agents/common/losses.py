@@ -145,3 +145,32 @@ def denoising_loss(output: Tensor, target: Tensor) -> Tensor:
     Eq. 12 and 14). In this way Eq. 10 of DPOK is minimised.
     """
     return diffusion.reduce((output - target).square(), "mean")
+
+
+def safe_loser_scale(winner_error: Tensor, loser_error: Tensor, mu: float = 0.0) -> Tensor:
+    """The largest lambda in [0, 1] at which a step on e_w - lambda e_l does not raise e_w (Diffusion-SDPO, 2511.03317).
+
+    e = || d ||^2 is a squared error and d = output - target. If both outputs follow the gradient of e_w - lambda e_l,
+    then to first order e_w falls as long as || d_w ||^2 > lambda d_w . d_l. So
+
+        lambda = (1 - mu) || d_w ||^2 / (d_w . d_l), at most 1,    or 1 if d_w . d_l is not above 0.
+
+    As in the paper, the gradients are those at the outputs, as if a step of the weights changed both outputs alike. The
+    two noisy images of a pair have the same prompt, step and noise, so nearly all of it is the same for both.
+
+    Args:
+        winner_error: (B, ...) d_w.
+        loser_error: (B, ...) d_l.
+        mu: share of the winner's own gradient that is left at least, in [0, 1].
+
+    Returns:
+        (B,) in [0, 1].
+    """
+    product = diffusion.reduce(winner_error * loser_error, "sum")
+    bound = (1 - mu) * diffusion.reduce(winner_error.square(), "sum")
+    return torch.where(product > bound, bound / product, torch.ones_like(product))
+
+
+def scale_gradient(values: Tensor, scale: Tensor) -> Tensor:
+    """Returns the values as they are, with ``scale`` times their gradient; both (B,)."""
+    return values.detach() + scale * (values - values.detach())
