@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks.training_run import run
 
 #: Keys of a record that are no part of its run's description.
-_RESULTS = ("scores", "curve", "num_function_evaluations", "num_function_evaluations_to_draw", "seconds")
+_RESULTS = ("scores", "curve", "agreement", "num_function_evaluations", "num_function_evaluations_to_draw", "seconds")
 
 #: Keys of the lines in results/ by their old names, with those of today.
 _RENAMED_KEYS = {
@@ -35,6 +35,7 @@ _RENAMED_KEYS = {
 
 Description = dict[str, Any]
 Record = dict[str, Any]
+Run = Callable[[Description, Path | None], Record]
 
 
 def sweep_options(documentation: str | None, settings: Path) -> argparse.ArgumentParser:
@@ -65,6 +66,7 @@ def sweep_and_report(
     options: argparse.Namespace,
     report: Callable[[list[Record]], None],
     images: bool = True,
+    run: Run = run,
 ) -> None:
     """Makes the runs that are missing, and reports those there are, even if interrupted.
 
@@ -74,10 +76,11 @@ def sweep_and_report(
         options: see :func:`sweep_options`.
         report: is called with the records of the runs, unless there are none.
         images: see :func:`sweep`.
+        run: see :func:`sweep`.
     """
     try:
         if not options.report:
-            sweep(descriptions, file, options.processes, images)
+            sweep(descriptions, file, options.processes, images, run)
     finally:
         records = [record for record in find_records(descriptions, file) if record]
         if records:
@@ -85,7 +88,9 @@ def sweep_and_report(
         print(f"{len(records)} of {len(descriptions)} runs are in {file}")
 
 
-def sweep(descriptions: Sequence[Description], file: Path, processes: int, images: bool = True) -> None:
+def sweep(
+    descriptions: Sequence[Description], file: Path, processes: int, images: bool = True, run: Run = run
+) -> None:
     """Makes the runs that are missing in a file of JSON lines.
 
     Args:
@@ -93,6 +98,7 @@ def sweep(descriptions: Sequence[Description], file: Path, processes: int, image
         file: file to read and append to.
         processes: number of runs side by side, each with one thread.
         images: True to write a row of images of each run with the lowest seed into a folder beside the file.
+        run: makes a run of its description and the file of its row of images, and returns the record.
 
     Raises:
         RuntimeError: if runs failed, once all others are made.

@@ -1,0 +1,347 @@
+"""How many choices does each way to learn from them need? ``python -m benchmarks.feedback``.
+
+A simulated person compares images of the pre-trained shapes model for one prompt, as in :mod:`dpok_gym.shapes.choices`,
+and errs in some of the choices. From the same files of choices, the model learns in the ways of ``feedback.yaml``:
+
+- ``DPOK``: a reward is fitted to the choices, and DPOK follows it;
+- ``best of 4``: the same reward chooses among four images of the pre-trained model, which is not trained;
+- ``Diffusion-DPO`` and ``Diffusion-SDPO``: the model learns from the choices themselves.
+
+The judge decides the choices, and scores all images in the end; nothing is trained on it. The reward begins with an
+untrained network, as ``dpok fit-reward`` does: the shipped ``shapes-preference`` has seen 18,000 choices of this person.
+
+The choices are kept in ``--work``, and each run is one line of ``runs.jsonl``, as those of :mod:`benchmarks.compare`:
+an interrupted sweep continues where it stopped, and ``--report`` makes no runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from agents import DPOK, BestOf, DiffusionDPO, evaluate
+from agents.cli.environments import EVALUATION_BATCH_SIZE, evaluation_rewards
+from agents.common.callbacks import format_seconds
+from agents.common.evaluation import cycle_prompts
+from agents.common.steering import UNSTEERED
+from benchmarks.compare import HERE
+from benchmarks.compare_figures import save, tidy
+from benchmarks.compare_tables import markdown
+from benchmarks.runs import Description, Record, find_records, sweep_and_report, sweep_options
+from benchmarks.statistics import Interval, interquartile_mean
+from benchmarks.training_run import summarize
+from dpok_gym.models import load_model
+from dpok_gym.prompts import load_prompts
+from dpok_gym.rewards.preference import PreferenceReward, load_comparisons
+from dpok_gym.rewards.preference.fit import Fit, fit
+from dpok_gym.samplers import DenoisingProcess
+from dpok_gym.shapes.captions import parse_prompt
+from dpok_gym.shapes.choices import JUST_NOTICEABLE, sample_images, utilities
+from dpok_gym.shapes.scenes import IMAGE_SIZE
+from dpok_gym.shapes.world import WORLD
+from dpok_gym.utils.files import replacing
+from dpok_gym.vector_env import DenoisingVectorEnv
+
+PRETRAINED = "pre-trained"
+#: The scores of the judge, with the headings of the table and the titles of the panels.
+SCORES = {"aligned": "share fully aligned", "quality": "quality"}
+_COLOURS = ("#D55E00", "#555555", "#0072B2", "#009E73", "#CC79A7")
+#: Images that are drawn at a time for the choices.
+_BATCH = 50
+
+#: The mean of each score, by label and number of choices, for one rate of errors.
+Means = dict[str, dict[int, Interval]]
+
+
+def main() -> None:
+    """Draws the choices and makes the runs that are missing, and reports."""
+    parser = sweep_options(__doc__, HERE / "feedback.yaml")
+    parser.add_argument("--work", type=Path, default=Path("runs/feedback"), help="folder for images and choices")
+    options = parser.parse_args()
+    settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
+    folder = options.out or HERE / "results" / "feedback"
+    runs = list(descriptions(settings))
+    if not options.report:
+        announce(runs, folder / "runs.jsonl", settings["seconds"], options.processes)
+        draw_all(options.work, settings, options)
+    run_in_work = partial(run, work=options.work)
+    write_report = partial(report, folder=folder)
+    sweep_and_report(runs, folder / "runs.jsonl", options, write_report, images=False, run=run_in_work)
+
+
+def descriptions(settings: dict[str, Any]) -> Iterator[Description]:
+    """Yields the descriptions of the runs of ``feedback.yaml``, those of the first seed first."""
+    for seed in range(settings["seeds"]):
+        common = settings["common"] | {"seed": seed}
+        yield common | {"task": "none", "label": PRETRAINED, "error_rate": 0.0, "choices": 0, "settings": {}}
+        for error_rate in settings["error_rates"]:
+            for n_choices in settings["choices"]:
+                for label, own in settings["ways"].items():
+                    run = {"label": label, "error_rate": error_rate, "choices": n_choices, "settings": own}
+                    yield common | {"task": f"{n_choices} choices, {error_rate:.0%} errors"} | run
+
+
+def announce(runs: Sequence[Description], file: Path, seconds: dict[str, float], processes: int) -> None:
+    """Prints how long the missing runs take, from the seconds that one of each label took when it was measured."""
+    missing = [run for run, record in zip(runs, find_records(runs, file), strict=True) if record is None]
+    total = sum(seconds[run["label"]] for run in missing) / processes
+    print(f"{len(missing)} runs are missing: about {format_seconds(total)}, with {processes} processes")
+
+
+# ------------------------------------------------------------------------------------------------------------- choices
+
+
+def draw_all(work: Path, settings: dict[str, Any], options: argparse.Namespace) -> None:
+    """Draws the images of all seeds and writes the files of choices that are missing."""
+    context = multiprocessing.get_context("spawn")
+    one_thread: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(options.processes, context, **one_thread) as pool:
+        list(pool.map(partial(draw_choices, work, settings), range(settings["seeds"])))
+
+
+def choices_file(work: Path, seed: int, error_rate: float, n_choices: int) -> Path:
+    """Returns the path of a file of choices."""
+    return work / f"seed-{seed}" / f"choices-{error_rate:g}-{n_choices}.jsonl"
+
+
+def draw_choices(work: Path, settings: dict[str, Any], seed: int) -> None:
+    """Draws pairs of images, and lets the person compare them; each image is in one pair only.
+
+    More choices begin with the fewer ones, and a person who errs less errs in some of the same ones.
+    """
+    folder = work / f"seed-{seed}"
+    sizes, rates = settings["choices"], settings["error_rates"]
+    if all(choices_file(work, seed, rate, n).is_file() for rate in rates for n in sizes):
+        return
+    pairs = draw_pairs(folder / "images", settings["common"], max(sizes), seed)
+    luck = np.random.default_rng([seed, 1]).random(len(pairs))
+    for rate in rates:
+        lines = []
+        for (first, second, difference), chance in zip(pairs, luck, strict=True):
+            preferred = int((difference < 0) != (chance < rate))
+            line = {"prompt": settings["common"]["prompt"], "images": [f"images/{first}", f"images/{second}"]}
+            lines.append(json.dumps(line | {"preferred": preferred, "who": "simulated"}) + "\n")
+        for n in sizes:
+            with replacing(choices_file(work, seed, rate, n)) as file:
+                file.write_text("".join(lines[:n]), encoding="utf-8")
+
+
+def draw_pairs(folder: Path, common: dict[str, Any], n_pairs: int, seed: int) -> list[tuple[str, str, float]]:
+    """Draws images of the pre-trained model until the person sees a difference in so many pairs of them.
+
+    Args:
+        folder: for the images.
+        common: the settings of all runs.
+        n_pairs: number of pairs.
+        seed: of the images.
+
+    Returns:
+        For each pair the names of the two images, and how much more the person likes the first one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    process = DenoisingProcess(load_model("shapes", "cpu"), num_inference_steps=common["num_inference_steps"])
+    prompt, pairs, batch = common["prompt"], [], 0
+    while len(pairs) < n_pairs:
+        rngs = [np.random.default_rng([seed, 0, batch, number]) for number in range(_BATCH)]
+        images = sample_images(process, [prompt] * _BATCH, rngs)
+        seen = utilities(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, [parse_prompt(prompt)])[0]
+        for number in range(0, _BATCH, 2):
+            difference = float(seen[number] - seen[number + 1])
+            if abs(difference) >= JUST_NOTICEABLE:
+                names = [f"{batch:02}-{number + k:02}.png" for k in (0, 1)]
+                for k, name in enumerate(names):
+                    Image.fromarray(images[number + k]).save(folder / name)
+                pairs.append((names[0], names[1], difference))
+        batch += 1
+    return pairs[:n_pairs]
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def run(description: Description, row_file: Path | None = None, *, work: Path) -> Record:
+    """Learns from the choices in one way, and evaluates.
+
+    Args:
+        description: one of :func:`descriptions`.
+        row_file: not used.
+        work: the folder of the choices.
+
+    Returns:
+        The description, and ``scores`` (see :func:`benchmarks.training_run.summarize`), ``seconds`` without the
+        evaluation, and the ``agreement`` of the fitted reward, if there is one, with the choices it was not fitted to.
+    """
+    started = time.perf_counter()
+    settings, seed, label = dict(description["settings"]), description["seed"], description["label"]
+    choices = choices_file(work, seed, description["error_rate"], description["choices"])
+    result: Record = {}
+    reward: Any = {name: 0.0 for name in WORLD.evaluation_rewards}
+    if "fit" in settings:
+        fitted = fit_reward(choices, seed, **settings.pop("fit"))
+        reward = {score_of(fitted.reward): 1.0}
+        result["agreement"] = fitted.held_out.agreement
+    env, evaluation_env = (_make_env(description, reward, n) for n in (64, EVALUATION_BATCH_SIZE))
+    steering = BestOf(settings.pop("n")) if "n" in settings else UNSTEERED
+    trains = label != PRETRAINED and steering is UNSTEERED
+    agent: Any
+    if "fit" in description["settings"] or not trains:
+        images = settings.pop("images", 0)
+        agent = DPOK(env=env, seed=seed, device="cpu", held_out_reward=None, **settings)
+        if trains:
+            agent.learn(images * agent.process.num_inference_steps)
+    else:
+        agent = DiffusionDPO(env=env, seed=seed, device="cpu", choices=choices, **settings)
+        agent.learn(0)
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    prompts = cycle_prompts(load_prompts(description["prompt"]).train, description["eval_images"])
+    # Far from the seeds of training, and the same for all ways.
+    first = 1_000_000 * (seed + 1)
+    evaluation = evaluate(agent.policy, evaluation_env, prompts, first, reference=not trains, steering=steering)
+    return description | {"scores": summarize(evaluation)} | result
+
+
+def fit_reward(choices: Path, seed: int, passes: int, **settings: Any) -> Fit:
+    """Fits a reward to a file of choices, with an untrained network at the start.
+
+    Args:
+        choices: the file.
+        seed: of the fit.
+        passes: choices that are seen in all epochs together; each choice is one of them at least once.
+        **settings: further arguments of :func:`dpok_gym.rewards.preference.fit.fit`.
+    """
+    comparisons = load_comparisons(choices, IMAGE_SIZE)
+    epochs = math.ceil(passes / len(comparisons))
+    return fit(comparisons, epochs=epochs, seed=seed, device="cpu", **settings)
+
+
+def score_of(reward: PreferenceReward) -> Any:
+    """Returns the reward as a function with a name, which an environment may have beside others."""
+
+    def learned(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return reward(images, prompts)
+
+    return learned
+
+
+def _make_env(description: Description, reward: Any, num_envs: int) -> DenoisingVectorEnv:
+    return DenoisingVectorEnv(
+        num_envs,
+        prompts=description["prompt"],
+        reward=evaluation_rewards(WORLD, reward) if num_envs == EVALUATION_BATCH_SIZE else reward,
+        num_inference_steps=description["num_inference_steps"],
+        decode_batch_size=16,
+        device="cpu",
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def report(records: Sequence[Record], folder: Path) -> None:
+    """Writes and prints a table for each rate of errors, and draws the figure.
+
+    Args:
+        records: of the runs.
+        folder: for the files.
+    """
+    rates = sorted({record["error_rate"] for record in records if record["label"] != PRETRAINED})
+    console, texts = Console(width=180), []
+    for rate in rates:
+        of_rate = [record for record in records if record["error_rate"] == rate or record["label"] == PRETRAINED]
+        cells, headings = make_cells(of_rate)
+        table = Table("", *headings, title=f"{rate:.0%} errors")
+        for name, row in cells.items():
+            table.add_row(name, *row)
+        console.print(table)
+        texts.append(f"## {rate:.0%} errors\n\n{markdown(cells, headings)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text("\n".join(texts), encoding="utf-8")
+    if rates:
+        figure(records, rates, folder / "feedback.png")
+
+
+def make_means(records: Sequence[Record], score: str) -> Means:
+    """Returns the means over the seeds of a score, by label and number of choices, with their intervals."""
+    values: dict[str, dict[int, list[float]]] = {}
+    for record in records:
+        value = record["scores"].get(score, record.get(score))
+        if value is not None:
+            values.setdefault(record["label"], {}).setdefault(record["choices"], []).append(value)
+    return {
+        label: {n: interquartile_mean([numbers]) for n, numbers in sorted(by_choices.items())}
+        for label, by_choices in values.items()
+    }
+
+
+def make_cells(records: Sequence[Record]) -> tuple[dict[str, list[str]], list[str]]:
+    """Returns the cells of a table by label, and the headings of its columns."""
+    columns = {**SCORES, "kl": "KL, nats", "agreement": "agreement of the reward", "seconds": "seconds"}
+    means = {score: make_means(records, score) for score in columns}
+    numbers = sorted({record["choices"] for record in records})
+    cells: dict[str, list[str]] = {}
+    for label in dict.fromkeys(record["label"] for record in records):
+        for n in numbers:
+            row = [means[score].get(label, {}).get(n) for score in columns]
+            if any(row):
+                name = f"{label}, {n}" if n else label
+                cells[name] = ["" if each is None else f"{each:.3f}" if each.value < 10 else f"{each:.0f}" for each in row]
+    return cells, list(columns.values())
+
+
+def figure(records: Sequence[Record], rates: Sequence[float], path: Path) -> None:
+    """Draws the scores against the number of choices: a row for each score, a column for each rate of errors.
+
+    Args:
+        records: of the runs.
+        rates: the rates of errors.
+        path: file to write.
+    """
+    drawing = Figure(figsize=(0.6 + 3.4 * len(rates), 0.6 + 2.6 * len(SCORES)), layout="constrained")
+    panels = drawing.subplots(len(SCORES), len(rates), squeeze=False, sharex=True, sharey="row")
+    labels = [label for label in dict.fromkeys(record["label"] for record in records) if label != PRETRAINED]
+    colours = dict(zip(labels, _COLOURS, strict=False))
+    for row, (score, title) in zip(panels, SCORES.items(), strict=True):
+        for axes, rate in zip(row, rates, strict=True):
+            means = make_means([r for r in records if r["error_rate"] == rate or r["label"] == PRETRAINED], score)
+            before = means.get(PRETRAINED, {}).get(0)
+            if before is not None:
+                axes.axhline(before.value, color="#8c8c8c", linestyle=":", label=PRETRAINED)
+            for shift, label in enumerate(labels):
+                by_choices = means.get(label, {})
+                # Side by side, so that the intervals can be told apart.
+                x = np.array(list(by_choices)) * 1.03 ** (shift - (len(labels) - 1) / 2)
+                value, low, high = np.array(list(by_choices.values())).reshape(-1, 3).T
+                axes.plot(x, value, "o-", markersize=4, linewidth=1, color=colours[label], label=label)
+                axes.vlines(x, low, high, color=colours[label], linewidth=1)
+            axes.set_xscale("log")
+            numbers = sorted({record["choices"] for record in records} - {0})
+            axes.set_xticks(numbers, map(str, numbers))
+            axes.minorticks_off()
+            axes.set_title(f"{rate:.0%} errors", fontsize=10)
+            tidy(axes)
+        row[0].set_ylabel(title)
+    for axes in panels[-1]:
+        axes.set_xlabel("choices")
+    handles, names = panels[0, 0].get_legend_handles_labels()
+    drawing.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+    save(drawing, path)
+
+
+if __name__ == "__main__":
+    main()
