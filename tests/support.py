@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gzip
+import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import files
@@ -116,6 +117,38 @@ def assert_same(actual: Any, expected: Any, where: str = "value") -> None:
         assert math.isnan(actual), f"{where}: {actual}, not nan"
     else:
         assert actual == expected, f"{where}: {actual!r}, not {expected!r}"
+
+
+def write_choices(
+    folder: Path, prompts: Sequence[str], n_choices: int, size: tuple[int, int] = (16, 16), flat: bool = False
+) -> Path:
+    """Writes a file of choices between random images, the first and the second one preferred in turn.
+
+    Args:
+        folder: for the file and its images.
+        prompts: of the choices, in turn.
+        n_choices: number of choices, each between two images of its own.
+        size: width and height of the images, in pixels.
+        flat: whether all pixels of an image are the same.
+
+    Returns:
+        The path of the file.
+    """
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, lines = np.random.default_rng(0), []
+    for number in range(n_choices):
+        names = [f"{number}-{k}.png" for k in (0, 1)]
+        for name in names:
+            shape = (1, 1, 3) if flat else (size[1], size[0], 3)
+            pixels = np.broadcast_to(rng.integers(256, size=shape, dtype=np.uint8), (size[1], size[0], 3))
+            Image.fromarray(pixels).save(folder / name)
+        line = {"prompt": prompts[number % len(prompts)], "images": names, "preferred": number % 2}
+        lines.append(json.dumps(line) + "\n")
+    path = folder / "choices.jsonl"
+    path.write_text("".join(lines))
+    return path
 
 
 def make_process(folder: Path, num_inference_steps: int = 3, **kwargs: Any) -> DenoisingProcess:

@@ -69,6 +69,8 @@ _LAPTOP = Preset(
         "draft": {"batch_size": 16, "n_last_steps": 2, "max_kl": 20.0},
         "diffusion-nft": {"batch_size": 64},
         "awm": {"batch_size": 64},
+        # A latent has 256 dimensions, those of Stable Diffusion 64 times as many.
+        "diffusion-dpo": {"beta": 80.0, "batch_size": 16, "n_gradient_steps": 300, "steps_per_iteration": 25},
     },
 )
 
@@ -131,6 +133,7 @@ _PUBLISHED_MODEL = Preset(
         "draft": {"batch_size": 16, "policy_kwargs": _ONE_BY_ONE | {"gradient_checkpointing": True}},
         "diffusion-nft": {"batch_size": 96, "steps_per_image": 6},
         "awm": {"batch_size": 96, "steps_per_image": 6},
+        "diffusion-dpo": _FIT | {"steps_per_iteration": 10},
     },
 )
 

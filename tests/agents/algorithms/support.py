@@ -17,6 +17,7 @@ from agents import (
     REINFORCE,
     RWR,
     BestOfN,
+    DiffusionDPO,
     DiffusionNFT,
     DRaFT,
     ForwardProcess,
@@ -27,7 +28,9 @@ from agents import (
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.buffer import TrajectoryBuffer, Transitions
 from agents.common.matching import NoisyImages
+from agents.common.pairs import NoisyPairs
 from dpok_gym.models.scheduler_configs import is_flow_matching
+from dpok_gym.samplers import State
 from tests.support import assert_same
 
 N, T = 4, 3
@@ -93,6 +96,10 @@ ALGORITHMS: dict[str, tuple[type[DenoisingAlgorithm], dict[str, Any]]] = {
         {"group_size": 2, "batch_size": 5, "beta": 0.5, "kl_coef": 0.1, "normalize_errors": False},
     ),
     "AWM": (AWM, {"group_size": 2, "batch_size": 5, "kl_coef": 0.1}),
+    "DiffusionDPO": (
+        DiffusionDPO,
+        {"group_size": 2, "steps_per_iteration": 2, "n_gradient_steps": 4, "batch_size": 3, "beta": 30.0},
+    ),
     "DRaFT": (DRaFT, {"n_last_steps": 2, "batch_size": 2}),
     "DRaFT, KL": (DRaFT, {"n_last_steps": 2, "batch_size": 2, "kl_coef": 0.1, "max_kl": 1e6}),
 }
@@ -197,6 +204,8 @@ def expected_loss(agent: Any, batch: Any) -> Tensor:
         return _denoising_loss(agent, batch)
     if isinstance(agent, OnlineForwardProcess):
         return _matching_loss(agent, batch)
+    if isinstance(agent, DiffusionDPO):
+        return _preference_loss(agent, batch)
     if isinstance(agent, DRaFT):
         return _minus_reward(agent, batch)
     return _policy_gradient_loss(agent, batch)
@@ -295,6 +304,22 @@ def _matching_loss(agent: Any, batch: NoisyImages) -> Tensor:
     ratio, clipped = log_ratio.exp(), log_ratio.clip(-agent.clip_range, agent.clip_range).exp()
     policy_loss = torch.maximum(-batch.weight * ratio, -batch.weight * clipped)
     return policy_loss + agent.ema_coef * _squared(output - old) / DIMS + penalty
+
+
+def _preference_loss(agent: DiffusionDPO, batch: NoisyPairs) -> Tensor:
+    """log(1 + exp(beta / 2 [ (e_w - e_w^pre) - (e_l - e_l^pre) ])) for e = ||output - target||^2 / D."""
+    table, closer = agent.process.table, []
+    signal, noise = table.signal[batch.step][:, None, None, None], table.noise[batch.step][:, None, None, None]
+    conditioning = {name: values[batch.index] for name, values in batch.conditioning.items()}
+    for k in (0, 1):
+        noisy, clean = batch.noisy[:, k], batch.latents[:, k].double()
+        eps = (noisy.double() - signal * clean) / noise
+        target = eps - clean if _is_flow(agent) else eps
+        state = State(noisy, batch.step, conditioning)
+        output = agent.policy.predict_output(state, guidance_scale=1.0)
+        reference = agent.policy.predict_output(state, reference=True, guidance_scale=1.0)
+        closer.append((_squared(output - target) - _squared(reference - target)) / DIMS)
+    return torch.log1p(torch.exp(agent.beta / 2 * (closer[0] - closer[1])))
 
 
 def _minus_reward(agent: DRaFT, batch: Any) -> Tensor:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents import PolicyGradient, evaluate
+from agents import DiffusionDPO, PolicyGradient, evaluate
 from agents.algorithms.forward_process import ForwardProcess
 from agents.algorithms.online_forward_process import OnlineForwardProcess
 from agents.algorithms.registry import load_algorithm
@@ -58,7 +58,7 @@ every_algorithm_in_turn = pytest.mark.parametrize(
 )
 every_policy_gradient = pytest.mark.parametrize("name", POLICY_GRADIENTS)
 
-BUILT_IN = ("dpok", "ddpo", "grpo", "reinforce", "sft", "rwr", "best-of-n", "diffusion-nft", "awm", "draft")
+BUILT_IN = ("dpok", "ddpo", "grpo", "reinforce", "sft", "rwr", "best-of-n", "diffusion-nft", "awm", "diffusion-dpo", "draft")
 
 
 both_diffusions = pytest.mark.parametrize("model_folder", DIFFUSIONS, indirect=True)
@@ -131,9 +131,9 @@ def test_loss_is_one_number_for_each_element(name: str, make_agent: MakeAgent) -
     change(agent)
     with torch.no_grad():
         loss, metrics = agent.loss(batch)
-        parts = [agent.loss(part) for part in batch.split(2)]
+        parts = [agent.loss(part) for part in batch.split(len(batch) // 2)]
     assert loss.shape == (len(batch),)
-    assert len(batch) > 2
+    assert len(batch) > 1
     torch.testing.assert_close(torch.cat([part for part, _ in parts]), loss, rtol=1e-3, atol=1e-5)
     for key, values in metrics.items():
         # The drift of late steps is of these alone: the last two of three.
@@ -259,6 +259,8 @@ def test_n_envs_changes_nothing(name: str, make_env: MakeEnv, make_agent: MakeAg
 def test_gradient_is_clipped_to_its_norm(name: str, make_agent: MakeAgent) -> None:
     """The critic has steps of its own."""
     one_step = {"n_gradient_steps": 1} if name in FORWARD_PROCESSES else {}
+    if name == "DiffusionDPO":
+        one_step = {"steps_per_iteration": 1}
     agent = make_agent(name, learning_rate=1.0, max_grad_norm=1e-6, batch_size=None, **one_step)
     use_sgd(agent)
     before = flat_weights(agent)
@@ -347,7 +349,9 @@ def test_goes_on_after_loading(
 def test_masked_images_are_not_learned_from(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     # All images are decoded and scored in one call, so that the reward fails for the same ones each time.
     env = make_env(8, reward=EveryOtherFails(), non_finite="mask", decode_batch_size=8)
-    agent = make_agent(name, env)
+    # Every second image of a pair fails, if its group is no larger.
+    larger = {"group_size": 4} if name == "DiffusionDPO" else {}
+    agent = make_agent(name, env, **larger)
     batches = take_batches(agent, 8)
     buffer = agent.rollout_buffer
     assert buffer.valid.tolist() == [True, False] * 4
@@ -356,12 +360,15 @@ def test_masked_images_are_not_learned_from(name: str, make_env: MakeEnv, make_a
         assert agent.image_prompts == buffer.prompts[::2]
         known = {tuple(latents.flatten().tolist()) for latents in agent.image_latents}
         assert all(tuple(latents.flatten().tolist()) in known for batch in batches for latents in batch.latents)
+    elif isinstance(agent, DiffusionDPO):
+        known = {tuple(latents.flatten().tolist()) for latents in buffer.latents[::2, -1]}
+        assert all(tuple(each.flatten().tolist()) in known for batch in batches for each in batch.latents.flatten(0, 1))
     elif isinstance(agent, OnlineForwardProcess):
         known = {tuple(latents.flatten().tolist()) for latents in buffer.latents[::2, -1]}
         assert {tuple(latents.flatten().tolist()) for batch in batches for latents in batch.latents} == known
     else:
         assert {int(image) for batch in batches for image in batch.image} == {0, 2, 4, 6}
-    agent = make_agent(name, env, **({"batch_size": None} if "DRaFT" in name else {}))
+    agent = make_agent(name, env, **larger, **({"batch_size": None} if "DRaFT" in name else {}))
     rows = listen(agent)
     agent.learn(2 * 8 * T)
     assert all(bool(value.isfinite().all()) for value in weights(agent).values())
@@ -412,6 +419,9 @@ UPDATE_COLUMNS = {
     "BestOfN": "denoising_loss",
     "DiffusionNFT": "matching_loss distance_to_old distance_to_reference",
     "AWM": "policy_gradient_loss mean_ratio clip_fraction distance_to_old distance_to_reference",
+    "DiffusionDPO": (
+        "preference_loss winner_reward loser_reward reward_margin implicit_accuracy winner_error loser_error"
+    ),
     "DRaFT": "reward",
     "DRaFT, KL": "reward kl_of_last_steps kl_to_reference",
 }
@@ -615,6 +625,7 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str, make_agent: MakeAge
         ("BestOfN", {"n": 8}),
         ("DiffusionNFT", {"group_size": 24, "batch_size": 24, "normalize_errors": True}),
         ("AWM", {"group_size": 24, "batch_size": 24}),
+        ("DiffusionDPO", {"group_size": 4, "steps_per_iteration": 10, "batch_size": 12, "beta": 100.0}),
         ("DRaFT", {"batch_size": 12}),
         ("DRaFT, KL", {"batch_size": 12, "kl_coef": 1e-4}),
     ],

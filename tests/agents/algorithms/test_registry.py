@@ -29,6 +29,7 @@ BUILT_IN = {
     "best-of-n": agents.BestOfN,
     "diffusion-nft": agents.DiffusionNFT,
     "awm": agents.AWM,
+    "diffusion-dpo": agents.DiffusionDPO,
     "draft": agents.DRaFT,
 }
 

@@ -119,6 +119,8 @@ def test_durations_are_readable() -> None:
         (["--algo", "reinforce"], (144, 288, 288, 0, 1)),
         (["--algo", "diffusion-nft"], (384, 384, 384, 384, 4)),
         (["--algo", "awm"], (384, 384, 384, 768, 4)),
+        (["--algo", "diffusion-dpo"], (320, 640, 640, 640, 10)),
+        (["--algo", "diffusion-dpo", "--choices", "c.jsonl"], (64000, 128000, 128000, 128000, 2000)),
         (["--algo", "draft"], (64, 128, 128, 0, 4)),
         (["--algo", "sft"], (64000, 64000, 64000, 0, 2000)),
         (["--algo", "sft", "--regularization", "KL-O"], (64000, 64000, 64000, 64000, 2000)),
@@ -129,7 +131,7 @@ def test_passes_of_an_update(words: list[str], expected: tuple[int, ...]) -> Non
     assert passes is not None
     counted = (passes.elements, passes.forward, passes.backward, passes.without_gradient, passes.optimizer_steps)
     assert counted == expected
-    assert passes.is_per_iteration == ("sft" not in words)
+    assert passes.is_per_iteration == ("sft" not in words and "--choices" not in words)
 
 
 @pytest.mark.parametrize(("words", "expected"), [([], 1), (["--model-kwargs", "true_cfg_scale=4"], 2)])

@@ -16,6 +16,7 @@ from agents import (
     BestOfN,
     DenoisingAlgorithm,
     DenoisingPolicy,
+    DiffusionDPO,
     DiffusionNFT,
     DRaFT,
     ForwardProcess,
@@ -28,7 +29,7 @@ from agents.algorithms.registry import load_algorithm
 from agents.common.arguments import check_arguments, describe_arguments, show_inherited_arguments
 from dpok_gym import DenoisingVectorEnv
 
-ALGORITHMS = [DPOK, DDPO, GRPO, REINFORCE, RewardWeightedSFT, RWR, BestOfN, DiffusionNFT, AWM, DRaFT]
+ALGORITHMS = [DPOK, DDPO, GRPO, REINFORCE, RewardWeightedSFT, RWR, BestOfN, DiffusionNFT, AWM, DiffusionDPO, DRaFT]
 
 
 def own_arguments(cls: type) -> set[str]:

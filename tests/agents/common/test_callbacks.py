@@ -105,7 +105,8 @@ def test_the_rest_is_estimated_after_two_iterations(
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     bar = ProgressCallback(10 * N)
-    model: Any = SimpleNamespace(process=SimpleNamespace(num_inference_steps=T), num_timesteps=0)
+    process = SimpleNamespace(num_inference_steps=T)
+    model: Any = SimpleNamespace(process=process, num_timesteps=0, draws_images=True)
     bar.model = model
     said = []
     for seconds, iterations in ((0.0, 0), (500.0, 1), (540.0, 2), (600.0, 3)):  # the first one compiles
