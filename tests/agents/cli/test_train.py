@@ -6,6 +6,7 @@ import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from agents import DPOK, PRESETS, RewardWeightedSFT, list_algorithms, load_run
+from agents import DPOK, PRESETS, DiffusionDPO, RewardWeightedSFT, list_algorithms, load_run
 from agents.algorithms.registry import load_algorithm
 from agents.cli import run
 from agents.cli.config import Config
@@ -26,7 +27,7 @@ from benchmarks.kill import in_child
 from dpok_gym import DenoisingVectorEnv, RemoteReward
 from tests.agents.cli.support import FEW_LAYERS, TINY, WRITTEN, list_written, read_summary, sample, train
 from tests.dpok_gym.rewards.remote.test_client import Endpoint, brightness
-from tests.support import assert_same
+from tests.support import assert_same, write_choices
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -157,6 +158,7 @@ FIT = ["--n-gradient-steps", "2", "--log-every", "1", "--batch-size", "2"]
         ("sft", ["--regularization", "KL-O", *FIT]),
         ("rwr", ["--temperature", "0.5", *FIT]),
         ("best-of-n", ["--n", "2", *FIT]),
+        ("diffusion-dpo", ["--group-size", "2", "--batch-size", "2", "--steps-per-iteration", "1"]),
         ("draft", ["--reward", "tests.agents.cli.support:Brightness", "--batch-size", "1"]),
     ],
 )
@@ -305,6 +307,51 @@ def test_a_signal_while_a_reward_hangs(tmp_path, monkeypatch):
     assert len(calls) == SECOND_ITERATION
     assert read_summary(tmp_path / "run")["pictures"] == 2
     assert train(tmp_path / "run", "--resume") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_models")
+def test_choices_are_learned_from_without_drawing(tmp_path, monkeypatch, capsys):
+    """A run has the same files as any other. Interrupted, it goes on to the same weights, but not with other choices."""
+    monkeypatch.chdir(tmp_path)
+    file = write_choices(tmp_path / "choices", ["three green squares", "a red star"], 4, (64, 64))
+    options = ["--algo", "diffusion-dpo", "--choices", "choices/choices.jsonl", *TINY, *FEW_LAYERS, "--batch-size", "2"]
+    options += ["--n-gradient-steps", "3", "--steps-per-iteration", "1"]
+    with monkeypatch.context() as patched:
+        _send(patched, DiffusionDPO, 2)
+        assert train("run", *options) == 130
+    summary, config = read_summary(Path("run")), Config.read(Path("run"))
+    assert (summary["interrupted"], summary["pictures"]) == (True, 0)
+    assert config.algo_kwargs["choices"] == str(file)  # absolute: the run may be resumed from another folder
+    assert [path.name for path in list_checkpoints("run")] == ["checkpoint-0-2"]
+    assert "4 choices between 8 images, for 2 prompts; no image is drawn in training" in capsys.readouterr().out
+
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:3]))
+    assert train("run", "--resume") == 2
+    assert "are not those that this training began with" in capsys.readouterr().err
+    file.write_text("".join(lines))
+    monkeypatch.chdir(tmp_path / "choices")
+    assert train(tmp_path / "run", "--resume", "--choices", "other.jsonl") == 2
+    assert "leave out --choices" in capsys.readouterr().err
+    assert train(tmp_path / "run", "--resume") == 0
+    assert "after 2 optimiser steps" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    assert train("whole", *options) == 0
+    assert list_written(tmp_path / "whole") == WRITTEN
+    one, other = (find_checkpoint(name) for name in ("run", "whole"))
+    assert one.name == other.name == "checkpoint-0-3"
+    assert_same(load_file(one / LORA), load_file(other / LORA))
+    rows, whole = (read_log(f"{name}/progress.csv") for name in ("run", "whole"))
+    assert [row["train/preference_loss"] for row in rows] == [row["train/preference_loss"] for row in whole]
+    assert read_summary(Path("run"))["kl_to_pretrained"] == read_summary(Path("whole"))["kl_to_pretrained"] > 0
+
+    assert train("run", "--resume") == 2
+    assert "is complete, after 3 optimiser steps; train anew" in capsys.readouterr().err
+    file.unlink()  # the trained model needs no choices
+    assert main(["evaluate", "run", "--images", "1", "--device", "cpu"]) == 0
+    assert train("again", *options) == 2
+    assert "there is no file of choices at" in capsys.readouterr().err
 
 
 @pytest.mark.slow
