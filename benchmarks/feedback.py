@@ -5,10 +5,11 @@ and errs in some of the choices. From the same files of choices, the model learn
 
 - ``DPOK``: a reward is fitted to the choices, and DPOK follows it;
 - ``best of 4``: the same reward chooses among four images of the pre-trained model, which is not trained;
-- ``Diffusion-DPO`` and ``Diffusion-SDPO``: the model learns from the choices themselves.
+- ``Diffusion-DPO``: the model learns from the choices themselves.
 
 The judge decides the choices, and scores all images in the end; nothing is trained on it. The reward begins with an
-untrained network, as ``dpok fit-reward`` does: the shipped ``shapes-preference`` has seen 18,000 choices of this person.
+untrained network, as ``dpok fit-reward`` does: the shipped ``shapes-preference`` has learned from 18,000 choices of
+this person.
 
 The choices are kept in ``--work``, and each run is one line of ``runs.jsonl``, as those of :mod:`benchmarks.compare`:
 an interrupted sweep continues where it stopped, and ``--report`` makes no runs.
@@ -191,7 +192,7 @@ def run(description: Description, row_file: Path | None = None, *, work: Path) -
     settings, seed, label = dict(description["settings"]), description["seed"], description["label"]
     choices = choices_file(work, seed, description["error_rate"], description["choices"])
     result: Record = {}
-    reward: Any = {name: 0.0 for name in WORLD.evaluation_rewards}
+    reward: Any = dict.fromkeys(WORLD.evaluation_rewards, 0.0)
     if "fit" in settings:
         fitted = fit_reward(choices, seed, **settings.pop("fit"))
         reward = {score_of(fitted.reward): 1.0}
@@ -213,7 +214,10 @@ def run(description: Description, row_file: Path | None = None, *, work: Path) -
     # Far from the seeds of training, and the same for all ways.
     first = 1_000_000 * (seed + 1)
     evaluation = evaluate(agent.policy, evaluation_env, prompts, first, reference=not trains, steering=steering)
-    return description | {"scores": summarize(evaluation)} | result
+    scores = summarize(evaluation)
+    if not trains:  # the bound for the chosen images, as in benchmarks.training_run
+        scores["kl"] = math.log(steering.n_particles) - (steering.n_particles - 1) / steering.n_particles
+    return description | {"scores": scores} | result
 
 
 def fit_reward(choices: Path, seed: int, passes: int, **settings: Any) -> Fit:
@@ -300,7 +304,9 @@ def make_cells(records: Sequence[Record]) -> tuple[dict[str, list[str]], list[st
             row = [means[score].get(label, {}).get(n) for score in columns]
             if any(row):
                 name = f"{label}, {n}" if n else label
-                cells[name] = ["" if each is None else f"{each:.3f}" if each.value < 10 else f"{each:.0f}" for each in row]
+                cells[name] = [
+                    "" if each is None else f"{each:.3f}" if each.value < 10 else f"{each:.0f}" for each in row
+                ]
     return cells, list(columns.values())
 
 

@@ -88,9 +88,7 @@ def sweep_and_report(
         print(f"{len(records)} of {len(descriptions)} runs are in {file}")
 
 
-def sweep(
-    descriptions: Sequence[Description], file: Path, processes: int, images: bool = True, run: Run = run
-) -> None:
+def sweep(descriptions: Sequence[Description], file: Path, processes: int, images: bool = True, run: Run = run) -> None:
     """Makes the runs that are missing in a file of JSON lines.
 
     Args:

@@ -42,14 +42,15 @@ class DiffusionDPO(DenoisingAlgorithm):
       the lowest in each group of ``group_size`` images for a prompt, and takes ``steps_per_iteration`` on these pairs.
 
     **Beta.** It is that of the published code, github.com/SalesforceAIResearch/DiffusionDPO: 2000 for Stable Diffusion
-    1.5 and 5000 for XL in the paper. diffusers' script writes ``beta_dpo`` for beta / 2. As e is a mean over the D
-    dimensions, the same strength needs a beta in proportion to D: 5000 for the 16,384 of Stable Diffusion is 80 for 256.
-    Online, Flow-GRPO's code has 100.
+    1.5 and 5000 for XL in the paper, 5000 for both in the code. diffusers' script writes ``beta_dpo`` for beta / 2. As e
+    is a mean over the D dimensions, the same strength needs a beta in proportion to D: 5000 for the 16,384 dimensions
+    of Stable Diffusion is 80 for 256. Online, Flow-GRPO's code has 100.
 
-    **Where it goes.** If people choose by the probabilities sigmoid(R_w - R_l), then the best model is p_pre exp(R / b),
-    with b in proportion to beta. But a file has few pairs, and the loss can fall further for each of them as long as
-    the loser's error rises: soon both images get worse (``train/winner_reward`` below 0), and so do all others. Stop
-    earlier, take a larger beta, or take ``sdpo``.
+    **Where it goes.** If people choose with the probability sigmoid(R_w - R_l), the loss of the likelihoods themselves
+    is lowest at p_pre exp(R / b), with b in proportion to beta. The errors at single noise levels stand for them, so
+    this holds roughly. With few pairs, the loss can fall further for as long as the loser's error rises: soon both
+    images get worse (``train/winner_reward`` below 0), and so do all others. Then take fewer steps, a larger beta, or
+    ``sdpo``.
 
     **Diffusion-SDPO** (arXiv 2511.03317) multiplies the gradient of the loser's error by the largest lambda in [0, 1]
     at which a step does not raise the winner's error, see :func:`agents.common.losses.safe_loser_scale`. The published
@@ -122,7 +123,7 @@ class DiffusionDPO(DenoisingAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> Self:
-        """Draws and learns in turn, or with ``choices`` takes the optimiser steps that are missing; arguments as SB3's."""
+        """Draws and learns in turn, or with ``choices`` takes the optimiser steps that are left; arguments as SB3's."""
         if self.choices is None:
             return super().learn(
                 total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar

@@ -224,8 +224,7 @@ def _learns_guided(config: Config) -> bool:
 
 
 def _micro_batch(config: Config) -> int:
-    """Returns the latents of a forward and backward pass; for "auto", which takes as many as fit, those of an element.
-    """
+    """Returns the latents of a forward and backward pass; for "auto", which takes what fits, those of an element."""
     algo = config.algo_kwargs
     of_element = 2 if issubclass(load_algorithm(config.algo), DiffusionDPO) else 1  # a pair
     size = algo["micro_batch_size"]

@@ -316,8 +316,7 @@ class Run:
         return f"{agent.images_drawn:,} images" if agent.draws_images else f"{agent.n_fitted:,} optimiser steps"
 
     def _total(self) -> int:
-        """Returns the images of the whole training: the budget, rounded up to whole iterations; or its optimiser steps.
-        """
+        """Returns the images of the whole training, rounded up to whole iterations; or its optimiser steps."""
         if not self.agent.draws_images:
             return self.config.algo_kwargs["n_gradient_steps"]
         per_iteration = self.config.algo_kwargs.get("images_per_iteration") or self.config.n_envs

@@ -365,7 +365,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
         return self
 
     def prepare(self) -> str:
-        """Loads what a training needs beside its environment, so that no image is drawn in vain if something is missing.
+        """Loads what a training needs beside its environment; if something is missing, no image was drawn in vain.
 
         Returns:
             One line that says what it is.

@@ -13,8 +13,8 @@ from tqdm import tqdm
 class ProgressCallback(BaseCallback):
     """A progress bar in images, with the mean reward and the latest update's statistics.
 
-    Once two iterations have run, it says how long the others will take. The bar of a training that draws no images is in
-    optimiser steps.
+    Once two iterations have run, it says how long the others will take. The bar of a training that draws no images is
+    in optimiser steps.
 
     Args:
         total: number of images that the training will have drawn in the end, or of optimiser steps if it draws none.

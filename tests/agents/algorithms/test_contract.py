@@ -58,7 +58,19 @@ every_algorithm_in_turn = pytest.mark.parametrize(
 )
 every_policy_gradient = pytest.mark.parametrize("name", POLICY_GRADIENTS)
 
-BUILT_IN = ("dpok", "ddpo", "grpo", "reinforce", "sft", "rwr", "best-of-n", "diffusion-nft", "awm", "diffusion-dpo", "draft")
+BUILT_IN = (
+    "dpok",
+    "ddpo",
+    "grpo",
+    "reinforce",
+    "sft",
+    "rwr",
+    "best-of-n",
+    "diffusion-nft",
+    "awm",
+    "diffusion-dpo",
+    "draft",
+)
 
 
 both_diffusions = pytest.mark.parametrize("model_folder", DIFFUSIONS, indirect=True)

@@ -94,9 +94,7 @@ def test_both_images_of_a_pair_have_the_same_noise(make_agent: MakeAgent, choice
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy_kwargs", [{}, {"lora_rank": 0}], ids=["LoRA", "whole denoiser"])
-def test_a_step_tells_winners_from_losers(
-    policy_kwargs: dict[str, Any], make_agent: MakeAgent, choices: Path
-) -> None:
+def test_a_step_tells_winners_from_losers(policy_kwargs: dict[str, Any], make_agent: MakeAgent, choices: Path) -> None:
     agent = make_agent(NAME, choices=choices, batch_size=32, policy_kwargs=policy_kwargs, beta=100.0)
     use_sgd(agent)
     batch = take_batches(agent)[0]

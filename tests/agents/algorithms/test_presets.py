@@ -27,7 +27,19 @@ from tests.support import SMALL_MODELS
 
 MakeEnv = Callable[..., DenoisingVectorEnv]
 
-BUILT_IN = ("dpok", "ddpo", "grpo", "reinforce", "sft", "rwr", "best-of-n", "diffusion-nft", "awm", "diffusion-dpo", "draft")
+BUILT_IN = (
+    "dpok",
+    "ddpo",
+    "grpo",
+    "reinforce",
+    "sft",
+    "rwr",
+    "best-of-n",
+    "diffusion-nft",
+    "awm",
+    "diffusion-dpo",
+    "draft",
+)
 CHOICES = [(preset, name) for preset in PRESETS for name in (PRESETS[preset].only or BUILT_IN)]
 
 

@@ -312,7 +312,7 @@ def test_a_signal_while_a_reward_hangs(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_models")
 def test_choices_are_learned_from_without_drawing(tmp_path, monkeypatch, capsys):
-    """A run has the same files as any other. Interrupted, it goes on to the same weights, but not with other choices."""
+    """A run has the files of any other. Interrupted, it goes on to the same weights, but not with other choices."""
     monkeypatch.chdir(tmp_path)
     file = write_choices(tmp_path / "choices", ["three green squares", "a red star"], 4, (64, 64))
     options = ["--algo", "diffusion-dpo", "--choices", "choices/choices.jsonl", *TINY, *FEW_LAYERS, "--batch-size", "2"]

@@ -17,7 +17,17 @@ from agents.common import distributed
 from tests.agents.common import ranks
 
 #: One algorithm of each kind of update, among them DPOK with either critic.
-NAMES = ["DPOK", "DPOK, critic on rewards", "DDPO-IS", "GRPO", "SFT, KL-O", "DiffusionNFT", "AWM", "DiffusionDPO", "DRaFT"]
+NAMES = [
+    "DPOK",
+    "DPOK, critic on rewards",
+    "DDPO-IS",
+    "GRPO",
+    "SFT, KL-O",
+    "DiffusionNFT",
+    "AWM",
+    "DiffusionDPO",
+    "DRaFT",
+]
 
 
 def start_ranks(n_ranks: int, *words: str) -> list[subprocess.Popen[str]]:

@@ -1,0 +1,77 @@
+"""The benchmark of learning from choices: its choices, its runs, its table and its figure."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from benchmarks import feedback
+from dpok_gym.choices.records import read_choices
+from tests.benchmarks.support import HERE, values
+
+SETTINGS = yaml.safe_load((HERE / "feedback.yaml").read_text(encoding="utf-8"))
+COMMON = SETTINGS["common"] | {"num_inference_steps": 1, "eval_images": 2}
+#: Runs of a few seconds.
+TINY = SETTINGS | {
+    "common": COMMON,
+    "seeds": 1,
+    "error_rates": [0.2],
+    "choices": [20, 25],
+    "ways": {
+        "DPOK": {"fit": {"passes": 20, "held_out": 0.2}, "images": 2, "images_per_iteration": 2, "use_critic": False},
+        "best of 2": {"fit": {"passes": 20, "held_out": 0.2}, "n": 2},
+        "Diffusion-DPO": {"batch_size": 2, "n_gradient_steps": 1},
+    },
+}
+
+
+def test_descriptions() -> None:
+    descriptions = list(feedback.descriptions(SETTINGS))
+    assert len({json.dumps(each, sort_keys=True) for each in descriptions}) == len(descriptions) == 5 * (1 + 3 * 4 * 3)
+    assert {each["label"] for each in descriptions} == SETTINGS["seconds"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_models")
+def test_choices_and_runs(tmp_path: Path) -> None:
+    """More choices begin with the fewer ones, and no image is in two of them."""
+    feedback.draw_choices(tmp_path, TINY, 0)
+    few, more = (read_choices(feedback.choices_file(tmp_path, 0, 0.2, n)) for n in TINY["choices"])
+    assert (len(few), more[:20]) == (20, few)
+    assert len({image for choice in more for image in choice.images}) == 50
+    before = feedback.choices_file(tmp_path, 0, 0.2, 20).stat().st_mtime_ns
+    feedback.draw_choices(tmp_path, TINY, 0)
+    assert feedback.choices_file(tmp_path, 0, 0.2, 20).stat().st_mtime_ns == before
+    records = {}
+    for description in feedback.descriptions(TINY | {"choices": [20]}):
+        record = feedback.run(description, work=tmp_path)
+        assert record.items() >= description.items()
+        assert all(0 <= record["scores"][name] <= 1 for name in ("aligned", "quality"))
+        records[record["label"]] = record
+    assert "agreement" in records["DPOK"]
+    assert "agreement" not in records["Diffusion-DPO"]
+    assert records["Diffusion-DPO"]["scores"]["kl"] > 0
+    assert records["best of 2"]["scores"]["kl"] == pytest.approx(np.log(2) - 0.5)
+    assert records["pre-trained"]["scores"]["kl"] == 0
+
+
+@pytest.mark.slow
+def test_report(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    records = []
+    for description in feedback.descriptions(SETTINGS):
+        scores = {name: rng.random() for name in ("aligned", "quality", "kl")}
+        records.append(description | {"scores": scores, "seconds": 12.0})
+    feedback.report(records, tmp_path)
+    parts = (tmp_path / "table.md").read_text().split("## ")[1:]
+    assert [part.partition(" ")[0] for part in parts] == ["5%", "10%", "20%"]
+    (row,) = (line for line in parts[1].split("\n") if line.startswith("| Diffusion-DPO, 200 |"))
+    ours = [
+        r["scores"]["aligned"]
+        for r in records
+        if (r["label"], r["error_rate"], r["choices"]) == ("Diffusion-DPO", 0.1, 200)
+    ]
+    assert values(row)[0] == f"{np.mean(sorted(ours)[1:4]):.3f}"
+    assert (tmp_path / "feedback.png").stat().st_size > 10_000
