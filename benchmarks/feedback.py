@@ -157,7 +157,8 @@ def draw_pairs(folder: Path, common: dict[str, Any], n_pairs: int, seed: int) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     process = DenoisingProcess(load_model("shapes", "cpu"), num_inference_steps=common["num_inference_steps"])
-    prompt, pairs, batch = common["prompt"], [], 0
+    pairs: list[tuple[str, str, float]] = []
+    prompt, batch = common["prompt"], 0
     while len(pairs) < n_pairs:
         rngs = [np.random.default_rng([seed, 0, batch, number]) for number in range(_BATCH)]
         images = sample_images(process, [prompt] * _BATCH, rngs)

@@ -42,8 +42,8 @@ class DiffusionDPO(DenoisingAlgorithm):
       the lowest in each group of ``group_size`` images for a prompt, and takes ``steps_per_iteration`` on these pairs.
 
     **Beta.** It is that of the published code, github.com/SalesforceAIResearch/DiffusionDPO: 2000 for Stable Diffusion
-    1.5 and 5000 for XL in the paper, 5000 for both in the code. diffusers' script writes ``beta_dpo`` for beta / 2. As e
-    is a mean over the D dimensions, the same strength needs a beta in proportion to D: 5000 for the 16,384 dimensions
+    1.5 and 5000 for XL in the paper, 5000 for both in the code. diffusers' script writes ``beta_dpo`` for beta / 2. As
+    e is a mean over the D dimensions, the same strength needs a beta in proportion to D: 5000 for the 16,384 dimensions
     of Stable Diffusion is 80 for 256. Online, Flow-GRPO's code has 100.
 
     **Where it goes.** If people choose with the probability sigmoid(R_w - R_l), the loss of the likelihoods themselves
@@ -180,7 +180,8 @@ class DiffusionDPO(DenoisingAlgorithm):
         reference_error = losses.denoising_loss(reference, target).unflatten(0, (-1, 2))
         metrics = {}
         if self.sdpo:
-            scale = losses.safe_loser_scale(*(output - target).detach().unflatten(0, (-1, 2)).unbind(1), self.sdpo_mu)
+            winner, loser = (output - target).detach().unflatten(0, (-1, 2)).unbind(1)
+            scale = losses.safe_loser_scale(winner, loser, self.sdpo_mu)
             # The value stays; the gradient is that of scale times the loser's error.
             error = torch.stack([error[:, 0], losses.scale_gradient(error[:, 1], scale)], dim=1)
             metrics["loser_scale"] = scale
