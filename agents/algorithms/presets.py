@@ -69,8 +69,16 @@ _LAPTOP = Preset(
         "draft": {"batch_size": 16, "n_last_steps": 2, "max_kl": 20.0},
         "diffusion-nft": {"batch_size": 64},
         "awm": {"batch_size": 64},
-        # A latent has 256 dimensions, those of Stable Diffusion 64 times as many.
-        "diffusion-dpo": {"beta": 80.0, "batch_size": 16, "n_gradient_steps": 300, "steps_per_iteration": 25},
+        # A latent has 256 dimensions, those of Stable Diffusion 64 times as many. Few steps on the few pairs of an
+        # iteration: they are soon learned by heart, which ruins the images.
+        "diffusion-dpo": {
+            "beta": 80.0,
+            "group_size": 4,
+            "learning_rate": 1e-3,
+            "batch_size": 16,
+            "n_gradient_steps": 200,
+            "steps_per_iteration": 5,
+        },
     },
 )
 

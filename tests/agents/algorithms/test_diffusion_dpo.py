@@ -465,20 +465,3 @@ def test_the_optimum_of_gaussian_data() -> None:
             moved = agent.policy.predict_output(state) - agent.policy.predict_output(state, reference=True)
         expected = -(signal**2 * variance + noise**2) / (beta * signal * noise)
         assert moved.mean().item() == pytest.approx(expected, rel=0.15), t
-
-
-@pytest.mark.slow
-def test_aligns_more_images() -> None:
-    """A few iterations on the best and the worst of groups of fresh images."""
-    from agents.algorithms.presets import PRESETS
-
-    preset = PRESETS["laptop"]
-    env = gymnasium.make_vec("DPOK-Shapes-v0", num_envs=64, device="cpu", **preset.env_kwargs)
-    settings = preset.algorithm_kwargs("diffusion-dpo") | {"warmup_fraction": 0.0, "final_lr_fraction": 1.0}
-    agent = DiffusionDPO(env=env, seed=0, device="cpu", **settings)
-    agent.learn(2 * 64 * agent.process.num_inference_steps)
-    prompts = ["three green squares"] * 96
-    before: Any = evaluate(agent.policy, env, prompts, 1_000_000, reference=True)
-    after: Any = evaluate(agent.policy, env, prompts, 1_000_000)
-    gain = after.reward - before.reward
-    assert gain.mean() > 3 * gain.std() / np.sqrt(len(gain))
