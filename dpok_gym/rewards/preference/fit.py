@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from dpok_gym.choices.agreement import wilson_interval
 from dpok_gym.rewards.preference.data import Comparisons
 from dpok_gym.rewards.preference.network import PreferenceConfig, PreferenceNetwork, split_words
 from dpok_gym.rewards.preference.reward import PreferenceReward
@@ -35,12 +36,17 @@ class Measured:
 
     The reward's favourite is the image with the higher score. p is the probability that the reward gives to the choice
     of its favourite, at least 1/2. For the calibration, choices are sorted by p into bins of equal width; empty bins
-    are left out.
+    are left out. A tie is half a choice of the favourite there, as it was learned. The agreement leaves ties out, since
+    neither image is right: Zheng et al. 2023, "Judging LLM-as-a-Judge", count in this way too.
 
     Attributes:
-        choices: N.
-        agreement: share of the choices in which the favourite was preferred, in [0, 1].
-        loss: mean of -log sigmoid(s_preferred - s_other), nats; a coin has log 2 = 0.69.
+        choices: N, ties included.
+        ties: number of ties.
+        agreement: share of the choices without ties in which the favourite was preferred, in [0, 1]; NaN if there are
+            ties only.
+        interval: ends of the 95 % interval of the agreement, which says how uncertain so few choices leave it; see
+            :func:`~dpok_gym.choices.agreement.wilson_interval`.
+        loss: mean of :func:`bradley_terry_loss`, nats; a coin has log 2 = 0.69.
         calibration_error: the expected calibration error, in [0, 1]: the mean distance between ``predicted`` and
             ``observed``, weighted by ``counts``.
         predicted: for each bin, the mean of p.
@@ -49,7 +55,9 @@ class Measured:
     """
 
     choices: int
+    ties: int
     agreement: float
+    interval: list[float]
     loss: float
     calibration_error: float
     predicted: list[float]
@@ -77,33 +85,45 @@ class Fit:
     interrupted: KeyboardInterrupt | None
 
 
-def bradley_terry_loss(preferred: Tensor, other: Tensor) -> Tensor:
-    """Returns -log P(preferred > other) = -log sigmoid(s_preferred - s_other), nats, for scores of any shape.
+def bradley_terry_loss(first: Tensor, second: Tensor, outcomes: Tensor) -> Tensor:
+    """Returns -w log P(first > second) - (1 - w) log P(second > first), nats, with P(a > b) = sigmoid(s_a - s_b).
 
-    Source: Bradley and Terry 1952, "Rank Analysis of Incomplete Block Designs"; for rewards, Christiano et al. 2017,
-    "Deep Reinforcement Learning from Human Preferences", equation 1.
+    A tie counts as half a win for each image.
+
+    Source: Bradley and Terry 1952, "Rank Analysis of Incomplete Block Designs"; for rewards, with ties, Christiano et
+    al. 2017, "Deep Reinforcement Learning from Human Preferences", equation 1.
+
+    Args:
+        first: scores of any shape.
+        second: scores of the same shape.
+        outcomes: w, the shares of a win that the first ones get, in [0, 1].
     """
-    return -F.logsigmoid(preferred - other)
+    return F.binary_cross_entropy_with_logits(first - second, outcomes, reduction="none")
 
 
-def measure(log_odds: Tensor, n_bins: int = 10) -> Measured:
+def measure(log_odds: Tensor, outcomes: Tensor, n_bins: int = 10) -> Measured:
     """Computes agreement, loss and calibration.
 
     Args:
-        log_odds: (N,) s_preferred - s_other of the choices.
+        log_odds: (N,) s_first - s_second of the choices.
+        outcomes: (N,) the shares of a win that the first images get, 1, 0 or 1/2.
         n_bins: number of bins for the calibration.
     """
-    confidence, right = log_odds.abs().sigmoid(), (log_odds > 0).float()
+    confidence = log_odds.abs().sigmoid()
+    right = torch.where(log_odds > 0, outcomes, 1 - outcomes)  # (N,), the share that the favourite gets
     bins = ((2 * confidence - 1) * n_bins).long().clamp(max=n_bins - 1)  # (N,), bins of equal width in [1/2, 1]
     counts = bins.bincount(minlength=n_bins)
     filled = counts > 0
     counts = counts[filled]
     predicted = torch.zeros(n_bins).index_add_(0, bins, confidence)[filled] / counts
     observed = torch.zeros(n_bins).index_add_(0, bins, right)[filled] / counts
+    decided = right[outcomes != 0.5]
     return Measured(
         choices=len(log_odds),
-        agreement=right.mean().item(),
-        loss=-F.logsigmoid(log_odds).mean().item(),
+        ties=len(log_odds) - len(decided),
+        agreement=decided.mean().item(),
+        interval=[*wilson_interval(int(decided.sum()), len(decided))],
+        loss=bradley_terry_loss(log_odds, torch.zeros(()), outcomes).mean().item(),
         calibration_error=((predicted - observed).abs() * counts).sum().item() / len(log_odds),
         predicted=predicted.tolist(),
         observed=observed.tolist(),
@@ -113,11 +133,11 @@ def measure(log_odds: Tensor, n_bins: int = 10) -> Measured:
 
 @torch.no_grad()
 def log_odds(reward: PreferenceReward, comparisons: Comparisons) -> Tensor:
-    """Returns s_preferred - s_other of each choice, (N,) float32 on the CPU."""
+    """Returns s_first - s_second of each choice, (N,) float32 on the CPU."""
     parts = []
     for rows in torch.arange(len(comparisons)).split(reward.batch_size):
-        preferred, other = _scores(reward.network, comparisons[rows])
-        parts.append((preferred - other).cpu())
+        first, second = _scores(reward.network, comparisons[rows])
+        parts.append((first - second).cpu())
     return torch.cat(parts)
 
 
@@ -170,6 +190,8 @@ def fit(
     check_integer("batch_size", batch_size)
     check_positive("learning_rate", learning_rate)
     train, test = comparisons.split(held_out, seed)
+    if (test.outcomes == 0.5).all():
+        raise ValueError(f"the {len(test)} held-out choices are all ties; hold out more, or take another seed")
     torch.manual_seed(seed)
     start = network or make_network(train.prompts, comparisons.images.shape[-1])
     reward = PreferenceReward(copy.deepcopy(start), device)
@@ -191,7 +213,7 @@ def fit(
             first = (epoch - 1) * steps_per_epoch
             factors = [_rate_factor(first + step, epochs * steps_per_epoch) for step in range(steps_per_epoch)]
             loss = _fit_epoch(network, batches, optimizer, [learning_rate * factor for factor in factors])
-            measured = measure(log_odds(reward, test))
+            measured = measure(log_odds(reward, test), test.outcomes)
             state["epoch"] = epoch
             if measured.loss < state["best_loss"]:
                 best = {name: weight.clone() for name, weight in network.state_dict().items()}
@@ -208,7 +230,7 @@ def fit(
     # Rounded to half precision as in the folder, so that the measured weights are the saved ones.
     network.load_state_dict({name: weight.half().float() for name, weight in best.items()})
     network.eval().requires_grad_(False)
-    return Fit(reward, measure(log_odds(reward, test)), len(train), state["best_epoch"], interrupted)
+    return Fit(reward, measure(log_odds(reward, test), test.outcomes), len(train), state["best_epoch"], interrupted)
 
 
 def _rate_factor(step: int, n_steps: int) -> float:
@@ -219,7 +241,7 @@ def _rate_factor(step: int, n_steps: int) -> float:
 def _digest(first_weights: dict[str, Tensor], choices: Comparisons) -> str:
     """Returns a hash of the data and the first weights: fits with the same settings may differ in these."""
     digest = hashlib.sha256("\n".join(choices.prompts).encode())
-    for values in (*first_weights.values(), choices.images, choices.pairs):
+    for values in (*first_weights.values(), choices.images, choices.pairs, choices.outcomes):
         digest.update(values.cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
@@ -241,12 +263,12 @@ def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _scores(network: PreferenceNetwork, batch: Comparisons) -> tuple[Tensor, Tensor]:
-    """Returns the scores (N,) of the preferred images and of the others."""
+    """Returns the scores (N,) of the first images and of the second ones."""
     device = network.places.device
     features = network.encode_images(batch.images.to(device).float() / 255)  # (M, K + 1, D): each image once
     words = network.tokenize(batch.prompts).to(device)
-    preferred, other = batch.pairs.to(device).T
-    scores = network.score_features(features[torch.cat([preferred, other])], words.repeat(2, 1))
+    first, second = batch.pairs.to(device).T
+    scores = network.score_features(features[torch.cat([first, second])], words.repeat(2, 1))
     return scores[: len(words)], scores[len(words) :]
 
 
@@ -262,7 +284,8 @@ def _fit_epoch(
 
 def _step(network: PreferenceNetwork, batch: Comparisons, optimizer: Optimizer, rate: float) -> float:
     """Makes one optimiser step, and returns the loss before it."""
-    loss = bradley_terry_loss(*_scores(network, batch)).mean()
+    scores = _scores(network, batch)
+    loss = bradley_terry_loss(*scores, batch.outcomes.to(scores[0].device)).mean()
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(network.parameters(), 1.0)
