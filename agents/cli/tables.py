@@ -12,6 +12,7 @@ from rich.table import Table
 
 from agents.common.doctor import Finding
 from agents.common.evaluation import Evaluation
+from dpok_gym.choices.formats import Tally
 from dpok_gym.rewards.preference.fit import Measured
 from dpok_gym.utils.files import write_text
 
@@ -71,6 +72,18 @@ def calibration_table(held_out: Measured) -> Table:
         table.add_column(heading, justify="right")
     for predicted, observed, count in zip(held_out.predicted, held_out.observed, held_out.counts, strict=True):
         table.add_row(f"{predicted:.1%}", f"{observed:.1%}", str(count))
+    return table
+
+
+def tally_table(title: str, tally: Tally) -> Table:
+    """Returns a table of the choices that were imported or exported, and of those that were left out."""
+    table = Table("", title=title, title_justify="left")
+    table.add_column("number", justify="right")
+    numbers = {"choices": tally.choices, "ties among them": tally.ties, "skipped among them": tally.skips}
+    numbers |= {"images": len(tally.images), "people": len(tally.people)}
+    numbers |= {f"left out: {reason}": n for reason, n in tally.left_out.items()}
+    for name, number in numbers.items():
+        table.add_row(name, f"{number:,}")
     return table
 
 
