@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dpok_gym.choices.records import Choice
+from scipy.stats import binomtest
 
-_NORMAL_QUANTILE = 1.959964  # 97.5 % of a standard normal distribution are below
+from dpok_gym.choices.records import Choice
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,8 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """
     if not trials:
         return 0.0, 1.0
-    share, spread = successes / trials, _NORMAL_QUANTILE**2 / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * share * (1 - share) + spread**2 / 4) / (1 + spread)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    interval = binomtest(successes, trials).proportion_ci(0.95, "wilson")
+    return float(interval.low), float(interval.high)
 
 
 def self_agreement(choices: Iterable[Choice]) -> SelfAgreement:

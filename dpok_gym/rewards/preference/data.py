@@ -6,6 +6,7 @@ Letters used for shapes: N choices, M images, S x S pixels.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Comparisons:
     """Choices with their images.
 
     Attributes:
-        images: (M, 3, S, S) uint8.
+        images: (M, 3, S, S) uint8; or (M, D) float32, what :meth:`.LearnedReward.encode` made of them.
         prompts: N texts.
         pairs: (N, 2) int64, rows of ``images``: first the preferred image, then the other; a tie is in any order.
         outcomes: (N,) float32, the share of a win that the first image gets: 1 if it is preferred, 1/2 for a tie.
@@ -93,7 +94,9 @@ class Comparisons:
         return self[(~chosen).nonzero()[:, 0]], self[chosen.nonzero()[:, 0]]
 
 
-def load_comparisons(path: str | os.PathLike[str], size: int) -> Comparisons:
+def load_comparisons(
+    path: str | os.PathLike[str], size: int, resize: Callable[[Tensor, int], Tensor] = resize
+) -> Comparisons:
     """Reads a file of choices, and each of its images once, resized to a square.
 
     Ties are read, also those of two bad images. Choices that the person skipped are left out.
@@ -101,6 +104,7 @@ def load_comparisons(path: str | os.PathLike[str], size: int) -> Comparisons:
     Args:
         path: the file.
         size: S, pixels, at most :data:`~dpok_gym.rewards.preference.network.MAX_IMAGE_SIZE`.
+        resize: makes squares of S pixels of images (1, 3, H, W); the default squeezes them into one.
 
     Raises:
         FileNotFoundError: as :func:`~dpok_gym.choices.records.read_choices`.
@@ -122,7 +126,7 @@ def load_comparisons(path: str | os.PathLike[str], size: int) -> Comparisons:
     images = torch.empty(len(row_of), 3, size, size, dtype=torch.uint8)
     for image, row in row_of.items():
         try:
-            images[row] = _load_image(image, size)
+            images[row] = _load_image(image, size, resize)
         except ValueError as error:
             raise ValueError(f"line {line_of[image]} of {str(path)!r}: {error}") from error
     ordered = [choice.images[::-1] if choice.preferred else choice.images for choice in choices]  # the preferred first
@@ -131,7 +135,7 @@ def load_comparisons(path: str | os.PathLike[str], size: int) -> Comparisons:
     return Comparisons(images, [choice.prompt for choice in choices], pairs, outcomes)
 
 
-def _load_image(path: Path, size: int) -> Tensor:
+def _load_image(path: Path, size: int, resize: Callable[[Tensor, int], Tensor]) -> Tensor:
     pixels = torch.from_numpy(np.array(read_image(path)))  # (H, W, 3)
     resized = resize(pixels.permute(2, 0, 1)[None].float() / 255, size)[0]  # (3, S, S)
     return (255 * resized).round().clamp(0, 255).byte()

@@ -5,10 +5,9 @@ Letters used for shapes: N choices, M images, S x S pixels.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +21,7 @@ from torch.optim import Optimizer
 from dpok_gym.choices.agreement import wilson_interval
 from dpok_gym.rewards.preference.data import Comparisons
 from dpok_gym.rewards.preference.network import PreferenceConfig, PreferenceNetwork, split_words
-from dpok_gym.rewards.preference.reward import PreferenceReward
+from dpok_gym.rewards.preference.reward import LearnedReward, PreferenceReward
 from dpok_gym.utils.tensors import flatten_optimizer, load_optimizer, load_tensors, save_tensors
 from dpok_gym.utils.validation import check_integer, check_positive
 
@@ -78,7 +77,7 @@ class Fit:
         interrupted: what ended the fit early, such as Ctrl-C; None if all epochs are done.
     """
 
-    reward: PreferenceReward
+    reward: LearnedReward
     held_out: Measured
     trained_on: int
     epoch: int
@@ -132,11 +131,11 @@ def measure(log_odds: Tensor, outcomes: Tensor, n_bins: int = 10) -> Measured:
 
 
 @torch.no_grad()
-def log_odds(reward: PreferenceReward, comparisons: Comparisons) -> Tensor:
+def log_odds(reward: LearnedReward, comparisons: Comparisons) -> Tensor:
     """Returns s_first - s_second of each choice, (N,) float32 on the CPU."""
     parts = []
     for rows in torch.arange(len(comparisons)).split(reward.batch_size):
-        first, second = _scores(reward.network, comparisons[rows])
+        first, second = reward.compare(comparisons[rows])
         parts.append((first - second).cpu())
     return torch.cat(parts)
 
@@ -152,7 +151,7 @@ def make_network(prompts: Iterable[str], image_size: int) -> PreferenceNetwork:
 def fit(
     comparisons: Comparisons,
     *,
-    network: PreferenceNetwork | None = None,
+    reward: LearnedReward | None = None,
     epochs: int = 50,
     held_out: float = 0.1,
     seed: int = 0,
@@ -167,16 +166,16 @@ def fit(
     Ctrl-C after the first epoch ends the fit with the best weights so far.
 
     Args:
-        comparisons: the choices; the size S of their images becomes the network's.
-        network: the network to start from, for images of that size; it is not changed. None for an untrained network
-            with the words of the prompts.
+        comparisons: the choices, with images of the reward's size.
+        reward: the reward to start from, which is changed; None for a small network that is untrained, with the words
+            of the prompts.
         epochs: passes over the choices, 1 or more. A good start is a number with which the choices of all epochs
             together are some hundred thousand. Too many passes over few choices overfit: the held-out loss rises.
         held_out: share of the choices that is not learned from, in (0, 1); see :meth:`Comparisons.split`.
         seed: seed of the split, the first weights, the order of the choices and the shifts.
         batch_size: choices in each optimiser step, 1 or more.
         learning_rate: the highest learning rate, above 0; usually 5e-4 to 3e-3.
-        device: "auto" (a GPU if there is one), or any torch device.
+        device: "auto" (a GPU if there is one), or any torch device, for the small network that None stands for.
         checkpoint: safetensors file to write after each epoch, and to resume from if it exists; None for none.
         log: called after each epoch with its number, the mean training loss, and the held-out loss and agreement.
 
@@ -193,18 +192,21 @@ def fit(
     if (test.outcomes == 0.5).all():
         raise ValueError(f"the {len(test)} held-out choices are all ties; hold out more, or take another seed")
     torch.manual_seed(seed)
-    start = network or make_network(train.prompts, comparisons.images.shape[-1])
-    reward = PreferenceReward(copy.deepcopy(start), device)
-    network = reward.network.requires_grad_(True)
-    optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    if reward is None:
+        reward = PreferenceReward(make_network(train.prompts, comparisons.images.shape[-1]), device)
+    learned = reward.learned()
+    for parameter in learned.values():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(learned.values(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     steps_per_epoch = math.ceil(len(train) / batch_size)
     settings: dict[str, Any] = {"epochs": epochs, "held_out": held_out, "seed": seed, "batch_size": batch_size}
-    settings |= {"learning_rate": learning_rate, "image_size": network.config.image_size, "choices": len(train)}
-    settings["content"] = _digest(network.state_dict(), train)
+    settings |= {"learning_rate": learning_rate, "image_size": comparisons.images.shape[-1], "choices": len(train)}
+    settings["content"] = _digest(learned, train)
     state: dict[str, Any] = {"settings": settings, "epoch": 0, "best_epoch": 0, "best_loss": math.inf}
     best: dict[str, Tensor] = {}
     if checkpoint is not None and checkpoint.exists():
-        state, best = _restore(checkpoint, settings, network, optimizer)
+        state, best = _restore(checkpoint, settings, learned, optimizer)
+    train, test = reward.encode(train), reward.encode(test)
     interrupted = None
     try:
         for epoch in range(state["epoch"] + 1, epochs + 1):
@@ -212,14 +214,14 @@ def fit(
             batches = _batches(train, batch_size, torch.Generator().manual_seed(1_000_000 * seed + epoch))
             first = (epoch - 1) * steps_per_epoch
             factors = [_rate_factor(first + step, epochs * steps_per_epoch) for step in range(steps_per_epoch)]
-            loss = _fit_epoch(network, batches, optimizer, [learning_rate * factor for factor in factors])
+            loss = _fit_epoch(reward, batches, optimizer, [learning_rate * factor for factor in factors])
             measured = measure(log_odds(reward, test), test.outcomes)
             state["epoch"] = epoch
             if measured.loss < state["best_loss"]:
-                best = {name: weight.clone() for name, weight in network.state_dict().items()}
+                best = {name: weight.detach().clone() for name, weight in learned.items()}
                 state |= {"best_epoch": epoch, "best_loss": measured.loss}
             if checkpoint is not None:
-                _save(checkpoint, state, best, network, optimizer)
+                _save(checkpoint, state, best, learned, optimizer)
             log({"epoch": epoch, "loss": loss, "held_out_loss": measured.loss, "agreement": measured.agreement})
     except KeyboardInterrupt as error:
         if not best:
@@ -228,8 +230,8 @@ def fit(
     if not best:
         raise ValueError("the held-out loss was not finite after any epoch; try a smaller learning rate")
     # Rounded to half precision as in the folder, so that the measured weights are the saved ones.
-    network.load_state_dict({name: weight.half().float() for name, weight in best.items()})
-    network.eval().requires_grad_(False)
+    for name, weight in best.items():
+        learned[name].requires_grad_(False).copy_(weight.half())
     return Fit(reward, measure(log_odds(reward, test), test.outcomes), len(train), state["best_epoch"], interrupted)
 
 
@@ -238,19 +240,19 @@ def _rate_factor(step: int, n_steps: int) -> float:
     return min((step + 1) / _WARMUP, max(1 - step / n_steps, 0.0))
 
 
-def _digest(first_weights: dict[str, Tensor], choices: Comparisons) -> str:
+def _digest(first_weights: Mapping[str, Tensor], choices: Comparisons) -> str:
     """Returns a hash of the data and the first weights: fits with the same settings may differ in these."""
     digest = hashlib.sha256("\n".join(choices.prompts).encode())
     for values in (*first_weights.values(), choices.images, choices.pairs, choices.outcomes):
-        digest.update(values.cpu().contiguous().numpy().data)
+        digest.update(values.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 
 def _batches(comparisons: Comparisons, batch_size: int, generator: torch.Generator) -> Iterator[Comparisons]:
-    """Yields all choices once, in random order, with each image shifted by a small random amount."""
+    """Yields all choices once, in random order, with each image shifted by a small random amount if it is one still."""
     for rows in torch.randperm(len(comparisons), generator=generator).split(batch_size):
         batch = comparisons[rows]
-        yield replace(batch, images=_shifted(batch.images, generator))
+        yield batch if batch.images.ndim == 2 else replace(batch, images=_shifted(batch.images, generator))
 
 
 def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -262,51 +264,40 @@ def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack([padded[k, :, y : y + size, x : x + size] for k, (y, x) in enumerate(corners)])
 
 
-def _scores(network: PreferenceNetwork, batch: Comparisons) -> tuple[Tensor, Tensor]:
-    """Returns the scores (N,) of the first images and of the second ones."""
-    device = network.places.device
-    features = network.encode_images(batch.images.to(device).float() / 255)  # (M, K + 1, D): each image once
-    words = network.tokenize(batch.prompts).to(device)
-    first, second = batch.pairs.to(device).T
-    scores = network.score_features(features[torch.cat([first, second])], words.repeat(2, 1))
-    return scores[: len(words)], scores[len(words) :]
-
-
 def _fit_epoch(
-    network: PreferenceNetwork, batches: Iterable[Comparisons], optimizer: Optimizer, rates: Sequence[float]
+    reward: LearnedReward, batches: Iterable[Comparisons], optimizer: Optimizer, rates: Sequence[float]
 ) -> float:
     """Makes an optimiser step for each batch; returns the mean loss, and leaves the network in evaluation mode."""
-    network.train()
-    losses = [_step(network, batch, optimizer, rate) for batch, rate in zip(batches, rates, strict=True)]
-    network.eval()
+    reward.network.train()
+    losses = [_step(reward, batch, optimizer, rate) for batch, rate in zip(batches, rates, strict=True)]
+    reward.network.eval()
     return fmean(losses)
 
 
-def _step(network: PreferenceNetwork, batch: Comparisons, optimizer: Optimizer, rate: float) -> float:
+def _step(reward: LearnedReward, batch: Comparisons, optimizer: Optimizer, rate: float) -> float:
     """Makes one optimiser step, and returns the loss before it."""
-    scores = _scores(network, batch)
-    loss = bradley_terry_loss(*scores, batch.outcomes.to(scores[0].device)).mean()
+    loss = bradley_terry_loss(*reward.compare(batch), batch.outcomes.to(reward.device)).mean()
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), 1.0)
     for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
         group["lr"] = rate
     optimizer.step()
     return loss.item()
 
 
 def _save(
-    path: Path, state: dict[str, Any], best: dict[str, Tensor], network: PreferenceNetwork, optimizer: Optimizer
+    path: Path, state: dict[str, Any], best: Mapping[str, Tensor], learned: Mapping[str, Tensor], optimizer: Optimizer
 ) -> None:
     """Writes a checkpoint: one file, whose tensors are named ``<group>/<name>``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    groups = {"best": best, "network": network.state_dict(), "optimizer": flatten_optimizer(optimizer)}
+    groups = {"best": best, "network": learned, "optimizer": flatten_optimizer(optimizer)}
     tensors = {f"{group}/{name}": value for group, named in groups.items() for name, value in named.items()}
     save_tensors(path, tensors, state)
 
 
 def _restore(
-    path: Path, settings: dict[str, Any], network: PreferenceNetwork, optimizer: Optimizer
+    path: Path, settings: dict[str, Any], learned: Mapping[str, nn.Parameter], optimizer: Optimizer
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Puts back what :func:`_save` wrote; returns the state and the best weights."""
     try:
@@ -322,6 +313,7 @@ def _restore(
     for key, value in tensors.items():
         group, _, name = key.partition("/")
         groups[group][name] = value
-    network.load_state_dict(groups["network"])
+    for name, parameter in learned.items():
+        parameter.data.copy_(groups["network"][name])
     load_optimizer(optimizer, groups["optimizer"])
     return state, groups["best"]

@@ -264,7 +264,7 @@ def test_an_interrupted_fit(tmp_path):
     with pytest.raises(ValueError, match="checkpoint of a fit with other settings"):
         fit(choices, **settings | {"epochs": 4}, checkpoint=path)
     with pytest.raises(ValueError, match="checkpoint of a fit with other settings"):
-        fit(choices, **settings, network=whole.reward.network, checkpoint=path)
+        fit(choices, **settings, reward=whole.reward, checkpoint=path)
     with pytest.raises(ValueError, match="checkpoint of a fit with other settings"):
         fit(replace(choices, pairs=choices.pairs.flip(1)), **settings, checkpoint=path)
 
