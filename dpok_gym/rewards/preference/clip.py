@@ -119,14 +119,14 @@ class ClipReward(LearnedReward):
 
     def _embed_prompts(self, prompts: list[str]) -> Tensor:
         """Returns the unit vectors (B, D) of prompts, each computed once."""
-        known = {} if self.lora_rank else self._texts
-        if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
+        vectors = {prompt: self._texts[prompt] for prompt in prompts if prompt in self._texts}
+        if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in vectors]:
             tokens = self._encode_prompts([clean_prompt(prompt) for prompt in missing]).to(self.device)
-            known |= zip(missing, embed_tokens(self.network.model, tokens), strict=True)
-        vectors = torch.stack([known[prompt] for prompt in prompts])
-        if len(known) > _MAX_TEXTS:
-            known.clear()
-        return vectors
+            new = dict(zip(missing, embed_tokens(self.network.model, tokens), strict=True))
+            vectors |= new
+            if not self.lora_rank and len(self._texts) < _MAX_TEXTS:
+                self._texts |= new
+        return torch.stack([vectors[prompt] for prompt in prompts])
 
     @torch.no_grad()
     def encode(self, comparisons: Comparisons) -> Comparisons:
