@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,17 +45,19 @@ class FitReward:
     lora_rank: int = 0
     """Rank of a LoRA on CLIP, usually 4 to 16, for some thousand choices and a GPU; 0 learns the head only, in seconds
     after CLIP has read each image once."""
-    start: Annotated[Path | None, default_hint("FOLDER", "none: an untrained one")] = None
-    """Reward to start from, which this command wrote. Fewer choices are enough then; a small network knows the words
-    of its own prompts only."""
-    held_out: float = 0.1
+    start: Annotated[str | None, default_hint("FOLDER|NAME", "none: an untrained one")] = None
+    """Reward to start from: a folder that this command wrote, or shapes-preference. Fewer choices are enough then; a
+    small network knows the words of its own prompts only."""
+    held_out: Annotated[float | None, default_hint("FLOAT", "50 choices, but 0.1 to 0.3")] = None
     """Share of the choices that is measured on and not learned from, in (0, 1). No image is on both sides."""
     epochs: int = 30
-    """Passes over the choices, 1 or more. With few choices take more, until the held-out loss no longer falls."""
+    """Passes over the choices, 1 or more. The weights of the epoch with the lowest held-out loss are kept."""
     batch_size: int = 64
     """Choices in each optimiser step, 1 or more."""
-    learning_rate: float = 1.5e-3
-    """Highest learning rate, usually 5e-4 to 3e-3."""
+    learning_rate: Annotated[
+        float | None, default_hint("FLOAT", "1.5e-3; with --start 3e-4; with --network clip 5e-3, with a LoRA 3e-4")
+    ] = None
+    """Highest learning rate; a third to three times of the default is usual."""
     image_size: Annotated[int | None, default_hint("INT", "64, or that of --start")] = None
     """Pixels of the side that images are resized to, a multiple of 8 from 16 on. More is slower, with finer details."""
     seed: int = 0
@@ -160,10 +164,8 @@ def _title(held_out: Measured) -> str:
 
 def _starting_point(options: FitReward) -> LearnedReward | None:
     """Returns the reward to start from; None for an untrained small one."""
-    from dpok_gym.rewards.preference.reward import LearnedReward
-
     if options.start is not None:
-        reward = LearnedReward.load(options.start, device=options.device)
+        reward = _load_start(options.start, options.device)
         if options.network not in (None, reward.kind) or options.clip is not None or options.lora_rank:
             raise UsageError(f"{options.start} has a network; leave out --network, --clip and --lora-rank")
     elif options.network == "clip":
@@ -179,4 +181,21 @@ def _starting_point(options: FitReward) -> LearnedReward | None:
         return None
     if options.image_size not in (None, reward.image_size):
         raise UsageError(f"the network takes images of {reward.image_size} pixels; leave out --image-size")
+    return reward
+
+
+def _load_start(start: str, device: str) -> LearnedReward:
+    """Loads the reward in a folder, or a registered one, for the fit to change."""
+    from dpok_gym import list_rewards
+    from dpok_gym.rewards.preference.reward import LearnedReward
+    from dpok_gym.rewards.registry import load_reward
+    from dpok_gym.utils.device import find_device
+
+    if os.path.isdir(start) or start not in list_rewards():
+        return LearnedReward.load(start, device=device)
+    reward = copy.deepcopy(load_reward(start))  # the registry keeps the loaded one
+    if not isinstance(reward, LearnedReward):
+        raise UsageError(f"--start cannot be {start!r}: it was not learned from choices; give a folder")
+    reward.device = find_device(device)
+    reward.network.to(reward.device)
     return reward

@@ -197,8 +197,8 @@ def calibration(measured: Measured, path: str | Path, title: str = "") -> Path:
     for panel in (axes, below):
         panel.spines[["top", "right"]].set_visible(False)
     low, high = measured.interval
-    scores = f"agreement {measured.agreement:.1%} ({low:.0%} to {high:.0%})"
-    scores += f", expected calibration error {measured.calibration_error:.3f}"
+    scores = f"agreement {measured.agreement:.1%} ({low:.0%} to {high:.0%})\n"
+    scores += f"expected calibration error {measured.calibration_error:.3f}"
     figure.suptitle("\n".join(part for part in (title, scores) if part), color=INK, fontsize=10)
     return _save(figure, path)
 

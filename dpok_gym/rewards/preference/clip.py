@@ -5,10 +5,11 @@ people's choices say beyond it:
 
     s = c v.t + sqrt(D) u.(v * t) + w.v
 
-with c = exp(CLIP's logit scale + b). The numbers b, u (D,) and w (D,) are learned and begin at 0, so the reward begins
-as CLIP's own score: u weighs each feature of CLIP in the match of image and prompt, and w says how an image should look
-whatever the prompt. A term in t alone would be the same for both images of a choice, and could not be learned.
-The square root makes u as quick to learn as w, since the entries of v * t are so much smaller than those of v.
+with c = exp(CLIP's logit scale + sqrt(D) b). The numbers b, u (D,) and w (D,) are learned and begin at 0, so the reward
+begins as CLIP's own score: u weighs each feature of CLIP in the match of image and prompt, and w says how an image
+should look whatever the prompt. A term in t alone would be the same for both images of a choice, and could not be
+learned. The square roots make b and u as quick to learn as w: the entries of v * t are so much smaller than those of v,
+and b is one number where w has D.
 
 A LoRA (Hu et al. 2022) on the queries and values of both towers learns new features too. It needs far more choices, and
 a fit takes hours instead of seconds, since images cannot be encoded once and for all.
@@ -66,8 +67,8 @@ class ClipNetwork(nn.Module):
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Returns the scores (B,) of unit vectors (B, D) of images and of their prompts."""
-        scale = (self.model.logit_scale.float() + self.log_factor).exp()
-        factors = scale + len(self.match) ** 0.5 * self.match
+        root = len(self.match) ** 0.5
+        factors = (self.model.logit_scale.float() + root * self.log_factor).exp() + root * self.match
         return (image_features * (factors * text_features + self.look)).sum(-1)
 
 
@@ -97,6 +98,7 @@ class ClipReward(LearnedReward):
         model = load_pretrained("clip", self.clip, "clip", self.dtype)
         self._encode_prompts = PromptEncoder("clip", self.clip, model)
         self.network = ClipNetwork(model, self.lora_rank).to(self.device).eval().requires_grad_(False)
+        self.learning_rate = 3e-4 if self.lora_rank else 5e-3
         self.image_size = model.config.vision_config.image_size
         self.resize = resize_and_crop
         self._texts: dict[str, Tensor] = {}  # vectors of prompts, if they do not change

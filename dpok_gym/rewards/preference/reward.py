@@ -44,6 +44,7 @@ class LearnedReward(NetworkReward):
     Attributes:
         kind: name of the kind of network, which the folder's config has.
         network: what scores; its parameters are frozen, but during a fit.
+        learning_rate: what a fit takes if it is given none.
         image_size: S, which :func:`~dpok_gym.rewards.preference.data.load_comparisons` resizes images to.
         resize: resizes images (B, 3, H, W) to squares of S pixels for this network.
     """
@@ -54,6 +55,7 @@ class LearnedReward(NetworkReward):
     differentiable = True
 
     network: nn.Module
+    learning_rate: float
     image_size: int
     resize: Callable[[Tensor, int], Tensor]
 
@@ -149,6 +151,7 @@ class PreferenceReward(LearnedReward):
     """
 
     kind = "small"
+    learning_rate = 3e-4  # of a network that has learned something; an untrained one takes more
     network: PreferenceNetwork
 
     def __init__(self, network: PreferenceNetwork, device: str = "auto", batch_size: int = 64) -> None:

@@ -53,7 +53,7 @@ def test_the_score_by_hand(clip):
         head.match.copy_(torch.randn(16))
         head.look.copy_(torch.randn(16))
     image, text = torch.randn(2, 16)
-    scale = head.model.logit_scale.exp() * math.exp(0.3)
+    scale = head.model.logit_scale.exp() * math.exp(4 * 0.3)
     expected = scale * image @ text + 4 * head.match @ (image * text) + head.look @ image
     torch.testing.assert_close(head(image[None], text[None])[0], expected)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dpok_gym.rewards import make_reward
 from dpok_gym.rewards.preference.data import Comparisons, load_comparisons
-from dpok_gym.rewards.preference.fit import bradley_terry_loss, fit, log_odds, measure
+from dpok_gym.rewards.preference.fit import bradley_terry_loss, default_held_out, fit, log_odds, measure
 from dpok_gym.rewards.preference.network import PreferenceConfig, PreferenceNetwork, split_words
 from dpok_gym.rewards.preference.reward import PreferenceReward
 from dpok_gym.rewards.registry import load_reward
@@ -230,7 +230,7 @@ def test_a_fit_learns_and_keeps_its_best():
     assert [row["epoch"] for row in rows] == list(range(1, 7))
     assert rows[fitted.epoch - 1]["held_out_loss"] == min(row["held_out_loss"] for row in rows)
     assert fitted.held_out.loss == pytest.approx(rows[fitted.epoch - 1]["held_out_loss"], abs=5e-3)  # rounded to half
-    _, test = colour_choices().split(0.1, seed=0)
+    _, test = colour_choices().split(default_held_out(240), seed=0)
     assert measure(log_odds(fitted.reward, test), test.outcomes) == fitted.held_out
     # It read the prompt: red and blue images swap places.
     images = torch.zeros(2, 3, 16, 16)
@@ -238,6 +238,23 @@ def test_a_fit_learns_and_keeps_its_best():
     red, blue = (fitted.reward(images, [prompt] * 2) for prompt in ("something red", "something blue"))
     assert red[0] > red[1]
     assert blue[1] > blue[0]
+
+
+def test_of_few_choices_more_are_held_out():
+    assert [default_held_out(n) for n in (20, 100, 250, 500, 20_000)] == [0.3, 0.3, 0.2, 0.1, 0.1]
+
+
+def test_a_fit_is_no_worse_than_its_start():
+    """Choices at random teach nothing, so the weights stay those of the start."""
+    choices = colour_choices(60)
+    flips = torch.rand(60, generator=torch.Generator().manual_seed(0)) < 0.5
+    choices = replace(choices, pairs=torch.where(flips[:, None], choices.pairs.flip(1), choices.pairs))
+    start = PreferenceReward(small_network(), "cpu")
+    before = {name: value.half().float() for name, value in start.learned().items()}
+    fitted = fit(choices, reward=start, epochs=2, learning_rate=0.3, device="cpu")
+    assert fitted.epoch == 0
+    for name, value in fitted.reward.learned().items():
+        assert torch.equal(value, before[name])
 
 
 @pytest.mark.slow
