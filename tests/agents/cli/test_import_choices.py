@@ -21,7 +21,8 @@ def choices(tmp_path):
 
 
 def table_rows(text):
-    return dict(map(str.strip, line.strip(" │").split("│")) for line in text.splitlines() if line.count("│") == 3)
+    lines = [line.strip("│ ").split("│") for line in text.splitlines() if line.count("│") == 3]
+    return {name.strip(): number.strip() for name, number in lines}
 
 
 def test_export_and_import(choices, tmp_path, capsys):
