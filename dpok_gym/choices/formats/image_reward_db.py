@@ -56,6 +56,7 @@ def write(choices: Sequence[Choice], folder: Path) -> None:
     for number, choice in enumerate(choices, 1):
         for k, image in enumerate(choice.images):
             row: dict[str, Any] = {"image_path": store.copy(image), "prompt": choice.prompt}
-            row |= {"prompt_id": f"{number:06}", "image_amount_in_total": 2, "rank": 1 if choice.preferred in (None, k) else 2}
+            row |= {"prompt_id": f"{number:06}", "image_amount_in_total": 2}
+            row["rank"] = 1 if choice.preferred in (None, k) else 2
             rows.append(row | dict.fromkeys(empty))
     write_rows(folder / "choices.json", rows)
