@@ -3,9 +3,9 @@
 Two simulated people compare images that the pre-trained model draws for one prompt; each image is in one pair. One asks
 for what the prompt says, ``alignment + 0.2 quality`` of the judge, as the person of the shipped reward does. The other
 also likes large shapes: the share of the image that is coloured, standardised, counts 0.3. Pairs that differ by less
-than 0.03 are ties, and 5 % of the others are errors. A reward is fitted with the defaults of the command, from nothing and
-from ``shapes-preference``; the table has its agreement with what the person meant in fresh choices. With the defaults
-here it takes about 10 minutes on one core.
+than 0.03 are ties, and 5 % of the others are errors. A reward is fitted with the defaults of the command, from nothing
+and from ``shapes-preference``. The table has its agreement with what the person meant in fresh choices. With the
+defaults here it takes about 15 minutes on one core.
 
 Letters used for shapes: N pairs, M images.
 """
@@ -79,6 +79,8 @@ def main() -> None:
         noisy = choose(images, liked, options.prompt, ERROR_RATE)
         fresh = choose(images, liked, options.prompt, 0)[torch.arange(n_learned, n_learned + options.fresh)]
 
+        odds = log_odds(PreferenceReward.load(PREFERENCE, device="cpu"), fresh)
+        shipped = measure(odds, fresh.outcomes).agreement
         for n in options.choices:
             scores: dict[bool, list[float]] = {False: [], True: []}
             begun = time.perf_counter()
@@ -88,12 +90,9 @@ def main() -> None:
                     fitted = fit(noisy[torch.arange(n)], reward=reward, seed=seed, device="cpu").reward
                     found.append(measure(log_odds(fitted, fresh), fresh.outcomes).agreement)
             seconds = (time.perf_counter() - begun) / (2 * options.seeds)
-            shipped = measure(
-                log_odds(PreferenceReward.load(PREFERENCE, device="cpu"), fresh), fresh.outcomes
-            ).agreement
             means = [f"{np.mean(found):.1%}" for found in scores.values()]
             table.add_row(person, str(n), f"{shipped:.1%}", *means, f"{seconds:.0f}")
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
