@@ -43,8 +43,8 @@ class FitReward:
     clip: Annotated[str | None, default_hint("FOLDER|HUB-ID", "CLIP ViT-L/14")] = None
     """CLIP of --network clip, with its tokenizer. The reward's folder only names it."""
     lora_rank: int = 0
-    """Rank of a LoRA on CLIP, usually 4 to 16, for some thousand choices and a GPU; 0 learns the head only, in seconds
-    after CLIP has read each image once."""
+    """Rank of a LoRA on CLIP, usually 4 to 16, for some thousand choices and a GPU, with a smaller --batch-size. 0 is
+    the head only, which is learned in seconds after CLIP has read each image once."""
     start: Annotated[str | None, default_hint("FOLDER|NAME", "none: an untrained one")] = None
     """Reward to start from: a folder that this command wrote, or shapes-preference. Fewer choices are enough then; a
     small network knows the words of its own prompts only."""
