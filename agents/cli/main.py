@@ -25,6 +25,8 @@ COMMANDS = {
     "sample": ("agents.cli.sample", "Draw images for a prompt with a pre-trained or a fine-tuned model."),
     "evaluate": ("agents.cli.evaluate", "Score a run on its training prompts and on prompts that it never saw."),
     "export": ("agents.cli.export", "Write what a run learned for diffusers, ComfyUI, peft, or as a whole model."),
+    "import-choices": ("agents.cli.import_choices", "Read people's choices from datasets and other tools."),
+    "export-choices": ("agents.cli.export_choices", "Write people's choices for other programs."),
     "fit-reward": ("agents.cli.fit_reward", "Learn a reward from people's choices between two images."),
     "serve-reward": ("agents.cli.serve_reward", "Serve a reward over HTTP."),
 }
@@ -154,7 +156,7 @@ def _help() -> str:
         "commands:",
     ]
     for name, (_, description) in COMMANDS.items():
-        lines.append(f"  {name:<14}{description}")
+        lines.append(f"  {name:<16}{description}")
     lines += ["", "dpok COMMAND --help shows the options of a command."]
     return "\n".join(lines)
 
