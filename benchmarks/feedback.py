@@ -49,7 +49,7 @@ from benchmarks.statistics import Interval, interquartile_mean
 from benchmarks.training_run import summarize
 from dpok_gym.models import load_model
 from dpok_gym.prompts import load_prompts
-from dpok_gym.rewards.preference import PreferenceReward, load_comparisons
+from dpok_gym.rewards.preference import LearnedReward, load_comparisons
 from dpok_gym.rewards.preference.fit import Fit, fit
 from dpok_gym.samplers import DenoisingProcess
 from dpok_gym.shapes.captions import parse_prompt
@@ -235,7 +235,7 @@ def fit_reward(choices: Path, seed: int, passes: int, **settings: Any) -> Fit:
     return fit(comparisons, epochs=epochs, seed=seed, device="cpu", **settings)
 
 
-def score_of(reward: PreferenceReward) -> Any:
+def score_of(reward: LearnedReward) -> Any:
     """Returns the reward as a function with a name, which an environment may have beside others."""
 
     def learned(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
