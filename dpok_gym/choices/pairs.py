@@ -18,6 +18,7 @@ import numpy as np
 
 from dpok_gym.utils.files import replacing, write_text
 from dpok_gym.utils.reading import check_file, parse_json, read_image, read_json
+from dpok_gym.utils.validation import shorten
 
 #: The file of the pairs, the folder of their images, and the number of the file's form.
 FILE_NAME, IMAGES, VERSION = "pairs.json", "images", 1
@@ -48,29 +49,41 @@ class Pair:
     origins: tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
-def begin(folder: Path, settings: Mapping[str, Any], may_grow: Sequence[str] = ()) -> None:
-    """Makes the folder of pairs, or makes sure that the one that is there was begun in the same way.
+def is_complete(folder: Path, settings: Mapping[str, Any], may_grow: Sequence[str] = ()) -> bool:
+    """Returns whether a folder has the pairs of some settings already.
 
     Args:
-        folder: the folder.
+        folder: the folder; it need not be there.
         settings: how the pairs are made, as JSON can keep it.
         may_grow: names of the settings that may be larger than they were.
 
     Raises:
         ValueError: if the folder was begun with other settings.
     """
-    (folder / IMAGES).mkdir(parents=True, exist_ok=True)
     if not (folder / FILE_NAME).exists():
-        write_pairs(folder, settings, [])
-        return
-    before = _read(folder)["settings"]
-    for name in settings.keys() | before.keys():
+        return False
+    content = _read(folder)
+    before = content["settings"]
+    for name in {**settings, **before}:
         then, now = before.get(name), settings.get(name)
         if then != now and not (name in may_grow and now >= then):
             raise ValueError(
-                f"{folder} was begun with {name} {then!r}, and now it is {now!r}; choose another --out, or leave out "
-                "all options of drawing to go on with the pairs that are there"
+                f"{folder} was begun with {name} {shorten(then)}, and not {shorten(now)}; choose another --out, or give "
+                "--out alone to go on with the pairs that are there"
             )
+    return before == settings and bool(content["pairs"])
+
+
+def begin(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Makes a folder of pairs, unless it is there; it says how the pairs are made before the first image comes."""
+    (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+    if not (folder / FILE_NAME).exists():
+        write_pairs(folder, settings, [])
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Returns how the pairs of a folder were made."""
+    return _read(folder)["settings"]
 
 
 def write_pairs(folder: Path, settings: Mapping[str, Any], pairs: Sequence[Pair]) -> None:
@@ -111,7 +124,8 @@ def read_pairs(folder: Path) -> list[Pair]:
 
 def _read(folder: Path) -> dict[str, Any]:
     content = read_json(folder / FILE_NAME)
-    if not isinstance(content, dict) or content.get("version") != VERSION:
+    is_known = isinstance(content, dict) and content.get("version") == VERSION
+    if not is_known or not isinstance(content.get("settings"), dict) or not isinstance(content.get("pairs"), list):
         raise ValueError(f"{folder / FILE_NAME} is none of this version of dpok; choose another --out")
     return content
 
@@ -135,11 +149,11 @@ def find_table(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(
-        f"{folder} has no table of prompts; add a prompts.csv with the columns file and prompt, or give one by --prompts"
+        f"{folder} has no table of prompts; add prompts.csv with the columns file and prompt, or give one by --prompts"
     )
 
 
-def collect_pairs(source: Path, table: Path, seed: int, folder: Path) -> list[Pair]:
+def import_images(source: Path, table: Path, seed: int, folder: Path) -> None:
     """Makes pairs of images that are there, and copies them into the folder of the pairs.
 
     Each image is in one pair, with another one of the same prompt: from another model or run, where there is one. An
@@ -154,9 +168,12 @@ def collect_pairs(source: Path, table: Path, seed: int, folder: Path) -> list[Pa
 
     Raises:
         FileNotFoundError: if the table or an image does not exist.
-        ValueError: if the table is malformed, an image cannot be read or lies outside the source, or no prompt has two
-            different images.
+        ValueError: if the table is malformed, an image cannot be read or lies outside the source, no prompt has two
+            different images, or the folder was begun in another way.
     """
+    settings = {"images_from": source.as_posix(), "table": hash_file(check_file(table)), "seed": seed}
+    if is_complete(folder, settings):
+        return
     rng = np.random.default_rng(seed)
     images: dict[str, dict[str, tuple[Path, dict[str, Any]]]] = {}  # by prompt and hash, so none is there twice
     for line, row in _read_table(table):
@@ -164,20 +181,28 @@ def collect_pairs(source: Path, table: Path, seed: int, folder: Path) -> list[Pa
         path = source / name
         if not path.resolve().is_relative_to(source.resolve()):
             raise ValueError(f"line {line} of {table}: {name!r} lies outside {source}; move the image into the folder")
-        images.setdefault(prompt, {}).setdefault(hash_file(check_file(path)), (path, row))
+        read_image(path)  # for its errors
+        images.setdefault(prompt, {}).setdefault(hash_file(path), (path, row))
     pairs: list[Pair] = []
+    originals: dict[Path, Path] = {}
     for prompt, of_prompt in images.items():
         hashes = [list(of_prompt)[k] for k in rng.permutation(len(of_prompt))]
+        # Sorted by origin, the first half and the second half differ in it wherever that is possible.
         hashes.sort(key=lambda digest: name_origin(of_prompt[digest][1]))
         half = len(hashes) // 2
-        for first, second in zip(hashes[:half], hashes[-half:], strict=True) if half else ():
-            copies = [_copy(of_prompt[digest][0], digest, folder) for digest in (first, second)]
-            origins = (of_prompt[first][1], of_prompt[second][1])
-            pairs.append(Pair(0, prompt, (copies[0], copies[1]), (first, second), origins))
+        for first, second in zip(hashes[:half], hashes[len(hashes) - half :], strict=True):
+            copies = _copy_of(of_prompt[first][0], first, folder), _copy_of(of_prompt[second][0], second, folder)
+            originals |= {copies[0]: of_prompt[first][0], copies[1]: of_prompt[second][0]}
+            pairs.append(Pair(0, prompt, copies, (first, second), (of_prompt[first][1], of_prompt[second][1])))
     if not pairs:
         raise ValueError(f"{table} has no prompt with two different images; list two or more of each")
+    begin(folder, settings)
+    for copy, original in originals.items():
+        if not copy.exists():
+            with replacing(copy) as part:
+                shutil.copyfile(original, part)
     order = rng.permutation(len(pairs))  # or else one prompt would follow after the other
-    return [replace(pairs[k], number=number) for number, k in enumerate(order)]
+    write_pairs(folder, settings, [replace(pairs[k], number=number) for number, k in enumerate(order)])
 
 
 def name_origin(origin: Mapping[str, Any] | None) -> str:
@@ -187,18 +212,12 @@ def name_origin(origin: Mapping[str, Any] | None) -> str:
     return str(run) if run else str(model or "")
 
 
-def _copy(path: Path, digest: str, folder: Path) -> Path:
-    """Copies an image, and returns the copy, whose ending says the format that the file really has."""
+def _copy_of(path: Path, digest: str, folder: Path) -> Path:
+    """Returns the path of an image's copy. Its ending says the format that the file really has."""
     from PIL import Image
 
-    read_image(path)  # for its errors
     with Image.open(path) as image:
-        suffix = str(image.format).lower()
-    copy = folder / IMAGES / f"{digest}.{suffix}"
-    if not copy.exists():
-        with replacing(copy) as part:
-            shutil.copyfile(path, part)
-    return copy
+        return folder / IMAGES / f"{digest}.{str(image.format).lower()}"
 
 
 def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

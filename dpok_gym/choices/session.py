@@ -175,10 +175,6 @@ class Session:
         left = sum(1 + (new and self._is_repeated(number)) for number, new in self._left(who))
         return Progress(len(made), left, sum(times), statistics.median(times) * left if times else None)
 
-    def others_hold(self, who: str) -> int:
-        """Returns the number of pairs that other people look at now."""
-        return len(self._held(who))
-
     def _made_by(self, who: str) -> list[Choice]:
         return [choice for choice in self.store.choices if choice.who == who and _key(choice) in self._number_of]
 
