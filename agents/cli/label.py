@@ -31,9 +31,9 @@ CHOICES, TOKEN_VARIABLE = "choices.jsonl", "DPOK_LABEL_TOKEN"
 class Label:
     """Draw pairs of images, and open a page on which people choose the better one of each.
 
-    The folder gets the images and choices.jsonl, for dpok fit-reward. Each answer is on the disk before the next pair is
-    shown. The same command goes on with a drawing or a choosing that was ended or killed; so does dpok label --out
-    FOLDER alone. Ctrl-C ends the page.
+    The folder gets the images and choices.jsonl, for dpok fit-reward. Each answer is on the disk before the next pair
+    is shown. After an end or a kill, the same command goes on; so does dpok label --out FOLDER, once all is drawn.
+    Ctrl-C ends the page.
     """
 
     prompts: Annotated[str | None, default_hint("TEXT|SET|FILE", "the run's")] = None
@@ -53,7 +53,7 @@ class Label:
     """Share of a person's pairs that are shown to them again, with the sides swapped, in [0, 1]. It tells how sure they
     are."""
     shared: float = 0.1
-    """Share of the pairs that everybody gets, in [0, 1]. It tells how well people agree. The other pairs go to one person
+    """Share of the pairs that everybody gets, in [0, 1]. It tells how well people agree. The others go to one person
     each."""
     seed: int = 0
     """Seed of the first image, of the pairs and of the sides, 0 or more."""
@@ -64,8 +64,8 @@ class Label:
     port: int = 8100
     """Port to listen on, 0 for any free one."""
     token: str | None = field(default=None, repr=False)
-    """Token that people need to get in; the address that is printed has it. Other users of the machine can read a command
-    line: better set the environment variable DPOK_LABEL_TOKEN."""
+    """Token that people need to get in; the address that is printed has it. Other users of the machine can read a
+    command line: better set the environment variable DPOK_LABEL_TOKEN."""
     allowed_host: tuple[str, ...] = ()
     """Names by which browsers call this server, beside localhost, the machine's name and numeric addresses."""
     open: bool = True
@@ -112,10 +112,8 @@ def _make_pairs(options: Label) -> list[Pair]:
     """Returns the pairs of the folder, and makes those that are missing."""
     from dpok_gym.choices.pairs import FILE_NAME, find_table, import_images, read_pairs
 
-    given_options = [
-        f"--{name.replace('_', '-')}" for name in given(options.draw, *vars(options.draw)) if name != "device"
-    ]
-    given_options += ["--images"] if options.images is not None else []
+    of_drawing = given(options, "images") | given(options.draw, *vars(options.draw))
+    given_options = [f"--{name.replace('_', '-')}" for name in of_drawing if name != "device"]
     if options.images_from is not None:
         given_options += ["--run"] if options.run else []
         if given_options:
@@ -127,9 +125,7 @@ def _make_pairs(options: Label) -> list[Pair]:
     elif not (options.out / FILE_NAME).exists():
         raise UsageError("--prompts is missing; give the text to draw, in quotation marks, a named set or a file")
     elif given_options:
-        raise UsageError(
-            f"{given_options[0]} needs --prompts or --run too; repeat the command that {options.out} began with"
-        )
+        raise UsageError(f"{given_options[0]} needs --prompts or --run too, as in the command that began {options.out}")
     pairs = read_pairs(options.out)
     if not pairs:
         raise ValueError(f"the pairs of {options.out} are not complete; repeat the command that began them")

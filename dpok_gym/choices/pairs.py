@@ -68,8 +68,8 @@ def is_complete(folder: Path, settings: Mapping[str, Any], may_grow: Sequence[st
         then, now = before.get(name), settings.get(name)
         if then != now and not (name in may_grow and now >= then):
             raise ValueError(
-                f"{folder} was begun with {name} {shorten(then)}, and not {shorten(now)}; choose another --out, or give "
-                "--out alone to go on with the pairs that are there"
+                f"{folder} was begun with {name} {shorten(then)}, and not {shorten(now)}; choose another --out, or "
+                "give --out alone to go on with the pairs that are there"
             )
     return before == settings and bool(content["pairs"])
 

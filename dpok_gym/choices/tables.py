@@ -37,10 +37,8 @@ def report_tables(report: Report) -> list[TextTable]:
         )
         for person in report.people
     )
-    checks = [("same answer, pair seen again", person.name, person.agreement) for person in report.people]
-    checks += [("left image chosen", person.name, person.left) for person in report.people]
-    if report.agreement.total:
-        checks.append(("same answer, two people", "everybody", report.agreement))
+    checks = tuple((person.name, str(person.agreement), str(person.left)) for person in report.people)
+    agreement = (("everybody", str(report.agreement)),) if report.agreement.total else ()
     sources = tuple(
         (
             source.name,
@@ -59,11 +57,17 @@ def report_tables(report: Report) -> list[TextTable]:
             people,
         ),
         TextTable(
-            "Can they be trusted?",
-            "The interval of 95 % is in brackets. A reward can hardly agree with people more than they agree with "
-            "themselves. About half of the chosen images should be the left ones: an interval without 50 % is a bias.",
-            ("what", "who", "share"),
-            tuple((what, who, str(share)) for what, who, share in checks),
+            "How sure people are",
+            "The same answer as before, when a pair came again; a reward can hardly agree with people more often. Half of "
+            "the chosen images should be left ones. In brackets is the interval of 95 %.",
+            ("who", "same answer again", "left image chosen"),
+            checks,
+        ),
+        TextTable(
+            "How well people agree",
+            "The same answer of two people to the same pair.",
+            ("who", "same answer"),
+            agreement,
         ),
         TextTable(
             "Which model wins?",
