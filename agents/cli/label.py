@@ -19,7 +19,6 @@ from agents.cli.drawing import DrawingOptions
 
 if TYPE_CHECKING:
     from dpok_gym.choices.pairs import Pair
-    from dpok_gym.choices.records import Choice
 
 #: Images that are drawn unless --images says more.
 DEFAULT_IMAGES = 120
@@ -182,19 +181,10 @@ def _serve(options: Label, pairs: list[Pair], token: str | None) -> int:
             run_server(app, options.host, options.port, announce, timeout_graceful_shutdown=2)
     finally:
         store.close()
+    command = f"dpok fit-reward {shlex.quote(str(path))} --out my_reward"
     made = len(store.choices) - before
-    print(f"\n{made} new choices, {len(store.choices)} in {path}; {_next_step(store.choices, path)}")
+    print(f"\n{made} new choices, {len(store.choices)} in {path}; learn a reward from them with: {command}")
     return 0
-
-
-def _next_step(choices: Sequence[Choice], path: Path) -> str:
-    """Returns what to do with the choices."""
-    from dpok_gym.rewards.preference.data import LEAST_CHOICES
-
-    preferred = sum(choice.preferred is not None for choice in choices)
-    if preferred < LEAST_CHOICES:
-        return f"a reward needs {LEAST_CHOICES} of a preferred image: the same command goes on"
-    return f"learn from them with: dpok fit-reward {shlex.quote(str(path))} --out my_reward"
 
 
 def _has_screen() -> bool:

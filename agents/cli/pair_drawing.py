@@ -37,6 +37,11 @@ class Source:
     run: Path | None
     config: Config | None
 
+    @property
+    def step(self) -> int:
+        """Number of images that the model was trained on by its run."""
+        return 0 if self.run is None or self.config is None else describe_run(self.run, self.config, {}).images
+
 
 def find_sources(runs: Sequence[Path], trust: bool) -> list[Source]:
     """Returns the model of the first image of each pair, and that of the second one.
@@ -94,7 +99,7 @@ def draw_pairs(
     loaded = load_prompts(prompts)
     settings = {
         "prompts": list(loaded.train) if loaded.name != "text" else prompts,
-        "runs": [source.run.as_posix() for source in sources if source.run],
+        "runs": [[source.run.as_posix(), source.step] for source in sources if source.run],
         "images": n_images,
         "seed": seed,
         "drawing": {name: value for name, value in asdict(options).items() if value is not None and name != "device"},
@@ -154,8 +159,5 @@ def _fine_tuned(
 
 def _origin(source: Source, env: DenoisingVectorEnv) -> dict[str, Any]:
     """Returns where a model's images are from, see :class:`dpok_gym.choices.records.Choice`."""
-    step = 0
-    if source.run is not None and source.config is not None:
-        step = describe_run(source.run, source.config, {}).images
     run = source.run.as_posix() if source.run else None
-    return {"model": public_name(env.process.config.model), "run": run, "step": step}
+    return {"model": public_name(env.process.config.model), "run": run, "step": source.step}

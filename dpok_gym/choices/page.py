@@ -231,7 +231,7 @@ class _Door:
             return self.show(
                 "message.html", 403, title=title, text="Another page sent this form. Open this page itself."
             )
-        if self.token is None:
+        if self.token is None or request.url.path.startswith("/static/"):
             return None
         given = request.query_params.get("token")
         if given is not None and is_token(given, self.token) and request.method == "GET":

@@ -66,7 +66,8 @@ def is_complete(folder: Path, settings: Mapping[str, Any], may_grow: Sequence[st
     before = content["settings"]
     for name in {**settings, **before}:
         then, now = before.get(name), settings.get(name)
-        if then != now and not (name in may_grow and now >= then):
+        has_grown = name in may_grow and None not in (then, now) and now > then
+        if then != now and not has_grown:
             raise ValueError(
                 f"{folder} was begun with {name} {shorten(then)}, and not {shorten(now)}; choose another --out, or "
                 "give --out alone to go on with the pairs that are there"

@@ -58,8 +58,8 @@ def report_tables(report: Report) -> list[TextTable]:
         ),
         TextTable(
             "How sure people are",
-            "The same answer as before, when a pair came again; a reward can hardly agree with people more often. Half of "
-            "the chosen images should be left ones. In brackets is the interval of 95 %.",
+            "The same answer as before, when a pair came again; a reward can hardly agree with people more often. Half "
+            "of the chosen images should be left ones. In brackets is the interval of 95 %.",
             ("who", "same answer again", "left image chosen"),
             checks,
         ),

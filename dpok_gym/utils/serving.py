@@ -12,8 +12,11 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    import uvicorn
 
 
 def check_host(host: str) -> None:
@@ -91,12 +94,12 @@ def run_server(app: Any, host: str, port: int, ready: Callable[[str, bool], None
     """
     import uvicorn
 
-    with _listen(host, port) as listener, _signals_ignored():
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", **settings))
+    with _listen(host, port) as listener, _signals_end(server):
         name = f"[{host}]" if ":" in host else host
         is_private = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
         ready(f"http://{name}:{listener.getsockname()[1]}", is_private)
-        config = uvicorn.Config(app, log_level="warning", ws="none", **settings)
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -110,19 +113,19 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """Lets SIGINT and SIGTERM do nothing in the block, but for what a server in it does with them.
+def _signals_end(server: uvicorn.Server) -> Iterator[None]:
+    """Lets SIGINT and SIGTERM do nothing in the block but end the server, also while it starts.
 
-    uvicorn ends at a signal, and then sends it to the process again, which would kill it.
+    Once it runs, uvicorn sees to them itself. After its end it sends them to the process again, which would kill it.
     """
     if threading.current_thread() is not threading.main_thread():  # which has no signals
         yield
         return
 
-    def ignore(number: int, frame: FrameType | None) -> None:
-        pass
+    def end(number: int, frame: FrameType | None) -> None:
+        server.should_exit = True
 
-    before = {number: signal.signal(number, ignore) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
