@@ -198,7 +198,6 @@ def _print_report(path: Path) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    from agents.cli.tables import say
     from dpok_gym.choices.records import read_choices
     from dpok_gym.choices.report import make_report
     from dpok_gym.choices.tables import disagreement_table, report_tables
@@ -213,5 +212,5 @@ def _print_report(path: Path) -> int:
         for row in text_table.rows:
             table.add_row(*map(escape, row))
         console.print(table)
-        say(console, f"{text_table.note}\n")
+        console.print(f"{text_table.note}\n", markup=False, highlight=False)
     return 0
