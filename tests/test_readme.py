@@ -207,7 +207,7 @@ def test_single_options_are_known(page: str, words: list[str], readers_folder: P
 def test_command_lines_are_found() -> None:
     """Guards the test above, which would pass on pages where no command is found."""
     found = {words[0] for _, words in commands("dpok")}
-    assert found >= {"train", "sample", "evaluate", "export", "fit-reward", "serve-reward"}
+    assert found >= {"train", "sample", "evaluate", "export", "label", "fit-reward", "serve-reward"}
 
 
 def test_a_wrong_option_would_be_noticed(readers_folder: Path) -> None:

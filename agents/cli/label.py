@@ -139,7 +139,8 @@ def _draw(options: Label) -> None:
 
     sources = find_sources(options.run, options.trust)
     n_images = DEFAULT_IMAGES if options.images is None else options.images
-    with tqdm(total=n_images, desc="drawing", unit=" images", leave=False) as bar:
+    # The delay keeps the bar away from the line of an error that comes before the first image.
+    with tqdm(total=n_images, desc="drawing", unit=" images", leave=False, delay=1e-3) as bar:
         draw_pairs(
             options.out,
             options.draw,

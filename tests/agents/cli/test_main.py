@@ -12,6 +12,7 @@ from agents.cli import main as command_line
 from agents.cli.evaluate import Evaluate
 from agents.cli.export import Export
 from agents.cli.fit_reward import FitReward
+from agents.cli.label import Label
 from agents.cli.main import COMMANDS, main, parse
 from agents.cli.sample import Sample
 from agents.cli.serve_reward import ServeReward
@@ -101,6 +102,7 @@ def test_ctrl_c(monkeypatch, capsys):
         ("sample", Sample, ["1 or more", "0 or more"]),
         ("evaluate", Evaluate, ["1 or more"]),
         ("export", Export, ["--no-figures"]),
+        ("label", Label, ["even number", "[0, 1]", "0 or more", "DPOK_LABEL_TOKEN"]),
         ("fit-reward", FitReward, ["1 or more", '"preferred": 0', "(0, 1)"]),
         ("serve-reward", ServeReward, ["1 or more"]),
     ],
