@@ -71,7 +71,7 @@ def draw_pairs(
     seed: int,
     *,
     trust: bool = False,
-    log: Callable[[int], None],
+    log: Callable[[int], object],
 ) -> None:
     """Draws pairs of images into a folder. Images that are there already, of a call that was killed, are kept.
 
@@ -130,9 +130,9 @@ def draw_pairs(
                 log(len(part))
         origins.append([_origin(source, env) | {"seed": seed + k} for k in range(len(files))])
     pairs = []
-    for k, (first, second) in enumerate(paths):
+    for k, (one, other) in enumerate(paths):
         of_pair = (origins[0][2 * k], origins[0][2 * k + 1]) if len(jobs) == 1 else (origins[0][k], origins[1][k])
-        pairs.append(Pair(k, texts[k], (first, second), (hash_file(first), hash_file(second)), of_pair))
+        pairs.append(Pair(k, texts[k], (one, other), (hash_file(one), hash_file(other)), of_pair))
     write_pairs(folder, settings, pairs)
 
 

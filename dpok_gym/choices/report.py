@@ -204,15 +204,15 @@ def _disagreements(pairs: Iterable[Sequence[Choice]]) -> Iterator[Disagreement]:
 
 def _rank(choices: Sequence[Choice]) -> tuple[Source, ...]:
     """Compares the sources by the Bradley-Terry model. A tie is half a win; repeats do not count twice."""
-    rows = []  # first source, second one, share of a win of the first, the pair
+    rows: list[tuple[str, str, float, str]] = []  # first source, second one, share of a win of the first, the pair
     for choice in choices:
         names = [name_origin(origin) for origin in choice.origins or ()]
         if choice.outcome is not None and choice.repeat_of is None and len(set(names)) == 2 and all(names):
-            rows.append((*names, choice.outcome, str(choice.images)))
-    names = sorted({name for row in rows for name in row[:2]})
+            rows.append((names[0], names[1], choice.outcome, str(choice.images)))
+    names = sorted({name for row in rows for name in (row[0], row[1])})
     if not names:
         return ()
-    first, second = (np.array([names.index(row[k]) for row in rows]) for k in (0, 1))
+    first, second = (np.array([names.index(name) for name in of_side]) for of_side in list(zip(*rows, strict=True))[:2])
     outcomes = np.array([row[2] for row in rows])
     graph = coo_array((np.ones(len(rows)), (first, second)), shape=(len(names),) * 2)
     if connected_components(graph, directed=False)[0] > 1:

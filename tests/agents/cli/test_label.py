@@ -78,7 +78,7 @@ def test_a_drawing_that_was_killed_goes_on(tmp_path, served, monkeypatch, capsys
     monkeypatch.setattr("agents.cli.pair_drawing.EVALUATION_BATCH_SIZE", 2)
     words = ["--prompts", "colour", "--images", "8", *QUICK]
     assert draw(tmp_path / "whole", *words) == 0
-    saved = []
+    saved: list[object] = []
 
     def save_some(self, *args, save=Image.Image.save, **kwargs):
         if len(saved) == 3:
@@ -208,7 +208,7 @@ def test_the_token_is_in_the_address_that_is_printed(tmp_path, served, monkeypat
 )
 def test_the_page_opens_where_there_is_a_screen(tmp_path, served, monkeypatch, platform, variables, opened):
     make_pairs(tmp_path, 1)
-    pages = []
+    pages: list[str] = []
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr("webbrowser.open", pages.append)
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):

@@ -74,7 +74,7 @@ def test_the_pages_time_counts_if_it_can_be_true(tmp_path):
 def test_two_people_get_different_pairs_but_for_those_that_everybody_gets(tmp_path):
     make_pairs(tmp_path, 40)
     session = make_session(tmp_path, repeats=0, shared=0.1)
-    of = {"ada": [], "bob": []}
+    of: dict[str, list[int]] = {"ada": [], "bob": []}
     for _ in range(40):
         looks_at = [session.question(who) for who in of]
         numbers = [question.pair.number for question in looks_at if question is not None]
