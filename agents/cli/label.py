@@ -183,7 +183,7 @@ def _serve(options: Label, pairs: list[Pair], token: str | None) -> int:
     finally:
         store.close()
     command = f"dpok fit-reward {shlex.quote(str(path))} --out my_reward"
-    made = len(store.choices) - before
+    made = max(len(store.choices) - before, 0)  # older ones may have been taken back
     print(f"\n{made} new choices, {len(store.choices)} in {path}; learn a reward from them with: {command}")
     return 0
 

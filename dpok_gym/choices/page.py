@@ -85,7 +85,7 @@ def make_app(session: Session, *, token: str | None = None, allowed_hosts: Seque
         from starlette.responses import FileResponse, HTMLResponse, RedirectResponse
         from starlette.routing import Route
     templates = Environment(loader=FileSystemLoader(_FOLDER / "templates"), autoescape=True, undefined=StrictUndefined)
-    templates.filters |= {"duration": _format_duration, "size_class": _size_class}
+    templates.filters |= {"duration": _format_duration, "size_class": _size_class, "image_size": _image_size}
     images = {digest: path for pair in session.pairs for digest, path in zip(pair.sha256, pair.images, strict=True)}
     static = {path.name: path for path in (_FOLDER / "static").iterdir()}
 
