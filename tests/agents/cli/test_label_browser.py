@@ -72,6 +72,7 @@ def visiting(browser, address, **settings):
     page.goto(address)
     page.get_by_label("Your name").fill("Ada")
     page.get_by_role("button", name="Start").click()
+    wait_for(page, 0)
     yield page
     lost = "net::ERR_"  # images of the next pair, asked for while the server was down
     assert not [problem for problem in problems if lost not in problem]
@@ -79,7 +80,7 @@ def visiting(browser, address, **settings):
 
 
 def wait_for(page, done):
-    """Waits until the page says that so many choices are done."""
+    """Waits until the page says that so many choices are done, and style and script are at work."""
     page.get_by_text(f"{done} done, ").wait_for()
     page.wait_for_load_state()
 
@@ -121,6 +122,7 @@ def test_by_keyboard(folder, browser):
             before = page.locator("input[name=question]").get_attribute("value")
             page.keyboard.press(key)
             page.wait_for_function("id => document.querySelector('input[name=question]')?.value !== id", arg=before)
+            page.wait_for_load_state()  # or else the script does not hear the next key yet
         page.keyboard.press("Control+ArrowLeft")  # the browser's own keys do nothing here
         assert answers(folder) == ["left", "right", "tie", "both-bad", "both-bad", "skip"]
         page.get_by_role("button", name="The left image is better").focus()
