@@ -163,7 +163,7 @@ def main() -> None:
     odds, rows = fresh_choices(reward, options.work, options.batches)
     console = Console()
     console.print(agreement_table(odds, rows))
-    console.print(calibration_table(measure(odds)))
+    console.print(calibration_table(measure(odds, torch.ones(len(odds)))))
     console.print(alignment_table(reward, options.images, options.seed))
 
 

@@ -49,6 +49,7 @@ SUBSTITUTES = {
         "DPOK-SD15-v0": "DPOK-Shapes-v0",
     },
     "docs/lora_files.md": {'"path/to/model"': repr(str(WEIGHTS))},
+    "docs/ranks.md": {"agent.learn(10_000)": "agent.learn(1)"},  # one iteration
 }
 
 #: The reader's own module, which pages call my_module.

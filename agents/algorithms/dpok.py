@@ -248,7 +248,7 @@ class DPOK(PolicyGradient):
                 self.log_metrics({"value_loss": loss})
 
     @property
-    def held_weight(self) -> float:
+    def held_coef(self) -> float:
         """The steps that the policy gradient leaves out are held by the ``kl_coef`` of the beginning."""
         return 1.0 if self.target_kl is None else self.initial_kl_coef / self.kl_coef
 

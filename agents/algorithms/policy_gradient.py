@@ -121,16 +121,21 @@ class PolicyGradient(DenoisingAlgorithm):
 
     @property
     def kl_step_weights(self) -> Tensor:
-        """The weight of each step in the KL, (T,): that in the policy gradient; 1 if the step is left out there.
+        """The weight of each step in the KL, (T,): that in the policy gradient, if the step has one there.
 
-        So the two terms keep their balance wherever there are two, and the other steps are held where they are. A
-        deterministic step has no KL, and the weight 0.
+        So the two terms keep their balance wherever there are two, and the other steps are held where they are. With
+        hardly any noise, a KL is huge: with flow matching at T = 10, a change of the output costs 4,000 times as much
+        at the last but one step as at the one before. That would be all that the optimiser sees. So a step that is held
+        gets a weight with which a change of its output costs no more than at any step that explores.
         """
-        return torch.where(self.step_weights > 0, self.step_weights, self.held_weight * self.process.table.stochastic)
+        table = self.process.table
+        weights = table.output_weights()
+        held = (weights / weights[table.exploring].min()).clamp(max=1) ** 2  # 0 for a deterministic step
+        return torch.where(self.step_weights > 0, self.step_weights, self.held_coef * held)
 
     @property
-    def held_weight(self) -> float:
-        """The weight in the KL of steps that the policy gradient leaves out."""
+    def held_coef(self) -> float:
+        """What the KL of a step that the policy gradient leaves out costs, relative to ``kl_coef``."""
         return 1.0
 
     @property

@@ -26,6 +26,8 @@ COMMANDS = {
     "evaluate": ("agents.cli.evaluate", "Score a run on its training prompts and on prompts that it never saw."),
     "export": ("agents.cli.export", "Write what a run learned for diffusers, ComfyUI, peft, or as a whole model."),
     "label": ("agents.cli.label", "Draw pairs of images, and open a page on which people choose the better ones."),
+    "import-choices": ("agents.cli.import_choices", "Read people's choices from datasets and other tools."),
+    "export-choices": ("agents.cli.export_choices", "Write people's choices for other programs."),
     "fit-reward": ("agents.cli.fit_reward", "Learn a reward from people's choices between two images."),
     "serve-reward": ("agents.cli.serve_reward", "Serve a reward over HTTP."),
 }
@@ -155,7 +157,7 @@ def _help() -> str:
         "commands:",
     ]
     for name, (_, description) in COMMANDS.items():
-        lines.append(f"  {name:<14}{description}")
+        lines.append(f"  {name:<16}{description}")
     lines += ["", "dpok COMMAND --help shows the options of a command."]
     return "\n".join(lines)
 

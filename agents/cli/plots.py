@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from agents.common.evaluation import Evaluation
+from dpok_gym.choices.agreement import wilson_interval
 from dpok_gym.rewards.preference.fit import Measured
 from dpok_gym.utils.files import replacing
 
@@ -184,7 +185,8 @@ def calibration(measured: Measured, path: str | Path, title: str = "") -> Path:
     figure = Figure(figsize=(4.6, 4.9), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     predicted, observed, counts = map(np.array, (measured.predicted, measured.observed, measured.counts))
-    interval = 1.96 * np.sqrt(observed * (1 - observed) / counts)  # of a proportion, by the normal approximation
+    ends = [wilson_interval(round(share * n), n) for share, n in zip(measured.observed, measured.counts, strict=True)]
+    interval = np.abs(np.transpose(ends) - observed).clip(min=0)  # (2, bins): below and above
     axes.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1, linestyle="--", label="as predicted")
     style: dict[str, Any] = {"fmt": "o-", "color": REWARD, "linewidth": 1.8, "markersize": 4, "elinewidth": 1}
     axes.errorbar(predicted, observed, interval, label="observed, with 95 % interval", **style)
@@ -194,7 +196,9 @@ def calibration(measured: Measured, path: str | Path, title: str = "") -> Path:
     below.set(xlabel="probability that the reward gives its favourite of two", ylabel="choices")
     for panel in (axes, below):
         panel.spines[["top", "right"]].set_visible(False)
-    scores = f"agreement {measured.agreement:.1%}, expected calibration error {measured.calibration_error:.3f}"
+    low, high = measured.interval
+    scores = f"agreement {measured.agreement:.1%} ({low:.0%} to {high:.0%})\n"
+    scores += f"expected calibration error {measured.calibration_error:.3f}"
     figure.suptitle("\n".join(part for part in (title, scores) if part), color=INK, fontsize=10)
     return _save(figure, path)
 

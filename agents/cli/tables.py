@@ -12,6 +12,8 @@ from rich.table import Table
 
 from agents.common.doctor import Finding
 from agents.common.evaluation import Evaluation
+from dpok_gym.choices.agreement import SelfAgreement
+from dpok_gym.choices.formats import Tally
 from dpok_gym.rewards.preference.fit import Measured
 from dpok_gym.utils.files import write_text
 
@@ -65,12 +67,44 @@ def _rows(scores: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 def calibration_table(held_out: Measured) -> Table:
     """Returns a table of the predicted and the observed shares of choices."""
-    title = f"how often the favourite was chosen ({held_out.choices} choices held out)"
+    title = f"how often the favourite was chosen ({held_out.choices} choices held out, {held_out.ties} of them ties)"
     table = Table(title=title, title_justify="left")
     for heading in ("predicted", "observed", "choices"):
         table.add_column(heading, justify="right")
     for predicted, observed, count in zip(held_out.predicted, held_out.observed, held_out.counts, strict=True):
         table.add_row(f"{predicted:.1%}", f"{observed:.1%}", str(count))
+    return table
+
+
+def describe_agreement(held_out: Measured, people: SelfAgreement) -> str:
+    """Returns the agreement with the held-out choices, its interval, and what of it people reach themselves."""
+    (low, high), n = held_out.interval, held_out.choices - held_out.ties
+    error = held_out.calibration_error
+    lines = [
+        f"agreement {held_out.agreement:.1%} in {n} choices (95 % interval {low:.0%} to {high:.0%}), loss "
+        f"{held_out.loss:.3f} nats, expected calibration error {error:.3f}"
+    ]
+    if people.repeats:
+        (low, high), (least, most) = people.interval, people.ceiling_interval
+        self_agreement = f"{people.agreement:.1%} of {people.repeats} repeats ({low:.0%} to {high:.0%})"
+        lines += [
+            f"people agree with themselves in {self_agreement}; so a reward that never errs would agree with them in "
+            f"{people.ceiling:.0%} at most ({least:.0%} to {most:.0%})"
+        ]
+    else:
+        lines.append("there are no repeats of a choice, so what a perfect reward would reach is not known")
+    return "\n".join(lines)
+
+
+def tally_table(title: str, tally: Tally) -> Table:
+    """Returns a table of the choices that were imported or exported, and of those that were left out."""
+    table = Table("", title=title, title_justify="left")
+    table.add_column("number", justify="right")
+    numbers = {"choices": tally.choices, "ties among them": tally.ties, "skipped among them": tally.skips}
+    numbers |= {"images": len(tally.images), "people": len(tally.people)}
+    numbers |= {f"left out: {reason}": n for reason, n in tally.left_out.items()}
+    for name, number in numbers.items():
+        table.add_row(name, f"{number:,}")
     return table
 
 

@@ -125,9 +125,9 @@ def _load_folder(path: str) -> RewardFunction:
     times = [file.stat().st_mtime_ns for file in Path(path).iterdir()]
     changed = max(times, default=0)
     if path not in _loaded_folders or _loaded_folders[path][0] != changed:
-        from dpok_gym.rewards.preference.reward import PreferenceReward
+        from dpok_gym.rewards.preference.reward import LearnedReward
 
-        _loaded_folders[path] = changed, PreferenceReward.load(path)
+        _loaded_folders[path] = changed, LearnedReward.load(path)
     return _loaded_folders[path][1]
 
 

@@ -39,6 +39,7 @@ from dpok_gym.models import TextToImageModel, load_model
 from dpok_gym.rewards.preference.data import load_comparisons
 from dpok_gym.rewards.preference.fit import fit, make_network
 from dpok_gym.rewards.preference.network import PreferenceNetwork
+from dpok_gym.rewards.preference.reward import PreferenceReward
 from dpok_gym.samplers.process import DenoisingProcess
 from dpok_gym.shapes import PREFERENCE
 from dpok_gym.shapes.captions import CATEGORIES, Request, all_requests, corrupt, sample_requested_scenes
@@ -278,7 +279,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
 
     result = fit(
         load_comparisons(path, IMAGE_SIZE),
-        network=learn_captions(options.work),
+        reward=PreferenceReward(learn_captions(options.work)),
         epochs=options.epochs,
         learning_rate=LEARNING_RATE,
         seed=options.seed,

@@ -37,6 +37,9 @@ MAX_LAYERS = 1000
 #: Pixels of an image: 8,192 x 8,192.
 MAX_PIXELS = 2**26
 
+#: Bytes of an image's file: 67 million pixels as PNG may have more, photographs as JPEG never do.
+MAX_IMAGE_BYTES = 256 * 2**20
+
 #: Pillow's formats that are read. Others are rare, and to read EPS starts another program.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
@@ -218,6 +221,28 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no safetensors file that can be read: {_reason(error)}") from error
 
 
+def find_image_format(content: bytes, what: str) -> str:
+    """Returns the format of an image's file, such as "PNG", by its header.
+
+    Args:
+        content: the file.
+        what: what it is, for the error message.
+
+    Raises:
+        ValueError: if it is too large, or is no PNG, JPEG, WebP, GIF or BMP.
+    """
+    from PIL import Image
+
+    try:
+        if len(content) > MAX_IMAGE_BYTES:
+            raise ValueError(f"it has {len(content):,} bytes, and at most {MAX_IMAGE_BYTES:,} are read")
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+            _check_pixels(image)
+            return str(image.format)
+    except Exception as error:  # as in read_image
+        raise ValueError(f"{what} is no image that can be read: {_reason(error)}") from error
+
+
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """Reads an image, as RGB. Of a moving one it reads the first frame.
 
@@ -229,13 +254,17 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
     try:
         with Image.open(check_file(path), formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"it has {image.width} x {image.height} pixels, and at most {MAX_PIXELS:,} are read")
+            _check_pixels(image)
             return image.convert("RGB")
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow has many kinds for damaged files, SyntaxError among them
         raise ValueError(f"the image {path} cannot be read: {_reason(error)}") from error
+
+
+def _check_pixels(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, and at most {MAX_PIXELS:,} are read")
 
 
 def check_model_folder(folder: str | os.PathLike[str]) -> None:

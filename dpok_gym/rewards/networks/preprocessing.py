@@ -68,13 +68,17 @@ def resize_with_torch(images: Tensor, side: int) -> Tensor:
     Returns:
         (B, 3, S, S) float32, on the device of the images. Bicubic filters overshoot, so values leave [0, 1] a little.
     """
+    return resize_and_crop((255 * images.float()).round().clamp(0, 255) / 255, side)
+
+
+def resize_and_crop(images: Tensor, side: int) -> Tensor:
+    """Resizes (B, 3, H, W) as :func:`resize_with_torch`, without rounding. It is differentiable."""
     height, width = images.shape[-2:]
     size = _resized(height, width, side)
-    levels = (255 * images.float()).round().clamp(0, 255) / 255
     if size != (height, width):
-        levels = functional.interpolate(levels, size, mode="bicubic", align_corners=False, antialias=True)
+        images = functional.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
     top, left = (_offset(length, side, "torchvision") for length in size)
-    return levels[..., top : top + side, left : left + side]
+    return images[..., top : top + side, left : left + side]
 
 
 def normalize(images: Tensor) -> Tensor:

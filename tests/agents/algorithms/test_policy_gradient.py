@@ -181,7 +181,11 @@ def test_skipped_steps_are_held_by_the_first_kl_coef(make_agent: MakeAgent) -> N
     kl = (mean - reference).square().sum((1, 2, 3)) / (2 * std**2)
     skipped = batch.step > 0
     assert kl.min() > 1e-4
-    expected = torch.where(skipped, 0.3, 0.7) * kl
+    # A change of the output costs at most what it costs at the first step, the only one that explores.
+    table = agent.process.table
+    relative = (table.std * table.output_coef[0] / table.output_coef / table.std[0]).abs().clamp(max=1) ** 2
+    assert relative[1] < 1
+    expected = torch.where(skipped, 0.3 * relative[batch.step], 0.7) * kl
     batch.advantages = torch.zeros(UPDATE)
     torch.testing.assert_close(agent.loss(batch)[0] * DIMS, expected, rtol=1e-3, atol=1e-5)
     batch.advantages = torch.ones(UPDATE)
@@ -207,9 +211,10 @@ def test_steps_are_chosen_by_their_weights(name: str, make_agent: MakeAgent, mon
         agent.learn(UPDATE)
         table, trained = agent.process.table, 1 if agent.skip_last_steps == "auto" else T
         weights = (table.std / table.output_coef.abs() if weighting == "output" else torch.ones(T))[:trained]
-        # A KL has weight 1 where there is nothing beside it.
-        held = 0.5 if agent.kl_coef else 0.0
-        expected = torch.cat([weights / weights.mean(), torch.full((T - trained,), held)])
+        expected = torch.zeros(T)
+        expected[:trained] = weights / weights.mean()
+        if agent.kl_coef:  # half of the choice is for the KL, which also holds the other steps
+            expected[trained:] = agent.kl_step_weights[trained:] / 2
         fraction, importance = asked[0]
         assert fraction == 0.5
         torch.testing.assert_close(importance, expected)

@@ -11,7 +11,9 @@ import dpok_gym
 from agents.cli import main as command_line
 from agents.cli.evaluate import Evaluate
 from agents.cli.export import Export
+from agents.cli.export_choices import ExportChoices
 from agents.cli.fit_reward import FitReward
+from agents.cli.import_choices import ImportChoices
 from agents.cli.label import Label
 from agents.cli.main import COMMANDS, main, parse
 from agents.cli.sample import Sample
@@ -103,6 +105,8 @@ def test_ctrl_c(monkeypatch, capsys):
         ("evaluate", Evaluate, ["1 or more"]),
         ("export", Export, ["--no-figures"]),
         ("label", Label, ["even number", "[0, 1]", "0 or more", "DPOK_LABEL_TOKEN"]),
+        ("import-choices", ImportChoices, ["label-studio", "FILE|FOLDER"]),
+        ("export-choices", ExportChoices, ["label-studio", "empty or new"]),
         ("fit-reward", FitReward, ["1 or more", '"preferred": 0', "(0, 1)"]),
         ("serve-reward", ServeReward, ["1 or more"]),
     ],
@@ -113,10 +117,12 @@ def test_help_of_a_command(command, options, units, capsys, monkeypatch):
         main([command, "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    positional = {"evaluate": "run", "export": "run", "serve-reward": "reward", "fit-reward": "choices"}.get(command)
+    positional = {"evaluate": "run", "export": "run", "serve-reward": "reward", "import-choices": "source"}
+    positional |= dict.fromkeys(["fit-reward", "export-choices"], "choices")
     for field in dataclasses.fields(options):
         is_group = field.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(field.default_factory)
-        assert is_group or field.name == positional or f"--{field.name.replace('_', '-')}" in text
+        is_positional = field.name == positional.get(command)
+        assert is_group or is_positional or f"--{field.name.replace('_', '-')}" in text
     assert all(unit in text for unit in units)
 
 

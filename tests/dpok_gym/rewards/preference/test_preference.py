@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from dpok_gym.rewards import make_reward
 from dpok_gym.rewards.preference.data import Comparisons, load_comparisons
-from dpok_gym.rewards.preference.fit import bradley_terry_loss, fit, log_odds, measure
+from dpok_gym.rewards.preference.fit import bradley_terry_loss, default_held_out, fit, log_odds, measure
 from dpok_gym.rewards.preference.network import PreferenceConfig, PreferenceNetwork, split_words
 from dpok_gym.rewards.preference.reward import PreferenceReward
 from dpok_gym.rewards.registry import load_reward
@@ -32,7 +33,7 @@ def colour_choices(n=240):
         shades[torch.arange(n), k, channel] = much + 0.3 * torch.rand(n, generator=generator)
     images = (255 * shades).byte().flatten(0, 1)[:, :, None, None].expand(-1, -1, 16, 16).contiguous()
     prompts = [f"something {'red' if c == 0 else 'blue'}" for c in channel]
-    return Comparisons(images, prompts, torch.arange(2 * n).reshape(n, 2))
+    return Comparisons(images, prompts, torch.arange(2 * n).reshape(n, 2), torch.ones(n))
 
 
 def write(folder, rows):
@@ -50,11 +51,15 @@ GOOD = {"prompt": "a red star", "images": ["a.png", "b.png"], "preferred": 1}
 def test_choices_are_loaded_with_their_images(tmp_path):
     tie = GOOD | {"preferred": None, "reason": "tie"}
     last = {"prompt": "other", "images": ["b.png", "a.png"], "preferred": 0}
-    comparisons = load_comparisons(write(tmp_path, [GOOD, tie, *[GOOD] * 18, last]), 16)
+    skip = GOOD | {"preferred": None, "reason": "skip"}
+    bad = GOOD | {"preferred": None, "reason": "both-bad"}
+    comparisons = load_comparisons(write(tmp_path, [GOOD, tie, skip, bad, *[GOOD] * 18, last]), 16)
     assert comparisons.images.shape == (2, 3, 16, 16)
     assert (comparisons.images == torch.tensor([200, 10, 10], dtype=torch.uint8)[:, None, None]).all()
-    assert comparisons.pairs.tolist() == [[1, 0]] * 20  # the preferred one first
-    assert comparisons.prompts == ["a red star"] * 19 + ["other"]
+    assert comparisons.pairs.tolist() == [[1, 0], [0, 1], [0, 1], *[[1, 0]] * 19]  # the preferred one first
+    assert comparisons.outcomes.tolist() == [1, 0.5, 0.5, *[1] * 19]
+    assert comparisons.prompts == ["a red star"] * 21 + ["other"]
+    assert comparisons[torch.tensor([0, 1])].outcomes.tolist() == [1, 0.5]
 
 
 def test_damaged_images_and_too_few_choices_are_refused(tmp_path):
@@ -71,7 +76,7 @@ def test_the_split_shares_no_image():
     island = torch.arange(50).repeat_interleave(8)
     pairs = 6 * island[:, None] + torch.stack([torch.randperm(6, generator=generator)[:2] for _ in island])
     images = torch.randint(256, (300, 3, 1, 1), dtype=torch.uint8, generator=generator)
-    comparisons = Comparisons(images, [str(k) for k in range(400)], pairs)
+    comparisons = Comparisons(images, [str(k) for k in range(400)], pairs, torch.ones(400))
     train, test = comparisons.split(0.2, seed=0)
     for part in (train, test):  # the prompts are the numbers of the choices
         rows = torch.tensor([int(prompt) for prompt in part.prompts])
@@ -80,7 +85,8 @@ def test_the_split_shares_no_image():
     assert sorted(train.prompts + test.prompts) == sorted(comparisons.prompts)
     assert 72 <= len(test) <= 88
     assert test.prompts != comparisons.split(0.2, seed=1)[1].prompts
-    chain = Comparisons(images, ["x"] * 30, torch.stack([torch.arange(30), torch.arange(1, 31)], 1))
+    links = torch.stack([torch.arange(30), torch.arange(1, 31)], 1)
+    chain = Comparisons(images, ["x"] * 30, links, torch.ones(30))
     with pytest.raises(ValueError, match="the 30 choices cannot be split"):
         chain.split(0.2, seed=0)
     with pytest.raises(ValueError, match="must lie in \\(0, 1\\), got 1"):
@@ -91,7 +97,8 @@ def test_a_split_with_a_large_component():
     """An image that was compared with many others keeps all these choices on one side, and no more."""
     star = torch.stack([torch.zeros(90, dtype=torch.int64), torch.arange(1, 91)], 1)
     pairs = torch.cat([star, torch.arange(91, 111).reshape(10, 2)])
-    comparisons = Comparisons(torch.zeros(111, 3, 1, 1, dtype=torch.uint8), [str(k) for k in range(100)], pairs)
+    images = torch.zeros(111, 3, 1, 1, dtype=torch.uint8)
+    comparisons = Comparisons(images, [str(k) for k in range(100)], pairs, torch.ones(100))
     for seed in range(20):
         assert len(comparisons.split(0.1, seed)[1]) == 10
     assert len(comparisons.split(0.99, 0)[0]) in (1, 10)
@@ -99,22 +106,50 @@ def test_a_split_with_a_large_component():
 
 def test_bradley_terry_loss():
     scores = torch.tensor([1.0, -2.0, 500.0]), torch.tensor([1.0, 1.0, -500.0])
+    won, tied = torch.ones(3), torch.full((3,), 0.5)
     expected = [math.log(2), math.log(1 + math.e**3), 0.0]
-    torch.testing.assert_close(bradley_terry_loss(*scores), torch.tensor(expected))
-    assert bradley_terry_loss(*scores[::-1])[2] == 1000
+    torch.testing.assert_close(bradley_terry_loss(*scores, won), torch.tensor(expected))
+    torch.testing.assert_close(bradley_terry_loss(*scores[::-1], 1 - won), torch.tensor(expected))
+    assert bradley_terry_loss(*scores[::-1], won)[2] == 1000
+    # A tie is half a win for each: the least loss is that of equal scores, log 2.
+    halves = (bradley_terry_loss(*scores, won) + bradley_terry_loss(*scores, 1 - won)) / 2
+    torch.testing.assert_close(bradley_terry_loss(*scores, tied), halves)
+    difference = torch.zeros(1, requires_grad=True)
+    loss = bradley_terry_loss(difference, torch.zeros(1), tied[:1])
+    assert loss.item() == pytest.approx(math.log(2))
+    assert torch.autograd.grad(loss, difference)[0] == 0
 
 
 def test_measure_by_hand():
     # Its favourite is chosen with 0.6 (right, right, wrong) and with 0.95 (right).
     logit = lambda p: math.log(p / (1 - p))  # noqa: E731
-    measured = measure(torch.tensor([logit(0.6), logit(0.6), -logit(0.6), logit(0.95)]), n_bins=5)
-    assert measured.choices == 4
+    odds = torch.tensor([logit(0.6), logit(0.6), -logit(0.6), logit(0.95)])
+    measured = measure(odds, torch.ones(4), n_bins=5)
+    assert measure(-odds, torch.zeros(4), n_bins=5).observed == measured.observed
+    assert (measured.choices, measured.ties) == (4, 0)
+    assert measured.interval == pytest.approx([0.3006, 0.9544], abs=1e-4)  # R: prop.test(3, 4, correct = FALSE)
     assert measured.agreement == 0.75
     assert measured.counts == [3, 1]
     assert measured.predicted == pytest.approx([0.6, 0.95])
     assert measured.observed == pytest.approx([2 / 3, 1])
     assert measured.calibration_error == pytest.approx((3 * (2 / 3 - 0.6) + 0.05) / 4)
     assert measured.loss == pytest.approx(-(2 * math.log(0.6) + math.log(0.4) + math.log(0.95)) / 4)
+
+
+def test_ties_count_in_the_loss_and_the_calibration_and_not_in_the_agreement():
+    odds = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    measured = measure(odds, torch.tensor([1.0, 1.0, 0.5, 1.0]))
+    assert (measured.choices, measured.ties) == (4, 1)
+    assert measured.agreement == pytest.approx(2 / 3)
+    assert measured.observed == pytest.approx([2.5 / 4])
+    losses = [math.log(1 + math.exp(-d)) for d in (1, -1, 1)] + [math.log(1 + math.exp(-1)) + 0.5]
+    assert measured.loss == pytest.approx(sum(losses) / 4)
+
+
+def test_held_out_ties_measure_nothing():
+    choices = colour_choices(40)
+    with pytest.raises(ValueError, match="held-out choices are all ties; hold out more"):
+        fit(replace(choices, outcomes=torch.full((40,), 0.5)), epochs=1, device="cpu")
 
 
 def test_what_the_network_reads():
@@ -195,14 +230,31 @@ def test_a_fit_learns_and_keeps_its_best():
     assert [row["epoch"] for row in rows] == list(range(1, 7))
     assert rows[fitted.epoch - 1]["held_out_loss"] == min(row["held_out_loss"] for row in rows)
     assert fitted.held_out.loss == pytest.approx(rows[fitted.epoch - 1]["held_out_loss"], abs=5e-3)  # rounded to half
-    _, test = colour_choices().split(0.1, seed=0)
-    assert measure(log_odds(fitted.reward, test)) == fitted.held_out
+    _, test = colour_choices().split(default_held_out(240), seed=0)
+    assert measure(log_odds(fitted.reward, test), test.outcomes) == fitted.held_out
     # It read the prompt: red and blue images swap places.
     images = torch.zeros(2, 3, 16, 16)
     images[0, 0], images[1, 2] = 1, 1
     red, blue = (fitted.reward(images, [prompt] * 2) for prompt in ("something red", "something blue"))
     assert red[0] > red[1]
     assert blue[1] > blue[0]
+
+
+def test_of_few_choices_more_are_held_out():
+    assert [default_held_out(n) for n in (20, 100, 250, 500, 20_000)] == [0.3, 0.3, 0.2, 0.1, 0.1]
+
+
+def test_a_fit_is_no_worse_than_its_start():
+    """Choices at random teach nothing, so the weights stay those of the start."""
+    choices = colour_choices(60)
+    flips = torch.rand(60, generator=torch.Generator().manual_seed(0)) < 0.5
+    choices = replace(choices, pairs=torch.where(flips[:, None], choices.pairs.flip(1), choices.pairs))
+    start = PreferenceReward(small_network(), "cpu")
+    before = {name: value.half().float() for name, value in start.learned().items()}
+    fitted = fit(choices, reward=start, epochs=2, learning_rate=0.3, device="cpu")
+    assert fitted.epoch == 0
+    for name, value in fitted.reward.learned().items():
+        assert torch.equal(value, before[name])
 
 
 @pytest.mark.slow
@@ -229,9 +281,9 @@ def test_an_interrupted_fit(tmp_path):
     with pytest.raises(ValueError, match="checkpoint of a fit with other settings"):
         fit(choices, **settings | {"epochs": 4}, checkpoint=path)
     with pytest.raises(ValueError, match="checkpoint of a fit with other settings"):
-        fit(choices, **settings, network=whole.reward.network, checkpoint=path)
+        fit(choices, **settings, reward=whole.reward, checkpoint=path)
     with pytest.raises(ValueError, match="checkpoint of a fit with other settings"):
-        fit(Comparisons(choices.images, choices.prompts, choices.pairs.flip(1)), **settings, checkpoint=path)
+        fit(replace(choices, pairs=choices.pairs.flip(1)), **settings, checkpoint=path)
 
 
 def test_a_reward_that_was_fitted_anew_is_read_anew(tmp_path):
