@@ -36,6 +36,7 @@ from dpok_gym.reset_options import read_reset_mask, read_reset_options
 from dpok_gym.rewards import Reward, make_reward
 from dpok_gym.samplers import DenoisingProcess, State
 from dpok_gym.samplers.flow_matching import Kernel
+from dpok_gym.samplers.process import check_sampler
 from dpok_gym.utils.images import to_uint8
 from dpok_gym.utils.pickling import check_picklable
 from dpok_gym.utils.validation import (
@@ -192,9 +193,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self.reference_info, self.reference_log_prob_coef = reference_info, reference_log_prob_coef
 
         check_choice("long_prompts", long_prompts, "error", "truncate", "skip")
+        # What can be told without the model: loading it may take minutes.
+        check_sampler(sampler, num_inference_steps, eta, guidance_scale, sde_steps)
         self.model = find_model_of_env(self._arguments)
-        if negative_prompt is not None and self.model.num_forward_passes(guidance_scale) == 1:
-            raise ValueError("a negative prompt has no effect with guidance_scale=1; use another one, usually 5 to 7.5")
         self.process = DenoisingProcess(self.model, sampler, num_inference_steps, eta, guidance_scale, sde_steps)
         self.prompts = load_prompts(prompts)
         if long_prompts == "skip":

@@ -88,8 +88,9 @@ class PolicyGradient(DenoisingAlgorithm):
         self.step_weighting = check_choice("step_weighting", step_weighting, "likelihood", "output")
         super().__init__(policy, env, **kwargs)
 
-    def _setup_model(self) -> None:
-        super()._setup_model()
+    def check_setup(self) -> None:
+        """Checks that a denoising step is left to learn from, and finds the weights of the steps."""
+        super().check_setup()
         self.step_weights = self._make_step_weights()
 
     def _make_step_weights(self) -> Tensor:

@@ -26,9 +26,9 @@ from agents.common.critic import ValueNetwork
 from agents.common.held_out import find_clip
 from agents.common.memory import LIBRARIES, MARGIN, N_COPIES, Rehearsal, free_memory, size_of, with_margin
 from dpok_gym.models.architecture import Architecture, find_architecture
-from dpok_gym.samplers.transition_table import eta_of_steps
+from dpok_gym.models.base import TextToImageModel
+from dpok_gym.samplers.process import DenoisingProcess, check_sampler
 from dpok_gym.utils.device import find_device
-from dpok_gym.utils.validation import check_integer
 from dpok_gym.worlds import find_world
 
 #: Parameters of the reward networks, in millions, with the names of :func:`dpok_gym.rewards.registry.list_rewards`. On
@@ -73,10 +73,9 @@ def describe(config: Config, log: Path | None = None) -> str:
         log: the log of a run with these settings that has begun; None if there is none.
 
     Raises:
-        ValueError: if the stochastic steps are not within the denoising steps, or the model has no such guidance.
+        ValueError: as a run with these settings does, as far as its errors need no weights; see :func:`check`.
     """
-    env = config.env_kwargs
-    eta_of_steps(1.0, check_integer("num_inference_steps", env["num_inference_steps"]), env["sde_steps"])
+    check(config)
     notes = [
         *_describe_memory(config),
         "",
@@ -86,6 +85,42 @@ def describe(config: Config, log: Path | None = None) -> str:
     ]
     comments = "\n".join(f"# {note}".rstrip() for note in notes)
     return f"{format_recipe(options_of(config))}\n{comments}"
+
+
+def check(config: Config) -> None:
+    """Makes what a run makes of its settings, without the weights: the denoising process and the algorithm.
+
+    Raises:
+        ValueError: as these do. Of a model whose networks are not known, only what holds for every model is checked.
+    """
+    agent = config.make_agent(None)
+    names = ("sampler", "num_inference_steps", "eta", "guidance_scale", "sde_steps")
+    settings = {name: config.env_kwargs[name] for name in names}
+    check_sampler(**settings)
+    model = _find_model(config)
+    if model is not None:
+        agent.process = DenoisingProcess(model, **settings)
+        agent.check_setup()
+
+
+def _find_model(config: Config) -> TextToImageModel | None:
+    """Returns the model of a run without its weights; None if its networks are not known."""
+    env = config.env_kwargs
+    further = env["model_kwargs"] or {}
+    try:
+        architecture = find_architecture(env["model"], **further)
+    except ValueError:
+        return None
+    model = architecture.make(torch.float32, env["model"])
+    # Weights without content may claim any place and precision; the transition table has content.
+    model.device, model.options = torch.device("cpu"), {"dtype": env["dtype"]}
+    return model.with_options(
+        image_size=env["image_size"],
+        negative_prompt=env["negative_prompt"],
+        true_cfg_scale=further.get("true_cfg_scale", 1.0),
+        long_prompts="truncate",  # without a tokenizer, nobody knows how long a prompt is
+        timestep_spacing=env["timestep_spacing"],
+    )
 
 
 def options_of(config: Config) -> dict[str, Any]:
@@ -279,14 +314,10 @@ def _describe_blocks(config: Config, rehearsal: Rehearsal) -> Iterator[str]:
 
 def count_forward_passes(config: Config) -> int:
     """Returns the denoiser's passes of one latent: 2 with guidance, unless the model reads its scale as an input."""
-    env = config.env_kwargs
-    options = env["model_kwargs"] or {}
-    try:
-        model = find_architecture(env["model"], **options).make(torch.float32)
-    except ValueError:  # it is not known
-        return 1 if env["guidance_scale"] == 1 else 2
-    true_cfg_scale = options.get("true_cfg_scale", 1.0)
-    return model.with_options(true_cfg_scale=true_cfg_scale).num_forward_passes(env["guidance_scale"])
+    scale, model = config.env_kwargs["guidance_scale"], _find_model(config)
+    if model is None:
+        return 1 if scale == 1 else 2
+    return model.num_forward_passes(scale)
 
 
 def count_update_passes(config: Config) -> Passes | None:
@@ -310,7 +341,7 @@ def count_update_passes(config: Config) -> Passes | None:
         n = round(algo["timestep_fraction"] * n_images * trained) * algo["n_epochs"]
         return of_batches(n, guided, back, guided * reference)
     if issubclass(algorithm, OnlineForwardProcess):
-        n = n_images * (algo["steps_per_image"] or n_steps) * algo["n_epochs"]
+        n = n_images * min(algo["steps_per_image"] or n_steps, n_steps) * algo["n_epochs"]
         old = 1 if issubclass(algorithm, DiffusionNFT) else 0
         if issubclass(algorithm, AWM):
             old = 1 + bool(algo["ema_coef"])
