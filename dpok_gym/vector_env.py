@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpok_gym import diffusion
+from dpok_gym.id_settings import MadeById
 from dpok_gym.judging import ImageJudge, Outcome, make_info
 from dpok_gym.models import TextToImageModel
 from dpok_gym.models.base import MIN_PROMPTS_KEPT
@@ -81,7 +82,7 @@ def find_model_of_env(arguments: Mapping[str, Any]) -> TextToImageModel:
     )
 
 
-class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]):
+class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]):  # type: ignore[misc]
     """``num_envs`` images denoised side by side. :class:`dpok_gym.env.DenoisingEnv` documents the decision process.
 
     All environments start together and last T steps, so they are at the same step unless ``reset`` takes a mask. With

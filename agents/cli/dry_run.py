@@ -25,6 +25,7 @@ from agents.common.callbacks import format_seconds
 from agents.common.critic import ValueNetwork
 from agents.common.held_out import find_clip
 from agents.common.memory import LIBRARIES, MARGIN, N_COPIES, Rehearsal, free_memory, size_of, with_margin
+from dpok_gym.id_settings import describe_settings
 from dpok_gym.models.architecture import Architecture, find_architecture
 from dpok_gym.models.base import TextToImageModel
 from dpok_gym.samplers.process import DenoisingProcess, check_sampler
@@ -283,6 +284,9 @@ def _describe_memory(config: Config) -> Iterator[str]:
         return
     free = free_memory(device)
     memory = estimate_memory(config, architecture, device.type != "cpu", free)
+    foreign = describe_settings(config.env.rpartition(":")[2], env, architecture.pipeline)
+    if foreign is not None:
+        yield f"warning: {foreign}"
     yield f"memory on {device}, computed from the configs of the networks, GiB:"
     for what, size in memory.kept.items():
         yield f"  {size / 2**30:6.2f}  {what}"

@@ -148,7 +148,7 @@ REFUSED = [
     ("stable-diffusion", "--negative-prompt dark --guidance-scale 1", "a negative prompt has no effect with"),
     ("stable-diffusion", "--sampler ode", "no denoising step adds noise (sampler='ode', eta=0.0)"),
     ("stable-diffusion", "--dtype float16", "float16 can draw but not learn"),
-    ("stable-diffusion", "--image-size 100", "image_size must be one or two (height, width) multiples of"),
+    ("stable-diffusion", "--image-size 7", "image_size must be one or two (height, width) multiples of"),
     ("stable-diffusion", "--timestep-spacing leading --model-kwargs true_cfg_scale=2", "takes no true_cfg_scale"),
     ("stable-diffusion", "--algo grpo --group-size 7", "cannot be split into groups of 7"),
     ("stable-diffusion", "--algo draft --n-last-steps 21", "n_last_steps must be from 1 to the 20 denoising steps"),
