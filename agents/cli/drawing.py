@@ -31,7 +31,7 @@ class DrawingOptions:
     num_inference_steps: Annotated[int | None, default_hint("INT", "the environment's")] = None
     """Denoising steps of each image, 1 or more, usually 10 to 50."""
     sampler: Annotated[str | None, default_hint("NAME", "the environment's")] = None
-    """How noise is added: ddim, or ode for none; flow-matching models also know flow-sde, dance-sde, cps and precise."""
+    """How noise is added: ddim, or ode for none; flow-matching models also know flow-sde, dance-sde, cps, precise."""
     eta: Annotated[float | None, default_hint("FLOAT", "the environment's")] = None
     """Amount of noise in each step, at least 0, and at most 1 for ddim and cps; 0 is none."""
     sde_steps: Annotated[IntegersOrNone, default_hint("INT INT", "the environment's")] = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from agents.algorithms.registry import load_algorithm
 from agents.cli.config import Config, reward_names
 from agents.cli.logs import read_log
 from agents.cli.recipe import format_recipe
+from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.callbacks import format_seconds
 from agents.common.critic import ValueNetwork
 from agents.common.held_out import find_clip
@@ -88,11 +89,14 @@ def describe(config: Config, log: Path | None = None) -> str:
     return f"{format_recipe(options_of(config))}\n{comments}"
 
 
-def check(config: Config) -> None:
+def check(config: Config) -> DenoisingAlgorithm:
     """Makes what a run makes of its settings, without the weights: the denoising process and the algorithm.
 
+    Returns:
+        The agent, without a policy. It has no ``process`` if the networks of the model are not known.
+
     Raises:
-        ValueError: as these do. Of a model whose networks are not known, only what holds for every model is checked.
+        ValueError: as a run does. Without the process, only what holds for every model is checked.
     """
     agent = config.make_agent(None)
     names = ("sampler", "num_inference_steps", "eta", "guidance_scale", "sde_steps")
@@ -102,6 +106,7 @@ def check(config: Config) -> None:
     if model is not None:
         agent.process = DenoisingProcess(model, **settings)
         agent.check_setup()
+    return agent
 
 
 def _find_model(config: Config) -> TextToImageModel | None:
@@ -338,12 +343,16 @@ def count_update_passes(config: Config) -> Passes | None:
         return Passes(n, forward * n, backward * n, without_gradient * n, batches)
 
     if issubclass(algorithm, PolicyGradient):
-        # "auto" leaves out two steps of Stable Diffusion's schedules. A KL holds the steps that are left out.
-        skipped = 2 if algo["skip_last_steps"] == "auto" else algo["skip_last_steps"]
-        first, number = config.env_kwargs["sde_steps"] or (0, n_steps)
-        trained = number if reference else min(first + number, n_steps - skipped) - first
+        agent: Any = check(config)
+        trained = stochastic = n_steps
+        if hasattr(agent, "process"):
+            trained = int(agent.step_importance().count_nonzero())
+            stochastic = int(agent.process.table.stochastic.count_nonzero())
         n = round(algo["timestep_fraction"] * n_images * trained) * algo["n_epochs"]
-        return of_batches(n, guided, back, guided * reference)
+        passes = of_batches(n, guided, back, guided * reference)
+        # The drift of the deterministic steps is that of one of them for each image.
+        drift = n_images * guided * reference * (stochastic < n_steps)
+        return replace(passes, without_gradient=passes.without_gradient + drift)
     if issubclass(algorithm, OnlineForwardProcess):
         n = n_images * min(algo["steps_per_image"] or n_steps, n_steps) * algo["n_epochs"]
         old = 1 if issubclass(algorithm, DiffusionNFT) else 0

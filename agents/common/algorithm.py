@@ -318,7 +318,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
         self.process, self.sampler_config = env.process, env.process.config
 
     def check_setup(self) -> None:
-        """Checks that the algorithm, with its arguments, can learn from the denoising process; before there is a policy.
+        """Checks that the algorithm can learn from the denoising process with its arguments; before there is a policy.
 
         Raises:
             ValueError: if it cannot.

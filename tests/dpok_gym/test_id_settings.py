@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ TASK: dict[str, Any] = {"prompts": "a dog", "reward": "jpeg-compressibility", "d
 
 
 @pytest.fixture
-def warned(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+def warned(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     id_settings._warn.cache_clear()
     caplog.set_level(logging.WARNING, id_settings.__name__)
-    yield lambda: [record.getMessage() for record in caplog.records if record.name == id_settings.__name__]
+    return lambda: [record.getMessage() for record in caplog.records if record.name == id_settings.__name__]
 
 
 @pytest.mark.parametrize("make", [gymnasium.make, gymnasium.make_vec])
