@@ -2,12 +2,10 @@
 
 DPOK (Fan et al., NeurIPS 2023, https://arxiv.org/abs/2305.16381) fine-tunes a text-to-image diffusion model with a
 reward. Here the model is the small embedded one, the prompt is "three green squares", and the reward is a judge that
-looks at the finished image. The task and the settings are those of ``dpok train``, and so are the random numbers:
-``tests/docs/test_dpok_single_file.py`` shows that the losses and the weights equal the library's to 1e-5.
+looks at the finished image. Task, settings and random numbers are those of ``dpok train``:
+``tests/docs/test_dpok_single_file.py`` shows that losses and weights equal the library's. About 10 minutes on a laptop:
 
     python docs/dpok_single_file.py --seed 0 --out before_after.png
-
-takes about 10 minutes on a laptop.
 
 Denoising is a Markov decision process (Sec. 4.1 of the paper):
 
@@ -53,24 +51,18 @@ EVALUATION_IMAGES = 256
 
 # ------------------------------------------------------------------------------------------------------ random numbers
 
-# What the numbers are for. Each image has generators of its own, so it does not matter how many are drawn side by side.
-INITIAL_NOISE, ACTION_NOISE, BATCHES, WEIGHTS_OF_LORA, EVALUATION_INITIAL_NOISE, EVALUATION_ACTION_NOISE = (
-    1,
-    2,
-    3,
-    4,
-    6,
-    7,
-)
+# What the numbers are for. The values are the library's.
+INITIAL, STEPS, BATCHES, NEW_WEIGHTS, EVALUATION_INITIAL, EVALUATION_STEPS = 1, 2, 3, 4, 6, 7
+Noise = list[tuple[np.random.Generator, np.random.Generator]]  # of each image: one for x_T, one for its steps
 
 
 def make_generator(seed: int, purpose: int, *index: int) -> np.random.Generator:
-    """Makes the generator of a purpose and, for example, an image: there is no state that runs on between images."""
+    """Makes the generator of a purpose and of an image or an iteration, so that no draw depends on another one."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, *index)))
 
 
 def draw_noise(generators: Iterable[np.random.Generator], shape: Sequence[int]) -> Tensor:
-    """Draws standard normal numbers, (N, *shape): each row from its own generator."""
+    """Draws standard normal numbers (N, *shape), each row from its own generator."""
     return torch.from_numpy(np.stack([generator.standard_normal(shape, np.float32) for generator in generators]))
 
 
@@ -78,13 +70,7 @@ def draw_noise(generators: Iterable[np.random.Generator], shape: Sequence[int]) 
 
 
 class Policy:
-    """p_theta(x_{t-1} | x_t, z): a denoiser with a LoRA, and the sampler's Gaussian steps.
-
-    Attributes:
-        std: (T,) sigma_t of each step.
-        explores: (T,) bool, whether a step has enough noise to explore anything.
-        kl_weight: (T,) weight of each step in the KL.
-    """
+    """p_theta(x_{t-1} | x_t, z): a denoiser with a LoRA, and the sampler's Gaussian steps."""
 
     def __init__(self, seed: int) -> None:
         pipeline = StableDiffusionPipeline.from_pretrained(WEIGHTS)
@@ -97,7 +83,7 @@ class Policy:
         # The LoRA adds B A x to each layer's output. B is zero at first, so p_theta begins as p_pre.
         attention = ["to_q", "to_k", "to_v", "to_out.0"]
         other = ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]
-        torch.manual_seed(int(make_generator(seed, WEIGHTS_OF_LORA).integers(2**62)))
+        torch.manual_seed(int(make_generator(seed, NEW_WEIGHTS).integers(2**62)))
         self.unet.requires_grad_(False)
         self.unet.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=attention + other))
         self.parameters: list[nn.Parameter] = [value for value in self.unet.parameters() if value.requires_grad]
@@ -105,15 +91,13 @@ class Policy:
         self._make_table(pipeline.scheduler)
 
     def _make_table(self, scheduler: DDIMScheduler) -> None:
-        """The transitions of DDIM (Song et al. 2021, Eq. 12 and 16) with eta = 1, as coefficients of each step."""
+        """The steps of DDIM with eta = 1 (Song et al. 2021, Eq. 12 and 16), as columns (T, 1, 1, 1)."""
         scheduler.set_timesteps(NUM_INFERENCE_STEPS)
         self.timesteps = scheduler.timesteps  # 901, 801, ..., 1
         previous = self.timesteps - scheduler.config.num_train_timesteps // NUM_INFERENCE_STEPS
-        alphas = (
-            scheduler.alphas_cumprod.double()
-        )  # in float64: 1 - a / b is the difference of two nearly equal numbers
-        alpha = alphas[self.timesteps]  # x_t = sqrt(alpha) x_0 + sqrt(1 - alpha) eps
-        alpha_prev = torch.where(previous >= 0, alphas[previous.clamp(min=0)], scheduler.final_alpha_cumprod.double())
+        alphas = scheduler.alphas_cumprod.double()  # float64, as 1 - a / b subtracts nearly equal numbers
+        alpha = alphas[self.timesteps].view(-1, 1, 1, 1)  # x_t = sqrt(alpha) x_0 + sqrt(1 - alpha) eps
+        alpha_prev = torch.where(previous >= 0, alphas[previous], scheduler.final_alpha_cumprod).view(alpha.shape)
         # Eq. 16: sigma_t^2, the variance of x_{t-1} given x_t.
         variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
         # Eq. 12: x_{t-1} = sqrt(alpha_prev) x_0 + sqrt(1 - alpha_prev - sigma_t^2) eps + sigma_t noise.
@@ -122,12 +106,12 @@ class Policy:
         signal, direction = alpha_prev.sqrt(), (1 - alpha_prev - variance).sqrt()
         self.sample_coef = (signal * alpha.sqrt() + direction * (1 - alpha).sqrt()).float()
         self.output_coef = (signal * -(1 - alpha).sqrt() + direction * alpha.sqrt()).float()
-        self.std = variance.sqrt().float()
+        self.std = variance.sqrt().float()  # sigma_t
 
         # The last two steps have hardly any noise. What they draw cannot be seen, so they get no policy gradient. But
         # the KL holds them, with weights by which a change of v costs no more there than at a step that explores.
-        self.explores = self.std >= 0.1 * self.std.max()
-        noise_to_output = self.std / self.output_coef.abs()  # the KL of a change of v goes with 1 / its square
+        self.explores = (self.std >= 0.1 * self.std.max()).flatten()  # (T,)
+        noise_to_output = (self.std / self.output_coef.abs()).flatten()  # the KL of a change of v has 1 / its square
         held = (noise_to_output / noise_to_output[self.explores].min()).clamp(max=1) ** 2
         self.kl_weight = torch.where(self.explores, 1.0, held)
 
@@ -138,18 +122,18 @@ class Policy:
         v = self.unet(x, self.timesteps[step], self.text.expand(len(x), -1, -1)).sample
         if pretrained:
             self.unet.enable_adapters()
-        return _expand(self.sample_coef[step]) * x + _expand(self.output_coef[step]) * v
+        return self.sample_coef[step] * x + self.output_coef[step] * v
 
     @torch.no_grad()
-    def draw(self, initial: list[np.random.Generator], actions: list[np.random.Generator]) -> tuple[Tensor, Tensor]:
-        """Draws N images: x_T ~ N(0, I), then T times x_{t-1} ~ p_theta(x_{t-1} | x_t, z).
+    def draw(self, noise: Noise) -> tuple[Tensor, Tensor]:
+        """Draws x_T ~ N(0, I), then T times x_{t-1} ~ p_theta(x_{t-1} | x_t, z), of N images.
 
-        Returns:
-            The latents x_T, ..., x_0, (N, T + 1, C, h, w), and the means that they were drawn with, (N, T, C, h, w).
+        Returns the latents x_T, ..., x_0, (N, T + 1, C, h, w), and the means of the steps, (N, T, C, h, w).
         """
+        initial, actions = zip(*noise, strict=True)
         latents, means = [draw_noise(initial, self.latent_shape)], []
         for index in range(NUM_INFERENCE_STEPS):
-            means.append(self.mean(latents[-1], torch.full((len(initial),), index)))
+            means.append(self.mean(latents[-1], torch.full((len(noise),), index)))
             latents.append(means[-1] + self.std[index] * draw_noise(actions, self.latent_shape))
         return torch.stack(latents, dim=1), torch.stack(means, dim=1)
 
@@ -161,27 +145,20 @@ class Policy:
         return (pixels / 2 + 0.5).clamp(0, 1)
 
 
-def _expand(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
-
-
 # ------------------------------------------------------------------------------------------------------------ the loss
 
-# Both p_theta and p_old are Gaussians with the same fixed sigma_t, and
-#
-#     log N(x; mu, sigma^2 I) = -||x - mu||^2 / (2 sigma^2) + constant.
-#
-# The difference of two such numbers, and their KL, have a closed form, which is exactly 0 where the means are equal.
+# The log-probability of an action is log N(x; mu, sigma^2 I) = -||x - mu||^2 / (2 sigma^2) + constant. p_theta, p_old
+# and p_pre have the same sigma_t, so log-ratios and KLs have a closed form, exactly 0 where the means are equal.
 
 
 def log_ratio(action: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
     """log p_theta(x_{t-1} | x_t, z) - log p_old(x_{t-1} | x_t, z) in nats, (B,)."""
-    return ((mean - old_mean) * (action - 0.5 * (mean + old_mean)) / _expand(std).square()).flatten(1).sum(1)
+    return ((mean - old_mean) * (action - 0.5 * (mean + old_mean)) / std.square()).flatten(1).sum(1)
 
 
 def kl_divergence(mean: Tensor, other_mean: Tensor, std: Tensor) -> Tensor:
     """KL( N(mean, std^2 I) || N(other_mean, std^2 I) ) = ||mean - other_mean||^2 / (2 std^2) in nats, (B,)."""
-    return (0.5 * ((mean - other_mean) / _expand(std)).square()).flatten(1).sum(1)
+    return (0.5 * ((mean - other_mean) / std).square()).flatten(1).sum(1)
 
 
 def dpok_loss(
@@ -189,24 +166,16 @@ def dpok_loss(
 ) -> Tensor:
     """The mean over B transitions of  -alpha A rho + beta KL( p_theta || p_pre ),  divided by D and a scale.
 
-    Its gradient is that of Eq. 9, over the transitions of a batch:
+    Its gradient is that of Eq. 9,
 
         E[ -alpha r(x_0, z) sum_t grad log p_theta(x_{t-1} | x_t, z)
            + beta sum_t grad KL( p_theta(x_{t-1} | x_t, z) || p_pre(x_{t-1} | x_t, z) ) ]
 
-    with the advantage A in place of r, which leaves the expectation as it is and takes away noise; and with the
-    importance ratio rho = p_theta / p_old (App. A.6), as the images were drawn before the latest optimiser steps.
-
-    Args:
-        policy: p_theta.
-        x: (B, C, h, w) x_t.
-        step: (B,) int64 in [0, T).
-        action: (B, C, h, w) x_{t-1}.
-        old_mean: (B, C, h, w) of the policy that drew the action.
-        advantage: (B,).
-        scale: the standard deviation of the advantages; AdamW does not notice it, but the limit of the gradient's norm.
+    with the advantage A in place of r, which takes away noise and leaves the expectation as it is; and with the
+    importance ratio rho = p_theta / p_old (App. A.6), because optimiser steps have been taken since p_old drew the
+    images. x, action and old_mean are (B, C, h, w): x_t, x_{t-1} and mu_old; step and advantage are (B,).
     """
-    std, dims = policy.std[step], x[0].numel()
+    std, dims = policy.std[step], x[0].numel()  # (B, 1, 1, 1), and D
     mean = policy.mean(x, step)
     # A ratio of densities in 256 dimensions is soon 0 or huge, so the published codes take its D-th root. Adding
     # KL( p_old || p_theta ) centres its logarithm: the mean over p_old is 0 (GRPO-Guard, Wang et al. 2025).
@@ -233,42 +202,34 @@ def reward_of(images: Tensor) -> Tensor:
 
 def train(policy: Policy, seed: int, n_images: int) -> None:
     """Algorithm 1: draw images with the current model, take their rewards, follow the gradient of Eq. 9; repeat."""
-    optimizer = torch.optim.AdamW(policy.parameters, lr=LEARNING_RATE, weight_decay=0.0, eps=1e-15)
+    optimizer = torch.optim.AdamW(policy.parameters, weight_decay=0.0, eps=1e-15)  # an eps far below any gradient
     all_advantages = np.zeros(0)
-    n_iterations = math.ceil(n_images / IMAGES_PER_ITERATION)
-    for iteration in range(n_iterations):
+    for iteration in range(math.ceil(n_images / IMAGES_PER_ITERATION)):
         # x_{0:T} ~ p_theta(x_{0:T} | z), and r(x_0, z).
         numbers = range(iteration * IMAGES_PER_ITERATION, (iteration + 1) * IMAGES_PER_ITERATION)
-        latents, old_means = policy.draw(
-            [make_generator(seed, INITIAL_NOISE, number) for number in numbers],
-            [make_generator(seed, ACTION_NOISE, number) for number in numbers],
-        )
+        noise = [(make_generator(seed, INITIAL, k), make_generator(seed, STEPS, k)) for k in numbers]
+        latents, old_means = policy.draw(noise)
         rewards = reward_of(policy.decode(latents[:, -1]))
 
-        # A = r - b. The mean reward is the baseline b; the paper learns a value function (App. A.5).
+        # A = r - b, where the baseline b is the mean reward; the paper learns a value function (App. A.5). AdamW does
+        # not notice that the loss is divided by the std of all A so far, but the limit of the gradient's norm does.
         advantages = rewards - rewards.mean()
         all_advantages = np.append(all_advantages, advantages.double().numpy())
+        scale = float(all_advantages.std())
 
         # The rate rises at first, because Adam's first steps have the full length whatever the gradient is. Then it
         # falls, which averages out the noise of the last updates.
-        done = min((iteration + 1) * IMAGES_PER_ITERATION / n_images, 1.0)
-        rate = LEARNING_RATE * min(done / WARMUP_FRACTION, 1) * (1 - (1 - FINAL_LR_FRACTION) * done)
-        optimizer.param_groups[0]["lr"] = rate
+        done = min(numbers.stop / n_images, 1)
+        shape = min(done / WARMUP_FRACTION, 1) * (1 - (1 - FINAL_LR_FRACTION) * done)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * shape
 
-        # All transitions of the iteration in a random order, each once; transition number image * T + step.
+        # All transitions of the iteration in a random order, each once; they are numbered by image * T + step.
         order = make_generator(seed, BATCHES, iteration, 0).permutation(len(numbers) * NUM_INFERENCE_STEPS)
         losses = []
         for batch in order.reshape(-1, BATCH_SIZE):
-            image, step = torch.from_numpy(batch // NUM_INFERENCE_STEPS), torch.from_numpy(batch % NUM_INFERENCE_STEPS)
-            loss = dpok_loss(
-                policy,
-                x=latents[image, step],
-                step=step,
-                action=latents[image, step + 1],
-                old_mean=old_means[image, step],
-                advantage=advantages[image],
-                scale=float(all_advantages.std()),
-            )
+            image, step = (torch.from_numpy(part) for part in np.divmod(batch, NUM_INFERENCE_STEPS))
+            action, old_mean = latents[image, step + 1], old_means[image, step]
+            loss = dpok_loss(policy, latents[image, step], step, action, old_mean, advantages[image], scale)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(policy.parameters, MAX_GRAD_NORM)
@@ -283,25 +244,20 @@ def train(policy: Policy, seed: int, n_images: int) -> None:
 def evaluate(policy: Policy, seed: int) -> tuple[Tensor, Tensor, float]:
     """Draws images with noise that training never uses, the same before and after it.
 
-    Returns:
-        The images (N, 3, H, W); whether each shows the prompt in full and nothing else, (N,) bool; and the KL to the
-        pre-trained model in nats per image, the sum over the steps that explore.
+    Returns the images (N, 3, H, W), whether each is fully aligned (shows all of the prompt and nothing else), (N,), and
+    the KL to the pre-trained model in nats per image, over the steps that explore.
     """
-    images, kl = [], 0.0
-    for first in range(0, EVALUATION_IMAGES, 64):
-        seeds = [1_000_000 * (seed + 1) + number for number in range(first, min(first + 64, EVALUATION_IMAGES))]
-        latents, means = policy.draw(
-            [make_generator(image_seed, EVALUATION_INITIAL_NOISE) for image_seed in seeds],
-            [make_generator(image_seed, EVALUATION_ACTION_NOISE) for image_seed in seeds],
-        )
-        images.append(policy.decode(latents[:, -1]))
-        for index in policy.explores.nonzero().flatten():
-            step = index.expand(len(seeds))
-            with torch.no_grad():
-                pretrained_mean = policy.mean(latents[:, index], step, pretrained=True)
-            kl += kl_divergence(means[:, index], pretrained_mean, policy.std[step]).sum().item()
-    pictures = torch.cat(images)
-    return pictures, judge(pictures, [PROMPT] * len(pictures)).alignment == 1, kl / EVALUATION_IMAGES
+    seeds = range(1_000_000 * (seed + 1), 1_000_000 * (seed + 1) + EVALUATION_IMAGES)
+    noise = [(make_generator(k, EVALUATION_INITIAL), make_generator(k, EVALUATION_STEPS)) for k in seeds]
+    latents, means = policy.draw(noise)
+    images = policy.decode(latents[:, -1])
+    kl = 0.0
+    for index in policy.explores.nonzero().flatten():
+        step = index.expand(len(images))
+        with torch.no_grad():
+            pretrained_mean = policy.mean(latents[:, index], step, pretrained=True)
+        kl += kl_divergence(means[:, index], pretrained_mean, policy.std[step]).mean().item()
+    return images, judge(images, [PROMPT] * len(images)).alignment == 1, kl
 
 
 def save_picture(rows: dict[str, tuple[Tensor, Tensor]], path: str, columns: int = 8) -> None:
@@ -323,21 +279,21 @@ def save_picture(rows: dict[str, tuple[Tensor, Tensor]], path: str, columns: int
 
 def main() -> None:
     """Evaluates, trains, evaluates again."""
-    parser = argparse.ArgumentParser(
-        description="DPOK in one file: teach a diffusion model to draw 'three green squares'"
-    )
+    parser = argparse.ArgumentParser(description=f"DPOK in one file: teaches a diffusion model to draw {PROMPT!r}")
     parser.add_argument("--seed", type=int, default=0, help="seed of noise, batches and first weights, at least 0")
-    parser.add_argument("--images", type=int, default=2240, help="images drawn in training, at least 1")
+    parser.add_argument("--images", type=int, default=2240, help="images drawn in training, in steps of 64")
     parser.add_argument("--out", default="before_after.png", help="picture of the same seeds before and after training")
     arguments = parser.parse_args()
 
     policy = Policy(arguments.seed)
-    before, aligned_before, _ = evaluate(policy, arguments.seed)
-    print(f"before: {aligned_before.float().mean():.1%} fully aligned")
+    images, aligned, _ = evaluate(policy, arguments.seed)
+    print(f"before: {aligned.float().mean():.1%} fully aligned", flush=True)
+    rows = {"before": (images, aligned)}
+    save_picture(rows, arguments.out)  # now, so that a path that cannot be written is known before the training
     train(policy, arguments.seed, arguments.images)
-    after, aligned_after, kl = evaluate(policy, arguments.seed)
-    print(f"after: {aligned_after.float().mean():.1%} fully aligned, {kl:.1f} nats from the pre-trained model")
-    save_picture({"before": (before, aligned_before), "after": (after, aligned_after)}, arguments.out)
+    images, aligned, kl = evaluate(policy, arguments.seed)
+    print(f"after: {aligned.float().mean():.1%} fully aligned, {kl:.1f} nats from the pre-trained model")
+    save_picture(rows | {"after": (images, aligned)}, arguments.out)
 
 
 if __name__ == "__main__":
