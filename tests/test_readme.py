@@ -197,18 +197,20 @@ def test_command_lines_parse(page: str, words: list[str], readers_folder: Path) 
     ],
 )
 def test_single_options_are_known(page: str, words: list[str], readers_folder: Path) -> None:
-    message = ""
-    try:
-        parse(["doctor", *words])  # it knows the options of dpok train too
-    except ValueError as error:  # a value may be missing, as in a mere mention of the option
-        message = str(error)
-    assert "unknown option" not in message
+    messages = []
+    for command in ("doctor", "label"):  # the first one knows the options of dpok train too
+        try:
+            parse([command, *words])
+            messages.append("")
+        except ValueError as error:  # a value may be missing, as in a mere mention of the option
+            messages.append(str(error))
+    assert not all("unknown option" in message for message in messages)
 
 
 def test_command_lines_are_found() -> None:
     """Guards the test above, which would pass on pages where no command is found."""
     found = {words[0] for _, words in commands("dpok")}
-    assert found >= {"train", "sample", "evaluate", "export", "fit-reward", "serve-reward"}
+    assert found >= {"train", "sample", "evaluate", "export", "label", "fit-reward", "serve-reward"}
 
 
 def test_a_wrong_option_would_be_noticed(readers_folder: Path) -> None:

@@ -25,6 +25,7 @@ COMMANDS = {
     "sample": ("agents.cli.sample", "Draw images for a prompt with a pre-trained or a fine-tuned model."),
     "evaluate": ("agents.cli.evaluate", "Score a run on its training prompts and on prompts that it never saw."),
     "export": ("agents.cli.export", "Write what a run learned for diffusers, ComfyUI, peft, or as a whole model."),
+    "label": ("agents.cli.label", "Draw pairs of images, and open a page on which people choose the better ones."),
     "import-choices": ("agents.cli.import_choices", "Read people's choices from datasets and other tools."),
     "export-choices": ("agents.cli.export_choices", "Write people's choices for other programs."),
     "fit-reward": ("agents.cli.fit_reward", "Learn a reward from people's choices between two images."),

@@ -13,6 +13,7 @@ from agents.cli.arguments import kinds_of_options
 from agents.cli.config import default_config
 from agents.cli.evaluate import Evaluate
 from agents.cli.export import Export
+from agents.cli.label import Label
 from agents.cli.main import main
 from agents.cli.sample import Sample
 from agents.cli.serve_reward import ServeReward
@@ -40,6 +41,9 @@ TEXTS = {
     "--eta": ["-1", "1.1"],
     "--num-inference-steps": ["0", "1001"],
     "--images": ["0", "1000000001"],
+    "--images-from": ["nowhere"],
+    "--repeats": ["1.1"],
+    "--shared": ["1.1"],
     "--n-envs": ["0", "1000000"],
     "--eval-images": ["0", "10000000"],
     "--lora-rank": ["100000"],
@@ -51,7 +55,12 @@ TEXTS = {
     "--out": ["picture.jpg"],
 }
 #: Words that only some commands refuse.
-_ONLY = {"--out": "sample", "--n": "sample", "--images": "train evaluate", "--num-inference-steps": "train sample"}
+_ONLY = {
+    "--out": "sample",
+    "--n": "sample",
+    "--images": "train evaluate label",
+    "--num-inference-steps": "train sample label",
+}
 #: Words that are read as the option's name in the message.
 _SYNONYMS = {
     "--prompts": ["prompt"],
@@ -71,6 +80,17 @@ BASE = {
     "export": ["export", "{run}", "--format", "merged", "--out", "{here}/out", "--device", "cpu"],
     "fit-reward": ["fit-reward", "{choices}", "--out", "{here}/out", "--device", "cpu"],
     "serve-reward": ["serve-reward", "jpeg-compressibility"],
+    "label": [
+        "label",
+        "--prompts",
+        "a red circle",
+        "--out",
+        "{here}/out",
+        "--num-inference-steps",
+        "2",
+        "--device",
+        "cpu",
+    ],
     "train": ["train", "--out", "{here}/out", "--num-inference-steps", "2", "--device", "cpu"],
 }
 OPTIONS = {
@@ -79,6 +99,7 @@ OPTIONS = {
     "export": Export,
     "fit-reward": fit_reward.FitReward,
     "serve-reward": ServeReward,
+    "label": Label,
 }
 
 
@@ -204,6 +225,11 @@ def test_misspelt_options(shapes_run, choices, tmp_path, monkeypatch, capsys, co
         (["fit-reward", "nowhere.jsonl", "--out", "out"], "nowhere.jsonl"),
         (["fit-reward", ".", "--out", "out"], "file of choices"),
         (["fit-reward", "--out", "out"], "FILE"),
+        (["label"], "--prompts"),
+        (["label", "--images", "7", "--prompts", "a star"], "--images"),
+        (["label", "--run", "nowhere"], "nowhere"),
+        (["label", "--images-from", "."], "prompts.csv"),
+        (["label", "--report"], "choices"),
         (["serve-reward"], "REWARD"),
         (["serve-reward", ""], "reward"),
         (["serve-reward", "beauty"], "beauty"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,19 +44,3 @@ def check_address(url: Any) -> None:
             sound = False
     if not sound:
         raise ValueError(f"the address of a reward server is written http://host:port, not {url!r}")
-
-
-def find_token(token: str | None) -> str | None:
-    """Returns a token, or that of the environment, or None if there is neither.
-
-    Args:
-        token: the token; None for that of the environment variable ``DPOK_REWARD_TOKEN``.
-
-    Raises:
-        ValueError: if the token is empty, or has characters that a header cannot hold. The message does not show it.
-    """
-    where = "the token" if token is not None else f"the environment variable {TOKEN_VARIABLE}"
-    token = os.environ.get(TOKEN_VARIABLE) if token is None else token
-    if token is not None and not re.fullmatch(r"[!-~]+", token):
-        raise ValueError(f"{where} must be one or more visible ASCII characters without spaces")
-    return token

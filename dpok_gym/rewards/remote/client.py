@@ -38,8 +38,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpok_gym.rewards.remote.access import check_address, check_no_secret, find_token
+from dpok_gym.rewards.remote.access import TOKEN_VARIABLE, check_address, check_no_secret
 from dpok_gym.utils.images import to_uint8
+from dpok_gym.utils.serving import find_token
 from dpok_gym.utils.threads import DaemonExecutor
 from dpok_gym.utils.validation import (
     check_choice,
@@ -126,7 +127,7 @@ class RemoteReward:
         check_no_secret(" ".join(map(str, self.urls)))  # a password with a space would look like two addresses
         for url in self.urls:
             check_address(url)
-        find_token(token)
+        find_token(token, TOKEN_VARIABLE)
         attempts, batch_size = check_integer("attempts", attempts), check_integer("batch_size", batch_size)
         check_positive("timeout (seconds)", check_finite("timeout (seconds)", timeout))
         check_non_negative("backoff (seconds)", backoff)
@@ -181,7 +182,7 @@ class RemoteReward:
 
         timeout = httpx2.Timeout(self.timeout, connect=min(self.timeout, CONNECT_TIMEOUT))
         headers = {"content-type": "application/json"}
-        if token := find_token(self._token):
+        if token := find_token(self._token, TOKEN_VARIABLE):
             headers["authorization"] = f"Bearer {token}"
         return httpx2.Client(timeout=timeout, headers=headers)
 

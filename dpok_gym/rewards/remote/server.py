@@ -9,21 +9,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import ipaddress
 import json
 import logging
 import math
 import os
-import secrets
-import signal
-import socket
-import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -31,8 +24,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpok_gym.rewards.make import make_reward
-from dpok_gym.rewards.remote.access import TOKEN_VARIABLE, find_token
+from dpok_gym.rewards.remote.access import TOKEN_VARIABLE
 from dpok_gym.rewards.remote.client import MAX_REQUEST_PIXELS
+from dpok_gym.utils.serving import (
+    check_host,
+    find_token,
+    is_called_by,
+    is_token,
+    names_of_server,
+    needs_extra,
+    run_server,
+)
 from dpok_gym.utils.threads import DaemonExecutor
 from dpok_gym.utils.validation import check_integer
 
@@ -104,14 +106,14 @@ def make_app(
         ImportError: if the extra ``serve`` is not installed.
         ValueError: if ``max_batch`` is less than 1 or the token is empty, or as :func:`~dpok_gym.rewards.make_reward`.
     """
-    with _extra():
+    with needs_extra("serve"):
         from starlette.applications import Starlette
         from starlette.exceptions import HTTPException
         from starlette.middleware import Middleware
         from starlette.responses import JSONResponse
         from starlette.routing import Route
     check_integer("max_batch", max_batch)
-    token = find_token(token)
+    token = find_token(token, TOKEN_VARIABLE)
     reward = make_reward(spec, "mask")
     load = _Load()
     decoding, scoring = asyncio.Semaphore(MAX_DECODED), asyncio.Lock()
@@ -186,67 +188,26 @@ def serve(
         ImportError: if the extra ``serve`` is not installed.
         ValueError: if ``host`` is empty, or as :func:`make_app`.
     """
-    if not host.strip():
-        raise ValueError("the host must name a network interface, such as 127.0.0.1; 0.0.0.0 stands for all of them")
+    check_host(host)
     app = make_app(spec, max_batch, token=token, allowed_hosts=[host, *allowed_hosts])
-    with _extra():
-        import uvicorn
-
+    with needs_extra("serve"):
         from dpok_gym.rewards.remote.connections import RewardConnection
-    with _listen(host, port) as listener, _signals_ignored():
-        address = f"[{host}]" if ":" in host else host
-        print(f"serving at http://{address}:{listener.getsockname()[1]}; Ctrl-C ends it", flush=True)
-        if find_token(token) is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+
+    def announce(address: str, is_private: bool) -> None:
+        print(f"serving at {address}; Ctrl-C ends it", flush=True)
+        if find_token(token, TOKEN_VARIABLE) is None and not is_private:
             logger.warning("everyone who reaches this port can use the reward; %s sets a token", TOKEN_VARIABLE)
-        # Clients close idle connections after 5 seconds. If the server did so too, it could cut off their next request.
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            http=RewardConnection,
-            ws="none",
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=GRACE,
-        )
-        uvicorn.Server(config).run(sockets=[listener])
 
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise OSError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another host or port"
-        ) from error
-
-
-@contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """Lets SIGINT and SIGTERM do nothing in the block, but for what a server in it does with them.
-
-    uvicorn ends at a signal, and then sends it to the process again, which would kill it.
-    """
-    if threading.current_thread() is not threading.main_thread():  # which has no signals
-        yield
-        return
-
-    def ignore(number: int, frame: FrameType | None) -> None:
-        pass
-
-    before = {number: signal.signal(number, ignore) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _extra() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise ImportError(f"this needs the extra 'serve' ({error}): pip install 'dpok-gym[serve]'") from error
+    # Clients close idle connections after 5 seconds. If the server did so too, it could cut off their next request.
+    run_server(
+        app,
+        host,
+        port,
+        announce,
+        http=RewardConnection,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=GRACE,
+    )
 
 
 class _Door:
@@ -254,7 +215,7 @@ class _Door:
 
     def __init__(self, app: ASGIApp, token: str | None, allowed_hosts: Sequence[str]) -> None:
         self.app, self.token = app, token
-        self.names = {name.lower() for name in ("localhost", socket.gethostname(), *allowed_hosts)}
+        self.names = names_of_server(*allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         from starlette.datastructures import Headers
@@ -263,7 +224,7 @@ class _Door:
         app = self.app
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            if not self._is_named(headers.get("host", "")):
+            if not is_called_by(headers.get("host", ""), self.names):
                 reason = "the Host header names another server; dpok serve-reward --allowed-host adds a name"
                 app = JSONResponse({"error": reason}, 400)
             elif "origin" in headers:  # which browsers add to what a page of another site sends
@@ -273,21 +234,11 @@ class _Door:
                 app = JSONResponse({"error": reason}, 401, {"www-authenticate": "Bearer"})
         await app(scope, receive, send)
 
-    def _is_named(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-            if name not in self.names:
-                ipaddress.ip_address(name)  # an address in numbers cannot be pointed elsewhere
-        except ValueError:
-            return False
-        return True
-
     def _has_token(self, authorization: str) -> bool:
         if self.token is None:
             return True
         scheme, _, given = authorization.partition(" ")
-        # In constant time: a comparison letter by letter would tell how many are right.
-        return scheme.lower() == "bearer" and secrets.compare_digest(given.encode(), self.token.encode())
+        return scheme.lower() == "bearer" and is_token(given, self.token)
 
 
 class _Load:

@@ -14,6 +14,7 @@ from agents.cli.export import Export
 from agents.cli.export_choices import ExportChoices
 from agents.cli.fit_reward import FitReward
 from agents.cli.import_choices import ImportChoices
+from agents.cli.label import Label
 from agents.cli.main import COMMANDS, main, parse
 from agents.cli.sample import Sample
 from agents.cli.serve_reward import ServeReward
@@ -103,6 +104,7 @@ def test_ctrl_c(monkeypatch, capsys):
         ("sample", Sample, ["1 or more", "0 or more"]),
         ("evaluate", Evaluate, ["1 or more"]),
         ("export", Export, ["--no-figures"]),
+        ("label", Label, ["even number", "[0, 1]", "0 or more", "DPOK_LABEL_TOKEN"]),
         ("import-choices", ImportChoices, ["label-studio", "FILE|FOLDER"]),
         ("export-choices", ExportChoices, ["label-studio", "empty or new"]),
         ("fit-reward", FitReward, ["1 or more", '"preferred": 0', "(0, 1)"]),
@@ -118,14 +120,16 @@ def test_help_of_a_command(command, options, units, capsys, monkeypatch):
     positional = {"evaluate": "run", "export": "run", "serve-reward": "reward", "import-choices": "source"}
     positional |= dict.fromkeys(["fit-reward", "export-choices"], "choices")
     for field in dataclasses.fields(options):
-        assert field.name == positional.get(command) or f"--{field.name.replace('_', '-')}" in text
+        is_group = field.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(field.default_factory)
+        is_positional = field.name == positional.get(command)
+        assert is_group or is_positional or f"--{field.name.replace('_', '-')}" in text
     assert all(unit in text for unit in units)
 
 
 def test_parse_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command, options = parse(["sample", "--prompt", "a red circle", "--image-size", "64", "128"])
-    assert (command, options.prompt, options.image_size) == ("sample", "a red circle", (64, 128))
+    assert (command, options.prompt, options.draw.image_size) == ("sample", "a red circle", (64, 128))
     command, options = parse(["train", "--seed", "3"])
     assert (command, options.config.seed) == ("train", 3)
     assert not list(tmp_path.iterdir())

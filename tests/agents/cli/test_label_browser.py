@@ -1,0 +1,214 @@
+"""``dpok label`` in a real browser: by mouse, by keyboard, on a phone, without JavaScript, and after a kill.
+
+They need a Chromium; where there is none, the reason of the skip says so.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpok_gym.choices.pairs import read_pairs, read_settings, write_pairs
+from dpok_gym.choices.records import read_choices
+from tests.dpok_gym.choices.support import make_pairs
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+CHROMIUM = next((path for path in map(shutil.which, _NAMES) if path), None)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason=f"no browser: none of {', '.join(_NAMES)} is installed"),
+]
+#: Pairs of a round; the fifth one comes again at the end.
+N_PAIRS = 6
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright, of the extra test, is not installed")
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of pairs."""
+    make_pairs(tmp_path, N_PAIRS, "three green squares")
+    return tmp_path
+
+
+@contextmanager
+def serving(folder, port=0):
+    """Runs ``dpok label``; yields the process and the address of the page."""
+    path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
+    words = [sys.executable, "-m", "agents", "label", "--out", str(folder), "--no-open", "--port", str(port)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}) as process:
+        assert process.stdout is not None
+        try:
+            address = re.search(r"http://\S+", process.stdout.readline())
+            assert address is not None
+            yield process, address.group()
+        finally:
+            process.kill()
+
+
+@contextmanager
+def visiting(browser, address, **settings):
+    """Opens the page as a person named Ada; a request to another host or an error of the script fails the test."""
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | settings)
+    page, problems = context.new_page(), []
+    page.on("request", lambda request: request.url.startswith(address) or problems.append(request.url))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+    page.goto(address)
+    page.get_by_label("Your name").fill("Ada")
+    page.get_by_role("button", name="Start").click()
+    wait_for(page, 0)
+    yield page
+    lost = "net::ERR_"  # images of the next pair, asked for while the server was down
+    assert not [problem for problem in problems if lost not in problem]
+    context.close()
+
+
+def wait_for(page, done):
+    """Waits until the page says that so many choices are done, and style and script are at work."""
+    page.get_by_text(f"{done} done, ").wait_for()
+    page.wait_for_load_state()
+
+
+def answers(folder):
+    """Returns what the file says about each choice: the side that was chosen, or why none was."""
+    found = []
+    for choice in read_choices(folder / "choices.jsonl"):
+        side = "left" if choice.preferred == choice.left else "right"
+        found.append(choice.reason or side)
+    return found
+
+
+def finish(page):
+    page.get_by_role("heading", name="All done. Thank you, Ada!").wait_for()
+
+
+def test_by_mouse(folder, browser):
+    buttons = ["The left image is better", "The right image is better", "tie", "both bad", "skip"]
+    with serving(folder) as (_, address), visiting(browser, address) as page:
+        assert page.get_by_role("heading", name="three green squares").is_visible()
+        for done, name in enumerate([*buttons, "The left image is better"]):
+            wait_for(page, done)
+            page.get_by_role("button", name=name).click()
+        # The fifth pair was skipped, and what was skipped does not come again.
+        finish(page)
+        page.get_by_role("button", name="Undo my last answer").click()
+        page.get_by_role("button", name="The right image is better").click()
+        finish(page)
+        page.get_by_role("link", name="See the results").click()
+        assert page.get_by_role("cell", name="Ada").first.is_visible()
+    assert answers(folder) == ["left", "right", "tie", "both-bad", "skip", "right"]
+
+
+def test_by_keyboard(folder, browser):
+    with serving(folder) as (_, address), visiting(browser, address) as page:
+        keys = ["ArrowLeft", "ArrowRight", "ArrowUp", "u", "t", "ArrowDown", "b", "s"]
+        for key in keys:
+            before = page.locator("input[name=question]").get_attribute("value")
+            page.keyboard.press(key)
+            page.wait_for_function("id => document.querySelector('input[name=question]')?.value !== id", arg=before)
+            page.wait_for_load_state()  # or else the script does not hear the next key yet
+        page.keyboard.press("Control+ArrowLeft")  # the browser's own keys do nothing here
+        assert answers(folder) == ["left", "right", "tie", "both-bad", "both-bad", "skip"]
+        page.get_by_role("button", name="The left image is better").focus()
+        page.keyboard.press("Enter")  # the repeat of the fifth pair
+        finish(page)
+    choices = read_choices(folder / "choices.jsonl")
+    assert answers(folder)[-1] == "left"
+    assert choices[-1].repeat_of == choices[4].id
+    assert {choices[-1].left, choices[4].left} == {0, 1}
+    assert all(0 < (choice.milliseconds or 0) < 60_000 for choice in choices)
+
+
+def test_on_a_phone(folder, browser):
+    phone = {"viewport": {"width": 390, "height": 780}, "is_mobile": True, "has_touch": True}
+    with serving(folder) as (_, address), visiting(browser, address, **phone) as page:
+        for done in range(N_PAIRS):
+            wait_for(page, done)
+            assert page.evaluate("document.documentElement.scrollWidth") == 390  # nothing to scroll sideways
+            boxes = [button.bounding_box() for button in page.locator("button").all()]
+            assert min(min(box["height"], box["width"]) for box in boxes) >= 44  # large enough for a thumb
+            left, right = (box for box in boxes[:2])
+            assert left["y"] == right["y"]  # small images are beside each other
+            page.get_by_role("button", name="The right image is better").tap()
+        page.get_by_role("button", name="The left image is better").tap()
+        finish(page)
+        for path in ("/report", "/"):
+            page.goto(address + path)
+            assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert answers(folder) == ["right"] * N_PAIRS + ["left"]
+
+
+def test_large_images_are_above_each_other_on_a_phone(folder, browser):
+    pairs = read_pairs(folder)
+    for image in (image for pair in pairs for image in pair.images):
+        Image.fromarray(np.full((512, 512, 3), 90, np.uint8)).save(image)
+    write_pairs(folder, read_settings(folder), pairs)
+    with serving(folder) as (_, address):
+        for width, is_stacked in ((390, True), (1280, False)):
+            with visiting(browser, address, viewport={"width": width, "height": 800}) as page:
+                left, right = (page.locator(".image").nth(k).bounding_box() for k in (0, 1))
+                assert (left["x"] == right["x"]) == is_stacked
+                assert page.evaluate("document.documentElement.scrollWidth") == width
+                assert page.get_by_text("upper").is_visible() == is_stacked
+
+
+def test_without_javascript(folder, browser):
+    with serving(folder) as (_, address), visiting(browser, address, java_script_enabled=False) as page:
+        for name in ["The left image is better", "tie", "undo", "both bad", "skip", "The right image is better"]:
+            page.get_by_role("button", name=name).click()
+        page.reload()  # asks the same again, and answers nothing
+        wait_for(page, 4)
+        for _ in range(3):
+            page.get_by_role("button", name="The left image is better").click()
+        finish(page)
+    assert answers(folder) == ["left", "both-bad", "skip", "right", "left", "left", "left"]
+
+
+def test_a_double_click_answers_once(folder, browser):
+    with serving(folder) as (_, address), visiting(browser, address) as page:
+        page.get_by_role("button", name="tie").dblclick()
+        page.wait_for_load_state("networkidle")
+        wait_for(page, len(answers(folder)))
+        assert len(answers(folder)) <= 2  # the second click may meet the next page, and then it is an answer of its own
+        other_tab = page.context.new_page()
+        other_tab.goto(f"{address}/choose")
+        page.get_by_role("button", name="tie").click()
+        other_tab.get_by_role("button", name="both bad").click()  # of a pair that was answered meanwhile
+        other_tab.get_by_text("That pair was answered already").wait_for()
+        assert set(answers(folder)) == {"tie"}
+
+
+def test_a_kill_loses_nothing(folder, browser):
+    with serving(folder) as (process, address), visiting(browser, address) as page:
+        for key in ("left", "right", "left"):
+            page.get_by_role("button", name=f"The {key} image is better").click()
+        wait_for(page, 3)
+        before = answers(folder)
+        process.kill()
+        process.wait()
+        assert answers(folder) == before == ["left", "right", "left"]
+        with serving(folder, port=int(address.rpartition(":")[2])):
+            # The page that was open before the kill still takes the answer to what it shows.
+            page.get_by_role("button", name="tie").click()
+            wait_for(page, 4)
+            page.get_by_role("button", name="The right image is better").click()
+            page.get_by_role("button", name="The right image is better").click()
+            page.get_by_role("button", name="The right image is better").click()
+            finish(page)
+    assert answers(folder) == ["left", "right", "left", "tie", "right", "right", "right"]
