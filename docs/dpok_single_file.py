@@ -19,6 +19,8 @@ DPOK minimises (Eq. 8), with p_pre the pre-trained model,
     E_z [  alpha E_{p_theta(x_{0:T} | z)}[ -r(x_0, z) ]
          + beta  sum_t E_{p_theta(x_t | z)}[ KL( p_theta(x_{t-1} | x_t, z) || p_pre(x_{t-1} | x_t, z) ) ]  ]
 
+The centred ratio, the trust region and the choice of steps are not the paper's; ``docs/algorithms.md`` says why.
+
 Letters used for shapes: B transitions, N images, T denoising steps, D = C * h * w = 256 dimensions of a latent x.
 """
 
@@ -87,7 +89,6 @@ class Policy:
         self.unet.requires_grad_(False)
         self.unet.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=attention + other))
         self.parameters: list[nn.Parameter] = [value for value in self.unet.parameters() if value.requires_grad]
-
         self._make_table(pipeline.scheduler)
 
     def _make_table(self, scheduler: DDIMScheduler) -> None:
@@ -183,8 +184,8 @@ def dpok_loss(
     old_kl = kl_divergence(mean, old_mean, std)
     log_rho = (log_rho + old_kl) / dims
     # The trust region: a transition that has moved too far gets no gradient that would move it still further.
-    masked = (old_kl.detach() > CLIP_RANGE) & (advantage * log_rho.detach() > 0) | ~policy.explores[step]
-    policy_gradient = dims * (-advantage * log_rho.exp()).masked_fill(masked, 0)
+    too_far = (old_kl.detach() > CLIP_RANGE) & (advantage * log_rho.detach() > 0)
+    policy_gradient = dims * (-advantage * log_rho.exp()).masked_fill(too_far | ~policy.explores[step], 0)
     with torch.no_grad():
         pretrained_mean = policy.mean(x, step, pretrained=True)
     penalty = policy.kl_weight[step] * kl_divergence(mean, pretrained_mean, std)
@@ -225,7 +226,6 @@ def train(policy: Policy, seed: int, n_images: int) -> None:
 
         # All transitions of the iteration in a random order, each once; they are numbered by image * T + step.
         order = make_generator(seed, BATCHES, iteration, 0).permutation(len(numbers) * NUM_INFERENCE_STEPS)
-        losses = []
         for batch in order.reshape(-1, BATCH_SIZE):
             image, step = (torch.from_numpy(part) for part in np.divmod(batch, NUM_INFERENCE_STEPS))
             action, old_mean = latents[image, step + 1], old_means[image, step]
@@ -234,8 +234,7 @@ def train(policy: Policy, seed: int, n_images: int) -> None:
             loss.backward()
             nn.utils.clip_grad_norm_(policy.parameters, MAX_GRAD_NORM)
             optimizer.step()
-            losses.append(loss.item())
-        print(f"{numbers.stop:5} images   reward {rewards.mean():.3f}   loss {np.mean(losses):+.4f}", flush=True)
+        print(f"{numbers.stop:5} images   mean reward {rewards.mean():.3f}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -261,13 +260,14 @@ def evaluate(policy: Policy, seed: int) -> tuple[Tensor, Tensor, float]:
 
 
 def save_picture(rows: dict[str, tuple[Tensor, Tensor]], path: str, columns: int = 8) -> None:
-    """Draws the first images of each row, with a frame around those that show the prompt in full."""
+    """Draws the first images of each row, with a frame around the fully aligned ones."""
     side, gap, line = 128, 8, 24
     canvas = Image.new("RGB", (columns * (side + gap) + gap, len(rows) * (side + gap + line) + gap), "white")
     pen = ImageDraw.Draw(canvas)
     for row, (label, (images, aligned)) in enumerate(rows.items()):
         top = row * (side + gap + line) + line
-        pen.text((gap, top - 16), f'"{PROMPT}", {label}: {aligned.float().mean():.1%} show it (framed)', "black")
+        text = f'"{PROMPT}", {label} training: {aligned.float().mean():.1%} fully aligned (framed)'
+        pen.text((gap, top - 20), text, "black", font_size=15)
         for column in range(min(columns, len(images))):
             left = column * (side + gap) + gap
             pixels = (255 * images[column]).round().byte().permute(1, 2, 0).numpy()
