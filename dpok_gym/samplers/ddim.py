@@ -79,7 +79,7 @@ def _make_timesteps(scheduler: Any, num_inference_steps: int) -> Tensor:
     n_train = scheduler.config.num_train_timesteps
     check_integer("num_inference_steps", num_inference_steps, 1, n_train)
     scheduler.set_timesteps(num_inference_steps)
-    timesteps = scheduler.timesteps.long()
+    timesteps: Tensor = scheduler.timesteps.long()
     if len(timesteps) != num_inference_steps or timesteps.min() < 0 or timesteps.max() >= n_train:
         raise ValueError(
             f"the model's timestep spacing, {scheduler.config.timestep_spacing!r} with offset "
