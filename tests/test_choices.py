@@ -19,7 +19,7 @@ from agents.cli.main import main
 from dpok_gym.choices.records import read_choices
 from dpok_gym.shapes.captions import parse_prompt
 from dpok_gym.shapes.choices import utilities
-from tests.browser import finish, serving, visiting, wait_for
+from tests.browser import finish, serving, visiting
 
 PAGE = (Path(__file__).parent.parent / "docs" / "choices.md").read_text(encoding="utf-8")
 #: What makes each step short: options that come after the page's, so that they count.
