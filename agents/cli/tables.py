@@ -86,7 +86,7 @@ def describe_agreement(held_out: Measured, people: SelfAgreement) -> str:
     ]
     if people.repeats:
         (low, high), (least, most) = people.interval, people.ceiling_interval
-        self_agreement = f"{people.agreement:.1%} of {people.repeats} repeats ({low:.0%} to {high:.0%})"
+        self_agreement = f"{people.agreement:.1%} of {people.repeats} repeats without ties ({low:.0%} to {high:.0%})"
         lines += [
             f"people agree with themselves in {self_agreement}; so a reward that never errs would agree with them in "
             f"{people.ceiling:.0%} at most ({least:.0%} to {most:.0%})"

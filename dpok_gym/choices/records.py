@@ -71,6 +71,11 @@ class Choice:
             return 1.0 - self.preferred
         return None if self.reason == "skip" else 0.5
 
+    @property
+    def favourite(self) -> Path | None:
+        """The image that is preferred; None for neither."""
+        return None if self.preferred is None else self.images[self.preferred]
+
     def to_fields(self, folder: Path) -> dict[str, Any]:
         """Returns the fields of the line, for a file in ``folder``."""
         fields = {name: value for name, value in vars(self).items() if name != "line"}
