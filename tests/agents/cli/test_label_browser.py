@@ -101,12 +101,16 @@ def test_large_images_are_above_each_other_on_a_phone(folder, browser):
         Image.fromarray(np.full((512, 512, 3), 90, np.uint8)).save(image)
     write_pairs(folder, read_settings(folder), pairs)
     with serving(folder) as (_, address):
-        for width, is_stacked in ((390, True), (1280, False)):
+        for width, is_stacked in ((1280, False), (390, True)):
             with visiting(browser, address, viewport={"width": width, "height": 800}) as page:
                 left, right = (page.locator(".image").nth(k).bounding_box() for k in (0, 1))
                 assert (left["x"] == right["x"]) == is_stacked
                 assert page.evaluate("document.documentElement.scrollWidth") == width
                 assert page.get_by_text("upper").is_visible() == is_stacked
+                if is_stacked:
+                    page.keyboard.press("ArrowDown")
+                    wait_for(page, 1)
+        assert answers(folder)[0] == "right"  # the lower one
 
 
 def test_without_javascript(folder, browser):
