@@ -8,12 +8,14 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from dpok_gym.id_settings import MadeById
+from dpok_gym.models import TextToImageModel
 from dpok_gym.prompts import PromptSet
 from dpok_gym.rewards import Reward
 from dpok_gym.vector_env import DenoisingVectorEnv, Observation
 
 
-class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
+class DenoisingEnv(MadeById, gymnasium.Env[Observation, NDArray[np.float32]]):  # type: ignore[misc]
     """Denoises one image step by step, for a reward at the end.
 
     ## Description
@@ -121,6 +123,11 @@ class DenoisingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def batch(self) -> DenoisingVectorEnv:
         """The batch of one that does the work: its process, prompts, reward and judge."""
         return self._batch
+
+    @property
+    def model(self) -> TextToImageModel:  # type: ignore[override]
+        """The text-to-image model."""
+        return self._batch.model
 
     @property
     def reward(self) -> Reward:

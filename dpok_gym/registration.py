@@ -17,6 +17,8 @@ from dpok_gym.worlds import register_world
 
 #: The environment that ``dpok train`` uses, and whose model, prompts and reward are the constructors' defaults.
 DEFAULT_ENVIRONMENT = "DPOK-Shapes-v0"
+#: The same world, drawn by flow matching.
+FLOW_ENVIRONMENT = "DPOK-ShapesFlow-v0"
 
 _STABLE_DIFFUSION: dict[str, Any] = {
     "prompts": "dpok",
@@ -97,21 +99,22 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
     **{env_id: task.kwargs for env_id, task in TASKS.items()},
 }
 
+_FIRST_TASK: dict[str, Any] = {
+    "reward": {"shapes-alignment": 1.0, "shapes-quality": 0.2},
+    "num_inference_steps": 10,
+    "decode_batch_size": 16,
+}
 #: A first task for an environment: what ``dpok train`` changes in its arguments so that a run takes minutes on two
 #: cores of a laptop. The settings for learning it are :data:`agents.PRESETS`.
 FIRST_TASKS: dict[str, dict[str, Any]] = {
-    "DPOK-Shapes-v0": {
-        "prompts": "three green squares",
-        "reward": {"shapes-alignment": 1.0, "shapes-quality": 0.2},
-        "num_inference_steps": 10,
-        "decode_batch_size": 16,
-    },
+    "DPOK-Shapes-v0": _FIRST_TASK | {"prompts": "three green squares"},
+    "DPOK-ShapesFlow-v0": _FIRST_TASK | {"prompts": "a blue triangle"},
 }
 
 #: The preset of :data:`agents.PRESETS` that suits an environment; "published-model" for all others.
 SUITABLE_PRESETS: dict[str, str] = {
     "DPOK-Shapes-v0": "laptop",
-    "DPOK-ShapesFlow-v0": "laptop",
+    "DPOK-ShapesFlow-v0": "laptop-flow",
     "DPOK-Mixture-v0": "exact-objective",
     **dict.fromkeys((env_id for env_id in TASKS if env_id.startswith("DPOK-Shapes-")), "laptop"),
     **dict.fromkeys((env_id for env_id in TASKS if env_id.startswith("DPOK-Mixture-")), "exact-objective"),

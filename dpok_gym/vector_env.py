@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpok_gym import diffusion
+from dpok_gym.id_settings import MadeById
 from dpok_gym.judging import ImageJudge, Outcome, make_info
 from dpok_gym.models import TextToImageModel
 from dpok_gym.models.base import MIN_PROMPTS_KEPT
@@ -36,6 +37,7 @@ from dpok_gym.reset_options import read_reset_mask, read_reset_options
 from dpok_gym.rewards import Reward, make_reward
 from dpok_gym.samplers import DenoisingProcess, State
 from dpok_gym.samplers.flow_matching import Kernel
+from dpok_gym.samplers.process import check_sampler
 from dpok_gym.utils.images import to_uint8
 from dpok_gym.utils.pickling import check_picklable
 from dpok_gym.utils.validation import (
@@ -80,7 +82,7 @@ def find_model_of_env(arguments: Mapping[str, Any]) -> TextToImageModel:
     )
 
 
-class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]):
+class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]):  # type: ignore[misc]
     """``num_envs`` images denoised side by side. :class:`dpok_gym.env.DenoisingEnv` documents the decision process.
 
     All environments start together and last T steps, so they are at the same step unless ``reset`` takes a mask. With
@@ -192,9 +194,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any
         self.reference_info, self.reference_log_prob_coef = reference_info, reference_log_prob_coef
 
         check_choice("long_prompts", long_prompts, "error", "truncate", "skip")
+        # What can be told without the model: loading it may take minutes.
+        check_sampler(sampler, num_inference_steps, eta, guidance_scale, sde_steps)
         self.model = find_model_of_env(self._arguments)
-        if negative_prompt is not None and self.model.num_forward_passes(guidance_scale) == 1:
-            raise ValueError("a negative prompt has no effect with guidance_scale=1; use another one, usually 5 to 7.5")
         self.process = DenoisingProcess(self.model, sampler, num_inference_steps, eta, guidance_scale, sde_steps)
         self.prompts = load_prompts(prompts)
         if long_prompts == "skip":

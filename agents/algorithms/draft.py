@@ -93,11 +93,15 @@ class DRaFT(DenoisingAlgorithm):
             )
         super().__init__(policy, env, micro_batch_size=micro_batch_size, **kwargs)
 
-    def _setup_model(self) -> None:
-        super()._setup_model()
+    def check_setup(self) -> None:
+        """Checks that there are as many denoising steps as the gradient goes through."""
+        super().check_setup()
         n_steps = self.process.num_inference_steps
         if self.n_last_steps > n_steps:
             raise ValueError(f"n_last_steps must be from 1 to the {n_steps} denoising steps, got {self.n_last_steps}")
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
         if self.kl_coef and self.policy.lora is not None and self.policy.gradient_checkpointing:
             # The backward pass would compute the pre-trained model's layers again, with the LoRA on.
             raise ValueError(

@@ -63,7 +63,9 @@ class GRPO(PolicyGradient):
         self.kl_coef = check_non_negative("kl_coef", kl_coef)
         super().__init__(policy, env, **kwargs)
 
-    def _setup_model(self) -> None:
+    def check_setup(self) -> None:
+        """Checks that an iteration has whole groups."""
+        super().check_setup()
         n_images = self.images_per_iteration or self.n_envs
         # Half a group would go on in the next iteration, with images of another policy.
         if n_images % self.group_size:
@@ -71,7 +73,6 @@ class GRPO(PolicyGradient):
                 f"the {n_images} images of an iteration cannot be split into groups of {self.group_size}; choose a "
                 "group_size that divides images_per_iteration (or n_envs, if that is None)"
             )
-        super()._setup_model()
 
     def initial_noise_of(self, images: range) -> list[int] | None:
         """Images that share x_T start from that of the first one of them."""

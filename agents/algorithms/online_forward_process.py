@@ -39,8 +39,8 @@ class OnlineForwardProcess(DenoisingAlgorithm):
             its prompt in the iteration, so one that is alone teaches nothing.
         advantage_clip: standard deviations of the reward at which an advantage is 1 or -1, above 0; advantages beyond
             are cut off. A smaller one learns faster, and tells very good images from good ones no more.
-        steps_per_image: denoising steps whose noise is added to each image, different ones, from 1 to T; None for all
-            T. More learn more from an image, and take longer.
+        steps_per_image: denoising steps whose noise is added to each image, different ones, at least 1 and at most T;
+            None, or more than there are, for all T. More learn more from an image, and take longer.
         n_epochs: passes over the noisy images of an iteration, at least 1.
         old_decay: the largest eta, in [0, 1]; a larger one lets the old policy follow more slowly.
         old_decay_rate: eta in iteration i is ``old_decay_rate`` x i, at most ``old_decay``; at least 0. A small rate
@@ -77,14 +77,6 @@ class OnlineForwardProcess(DenoisingAlgorithm):
         self.kl_coef = check_non_negative("kl_coef", kl_coef)
         super().__init__(policy, env, **kwargs)
 
-    def _setup_model(self) -> None:
-        super()._setup_model()
-        n_steps = self.process.num_inference_steps
-        if self.steps_per_image is not None and self.steps_per_image > n_steps:
-            raise ValueError(
-                f"steps_per_image must be from 1 to the {n_steps} denoising steps, or None, got {self.steps_per_image}"
-            )
-
     def train(self) -> None:
         """One update: passes over the noisy images, with an optimiser step for each batch; then the old policy follows.
 
@@ -107,7 +99,8 @@ class OnlineForwardProcess(DenoisingAlgorithm):
 
     @property
     def _steps_of_an_image(self) -> int:
-        return self.steps_per_image or self.process.num_inference_steps
+        n_steps = self.process.num_inference_steps
+        return min(self.steps_per_image or n_steps, n_steps)
 
     def _own_elements(self) -> range:
         """Returns which noisy images belong to this rank, among those of all valid images."""

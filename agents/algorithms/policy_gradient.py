@@ -18,6 +18,7 @@ from agents.common.losses import ClipType, Metrics, Ratio
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
 from dpok_gym import diffusion
+from dpok_gym.samplers import State
 from dpok_gym.utils.validation import check_choice, check_fraction, check_integer, check_positive
 
 
@@ -88,8 +89,9 @@ class PolicyGradient(DenoisingAlgorithm):
         self.step_weighting = check_choice("step_weighting", step_weighting, "likelihood", "output")
         super().__init__(policy, env, **kwargs)
 
-    def _setup_model(self) -> None:
-        super()._setup_model()
+    def check_setup(self) -> None:
+        """Checks that a denoising step is left to learn from, and finds the weights of the steps."""
+        super().check_setup()
         self.step_weights = self._make_step_weights()
 
     def _make_step_weights(self) -> Tensor:
@@ -157,6 +159,29 @@ class PolicyGradient(DenoisingAlgorithm):
             for batch in buffer.batches(self.batch_size, rng, self.timestep_fraction, self.step_importance()):
                 with self.optimizer_step():
                     self.backward(batch)
+        if self.kl_coef:
+            self.log_metrics({"late_output_mse": self.deterministic_output_mse()})
+
+    @torch.no_grad()
+    def deterministic_output_mse(self) -> Tensor:
+        """The drift of the deterministic steps, which no batch has: that of one step of each valid image, (n,).
+
+        As of the rollout, whose means are kept: the pre-trained model's pass is all that it costs.
+
+        Returns:
+            The mean squared difference of the outputs; empty if all steps are stochastic.
+        """
+        buffer, table = self.rollout_buffer, self.process.table
+        steps = torch.nonzero(~table.stochastic).flatten()
+        valid = torch.nonzero(buffer.valid[buffer.own.start : buffer.own.stop]).flatten()
+        if not len(steps):
+            return table.std.new_zeros(0)
+        rng = make_generator(self.run_seed, Purpose.DRIFT, self.iteration)
+        chosen = torch.from_numpy(rng.integers(len(steps), size=len(buffer))[buffer.own.start : buffer.own.stop])
+        step, image = steps[chosen.to(steps.device)], torch.arange(len(buffer.own), device=steps.device)
+        state = State(buffer.latents[image, step], step, buffer.conditioning)
+        reference, _ = self.policy.reference_transition(state)
+        return table.output_mse(step, buffer.means[image, step], reference)[valid]
 
     def loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
         """-A rho of each transition, clipped, (B,)."""
@@ -211,7 +236,8 @@ class PolicyGradient(DenoisingAlgorithm):
     def kl_metrics(self, batch: Transitions, mean: Tensor, reference: Tensor, std: Tensor) -> Metrics:
         """The KL to the reference in nats of a whole image, over the steps that explore; and the drift of the others.
 
-        The drift is the mean squared difference of the outputs: nats of steps with hardly any noise say little.
+        The drift is the mean squared difference of the outputs: nats of steps with hardly any noise say little. That of
+        deterministic steps is :meth:`deterministic_output_mse`.
         """
         table = self.process.table
         exploring = table.exploring[batch.step]

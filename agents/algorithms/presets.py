@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dpok_gym.registration import DEFAULT_ENVIRONMENT, FIRST_TASKS, SUITABLE_PRESETS
+from dpok_gym.registration import DEFAULT_ENVIRONMENT, FIRST_TASKS, FLOW_ENVIRONMENT, SUITABLE_PRESETS
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,25 @@ _LAPTOP = Preset(
             "batch_size": 16,
             "n_gradient_steps": 200,
             "steps_per_iteration": 5,
+        },
+    },
+)
+
+#: The same for the embedded flow-matching model. Its policy gradient is noisier: the variance of a gradient is 80 times
+#: the square of its mean after 64 images, and 18 times with the diffusion model. Equal weights at the output, and layers
+#: of attention only, help most; a smaller learning rate and more images do the rest.
+_LAPTOP_FLOW = replace(
+    _LAPTOP,
+    description="the embedded flow-matching model in minutes on two cores",
+    images=4480,
+    env_kwargs=FIRST_TASKS[FLOW_ENVIRONMENT],
+    algorithms={
+        **_LAPTOP.algorithms,
+        "dpok": {
+            "use_critic": False,
+            "step_weighting": "output",
+            "learning_rate": 2e-3,
+            "policy_kwargs": {"lora_rank": 16, "target_modules": "attention"},
         },
     },
 )
@@ -262,6 +281,7 @@ _FLOW_GRPO = Preset(
 
 PRESETS: dict[str, Preset] = {
     "laptop": _LAPTOP,
+    "laptop-flow": _LAPTOP_FLOW,
     "exact-objective": _EXACT_OBJECTIVE,
     "published-model": _PUBLISHED_MODEL,
     "paper": _PAPER,

@@ -208,11 +208,11 @@ class Config:
         """
         return make_env(self.env, num_envs, **(self.env_kwargs | {"device": self.device} | changes))
 
-    def make_agent(self, env: DenoisingVectorEnv, device: str | None = None) -> DenoisingAlgorithm:
+    def make_agent(self, env: DenoisingVectorEnv | None, device: str | None = None) -> DenoisingAlgorithm:
         """Makes the agent, untrained.
 
         Args:
-            env: the environment to learn in.
+            env: the environment to learn in; None for an agent without networks, whose arguments are checked.
             device: device of the policy; None for the config's.
         """
         algorithm: Callable[..., DenoisingAlgorithm] = load_algorithm(self.algo)
@@ -221,6 +221,7 @@ class Config:
         per_iteration = self.algo_kwargs["images_per_iteration"]
         per_iteration = self.n_envs if per_iteration is None else per_iteration
         settings = self.algo_kwargs | {"images_per_iteration": per_iteration, "policy_kwargs": self.policy_kwargs}
+        settings["_init_setup_model"] = env is not None
         return algorithm("DenoisingPolicy", env, seed=self.seed, device=device or self.device, **settings)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from agents.cli.arguments import default_hint, given
+from agents.cli.option_types import IntegersOrNone, MappingOrNone
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,6 +30,12 @@ class DrawingOptions:
     """Model to draw with: a registered name such as sd15, a local diffusers folder, or a hub id."""
     num_inference_steps: Annotated[int | None, default_hint("INT", "the environment's")] = None
     """Denoising steps of each image, 1 or more, usually 10 to 50."""
+    sampler: Annotated[str | None, default_hint("NAME", "the environment's")] = None
+    """How noise is added: ddim, or ode for none; flow-matching models also know flow-sde, dance-sde, cps, precise."""
+    eta: Annotated[float | None, default_hint("FLOAT", "the environment's")] = None
+    """Amount of noise in each step, at least 0, and at most 1 for ddim and cps; 0 is none."""
+    sde_steps: Annotated[IntegersOrNone, default_hint("INT INT", "the environment's")] = None
+    """The first step that adds noise, from 0, and the number of them: 0 and all steps for noise in each."""
     guidance_scale: Annotated[float | None, default_hint("FLOAT", "the environment's")] = None
     """Scale of classifier-free guidance, 0 or more. 1 is none; a larger scale follows the prompt more closely."""
     negative_prompt: str | None = None
@@ -37,12 +44,17 @@ class DrawingOptions:
     """Pixels of a side, or height and width. Images get worse far from the size that the model was trained with."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_hint("NAME", "float32")] = None
     """Precision of the frozen weights: float32, or bfloat16 or float16 for half of the memory."""
+    model_kwargs: Annotated[MappingOrNone, default_hint("NAME=VALUE ...", "the environment's")] = None
+    """Further arguments of dpok_gym.models.load_model, in place of the environment's, such as true_cfg_scale=4."""
     device: str = "auto"
     """Device of the networks: auto, cpu, cuda, cuda:1, ..."""
 
 
 #: The options that are arguments of an environment by the same name.
-ENVIRONMENT_OPTIONS = ("model", "num_inference_steps", "guidance_scale", "negative_prompt", "image_size", "dtype")
+ENVIRONMENT_OPTIONS = (
+    *("model", "num_inference_steps", "sampler", "eta", "sde_steps", "guidance_scale", "negative_prompt"),
+    *("image_size", "dtype", "model_kwargs"),
+)
 
 
 def resolve_environment(options: DrawingOptions, config: Config | None) -> tuple[str, dict[str, Any]]:

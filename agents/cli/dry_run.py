@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,16 @@ from agents.algorithms.registry import load_algorithm
 from agents.cli.config import Config, reward_names
 from agents.cli.logs import read_log
 from agents.cli.recipe import format_recipe
+from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.callbacks import format_seconds
 from agents.common.critic import ValueNetwork
 from agents.common.held_out import find_clip
 from agents.common.memory import LIBRARIES, MARGIN, N_COPIES, Rehearsal, free_memory, size_of, with_margin
+from dpok_gym.id_settings import describe_settings
 from dpok_gym.models.architecture import Architecture, find_architecture
-from dpok_gym.samplers.transition_table import eta_of_steps
+from dpok_gym.models.base import TextToImageModel
+from dpok_gym.samplers.process import DenoisingProcess, check_sampler
 from dpok_gym.utils.device import find_device
-from dpok_gym.utils.validation import check_integer
 from dpok_gym.worlds import find_world
 
 #: Parameters of the reward networks, in millions, with the names of :func:`dpok_gym.rewards.registry.list_rewards`. On
@@ -73,10 +75,9 @@ def describe(config: Config, log: Path | None = None) -> str:
         log: the log of a run with these settings that has begun; None if there is none.
 
     Raises:
-        ValueError: if the stochastic steps are not within the denoising steps, or the model has no such guidance.
+        ValueError: as a run with these settings does, as far as its errors need no weights; see :func:`check`.
     """
-    env = config.env_kwargs
-    eta_of_steps(1.0, check_integer("num_inference_steps", env["num_inference_steps"]), env["sde_steps"])
+    check(config)
     notes = [
         *_describe_memory(config),
         "",
@@ -86,6 +87,46 @@ def describe(config: Config, log: Path | None = None) -> str:
     ]
     comments = "\n".join(f"# {note}".rstrip() for note in notes)
     return f"{format_recipe(options_of(config))}\n{comments}"
+
+
+def check(config: Config) -> DenoisingAlgorithm:
+    """Makes what a run makes of its settings, without the weights: the denoising process and the algorithm.
+
+    Returns:
+        The agent, without a policy. It has no ``process`` if the networks of the model are not known.
+
+    Raises:
+        ValueError: as a run does. Without the process, only what holds for every model is checked.
+    """
+    agent = config.make_agent(None)
+    names = ("sampler", "num_inference_steps", "eta", "guidance_scale", "sde_steps")
+    settings = {name: config.env_kwargs[name] for name in names}
+    check_sampler(**settings)
+    model = _find_model(config)
+    if model is not None:
+        agent.process = DenoisingProcess(model, **settings)
+        agent.check_setup()
+    return agent
+
+
+def _find_model(config: Config) -> TextToImageModel | None:
+    """Returns the model of a run without its weights; None if its networks are not known."""
+    env = config.env_kwargs
+    further = env["model_kwargs"] or {}
+    try:
+        architecture = find_architecture(env["model"], **further)
+    except ValueError:
+        return None
+    model = architecture.make(torch.float32, env["model"])
+    # Weights without content may claim any place and precision; the transition table has content.
+    model.device, model.options = torch.device("cpu"), {"dtype": env["dtype"]}
+    return model.with_options(
+        image_size=env["image_size"],
+        negative_prompt=env["negative_prompt"],
+        true_cfg_scale=further.get("true_cfg_scale", 1.0),
+        long_prompts="truncate",  # without a tokenizer, nobody knows how long a prompt is
+        timestep_spacing=env["timestep_spacing"],
+    )
 
 
 def options_of(config: Config) -> dict[str, Any]:
@@ -248,6 +289,9 @@ def _describe_memory(config: Config) -> Iterator[str]:
         return
     free = free_memory(device)
     memory = estimate_memory(config, architecture, device.type != "cpu", free)
+    foreign = describe_settings(config.env.rpartition(":")[2], env, architecture.pipeline)
+    if foreign is not None:
+        yield f"warning: {foreign}"
     yield f"memory on {device}, computed from the configs of the networks, GiB:"
     for what, size in memory.kept.items():
         yield f"  {size / 2**30:6.2f}  {what}"
@@ -279,14 +323,10 @@ def _describe_blocks(config: Config, rehearsal: Rehearsal) -> Iterator[str]:
 
 def count_forward_passes(config: Config) -> int:
     """Returns the denoiser's passes of one latent: 2 with guidance, unless the model reads its scale as an input."""
-    env = config.env_kwargs
-    options = env["model_kwargs"] or {}
-    try:
-        model = find_architecture(env["model"], **options).make(torch.float32)
-    except ValueError:  # it is not known
-        return 1 if env["guidance_scale"] == 1 else 2
-    true_cfg_scale = options.get("true_cfg_scale", 1.0)
-    return model.with_options(true_cfg_scale=true_cfg_scale).num_forward_passes(env["guidance_scale"])
+    scale, model = config.env_kwargs["guidance_scale"], _find_model(config)
+    if model is None:
+        return 1 if scale == 1 else 2
+    return model.num_forward_passes(scale)
 
 
 def count_update_passes(config: Config) -> Passes | None:
@@ -303,14 +343,18 @@ def count_update_passes(config: Config) -> Passes | None:
         return Passes(n, forward * n, backward * n, without_gradient * n, batches)
 
     if issubclass(algorithm, PolicyGradient):
-        # "auto" leaves out two steps of Stable Diffusion's schedules. A KL holds the steps that are left out.
-        skipped = 2 if algo["skip_last_steps"] == "auto" else algo["skip_last_steps"]
-        first, number = config.env_kwargs["sde_steps"] or (0, n_steps)
-        trained = number if reference else min(first + number, n_steps - skipped) - first
+        agent: Any = check(config)
+        trained = stochastic = n_steps
+        if hasattr(agent, "process"):
+            trained = int(agent.step_importance().count_nonzero())
+            stochastic = int(agent.process.table.stochastic.count_nonzero())
         n = round(algo["timestep_fraction"] * n_images * trained) * algo["n_epochs"]
-        return of_batches(n, guided, back, guided * reference)
+        passes = of_batches(n, guided, back, guided * reference)
+        # The drift of the deterministic steps is that of one of them for each image.
+        drift = n_images * guided * reference * (stochastic < n_steps)
+        return replace(passes, without_gradient=passes.without_gradient + drift)
     if issubclass(algorithm, OnlineForwardProcess):
-        n = n_images * (algo["steps_per_image"] or n_steps) * algo["n_epochs"]
+        n = n_images * min(algo["steps_per_image"] or n_steps, n_steps) * algo["n_epochs"]
         old = 1 if issubclass(algorithm, DiffusionNFT) else 0
         if issubclass(algorithm, AWM):
             old = 1 + bool(algo["ema_coef"])

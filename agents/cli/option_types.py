@@ -87,6 +87,9 @@ def _words_spec(sequence: Any, optional: bool, union: Sequence[Any] = ()) -> Pri
     def read(words: list[str]) -> Any:
         if optional and words == ["None"]:
             return None
+        if any("," in word for word in words):
+            separate = " ".join(" ".join(words).replace(",", " ").split())
+            raise ValueError(f"write {separate!r}, with spaces and without commas")
         values = tuple(convert(word) for word in words)
         return values[0] if len(values) == 1 and convert in union else values
 
@@ -99,6 +102,10 @@ def _words_spec(sequence: Any, optional: bool, union: Sequence[Any] = ()) -> Pri
     return PrimitiveConstructorSpec(
         nargs="*", metavar=metavar, instance_from_str=read, is_instance=lambda value: True, str_from_instance=write
     )
+
+
+#: ``--x 0 2``, or ``--x None``.
+IntegersOrNone = Annotated[tuple[int, ...] | None, _words_spec(Sequence[int], True)]
 
 
 def _switch_spec(words: Sequence[str]) -> PrimitiveConstructorSpec[Any]:
@@ -147,6 +154,10 @@ def _mapping_spec(optional: bool) -> PrimitiveConstructorSpec[Any]:
         is_instance=lambda value: True,
         str_from_instance=write,
     )
+
+
+#: ``--x a=1 b=2``, or ``--x None``.
+MappingOrNone = Annotated[dict[str, Any] | None, _mapping_spec(True)]
 
 
 def parse_mapping(words: Sequence[str]) -> dict[str, Any]:

@@ -253,11 +253,6 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
             self.process = DenoisingProcess.from_config(self.sampler_config, str(self.device))
         else:
             raise ValueError("an agent needs an environment: pass env='DPOK-SD15-v0', for example")
-        if self.process.model.options.get("dtype") == "float16":
-            raise ValueError(
-                "float16 can draw but not learn: the gradient of an element of an output is below its smallest number; "
-                "use dtype='bfloat16'"
-            )
         if is_sharded(self.process.model.denoiser) and self.micro_batch_size == "auto":
             raise ValueError(
                 "the ranks call a denoiser that is spread over them together, so none can choose its own "
@@ -266,6 +261,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
         self.n_steps = self.process.num_inference_steps
         if self.images_per_iteration is None:
             self.images_per_iteration = self.n_envs
+        self.check_setup()
         # Before the policy is made, which would fail with an error that does not name the nearest argument.
         check_arguments(self.policy_class, self.policy_kwargs)
         with torch.random.fork_rng():  # new weights depend on the seed alone, and change no one else's numbers
@@ -320,6 +316,18 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
         if self.sampler_config is not None:
             self.sampler_config.check_equal(env.process.config)
         self.process, self.sampler_config = env.process, env.process.config
+
+    def check_setup(self) -> None:
+        """Checks that the algorithm can learn from the denoising process with its arguments; before there is a policy.
+
+        Raises:
+            ValueError: if it cannot.
+        """
+        if self.process.model.options.get("dtype") == "float16":
+            raise ValueError(
+                "float16 can draw but not learn: the gradient of an element of an output is below its smallest number; "
+                "use dtype='bfloat16'"
+            )
 
     def set_env(self, env: GymEnv | VectorEnv, force_reset: bool = True) -> None:
         """Puts the agent on another environment, which must sample as the one it was made for."""

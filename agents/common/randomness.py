@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     STEERING = 8  # the choice among an image's particles, by image and denoising step
     ANCHOR = 9  # prompt and noise of the anchor's images, by image
     ANCHOR_BATCHES = 10  # their batches and the noise added to them, by optimiser step
+    DRIFT = 11  # the deterministic steps whose drift is logged, by iteration
 
 
 def make_generator(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:

@@ -45,7 +45,7 @@ class Choice:
         id: name of this choice, which no other line of the file has; None if it has none.
         repeat_of: the ``id`` of an earlier choice of the same person between the same images; None if it is no repeat.
         sha256: hashes of the images' files, in hexadecimal; None if unknown.
-        origins: where each image is from, such as ``{"model": "shapes", "run": None, "seed": 0, "step": 0}``; None if
+        origins: where each image is from, such as ``{"model": "sd15", "run": None, "seed": 0, "step": 0}``; None if
             unknown. ``run`` is None for the pre-trained model; ``step`` counts the images that a run had trained on,
             or its optimiser steps on a file of choices.
         line: number of the line in the file, from 1; 0 if it is in no file.

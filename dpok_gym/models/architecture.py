@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from dpok_gym.models.latent_diffusion import LatentDiffusion
 from dpok_gym.models.pipelines import FAMILIES, find_family, find_left_out
 from dpok_gym.models.registry import find_source, is_factory
+from dpok_gym.models.scheduler_configs import with_density
 from dpok_gym.utils.reading import check_tensors, read_json
 
 Config = Mapping[str, Any]
@@ -31,10 +32,14 @@ class Architecture:
         pipeline: name of diffusers' pipeline.
         configs: the config of each network by the pipeline's name of it, such as "transformer"; those that are left
             out are missing.
+        settings: further arguments of the pipeline; those that are missing have the family's defaults.
+        scheduler: the config of the scheduler; None for one of the family's kind.
     """
 
     pipeline: str
     configs: Mapping[str, Config]
+    settings: Config = field(default_factory=dict)
+    scheduler: Config | None = None
 
     @classmethod
     def of_model(cls, model: LatentDiffusion) -> Architecture:
@@ -78,8 +83,10 @@ class Architecture:
         for part in family.tokenizers:
             if part.replace("tokenizer", "text_encoder") in parts:
                 parts[part] = NoTokenizer()
-        scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"} if family.flow_matching else {}
-        return family(name, parts, scheduler, "meta")
+        scheduler = self.scheduler
+        if scheduler is None:
+            scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"} if family.flow_matching else {}
+        return family(name, parts | dict(self.settings), scheduler, "meta")
 
 
 class NoTokenizer:
@@ -290,7 +297,11 @@ def _find_architecture(name_or_path: str, revision: str | None = None, config: s
         if file is None:
             raise ValueError(f"the model {name_or_path!r} has no {part}/config.json; get it again")
         configs[part] = read_json(file)
-    return Architecture(pipeline, configs)
+    settings = {name: entries[name] for name in family.settings if name in entries}
+    file = _config_file(str(source), "scheduler/scheduler_config.json", revision)
+    # Already as it is used, so that nobody is told again of what is changed in it.
+    scheduler = None if file is None else with_density(read_json(file))
+    return Architecture(pipeline, configs, settings, scheduler)
 
 
 def _config_file(source: str, name: str, revision: str | None) -> Path | None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpok_gym.samplers.transition_table import TransitionTable, eta_of_steps
-from dpok_gym.utils.validation import check_fraction
+from dpok_gym.utils.validation import check_fraction, check_integer
 
 #: Of x_t and of the network's output, each (T,).
 Coefficients = tuple[Tensor, Tensor]
@@ -78,12 +77,7 @@ def make_ddim_table(
 def _make_timesteps(scheduler: Any, num_inference_steps: int) -> Tensor:
     """Returns the T training timesteps of the scheduler, (T,) int64, falling."""
     n_train = scheduler.config.num_train_timesteps
-    if (
-        not isinstance(num_inference_steps, Integral)
-        or num_inference_steps is True
-        or not 1 <= num_inference_steps <= n_train
-    ):
-        raise ValueError(f"num_inference_steps must be an integer from 1 to {n_train}, got {num_inference_steps!r}")
+    check_integer("num_inference_steps", num_inference_steps, 1, n_train)
     scheduler.set_timesteps(num_inference_steps)
     timesteps = scheduler.timesteps.long()
     if len(timesteps) != num_inference_steps or timesteps.min() < 0 or timesteps.max() >= n_train:

@@ -93,7 +93,7 @@ def make_flow_table(
             not fall from at most 1 to 0, or a step of "flow-sde" begins so near 1 that its noise explodes.
     """
     check_choice("the kernel of a flow-matching model", kernel, *KERNELS)
-    eta = _check_eta(kernel, KERNELS[kernel] if eta is None else eta)
+    eta = read_eta(kernel, eta)
     levels, timesteps = _noise_levels(scheduler_config, num_inference_steps, sigmas, sequence_length)
     sample_coef, output_coef, std = _transitions(kernel, levels, eta_of_steps(eta, len(timesteps), sde_steps))
     s = levels[:-1]
@@ -106,9 +106,14 @@ def trailing_levels(num_inference_steps: int) -> list[float]:
     return [float(level) for level in np.linspace(1, 1 / num_inference_steps, num_inference_steps)]
 
 
-def _check_eta(kernel: str, eta: float) -> float:
-    if kernel == "ode":
-        return 0.0
+def read_eta(kernel: Kernel, eta: float | None) -> float:
+    """Returns the amount of noise of a kernel: its own in :data:`KERNELS` for None, and always 0 for "ode".
+
+    Raises:
+        ValueError: if it is below 0, or above 1 for "ddim" or "cps".
+    """
+    if eta is None or kernel == "ode":
+        return KERNELS[kernel]
     if kernel in ("ddim", "cps"):
         return check_fraction("eta", eta)
     return check_non_negative("eta", eta)

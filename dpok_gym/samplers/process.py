@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ from dpok_gym.models import TextToImageModel, load_model
 from dpok_gym.models.base import LIVE_PIPELINE, Conditioning, GuidanceGradient
 from dpok_gym.models.scheduler_configs import is_flow_matching
 from dpok_gym.samplers.ddim import make_ddim_table
-from dpok_gym.samplers.flow_matching import KERNELS, Kernel, make_flow_table
-from dpok_gym.samplers.transition_table import TransitionTable
-from dpok_gym.utils.validation import check_choice, check_names, check_non_negative
+from dpok_gym.samplers.flow_matching import KERNELS, Kernel, make_flow_table, read_eta
+from dpok_gym.samplers.transition_table import TransitionTable, eta_of_steps
+from dpok_gym.utils.validation import check_choice, check_integer, check_names, check_non_negative
 
 #: Arguments of :func:`dpok_gym.models.load_model` that change the distribution of the images. The others only change
 #: the precision, the speed, or the files that are read.
@@ -191,11 +191,13 @@ class DenoisingProcess:
         guidance_scale: float = 1.0,
         sde_steps: Sequence[int] | None = None,
     ) -> None:
-        check_choice("sampler", sampler, *get_args(Kernel))
-        check_non_negative("guidance_scale (1 is no guidance)", guidance_scale)
-        model.num_forward_passes(guidance_scale)  # raises an error if the model has no guidance
+        check_sampler(sampler, num_inference_steps, eta, guidance_scale, sde_steps)
+        # It raises an error if the model has no guidance.
+        is_guided = model.num_forward_passes(guidance_scale) > 1
+        if model.options.get("negative_prompt") is not None and not is_guided:
+            raise ValueError("a negative prompt has no effect with guidance_scale=1; use another one, usually 5 to 7.5")
         self.model = model
-        eta = KERNELS[sampler] if eta is None or sampler == "ode" else eta
+        eta = read_eta(sampler, eta)
         self.table = _make_table(model, sampler, num_inference_steps, eta, sde_steps).to(model.device)
         # Numbers may have come from NumPy, whose integers JSON does not know.
         window = None if sde_steps is None else (int(sde_steps[0]), int(sde_steps[1]))
@@ -329,6 +331,23 @@ class DenoisingProcess:
                 conditioning = state.conditioning
             latents = diffusion.sample(mean, std, noise(index))
             yield DenoisingStep(index, state, mean, std, latents, parents)
+
+
+def check_sampler(
+    sampler: Kernel,
+    num_inference_steps: int,
+    eta: float | None,
+    guidance_scale: float,
+    sde_steps: Sequence[int] | None,
+) -> None:
+    """Checks the settings of a :class:`DenoisingProcess` as far as that needs no model.
+
+    Raises:
+        ValueError: if one is out of range.
+    """
+    check_choice("sampler", sampler, *KERNELS)
+    check_non_negative("guidance_scale (1 is no guidance)", guidance_scale)
+    eta_of_steps(read_eta(sampler, eta), check_integer("num_inference_steps", num_inference_steps), sde_steps)
 
 
 def _make_table(

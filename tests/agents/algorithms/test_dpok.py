@@ -76,6 +76,42 @@ def test_the_kl_alone(estimator: str, normalize_loss: bool, make_agent: MakeAgen
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_folder", "changes", "deterministic"),
+    [("vp", {"sde_steps": (0, 1)}, [1, 2]), ("flow", {}, [2]), ("vp", {}, [])],
+    indirect=["model_folder"],
+)
+@torch.no_grad()
+def test_drift_of_deterministic_steps(
+    changes: dict[str, Any], deterministic: list[int], make_env: MakeEnv, make_agent: MakeAgent
+) -> None:
+    """No batch has these steps, so what nobody holds there would be seen nowhere."""
+    agent = make_agent("DPOK", make_env(**changes))
+    change(agent)
+    whole_batch(agent)
+    buffer, found = agent.rollout_buffer, agent.deterministic_output_mse()
+    logged = agent.latest_metrics.get(
+        "late_output_mse"
+    )  # of the deterministic steps alone: nothing learned from batches
+    if not deterministic:
+        assert not len(found)
+        assert logged is None
+        return
+    columns = []
+    for step in deterministic:
+        state = buffer.state_at(step)
+        output, reference = (agent.policy.predict_output(state, reference=each) for each in (False, True))
+        columns.append((output - reference).square().mean((1, 2, 3)))
+    expected = torch.stack(columns, dim=1)  # of each image at each such step
+    assert expected.min() > 1e-6
+    assert len(found) == len(buffer)
+    nearest = (found[:, None] / expected - 1).abs().amin(dim=1)
+    assert nearest.max() < 1e-2
+    assert logged is not None
+    assert 0.99 * expected.min() <= logged <= 1.01 * expected.max()
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_both_terms_have_their_weights(make_agent: MakeAgent) -> None:
     agent = make_agent("DPOK", reward_weight=2.0, kl_coef=3.0, normalize_loss=False, clip_range=100.0)

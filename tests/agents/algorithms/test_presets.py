@@ -44,7 +44,7 @@ CHOICES = [(preset, name) for preset in PRESETS for name in (PRESETS[preset].onl
 
 
 def test_names() -> None:
-    tasks, published = ["laptop", "exact-objective", "published-model"], ["paper", "official-code"]
+    tasks, published = ["laptop", "laptop-flow", "exact-objective", "published-model"], ["paper", "official-code"]
     assert list(PRESETS) == [*tasks, *published, "ddpo", "dance-grpo", "flow-grpo"]
     assert all(preset.description and "\n" not in preset.description for preset in PRESETS.values())
     assert all(preset.images > 0 for preset in PRESETS.values())
@@ -186,6 +186,7 @@ def test_the_first_ratios_are_exactly_1_in_half_precision(
 
 def test_the_preset_of_an_environment() -> None:
     assert default_preset("DPOK-Shapes-v0") == "laptop"
+    assert default_preset("DPOK-ShapesFlow-v0") == "laptop-flow"
     assert default_preset("DPOK-Mixture-v0") == "exact-objective"
     assert default_preset("DPOK-SD15-v0") == "published-model"
     assert default_preset("my_module:Mine-v0") == "published-model"

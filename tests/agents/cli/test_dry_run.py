@@ -114,11 +114,12 @@ def test_durations_are_readable() -> None:
         (["--algo", "dpok"], (640, 1280, 1280, 1280, 10)),
         (["--algo", "dpok", "--kl-coef", "0", "--guidance-gradient", "conditional"], (576, 1152, 576, 0, 9)),
         (["--algo", "dpok", "--guidance-scale", "1", "--n-epochs", "2"], (1280, 1280, 1280, 1280, 20)),
-        (["--algo", "dpok", "--sde-steps", "4", "6"], (192, 384, 384, 384, 3)),
+        (["--algo", "dpok", "--sde-steps", "4", "6"], (192, 384, 384, 512, 3)),
         (["--algo", "dpok", "--kl-coef", "0", "--sde-steps", "16", "4"], (64, 128, 128, 0, 1)),
         (["--algo", "reinforce"], (144, 288, 288, 0, 1)),
         (["--algo", "diffusion-nft"], (384, 384, 384, 384, 4)),
         (["--algo", "awm"], (384, 384, 384, 768, 4)),
+        (["--algo", "awm", "--num-inference-steps", "4"], (256, 256, 256, 512, 3)),
         (["--algo", "diffusion-dpo"], (320, 640, 640, 640, 10)),
         (["--algo", "diffusion-dpo", "--choices", "c.jsonl"], (64000, 128000, 128000, 128000, 2000)),
         (["--algo", "draft"], (64, 128, 128, 0, 4)),
@@ -139,16 +140,63 @@ def test_guidance_that_is_an_input_costs_no_pass(words: list[str], expected: int
     assert count_forward_passes(_config("--env", "DPOK-FLUX-v0", *words)) == expected
 
 
+#: The family of a small model, further options, and the error.
+REFUSED = [
+    ("stable-diffusion", "--eta 2", "eta must lie in [0, 1], got 2.0"),
+    ("stable-diffusion", "--num-inference-steps 0", "num_inference_steps must be an integer of at least 1, got 0"),
+    ("stable-diffusion", "--num-inference-steps 1001", "num_inference_steps must be an integer of at most 1,000"),
+    ("stable-diffusion", "--negative-prompt dark --guidance-scale 1", "a negative prompt has no effect with"),
+    ("stable-diffusion", "--sampler ode", "no denoising step adds noise (sampler='ode', eta=0.0)"),
+    ("stable-diffusion", "--dtype float16", "float16 can draw but not learn"),
+    ("stable-diffusion", "--image-size 7", "image_size must be one or two (height, width) multiples of"),
+    ("stable-diffusion", "--timestep-spacing leading --model-kwargs true_cfg_scale=2", "takes no true_cfg_scale"),
+    ("stable-diffusion", "--algo grpo --group-size 7", "cannot be split into groups of 7"),
+    ("stable-diffusion", "--algo draft --n-last-steps 21", "n_last_steps must be from 1 to the 20 denoising steps"),
+    ("stable-diffusion", "--kl-coef -1", "kl_coef must be a number of at least 0, got -1.0"),
+    ("pixart-sigma", "--sampler flow-sde", "the sampler 'flow-sde' is for flow-matching models, and the model"),
+    ("flux-dev", "--sampler cps --eta 2", "eta must lie in [0, 1], got 2.0"),
+    ("flux-dev", "--sde-steps 18 4", "sde_steps=(18, 4) ends after step 21, but the last of the 20 denoising steps is"),
+    ("flux-dev", "--negative-prompt dark", "reads guidance_scale as a number, so a negative prompt has no effect"),
+    ("flux-dev", "--timestep-spacing leading", "a flow-matching model has no timestep_spacing='leading'"),
+    ("flux-schnell", "--guidance-scale 3.5", "is guidance-distilled and reads no guidance scale"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "words", "message"), REFUSED)
+def test_what_a_run_refuses(
+    family: str,
+    words: str,
+    message: str,
+    tiny_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The error is the run's own, and no weights are read for it."""
+    options = ["train", "--env", "DPOK-SD15-v0", "--model", str(tiny_folder(family)), "--dtype", "float32"]
+    options += ["--prompts", "a dog", "--reward", "jpeg-compressibility", "--device", "cpu", *words.split()]
+    monkeypatch.setattr("agents.cli.run.Run.begin", None)  # what is not refused fails here, before it trains
+    assert main([*options, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error
+    with monkeypatch.context() as patch:
+        patch.setattr("dpok_gym.models.loading._load_networks", None)
+        assert main([*options, "--dry-run"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == error
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--eta", "2"], r"eta must lie in \[0, 1\], got 2"),
         (["--sde-steps", "18", "4"], r"sde_steps=\(18, 4\) ends after step 21, but the last of the 20"),
-        (["--num-inference-steps", "0"], "num_inference_steps must be an integer of at least 1, got 0"),
     ],
 )
-def test_steps_that_do_not_exist(words: list[str], message: str) -> None:
+def test_what_no_model_takes(words: list[str], message: str) -> None:
+    """The networks of a model that a function makes are not known."""
     with pytest.raises(ValueError, match=message):
-        describe(_config("--env", "DPOK-FLUX-v0", *words))
+        describe(_config("--env", "DPOK-Mixture-v0", *words))
 
 
 @pytest.mark.slow

@@ -62,6 +62,29 @@ def test_the_pre_trained_model(finished, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_how_noise_is_added(tmp_path, capsys):
+    words = ["sample", "--prompt", "a red circle", "--num-inference-steps", "3", "--n", "1", "--device", "cpu"]
+    drawn = {}
+    for more in ("", "--eta 0", "--sampler ode", "--sde-steps 0 1", "--model-kwargs vae_tiling=true"):
+        out = tmp_path / "one.png"
+        assert main([*words, "--out", str(out), *more.split()]) == 0
+        drawn[more] = _pixels(out)
+    assert np.array_equal(drawn["--eta 0"], drawn["--sampler ode"])
+    assert np.array_equal(drawn[""], drawn["--model-kwargs vae_tiling=true"])  # a small image is a single tile
+    for one, other in (("", "--eta 0"), ("", "--sde-steps 0 1"), ("--eta 0", "--sde-steps 0 1")):
+        assert not np.array_equal(drawn[one], drawn[other])
+    capsys.readouterr()
+    for more, message in {
+        "--sampler euler": "sampler must be one of 'ddim', 'flow-sde', ",
+        "--sde-steps 0,2": "--sde-steps cannot be read: write '0 2', with spaces and without commas",
+        "--sde-steps 2 2": "sde_steps=(2, 2) ends after step 3, but the last of the 3 denoising steps is step 2",
+        "--model-kwargs tiling=true": "argument of load_model 'tiling'",
+    }.items():
+        assert main([*words, *more.split()]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_model_has_moved(tiny_sd_folder, tmp_path, capsys, fresh_models):
     """And all of its denoiser was trained, which draws with the options of the command."""
     model, run = shutil.copytree(tiny_sd_folder, tmp_path / "before" / "model"), tmp_path / "run"

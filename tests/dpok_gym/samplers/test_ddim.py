@@ -147,9 +147,9 @@ def test_numpy_numbers() -> None:
         ({}, 10, -0.1, "eta must lie in"),
         ({}, 10, 1.5, "eta must lie in"),
         ({}, 10, float("nan"), "eta must lie in"),
-        ({}, 0, 1.0, "num_inference_steps must be an integer from 1 to 1000"),
+        ({}, 0, 1.0, "num_inference_steps must be an integer of at least 1, got 0"),
         ({}, 2.5, 1.0, "num_inference_steps must be an integer"),
-        ({}, 1001, 1.0, "num_inference_steps must be an integer from 1 to 1000"),
+        ({}, 1001, 1.0, "num_inference_steps must be an integer of at most 1,000, got 1001"),
         (
             {"timestep_spacing": "linspace"},
             10,
