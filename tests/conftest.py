@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from dpok_gym.models import clear_model_cache
 from dpok_gym.testing import save_tiny_pipeline
+from tests.browser import browsing
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +34,13 @@ def fresh_models() -> Callable[[], None]:
     """Models that no other test has: agents leave their LoRA in the network. Called, it makes them fresh again."""
     clear_model_cache()
     return clear_model_cache
+
+
+@pytest.fixture(scope="module")  # its event loop must not be there for the tests of other modules
+def browser() -> Iterator[Any]:
+    """A Chromium; without one, the test is skipped."""
+    with browsing() as launched:
+        yield launched
 
 
 @contextmanager

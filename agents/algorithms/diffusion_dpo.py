@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -15,10 +16,11 @@ from agents.common import losses
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.losses import Metrics
 from agents.common.matching import draw_noise
+from agents.common.monitor import TrainingWarning
 from agents.common.pairs import NoisyPairs, Pairs, add_noise_to_pairs, best_and_worst, read_pairs
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
-from dpok_gym.utils.validation import check_fraction, check_integer, check_path, check_positive
+from dpok_gym.utils.validation import check_fraction, check_integer, check_path, check_positive, shorten
 
 
 class DiffusionDPO(DenoisingAlgorithm):
@@ -107,7 +109,14 @@ class DiffusionDPO(DenoisingAlgorithm):
         """Reads the choices; errors as :func:`agents.common.pairs.read_pairs`, and if they are not those of before."""
         if self.choices is None:
             return super().prepare()
-        pairs = self.pairs()
+        is_known, pairs = self._pairs is not None, self.pairs()
+        if not is_known and self.env is not None and set(pairs.prompts).isdisjoint(self.denoising_env.prompts.train):
+            warnings.warn(
+                f"the choices are for other prompts, such as {shorten(pairs.prompts[0])}, than those that the model is "
+                "measured with; give the environment the prompts of the choices",
+                TrainingWarning,
+                stacklevel=2,
+            )
         n_prompts = len(set(pairs.prompts))
         return (
             f"{len(pairs)} choices between {len(pairs.latents)} images, for {n_prompts} prompt{'s' * (n_prompts > 1)}; "

@@ -77,7 +77,8 @@ def run(options: Evaluate) -> int:
         draw = partial(evaluate_policy, agent.policy, env, prompts, config.evaluation_seed, steering=steering)
         before, after = draw(reference=True), draw()
         results[name] = {"n_prompts": len(set(texts))} | scores_of(before, after)
-        console.print(scores_table(f"{name} prompts (means of {options.images} images)", results[name]))
+        title = f"{name} prompts (means of {options.images} images)"
+        console.print(scores_table(title, results[name], from_choices=not agent.draws_images))
     cost = describe_steering(steering, env.process.num_inference_steps)
     calls, rewards = cost["denoiser_calls"], cost["reward_calls"]
     say(console, f"each image took {calls} calls of the denoiser, and the reward of {rewards} images")

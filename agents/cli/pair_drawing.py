@@ -39,8 +39,11 @@ class Source:
 
     @property
     def step(self) -> int:
-        """Number of images that the model was trained on by its run."""
-        return 0 if self.run is None or self.config is None else describe_run(self.run, self.config, {}).images
+        """Number of images that the model was trained on by its run, or of optimiser steps on a file of choices."""
+        if self.run is None or self.config is None:
+            return 0
+        training = describe_run(self.run, self.config, {})
+        return training.images if training.choices is None else training.optimizer_steps
 
 
 def find_sources(runs: Sequence[Path], trust: bool) -> list[Source]:

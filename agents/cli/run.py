@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from stable_baselines3.common.logger import KVWriter, Logger
@@ -75,7 +75,8 @@ class Run:
         self._checkpoint, seconds = checkpoint, 0.0
         if checkpoint is not None:
             seconds = self._load(checkpoint)
-        self.prepared = self.agent.prepare()  # now: an error after the first evaluation would be late
+        with _training_warnings(self.console):
+            self.prepared = self.agent.prepare()  # now: an error after the first evaluation would be late
         self.prompts = cycle_prompts(self.env.prompts.train, config.eval_images)
         self.progress = ProgressCallback(self._total(), None if distributed.is_main() else True, seconds)
         self.interrupts = InterruptCallback()
@@ -286,9 +287,13 @@ class Run:
         summary = self._summarise(before, after)
         write_json(self.folder / SUMMARY, summary)  # last: a run that has it is complete
         if after:
-            table = scores_table(f"{self._title} (means of {len(after)} images)", summary)
+            from_choices = summary["choices"] is not None
+            table = scores_table(f"{self._title} (means of {len(after)} images)", summary, from_choices)
             table.add_section()
-            table.add_row("images drawn in training", "", f"{self.agent.images_drawn:,}")
+            if from_choices:
+                table.add_row("choices learned from", "", f"{summary['choices']:,}")
+            else:
+                table.add_row("images drawn in training", "", f"{summary['pictures']:,}")
             table.add_row("seconds of training", "", f"{summary['seconds']:,}")
             self.console.print(table)
 
@@ -334,7 +339,7 @@ class Run:
         return f"{self.config.algo.upper()} on {self.config.env}, seed {self.config.seed}"
 
     def _summarise(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
-        config, prompts = self.config, self.env.prompts
+        config, prompts, agent = self.config, self.env.prompts, cast(Any, self.agent)
         summary = {
             "env": config.env,
             "algo": config.algo,
@@ -342,10 +347,11 @@ class Run:
             "prompts": prompts.train[0] if prompts.name == "text" else prompts.name,
             "model": config.env_kwargs["model"],
             "seed": config.seed,
-            "pictures": self.agent.images_drawn,
+            "pictures": agent.images_drawn,
+            "choices": None if agent.draws_images else len(agent.pairs()),
             "seconds": round(self.progress.seconds, 1),
             "interrupted": after is None,
-            "warnings": list(self.agent.monitor.warned.values()),
+            "warnings": list(agent.monitor.warned.values()),
         }
         # A summary without evaluations has None for every score, so its keys are always the same.
         return summary | scores_of(before, after)

@@ -13,9 +13,9 @@ from agents.cli.config import Config
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.checkpoint import (
     find_checkpoint,
-    images_of,
     list_checkpoints,
     load_checkpoint,
+    progress_of,
 )
 from agents.common.evaluation import Evaluation
 from agents.common.model_card import Training, public_name, sampling_of
@@ -88,7 +88,8 @@ def describe_run(folder: Path, config: Config, sampling: Mapping[str, Any]) -> T
     except (FileNotFoundError, ValueError, TypeError):
         summary = {}  # the run has not come to its end
     checkpoints = list_checkpoints(folder)
-    images = images_of(checkpoints[-1]) if checkpoints else summary.get("pictures", 0)
+    images, steps = progress_of(checkpoints[-1]) if checkpoints else (summary.get("pictures", 0), 0)
+    choices = config.algo_kwargs.get("choices")
     is_complete = summary.get("interrupted") is False and summary.get("pictures") == images
     prompts = str(config.env_kwargs["prompts"])
     is_set = prompts in list_prompt_sets() or public_name(prompts) != prompts
@@ -98,11 +99,13 @@ def describe_run(folder: Path, config: Config, sampling: Mapping[str, Any]) -> T
         algorithm=config.algo.upper() if ":" not in config.algo else config.algo.rpartition(":")[2],
         prompts=public_name(prompts),
         is_one_prompt=not is_set,
-        rewards={name: _weight(value) for name, value in config.env_kwargs["reward"].items()},
+        rewards={} if choices else {name: _weight(value) for name, value in config.env_kwargs["reward"].items()},
         sampling=sampling,
         settings=config.algo_kwargs | config.policy_kwargs,
         seed=config.seed,
         images=images,
+        choices=public_name(choices) if choices else None,
+        optimizer_steps=steps,
         scores=summary if is_complete else {},
         figures=figures,
     )

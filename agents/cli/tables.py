@@ -45,22 +45,32 @@ def _scores_of_one(when: str, evaluation: Evaluation | None) -> dict[str, Any]:
     }
 
 
-def scores_table(title: str, scores: dict[str, Any]) -> Table:
-    """Returns a table of the scores that :func:`scores_of` returns."""
+def scores_table(title: str, scores: dict[str, Any], from_choices: bool = False) -> Table:
+    """Returns a table of scores.
+
+    Args:
+        title: above the table.
+        scores: what :func:`scores_of` returns.
+        from_choices: whether the model learned from a file of choices, so that the reward only measures it.
+    """
     table = Table("", title=title, title_justify="left")
     for heading in ("before", "after"):
         table.add_column(heading, justify="right")
-    for row in _rows(scores):
+    for row in _rows(scores, from_choices):
         table.add_row(*row)
     return table
 
 
-def _rows(scores: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _rows(scores: dict[str, Any], from_choices: bool) -> Iterator[tuple[str, str, str]]:
     if scores["aligned_before"] is not None:  # only embedded worlds have a judge
         yield "fully aligned images", f"{scores['aligned_before']:.1%}", f"{scores['aligned_after']:.1%}"
     for name, value in scores["rewards_before"].items():
         yield name, f"{value:.3f}", f"{scores['rewards_after'][name]:.3f}"
-    yield "reward trained on", f"{scores['reward_before']:.3f}", f"{scores['reward_after']:.3f}"
+    yield (
+        f"reward {'(not ' * from_choices}trained on{')' * from_choices}",
+        f"{scores['reward_before']:.3f}",
+        f"{scores['reward_after']:.3f}",
+    )
     yield "KL to pre-trained, nats per image", "0", f"{scores['kl_to_pretrained']:.2f}"
     yield "drift of the steps without exploration", "0", f"{scores['late_drift']:.3f}"
 
@@ -86,7 +96,7 @@ def describe_agreement(held_out: Measured, people: SelfAgreement) -> str:
     ]
     if people.repeats:
         (low, high), (least, most) = people.interval, people.ceiling_interval
-        self_agreement = f"{people.agreement:.1%} of {people.repeats} repeats ({low:.0%} to {high:.0%})"
+        self_agreement = f"{people.agreement:.1%} of {people.repeats} repeats without ties ({low:.0%} to {high:.0%})"
         lines += [
             f"people agree with themselves in {self_agreement}; so a reward that never errs would agree with them in "
             f"{people.ceiling:.0%} at most ({least:.0%} to {most:.0%})"

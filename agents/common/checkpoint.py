@@ -126,12 +126,14 @@ def _write(
 def list_checkpoints(run_folder: str | Path) -> list[Path]:
     """Returns a run's checkpoints, the oldest first."""
     folders = [path for path in Path(run_folder).glob("checkpoint-*") if _is_checkpoint(path)]
-    return sorted(folders, key=_age)
+    return sorted(folders, key=progress_of)
 
 
-def images_of(checkpoint: Path) -> int:
-    """Returns the images drawn until a checkpoint, of which its name tells."""
-    return _age(checkpoint)[0]
+def progress_of(checkpoint: Path) -> tuple[int, int]:
+    """Returns the images drawn until a checkpoint, and the optimiser steps of a fit, of which its name tells."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None  # list_checkpoints returns no other folders
+    return int(match[1]), int(match[2] or 0)
 
 
 def find_checkpoint(run_folder: str | Path, which: str | Path = "latest") -> Path:
@@ -224,7 +226,7 @@ def remove_later_checkpoints(run_folder: str | Path, agent: DenoisingAlgorithm) 
         agent: the agent; its images drawn and its optimiser steps tell which checkpoints are newer.
     """
     for folder in list_checkpoints(run_folder):
-        if _age(folder) > _progress(agent):
+        if progress_of(folder) > _progress(agent):
             remove_checkpoint(folder)
 
 
@@ -301,13 +303,6 @@ def _is_checkpoint(folder: Path) -> bool:
 def _progress(agent: DenoisingAlgorithm) -> tuple[int, int]:
     """Returns the images drawn, and the optimiser steps of a fit, in which a forward-process algorithm draws none."""
     return agent.images_drawn, getattr(agent, "n_fitted", 0)
-
-
-def _age(folder: Path) -> tuple[int, int]:
-    """Returns the images drawn and the optimiser steps in a checkpoint's name."""
-    match = _NAME.fullmatch(folder.name)
-    assert match is not None  # list_checkpoints returns no other folders
-    return int(match[1]), int(match[2] or 0)
 
 
 def _has_state(folder: Path, state: Mapping[str, Any]) -> bool:

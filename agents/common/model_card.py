@@ -69,11 +69,13 @@ class Training:
         algorithm: the name of the algorithm.
         prompts: the name of the prompt set; the prompt itself if there is one only.
         is_one_prompt: whether there is one only.
-        rewards: the weight of each reward; None for one that is not known.
+        rewards: the weight of each reward; None for one that is not known. None at all if it learned from choices.
         sampling: the values of :data:`SAMPLING` that were trained with.
         settings: the arguments of the algorithm and its policy.
         seed: of the training.
         images: drawn in training.
+        choices: name of the file of people's choices that it learned from; None if it learned from images it drew.
+        optimizer_steps: taken on that file.
         scores: means of an evaluation before and after, as ``summary.json`` has them; empty for none.
         figures: PNG files.
     """
@@ -87,6 +89,8 @@ class Training:
     settings: Mapping[str, Any]
     seed: int
     images: int
+    choices: str | None = None
+    optimizer_steps: int = 0
     scores: Mapping[str, Any] = field(default_factory=dict)
     figures: Sequence[Path] = ()
 
@@ -99,7 +103,7 @@ class Training:
             env = agent.denoising_env
             is_one_prompt = len(env.prompts.train) == 1
             prompts = env.prompts.train[0] if is_one_prompt else public_name(env.prompts.name)
-            rewards = env.reward.names
+            rewards = env.reward.names if agent.draws_images else []
         settings = {
             name: getattr(agent, name)
             for name in describe_arguments(type(agent))
@@ -115,6 +119,8 @@ class Training:
             settings=settings | agent.policy.settings,
             seed=agent.run_seed,
             images=agent.images_drawn,
+            choices=None if agent.draws_images else public_name(getattr(agent, "choices", "a file")),
+            optimizer_steps=getattr(agent, "n_fitted", 0),
         )
 
 
@@ -291,7 +297,11 @@ def _introduction(training: Training, ranks: Ranks | None) -> str:
     lines = [f"- base model: `{hub_id(training.model) or public_name(training.model)}`", f"- {what}"]
     lines += [f"- trained on {prompts}"] * bool(training.prompts)
     lines += [f"- reward: {', '.join(shown)}"] * bool(shown)
-    lines.append(f"- images drawn in training: {training.images:,} (seed {training.seed})")
+    if training.choices is None:
+        lines.append(f"- images drawn in training: {training.images:,} (seed {training.seed})")
+    else:
+        steps = f"{training.optimizer_steps:,} optimiser steps (seed {training.seed})"
+        lines.append(f"- learned from people's choices between images, `{training.choices}`, in {steps}")
     return "\n".join(lines)
 
 
@@ -375,7 +385,8 @@ def _scores(training: Training) -> str:
     scores = training.scores
     if not scores or scores.get("reward_after") is None:
         return ""
-    rows = [("reward trained on", scores["reward_before"], scores["reward_after"])]
+    label = "reward trained on" if training.choices is None else "reward (not trained on)"
+    rows = [(label, scores["reward_before"], scores["reward_after"])]
     for name, before in scores.get("rewards_before", {}).items():
         rows.append((f"`{public_name(name)}`", before, scores["rewards_after"].get(name)))
     if scores.get("aligned_before") is not None:

@@ -46,7 +46,8 @@ class Choice:
         repeat_of: the ``id`` of an earlier choice of the same person between the same images; None if it is no repeat.
         sha256: hashes of the images' files, in hexadecimal; None if unknown.
         origins: where each image is from, such as ``{"model": "sd15", "run": None, "seed": 0, "step": 0}``; None if
-            unknown. ``run`` is None for the pre-trained model; ``step`` counts the images that a run had trained on.
+            unknown. ``run`` is None for the pre-trained model; ``step`` counts the images that a run had trained on,
+            or its optimiser steps on a file of choices.
         line: number of the line in the file, from 1; 0 if it is in no file.
     """
 
@@ -70,6 +71,11 @@ class Choice:
         if self.preferred is not None:
             return 1.0 - self.preferred
         return None if self.reason == "skip" else 0.5
+
+    @property
+    def favourite(self) -> Path | None:
+        """The image that is preferred; None for neither."""
+        return None if self.preferred is None else self.images[self.preferred]
 
     def to_fields(self, folder: Path) -> dict[str, Any]:
         """Returns the fields of the line, for a file in ``folder``."""

@@ -18,35 +18,13 @@ from scipy.optimize import minimize
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
-from scipy.stats import binomtest
 
+from dpok_gym.choices.agreement import Share, repeated_answers, same_answers
 from dpok_gym.choices.pairs import name_origin
 from dpok_gym.choices.records import Choice
 
 #: Resamples of the bootstrap, and its seed.
 BOOTSTRAP, _SEED = 1000, 0
-
-
-@dataclass(frozen=True)
-class Share:
-    """``count`` of ``total``, with Wilson's interval of 95 %."""
-
-    count: int
-    total: int
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The ends of the interval, in [0, 1]."""
-        if not self.total:
-            return 0.0, 1.0
-        ends = binomtest(self.count, self.total).proportion_ci(0.95, "wilson")
-        return float(ends.low), float(ends.high)
-
-    def __str__(self) -> str:
-        if not self.total:
-            return "none yet"
-        low, high = self.interval
-        return f"{self.count} of {self.total}, {self.count / self.total:.0%} ({low:.0%} to {high:.0%})"
 
 
 @dataclass(frozen=True)
@@ -60,7 +38,7 @@ class Person:
         both_bad: of these, images that were both bad.
         skipped: of these, questions that had no answer.
         per_minute: 60 seconds divided by the median time of a choice; None if no time is known.
-        agreement: of the repeats, those with the same answer as before.
+        agreement: of the repeats, those with the same answer as before; a tie is an answer too.
         left: of the choices of one image, those of the left one. A share far from one half is a bias.
     """
 
@@ -150,12 +128,6 @@ def make_report(choices: Sequence[Choice]) -> Report:
 
 
 def _describe_person(name: str, made: Sequence[Choice]) -> Person:
-    answered = {choice.id: choice for choice in made if choice.outcome is not None}
-    repeats = [
-        (choice, answered[choice.repeat_of])
-        for choice in made
-        if choice.outcome is not None and choice.repeat_of in answered and choice.repeat_of is not None
-    ]
     sides = [choice.left == choice.preferred for choice in made if None not in (choice.preferred, choice.left)]
     times = [choice.milliseconds for choice in made if choice.milliseconds]
     reasons = [choice.reason for choice in made]
@@ -166,35 +138,29 @@ def _describe_person(name: str, made: Sequence[Choice]) -> Person:
         reasons.count("both-bad"),
         reasons.count("skip"),
         60_000 / statistics.median(times) if times else None,
-        Share(sum(_answer(one) == _answer(other) for one, other in repeats), len(repeats)),
+        same_answers(repeated_answers(made)),
         Share(sum(sides), len(sides)),
     )
 
 
-def _answer(choice: Choice) -> Path | None:
-    """Returns the preferred image; None for neither."""
-    return None if choice.preferred is None else choice.images[choice.preferred]
-
-
 def _agreement(pairs: Iterable[Sequence[Choice]]) -> Share:
-    same = []
+    of_two: list[tuple[Choice, Choice]] = []
     for choices in pairs:
         first: dict[str | None, Choice] = {}  # of each person; repeats are measured apart
         for choice in choices:
             first.setdefault(choice.who, choice)
-        same += [_answer(one) == _answer(other) for one, other in combinations(first.values(), 2)]
-    return Share(sum(same), len(same))
+        of_two += combinations(first.values(), 2)
+    return same_answers(of_two)
 
 
 def _disagreements(pairs: Iterable[Sequence[Choice]]) -> Iterator[Disagreement]:
     for choices in pairs:
-        if len({_answer(choice) for choice in choices}) < 2:
+        if len({choice.favourite for choice in choices}) < 2:
             continue
         images = choices[0].images
         answers: list[tuple[str, int | str]] = []
         for choice in choices:
-            preferred = _answer(choice)
-            answer = str(choice.reason) if preferred is None else images.index(preferred)
+            answer = str(choice.reason) if choice.favourite is None else images.index(choice.favourite)
             answers.append((choice.who or "unknown", answer))
         yield Disagreement(choices[0].prompt, images, choices[0].sha256, tuple(answers))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, cast
@@ -58,6 +59,33 @@ class Progress:
     seconds_left: float | None
 
 
+@dataclass
+class _Made:
+    """What one person has chosen, kept up to date so that no request looks through the file.
+
+    Attributes:
+        choices: theirs, in the order of the file.
+        numbers: the pairs of these.
+        to_repeat: number and choice of those that will be repeated, by the choice's id, in the order of the file.
+        seconds: the times that are known.
+    """
+
+    choices: list[Choice] = field(default_factory=list)
+    numbers: set[int] = field(default_factory=set)
+    to_repeat: dict[str, tuple[int, Choice]] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+
+    def add(self, number: int, choice: Choice, is_repeated: bool) -> None:
+        self.choices.append(choice)
+        self.numbers.add(number)
+        if choice.milliseconds is not None:
+            self.seconds.append(choice.milliseconds / 1000)
+        if choice.repeat_of is not None:
+            self.to_repeat.pop(choice.repeat_of, None)
+        elif choice.id is not None and choice.reason != "skip" and is_repeated:
+            self.to_repeat[choice.id] = number, choice
+
+
 class Session:
     """People's choices between the pairs of a folder.
 
@@ -89,10 +117,13 @@ class Session:
     ) -> None:
         self.store, self.pairs = store, pairs
         self._seed, self._clock = seed, clock
-        self._repeats = check_fraction("the share of repeats", repeats)
-        self._shared = check_fraction("the share of pairs for everybody", shared)
+        check_fraction("the share of repeats", repeats)
+        check_fraction("the share of pairs for everybody", shared)
+        self._is_repeated = [_is_every(number, repeats, 0.5) for number in range(len(pairs))]
+        self._is_shared = [_is_every(number, shared, 0) for number in range(len(pairs))]
         self._number_of = {_key(pair): pair.number for pair in pairs}
         self._open: dict[str, tuple[Question, float]] = {}  # what each person looks at, and since when
+        self._index()
 
     def question(self, who: str) -> Question | None:
         """Returns what a person is asked now, the same until it is answered; None if nothing is left."""
@@ -137,98 +168,83 @@ class Session:
             milliseconds = waited
         is_side = verdict in ("left", "right")
         side = question.left if verdict == "left" else 1 - question.left
-        self.store.add(
-            Choice(
-                question.pair.prompt,
-                question.pair.images,
-                cast(Literal[0, 1], side) if is_side else None,
-                None if is_side else cast(Reason, verdict),
-                who,
-                datetime.now(UTC).isoformat(timespec="milliseconds"),
-                question.left,
-                milliseconds,
-                question.id,
-                question.repeat_of,
-                question.pair.sha256,
-                question.pair.origins,
-            )
+        choice = Choice(
+            question.pair.prompt,
+            question.pair.images,
+            cast(Literal[0, 1], side) if is_side else None,
+            None if is_side else cast(Reason, verdict),
+            who,
+            datetime.now(UTC).isoformat(timespec="milliseconds"),
+            question.left,
+            milliseconds,
+            question.id,
+            question.repeat_of,
+            question.pair.sha256,
+            question.pair.origins,
         )
+        self.store.add(choice)
+        self._note(choice)
         self._open.pop(who, None)
         return True
 
     def undo(self, who: str) -> bool:
         """Takes a person's last choice back, and asks the same again; False if there is none."""
-        made = [choice for choice in self._made_by(who) if choice.id is not None]
-        if not made:
+        last = next((choice for choice in reversed(self._made[who].choices) if choice.id is not None), None)
+        if last is None:
             return False
-        self.store.undo(made[-1])
-        number = self._number(made[-1])
+        self.store.undo(last)
+        self._index()
+        number = self._number_of[_key(last)]
         if number not in self._held(who):
-            self._open[who] = self._question(who, number, self._original(who, made[-1].repeat_of)), self._clock()
+            original = next((choice for choice in self._made[who].choices if choice.id == last.repeat_of), None)
+            self._open[who] = self._question(who, number, original if last.repeat_of else None), self._clock()
         return True
 
     def progress(self, who: str) -> Progress:
         """Returns how far a person is."""
-        made = self._made_by(who)
-        times = [choice.milliseconds / 1000 for choice in made if choice.milliseconds is not None]
+        made = self._made[who]
         # Of what is still new to the person, a share will be repeated.
-        left = sum(1 + (new and self._is_repeated(number)) for number, new in self._left(who))
-        return Progress(len(made), left, sum(times), statistics.median(times) * left if times else None)
+        left = len(made.to_repeat) + sum(1 + self._is_repeated[number] for number in self._new(who))
+        seconds_left = statistics.median(made.seconds) * left if made.seconds else None
+        return Progress(len(made.choices), left, sum(made.seconds), seconds_left)
 
-    def _made_by(self, who: str) -> list[Choice]:
-        return [choice for choice in self.store.choices if choice.who == who and _key(choice) in self._number_of]
+    def _index(self) -> None:
+        """Looks through all choices. It is needed at the start and after an undo only."""
+        self._made: defaultdict[str, _Made] = defaultdict(_Made)
+        self._taken: set[int] = set()  # pairs that somebody has answered
+        for choice in self.store.choices:
+            self._note(choice)
 
-    def _number(self, choice: Choice) -> int:
-        return self._number_of[_key(choice)]
-
-    def _original(self, who: str, choice_id: str | None) -> Choice | None:
-        return next((choice for choice in self._made_by(who) if choice.id == choice_id), None) if choice_id else None
+    def _note(self, choice: Choice) -> None:
+        number = self._number_of.get(_key(choice))
+        if number is None:
+            return  # a pair that is not in the folder any more
+        if choice.who is not None:
+            self._made[choice.who].add(number, choice, self._is_repeated[number])
+        if choice.reason != "skip":
+            self._taken.add(number)
 
     def _candidates(self, who: str) -> Iterator[Question]:
         """Yields what a person may be asked: repeats that are due, then new pairs, then repeats before their time."""
-        made, held = self._made_by(who), self._held(who)
-        repeats = [choice for choice in self._to_repeat(made) if self._number(choice) not in held]
-        recent = {choice.id for choice in made[-REPEAT_AFTER:]}
-        for choice in repeats:
+        made, held = self._made[who], self._held(who)
+        repeats = [(number, choice) for number, choice in made.to_repeat.values() if number not in held]
+        recent = {choice.id for choice in made.choices[-REPEAT_AFTER:]}
+        for number, choice in repeats:
             if choice.id not in recent:
-                yield self._question(who, self._number(choice), choice)
-        for number in self._new(who, made):
+                yield self._question(who, number, choice)
+        for number in self._new(who):
             if number not in held:
                 yield self._question(who, number)
-        for choice in repeats:
+        for number, choice in repeats:
             if choice.id in recent:
-                yield self._question(who, self._number(choice), choice)
+                yield self._question(who, number, choice)
 
-    def _left(self, who: str) -> Iterator[tuple[int, bool]]:
-        """Yields the pairs that are left for a person, held ones included, and whether they are new."""
-        made = self._made_by(who)
-        for choice in self._to_repeat(made):
-            yield self._number(choice), False
-        for number in self._new(who, made):
-            yield number, True
-
-    def _to_repeat(self, made: Sequence[Choice]) -> list[Choice]:
-        repeated = {choice.repeat_of for choice in made}
-        return [
-            choice
-            for choice in made
-            if choice.repeat_of is None
-            and choice.id is not None
-            and choice.id not in repeated
-            and choice.reason != "skip"
-            and self._is_repeated(self._number(choice))
-        ]
-
-    def _new(self, who: str, made: Sequence[Choice]) -> Iterator[int]:
-        mine = {self._number(choice) for choice in made}
-        chosen = {_key(choice) for choice in self.store.choices if choice.reason != "skip"}
-        for pair in self.pairs:
-            is_free = _key(pair) not in chosen or _is_every(pair.number, self._shared, 0)
-            if pair.number not in mine and is_free:
-                yield pair.number
-
-    def _is_repeated(self, number: int) -> bool:
-        return _is_every(number, self._repeats, 0.5)
+    def _new(self, who: str) -> Iterator[int]:
+        """Yields the pairs that are left for a person and new to them, held ones included."""
+        mine = self._made[who].numbers
+        for number, is_shared in enumerate(self._is_shared):
+            if number not in mine and (is_shared or number not in self._taken):
+                yield number
 
     def _held(self, who: str) -> set[int]:
         """Returns the pairs that other people look at."""

@@ -5,8 +5,9 @@ A task has ``data``, with a prompt and the addresses of two images, and ``annota
 ``was_cancelled`` says that it was skipped. The names of the data are free: the prompt is read from ``prompt``,
 ``caption`` or ``text``, and the images are the two texts that end like the name of an image, the left one first.
 
-The schema was seen in labelstud.io/guide/task_format and labelstud.io/tags/pairwise; the value of an answer, in
-github.com/modelscope/data-juicer; the address ``/data/local-files/?d=...`` of an image, in issue 5649 of
+The schema was seen in labelstud.io/guide/task_format and labelstud.io/tags/pairwise. They do not show the value of an
+answer, ``selected``: it is as in a test of another project, github.com/modelscope/data-juicer, and was not compared
+with an export of Label Studio itself. The address ``/data/local-files/?d=...`` of an image was seen in issue 5649 of
 github.com/HumanSignal/label-studio.
 
 What an export loses: ties, since ``<Pairwise>`` has none; ids and repeats, hashes and origins. An export is ready for
@@ -118,7 +119,7 @@ def write(choices: Sequence[Choice], folder: Path) -> None:
     for number, choice in enumerate(choices, 1):
         shown = choice.images[::-1] if choice.left == 1 else choice.images  # the left one first
         names = [_LOCAL + quote(store.copy(image)) for image in shown]
-        is_right = choice.preferred is not None and choice.images[choice.preferred] == shown[1]
+        is_right = choice.favourite == shown[1]
         value = {"selected": "right" if is_right else "left"}
         answer = {"from_name": "pairwise", "to_name": "image1,image2", "type": "pairwise", "value": value}
         annotation = {

@@ -6,6 +6,8 @@
   const keys = {
     ArrowLeft: "left", ArrowRight: "right", ArrowUp: "tie", t: "tie", ArrowDown: "both-bad", b: "both-bad", s: "skip",
   };
+  // In a narrow window, large images are above each other.
+  const keysOfStacked = { ...keys, ArrowUp: "left", ArrowDown: "right" };
   let sent = false;
   let shown = null;
 
@@ -30,9 +32,11 @@
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.altKey || event.metaKey || event.repeat) return;
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+    const isStacked = new Set(images.map((image) => image.getBoundingClientRect().left)).size === 1;
+    const verdicts = isStacked ? keysOfStacked : keys;
     const button = key === "u"
       ? document.getElementById("undo-button")
-      : keys[key] && form.querySelector(`button[value="${keys[key]}"]`);
+      : verdicts[key] && form.querySelector(`button[value="${verdicts[key]}"]`);
     if (!button || button.disabled) return;
     event.preventDefault();
     button.click();

@@ -3,40 +3,19 @@
 They need a Chromium; where there is none, the reason of the skip says so.
 """
 
-import os
-import re
-import shutil
-import subprocess
-import sys
-from contextlib import contextmanager
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from dpok_gym.choices.pairs import read_pairs, read_settings, write_pairs
 from dpok_gym.choices.records import read_choices
+from tests.browser import finish, visiting, wait_for
+from tests.browser import serving as serving_page
 from tests.dpok_gym.choices.support import make_pairs
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-CHROMIUM = next((path for path in map(shutil.which, _NAMES) if path), None)
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason=f"no browser: none of {', '.join(_NAMES)} is installed"),
-]
+pytestmark = pytest.mark.slow
 #: Pairs of a round; the fifth one comes again at the end.
 N_PAIRS = 6
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright, of the extra test, is not installed")
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture
@@ -46,43 +25,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-@contextmanager
 def serving(folder, port=0):
-    """Runs ``dpok label``; yields the process and the address of the page."""
-    path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
-    words = [sys.executable, "-m", "agents", "label", "--out", str(folder), "--no-open", "--port", str(port)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}) as process:
-        assert process.stdout is not None
-        try:
-            address = re.search(r"http://\S+", process.stdout.readline())
-            assert address is not None
-            yield process, address.group()
-        finally:
-            process.kill()
-
-
-@contextmanager
-def visiting(browser, address, **settings):
-    """Opens the page as a person named Ada; a request to another host or an error of the script fails the test."""
-    context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | settings)
-    page, problems = context.new_page(), []
-    page.on("request", lambda request: request.url.startswith(address) or problems.append(request.url))
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: message.type == "error" and problems.append(message.text))
-    page.goto(address)
-    page.get_by_label("Your name").fill("Ada")
-    page.get_by_role("button", name="Start").click()
-    wait_for(page, 0)
-    yield page
-    lost = "net::ERR_"  # images of the next pair, asked for while the server was down
-    assert not [problem for problem in problems if lost not in problem]
-    context.close()
-
-
-def wait_for(page, done):
-    """Waits until the page says that so many choices are done, and style and script are at work."""
-    page.get_by_text(f"{done} done, ").wait_for()
-    page.wait_for_load_state()
+    """Runs ``dpok label`` on the pairs of a folder."""
+    return serving_page(["--out", str(folder)], port)
 
 
 def answers(folder):
@@ -92,10 +37,6 @@ def answers(folder):
         side = "left" if choice.preferred == choice.left else "right"
         found.append(choice.reason or side)
     return found
-
-
-def finish(page):
-    page.get_by_role("heading", name="All done. Thank you, Ada!").wait_for()
 
 
 def test_by_mouse(folder, browser):
@@ -160,12 +101,16 @@ def test_large_images_are_above_each_other_on_a_phone(folder, browser):
         Image.fromarray(np.full((512, 512, 3), 90, np.uint8)).save(image)
     write_pairs(folder, read_settings(folder), pairs)
     with serving(folder) as (_, address):
-        for width, is_stacked in ((390, True), (1280, False)):
+        for width, is_stacked in ((1280, False), (390, True)):
             with visiting(browser, address, viewport={"width": width, "height": 800}) as page:
                 left, right = (page.locator(".image").nth(k).bounding_box() for k in (0, 1))
                 assert (left["x"] == right["x"]) == is_stacked
                 assert page.evaluate("document.documentElement.scrollWidth") == width
                 assert page.get_by_text("upper").is_visible() == is_stacked
+                if is_stacked:
+                    page.keyboard.press("ArrowDown")
+                    wait_for(page, 1)
+        assert answers(folder)[0] == "right"  # the lower one
 
 
 def test_without_javascript(folder, browser):
@@ -195,7 +140,7 @@ def test_a_double_click_answers_once(folder, browser):
 
 
 def test_a_kill_loses_nothing(folder, browser):
-    with serving(folder) as (process, address), visiting(browser, address) as page:
+    with serving(folder) as (process, address), visiting(browser, address, may_lose=True) as page:
         for key in ("left", "right", "left"):
             page.get_by_role("button", name=f"The {key} image is better").click()
         wait_for(page, 3)

@@ -324,7 +324,9 @@ def test_choices_are_learned_from_without_drawing(tmp_path, monkeypatch, capsys)
     assert (summary["interrupted"], summary["pictures"]) == (True, 0)
     assert config.algo_kwargs["choices"] == str(file)  # absolute: the run may be resumed from another folder
     assert [path.name for path in list_checkpoints("run")] == ["checkpoint-0-2"]
-    assert "4 choices between 8 images, for 2 prompts; no image is drawn in training" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "4 choices between 8 images, for 2 prompts; no image is drawn in training" in printed
+    assert "warning" not in printed
 
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:3]))
@@ -339,6 +341,10 @@ def test_choices_are_learned_from_without_drawing(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     assert train("whole", *options) == 0
     assert list_written(tmp_path / "whole") == WRITTEN
+    printed = capsys.readouterr().out
+    assert "reward (not trained on)" in printed
+    assert re.search(r"choices learned from\W+4\b", printed)
+    assert "images drawn" not in printed
     one, other = (find_checkpoint(name) for name in ("run", "whole"))
     assert one.name == other.name == "checkpoint-0-3"
     assert_same(load_file(one / LORA), load_file(other / LORA))
@@ -348,10 +354,25 @@ def test_choices_are_learned_from_without_drawing(tmp_path, monkeypatch, capsys)
 
     assert train("run", "--resume") == 2
     assert "is complete, after 3 optimiser steps; train anew" in capsys.readouterr().err
+    assert read_summary(Path("run"))["choices"] == 4
     file.unlink()  # the trained model needs no choices
     assert main(["evaluate", "run", "--images", "1", "--device", "cpu"]) == 0
+    assert "reward (not trained on)" in capsys.readouterr().out
+    assert main(["export", "run", "--out", "exported"]) == 0
+    card = Path("exported/README.md").read_text()
+    assert "learned from people's choices between images, `choices.jsonl`, in 3 optimiser steps" in card
+    assert "reward (not trained on)" in card
+    assert "images drawn" not in card
+    assert "- reward:" not in card
     assert train("again", *options) == 2
     assert "there is no file of choices at" in capsys.readouterr().err
+
+
+def test_choices_for_other_prompts_than_the_evaluations_are_noticed(tmp_path, capsys):
+    file = write_choices(tmp_path / "choices", ["a red star"], 4, (64, 64))
+    options = ["--algo", "diffusion-dpo", "--choices", str(file), *TINY, *FEW_LAYERS, "--n-gradient-steps", "1"]
+    assert train(tmp_path / "run", *options, "--prompts", "three green squares") == 0
+    assert capsys.readouterr().out.count("warning: the choices are for other prompts, such as 'a red star', than") == 1
 
 
 @pytest.mark.slow

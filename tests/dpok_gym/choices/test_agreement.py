@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpok_gym.choices.agreement import self_agreement, wilson_interval
+from dpok_gym.choices.agreement import Share, repeated_answers, same_answers, self_agreement, wilson_interval
 from dpok_gym.choices.records import Choice
 
 A, B = Path("a.png"), Path("b.png")
@@ -18,6 +18,21 @@ def test_wilson_interval():
     assert wilson_interval(0, 10) == pytest.approx((0, 0.2775328), abs=1e-6)
     assert wilson_interval(10, 10) == pytest.approx((0.7224672, 1), abs=1e-6)
     assert wilson_interval(0, 0) == (0, 1)
+
+
+def test_a_share_says_its_interval():
+    assert str(Share(8, 10)) == "8 of 10, 80% (49% to 94%)"
+    assert Share(8, 10).interval == wilson_interval(8, 10)
+    assert str(Share(0, 0)) == "none yet"
+    assert math.isnan(Share(0, 0).value)
+
+
+def test_a_tie_is_an_answer_for_a_person_and_none_for_a_reward():
+    made = [Choice("x", (A, B), None, "tie", id="1"), Choice("x", (A, B), None, "both-bad", repeat_of="1")]
+    made += [Choice("x", (A, B), None, "skip", id="2"), Choice("x", (A, B), 0, repeat_of="2")]
+    assert repeated_answers(made) == [tuple(made[:2])]
+    assert same_answers(repeated_answers(made)) == Share(1, 1)
+    assert self_agreement(made).repeats == 0
 
 
 def test_the_same_image_counts_whatever_its_place():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from dpok_gym.choices.agreement import Share
 from dpok_gym.choices.records import Choice
-from dpok_gym.choices.report import Share, make_report, win_rates
+from dpok_gym.choices.report import make_report, win_rates
 from dpok_gym.choices.tables import disagreement_table, report_tables
 
 RUNS = ({"model": "shapes", "run": None}, {"model": "shapes", "run": "runs/a"})
@@ -23,17 +24,6 @@ def choice(number, preferred, who="ada", **fields):
 
 def repeat(number, preferred, who="ada"):
     return choice(number, preferred, who, id=f"{who}{number}again", repeat_of=f"{who}{number}", left=1)
-
-
-def test_wilsons_interval():
-    assert str(Share(0, 0)) == "none yet"
-    low, high = Share(8, 10).interval  # 0.49 and 0.94 in Wilson's formula
-    z, p, n = 1.959964, 0.8, 10
-    centre, half = (p + z * z / (2 * n)), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    assert (low, high) == pytest.approx(
-        ((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)), abs=1e-6
-    )
-    assert str(Share(8, 10)) == "8 of 10, 80% (49% to 94%)"
 
 
 def test_what_is_known_of_a_person():

@@ -249,3 +249,17 @@ def test_lines_of_others_are_kept(tmp_path):
     session = make_session(tmp_path, repeats=0)
     assert [question.pair for question in ask_all(session, "ada")] == pairs
     assert len(ChoiceStore(path).choices) == 3
+
+
+def test_a_request_does_not_look_through_all_choices(tmp_path):
+    class Unread(list):
+        def __iter__(self):
+            raise AssertionError("a request looks through the file of choices")
+
+    make_pairs(tmp_path, 4)
+    session = make_session(tmp_path)
+    answer(session, "ada")
+    session.store.choices = Unread(session.store.choices)
+    answer(session, "ada")
+    assert session.following("ada") is not None
+    assert session.progress("ada").done == 2
