@@ -117,7 +117,7 @@ def test_the_agreement_of_people_with_themselves(choices, tmp_path, capsys):
     assert main(["fit-reward", str(choices), "--out", str(out), *QUICK]) == 0
     printed = capsys.readouterr().out
     assert "51 choices between 80 images, 1 of them ties" in printed
-    assert "people agree with themselves in 90.0% of 10 repeats (60% to 98%)" in printed
+    assert "people agree with themselves in 90.0% of 10 repeats without ties (60% to 98%)" in printed
     assert "in 95% at most" in printed
     repeats = json.loads((out / "fit.json").read_text())["repeats"]
     assert (repeats["repeats"], repeats["agreement"]) == (10, 0.9)
