@@ -261,13 +261,13 @@ def evaluate(policy: Policy, seed: int) -> tuple[Tensor, Tensor, float]:
 
 def save_picture(rows: dict[str, tuple[Tensor, Tensor]], path: str, columns: int = 8) -> None:
     """Draws the first images of each row, with a frame around the fully aligned ones."""
-    side, gap, line = 128, 8, 24
+    side, gap, line = 128, 8, 28
     canvas = Image.new("RGB", (columns * (side + gap) + gap, len(rows) * (side + gap + line) + gap), "white")
     pen = ImageDraw.Draw(canvas)
     for row, (label, (images, aligned)) in enumerate(rows.items()):
         top = row * (side + gap + line) + line
         text = f'"{PROMPT}", {label} training: {aligned.float().mean():.1%} fully aligned (framed)'
-        pen.text((gap, top - 20), text, "black", font_size=15)
+        pen.text((gap, top - 24), text, "black", font_size=15)
         for column in range(min(columns, len(images))):
             left = column * (side + gap) + gap
             pixels = (255 * images[column]).round().byte().permute(1, 2, 0).numpy()
