@@ -55,6 +55,7 @@ def test_the_numbers_are_part_of_every_run() -> None:
         "STEERING": 8,
         "ANCHOR": 9,
         "ANCHOR_BATCHES": 10,
+        "DRIFT": 11,
     }
     numbers = make_generator(3, Purpose.INITIAL_NOISE, 5).standard_normal(2, np.float32)
     np.testing.assert_allclose(numbers, [-0.67565238, 0.34180197], rtol=1e-6)
