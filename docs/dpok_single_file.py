@@ -110,11 +110,8 @@ class Policy:
         self.std = variance.sqrt().float()  # sigma_t
 
         # The last two steps have hardly any noise. What they draw cannot be seen, so they get no policy gradient. But
-        # the KL holds them, with weights by which a change of v costs no more there than at a step that explores.
+        # the KL holds them.
         self.explores = (self.std >= 0.1 * self.std.max()).flatten()  # (T,)
-        noise_to_output = (self.std / self.output_coef.abs()).flatten()  # the KL of a change of v has 1 / its square
-        held = (noise_to_output / noise_to_output[self.explores].min()).clamp(max=1) ** 2
-        self.kl_weight = torch.where(self.explores, 1.0, held)
 
     def mean(self, x: Tensor, step: Tensor, pretrained: bool = False) -> Tensor:
         """mu_theta(x_t, t, z), or that of p_pre, (B, C, h, w), of latents (B, C, h, w) at steps (B,)."""
@@ -188,7 +185,7 @@ def dpok_loss(
     policy_gradient = dims * (-advantage * log_rho.exp()).masked_fill(too_far | ~policy.explores[step], 0)
     with torch.no_grad():
         pretrained_mean = policy.mean(x, step, pretrained=True)
-    penalty = policy.kl_weight[step] * kl_divergence(mean, pretrained_mean, std)
+    penalty = kl_divergence(mean, pretrained_mean, std)
     return ((REWARD_WEIGHT * policy_gradient + KL_COEF * penalty) / (dims * scale)).mean()
 
 

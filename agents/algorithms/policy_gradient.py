@@ -126,13 +126,12 @@ class PolicyGradient(DenoisingAlgorithm):
         """The weight of each step in the KL, (T,): that in the policy gradient, if the step has one there.
 
         So the two terms keep their balance wherever there are two, and the other steps are held where they are. With
-        hardly any noise, a KL is huge: with flow matching at T = 10, a change of the output costs 4,000 times as much
-        at the last but one step as at the one before. That would be all that the optimiser sees. So a step that is held
-        gets a weight with which a change of its output costs no more than at any step that explores.
+        hardly any noise, a KL is huge: it would be all that the optimiser sees. Stable Diffusion's last steps have a
+        thirtieth of the largest std, and flow matching's last but one has a thousandth at T = 10. So a step that is
+        held counts as if its std were at least a fortieth of the largest.
         """
-        table = self.process.table
-        weights = table.output_weights()
-        held = (weights / weights[table.exploring].min()).clamp(max=1) ** 2  # 0 for a deterministic step
+        std = self.process.table.std
+        held = (40 * std / std.max()).clamp(max=1) ** 2  # 0 for a deterministic step
         return torch.where(self.step_weights > 0, self.step_weights, self.held_coef * held)
 
     @property

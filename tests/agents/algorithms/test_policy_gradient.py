@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -181,17 +182,24 @@ def test_skipped_steps_are_held_by_the_first_kl_coef(make_agent: MakeAgent) -> N
     kl = (mean - reference).square().sum((1, 2, 3)) / (2 * std**2)
     skipped = batch.step > 0
     assert kl.min() > 1e-4
-    # A change of the output costs at most what it costs at the first step, the only one that explores.
-    table = agent.process.table
-    relative = (table.std * table.output_coef[0] / table.output_coef / table.std[0]).abs().clamp(max=1) ** 2
-    assert relative[1] < 1
-    expected = torch.where(skipped, 0.3 * relative[batch.step], 0.7) * kl
+    expected = torch.where(skipped, 0.3, 0.7) * kl
     batch.advantages = torch.zeros(UPDATE)
     torch.testing.assert_close(agent.loss(batch)[0] * DIMS, expected, rtol=1e-3, atol=1e-5)
     batch.advantages = torch.ones(UPDATE)
     difference = (agent.loss(batch)[0] * DIMS - expected).abs()
     assert difference[skipped].max() < 1e-4
     assert difference[~skipped].min() > 0.5
+
+
+def test_a_held_step_with_hardly_any_noise_does_not_drown_the_others(make_agent: MakeAgent) -> None:
+    env = gymnasium.make_vec("DPOK-ShapesFlow-v0", num_envs=2, num_inference_steps=10, device="cpu")
+    agent = make_agent("DPOK", env, skip_last_steps="auto")
+    std = agent.process.table.std
+    assert 0 < std[8] < std.max() / 500
+    assert std[9] == 0
+    assert agent.step_weights.tolist() == [1.0] * 8 + [0.0] * 2
+    expected = [1.0] * 8 + [float(40 * std[8] / std.max()) ** 2, 0.0]
+    assert agent.kl_step_weights.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.slow
