@@ -79,10 +79,10 @@ def check_throughput(
     drawing, learning = rollout.seconds / n_images, update.seconds / n_images
     seconds = total_images * (drawing + learning)
     speed = f"draws {1 / drawing:.3g} and learns from {1 / learning:.3g} images per second"
-    n_steps = getattr(agent, "n_gradient_steps", None)  # of an algorithm that fits images drawn before
-    if n_steps is not None:
-        of_step = update.seconds / agent.log_every  # type: ignore[attr-defined]
-        seconds = total_images * drawing + n_steps * of_step
+    log_every = getattr(agent, "log_every", None)  # of an algorithm that fits images drawn before
+    if log_every is not None:
+        of_step = update.seconds / log_every
+        seconds = total_images * drawing + agent.n_gradient_steps * of_step  # type: ignore[attr-defined]
         speed = f"draws {1 / drawing:.3g} images and takes {1 / of_step:.3g} optimiser steps per second"
     # The second evaluation asks the pre-trained model too, for the KL.
     evaluation = (
