@@ -126,9 +126,9 @@ class PolicyGradient(DenoisingAlgorithm):
         """The weight of each step in the KL, (T,): that in the policy gradient, if the step has one there.
 
         So the two terms keep their balance wherever there are two, and the other steps are held where they are. With
-        hardly any noise, a KL is huge: it would be all that the optimiser sees. Stable Diffusion's last steps have a
-        thirtieth of the largest std, and flow matching's last but one has a thousandth at T = 10. So a step that is
-        held counts as if its std were at least a fortieth of the largest.
+        hardly any noise, a KL is huge: it would be all that the optimiser sees. So a step that is held counts as if its
+        std were at least a fortieth of the largest. At T = 10, Stable Diffusion's last step has a 37th, so it counts in
+        full, but flow matching's last but one has less than a 500th.
         """
         std = self.process.table.std
         held = (40 * std / std.max()).clamp(max=1) ** 2  # 0 for a deterministic step
@@ -136,7 +136,7 @@ class PolicyGradient(DenoisingAlgorithm):
 
     @property
     def held_coef(self) -> float:
-        """What the KL of a step that the policy gradient leaves out costs, relative to ``kl_coef``."""
+        """The price of the KL of a step that the policy gradient leaves out, relative to ``kl_coef``."""
         return 1.0
 
     @property

@@ -192,14 +192,19 @@ def test_skipped_steps_are_held_by_the_first_kl_coef(make_agent: MakeAgent) -> N
 
 
 def test_a_held_step_with_hardly_any_noise_does_not_drown_the_others(make_agent: MakeAgent) -> None:
-    env = gymnasium.make_vec("DPOK-ShapesFlow-v0", num_envs=2, num_inference_steps=10, device="cpu")
-    agent = make_agent("DPOK", env, skip_last_steps="auto")
-    std = agent.process.table.std
+    def weights_of(env_id: str) -> tuple[Tensor, list[float]]:
+        env = gymnasium.make_vec(env_id, num_envs=2, num_inference_steps=10, device="cpu")
+        agent = make_agent("DPOK", env, skip_last_steps="auto")
+        assert agent.step_weights.tolist() == [1.0] * 8 + [0.0] * 2
+        return agent.process.table.std, agent.kl_step_weights.tolist()
+
+    std, weights = weights_of("DPOK-Shapes-v0")
+    assert std.max() / 38 < std[9] < std.max() / 36
+    assert weights == [1.0] * 10
+    std, weights = weights_of("DPOK-ShapesFlow-v0")
     assert 0 < std[8] < std.max() / 500
     assert std[9] == 0
-    assert agent.step_weights.tolist() == [1.0] * 8 + [0.0] * 2
-    expected = [1.0] * 8 + [float(40 * std[8] / std.max()) ** 2, 0.0]
-    assert agent.kl_step_weights.tolist() == pytest.approx(expected)
+    assert weights == pytest.approx([1.0] * 8 + [float(40 * std[8] / std.max()) ** 2, 0.0])
 
 
 @pytest.mark.slow
