@@ -9,6 +9,7 @@ import torch
 from stable_baselines3.common.logger import KVWriter, Logger
 from torch import Tensor
 
+import agents
 from agents import (
     AWM,
     DDPO,
@@ -32,6 +33,21 @@ from agents.common.pairs import NoisyPairs
 from dpok_gym.models.scheduler_configs import is_flow_matching
 from dpok_gym.samplers import State
 from tests.support import assert_same
+
+#: The algorithms of the package, by name; tests register more of them.
+BUILT_IN = {
+    "dpok": agents.DPOK,
+    "ddpo": agents.DDPO,
+    "grpo": agents.GRPO,
+    "reinforce": agents.REINFORCE,
+    "sft": agents.RewardWeightedSFT,
+    "rwr": agents.RWR,
+    "best-of-n": agents.BestOfN,
+    "diffusion-nft": agents.DiffusionNFT,
+    "awm": agents.AWM,
+    "diffusion-dpo": agents.DiffusionDPO,
+    "draft": agents.DRaFT,
+}
 
 N, T = 4, 3
 UPDATE = N * T  # denoising steps of one iteration

@@ -22,6 +22,7 @@ from agents.algorithms.registry import load_algorithm
 from dpok_gym import DenoisingVectorEnv, diffusion
 from tests.agents.algorithms.support import (
     ALGORITHMS,
+    BUILT_IN,
     DIFFUSIONS,
     FORWARD_PROCESSES,
     POLICY_GRADIENTS,
@@ -57,20 +58,6 @@ every_algorithm_in_turn = pytest.mark.parametrize(
     "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
 )
 every_policy_gradient = pytest.mark.parametrize("name", POLICY_GRADIENTS)
-
-BUILT_IN = (
-    "dpok",
-    "ddpo",
-    "grpo",
-    "reinforce",
-    "sft",
-    "rwr",
-    "best-of-n",
-    "diffusion-nft",
-    "awm",
-    "diffusion-dpo",
-    "draft",
-)
 
 
 both_diffusions = pytest.mark.parametrize("model_folder", DIFFUSIONS, indirect=True)

@@ -22,24 +22,11 @@ from agents.common.buffer import even_sizes
 from agents.common.policy import DenoisingPolicy
 from dpok_gym import DenoisingVectorEnv
 from dpok_gym.registration import ENVIRONMENTS
-from tests.agents.algorithms.support import T, is_same, weights
+from tests.agents.algorithms.support import BUILT_IN, T, is_same, weights
 from tests.support import SMALL_MODELS
 
 MakeEnv = Callable[..., DenoisingVectorEnv]
 
-BUILT_IN = (
-    "dpok",
-    "ddpo",
-    "grpo",
-    "reinforce",
-    "sft",
-    "rwr",
-    "best-of-n",
-    "diffusion-nft",
-    "awm",
-    "diffusion-dpo",
-    "draft",
-)
 CHOICES = [(preset, name) for preset in PRESETS for name in (PRESETS[preset].only or BUILT_IN)]
 
 

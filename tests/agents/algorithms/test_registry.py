@@ -10,28 +10,13 @@ from typing import Any
 
 import pytest
 
-import agents
 from agents import DPOK, PolicyGradient, list_algorithms, register_algorithm
 from agents.algorithms.registry import ALGORITHMS, load_algorithm
 from agents.common.arguments import describe_arguments
 from dpok_gym import DenoisingVectorEnv
-from tests.agents.algorithms.support import UPDATE, N, flat_weights
+from tests.agents.algorithms.support import BUILT_IN, UPDATE, N, flat_weights
 
 MakeEnv = Callable[..., DenoisingVectorEnv]
-
-BUILT_IN = {
-    "dpok": agents.DPOK,
-    "ddpo": agents.DDPO,
-    "grpo": agents.GRPO,
-    "reinforce": agents.REINFORCE,
-    "sft": agents.RewardWeightedSFT,
-    "rwr": agents.RWR,
-    "best-of-n": agents.BestOfN,
-    "diffusion-nft": agents.DiffusionNFT,
-    "awm": agents.AWM,
-    "diffusion-dpo": agents.DiffusionDPO,
-    "draft": agents.DRaFT,
-}
 
 MODULE = '''
 """An algorithm of a user."""
