@@ -255,6 +255,7 @@ def _policy_gradient_loss(agent: Any, batch: Transitions) -> Tensor:
         if getattr(agent, "kl_estimator", "exact") == "output-mse":
             kl = distance / table.output_coef.double()[batch.step] ** 2
         held = getattr(agent, "initial_kl_coef", agent.kl_coef) / agent.kl_coef
+        held = held * torch.clip(table.std.double() / (table.std.max().double() / 40), max=1) ** 2
         loss = loss + agent.kl_coef * torch.where(weight > 0, weight, held)[batch.step] * kl
     scale = float(DIMS)
     if isinstance(agent, DPOK) and agent.normalize_loss:
