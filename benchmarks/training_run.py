@@ -61,7 +61,7 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
     n_envs = settings.pop("n_envs", description["n_envs"])
     env, evaluation_env = _make_env(description, prompts, n_envs), _make_env(description, prompts)
     trains = description["algorithm"] != REJECTION
-    # Without training, an untrained agent gives access to the pre-trained model: one that takes steps without noise too.
+    # Without training, an untrained agent gives access to the pre-trained model; SFT takes steps without noise too.
     name = description["algorithm"] if trains else "sft"
     steering = UNSTEERED if trains else BestOf(settings.pop("n"))
     algorithm: Any = load_algorithm(name)
