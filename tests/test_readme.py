@@ -30,7 +30,7 @@ PAGES = {
         ROOT / "README.md",
         ROOT / "CHANGELOG.md",
         ROOT / "benchmarks" / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
         *sorted((ROOT / ".github").glob("*.md")),
     ]
 }
@@ -44,12 +44,12 @@ SUBSTITUTES = {
             'PPO("MultiInputPolicy", scalar, n_steps=20, batch_size=20).learn(20)'
         ),
     },
-    "docs/stable_diffusion.md": {
+    "docs/guides/stable_diffusion.md": {
         '"path/to/model").to("cuda")': f"{str(WEIGHTS)!r})",
         "DPOK-SD15-v0": "DPOK-Shapes-v0",
     },
-    "docs/lora_files.md": {'"path/to/model"': repr(str(WEIGHTS))},
-    "docs/ranks.md": {"agent.learn(10_000)": "agent.learn(1)"},  # one iteration
+    "docs/guides/lora_elsewhere.md": {'"path/to/model"': repr(str(WEIGHTS))},
+    "docs/guides/several_gpus.md": {"agent.learn(10_000)": "agent.learn(1)"},  # one iteration
 }
 
 #: The reader's own module, which pages call my_module.
@@ -144,16 +144,16 @@ def test_readme_code_runs_and_learns(readers_folder: Path, capsys: pytest.Captur
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/") and blocks(page, "python")])
 def test_code_of_the_documentation_runs(page: str, readers_folder: Path) -> None:
-    if page in ("docs/runs.md", "docs/lora_files.md"):
+    if page in ("docs/reference/runs.md", "docs/guides/lora_elsewhere.md"):
         few = ["--images", "4", "--images-per-iteration", "4", "--eval-images", "2", "--num-inference-steps", "2"]
         assert main(["train", "--out", "runs/mine", *few]) == 0
-    if page == "docs/lora_files.md":
+    if page == "docs/guides/lora_elsewhere.md":
         assert main(["export", "runs/mine", "--format", "kohya", "--out", "three_squares"]) == 0
     names = run_python(page)
-    if page == "docs/algorithms.md":
+    if page == "docs/explanation/algorithms.md":
         names["agent"].learn(1)
         assert names["agent"].images_drawn == 64
-    if page == "docs/runs.md":
+    if page == "docs/reference/runs.md":
         assert (readers_folder / "my_model" / "model_index.json").is_file()
         assert (readers_folder / "my_lora" / "pytorch_lora_weights.safetensors").is_file()
 
@@ -263,9 +263,10 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_every_page_is_linked_from_the_readme_and_from_the_index() -> None:
-    for path in sorted((ROOT / "docs").glob("*.md")):
-        assert f"(docs/{path.name})" in README
-        assert path.name == "index.md" or f"({path.name})" in PAGES["docs/index.md"]
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        name = path.relative_to(ROOT / "docs").as_posix()
+        assert f"(docs/{name})" in README
+        assert path.name == "index.md" or f"({name})" in PAGES["docs/index.md"]
 
 
 def test_readme_is_short() -> None:
@@ -276,11 +277,11 @@ def test_readme_is_short() -> None:
     ("page", "kind"),
     [
         ("README.md", "algorithms"),
-        ("docs/algorithms.md", "algorithms"),
-        ("docs/algorithms.md", "presets"),
-        ("docs/environment.md", "environments"),
-        ("docs/prompts.md", "prompts"),
-        ("docs/rewards.md", "rewards"),
+        ("docs/explanation/algorithms.md", "algorithms"),
+        ("docs/explanation/algorithms.md", "presets"),
+        ("docs/reference/environment.md", "environments"),
+        ("docs/guides/own_prompts.md", "prompts"),
+        ("docs/guides/own_reward.md", "rewards"),
     ],
 )
 def test_tables_name_everything(page: str, kind: str, names_in_the_package: dict[str, list[str]]) -> None:
