@@ -86,7 +86,8 @@ METRICS: dict[str, Metric] = {
     ),
     # What the images look like, whatever the reward says.
     "images/diversity": Metric(
-        "How much two images of the same prompt differ: the root mean square difference of thumbnails of 16 x 16 pixels.",
+        "How much two images of the same prompt differ: the root mean square difference of their thumbnails of 16 x 16 "
+        "pixels.",
         "pixel values, in [0, 1]",
         f"It may fall a little. Below {DIVERSITY_LEFT:.0%} of what it was at first, a warning comes: the model draws "
         "one image again and again.",
@@ -97,7 +98,7 @@ METRICS: dict[str, Metric] = {
         f"It stays where it was. If it moves by more than {RUNAWAY}, a warning comes.",
     ),
     "images/saturation": Metric(
-        "How strong the colours are: the largest channel of a pixel less the smallest one, as the mean over the pixels.",
+        "How strong the colours are: the largest channel of a pixel less its smallest one; the mean over the pixels.",
         "pixel values, in [0, 1]",
         f"It stays where it was. If it moves by more than {RUNAWAY}, a warning comes.",
     ),
@@ -108,8 +109,8 @@ METRICS: dict[str, Metric] = {
     ),
     # How far the model has moved.
     "train/kl_to_reference": Metric(
-        "KL of the policy to the pre-trained model, over the denoising steps that explore. It says how far the model has "
-        "moved.",
+        "KL of the policy to the pre-trained model, over the denoising steps that explore. It says how far the model "
+        "has moved.",
         "nats per image, at least 0",
         "0 at first, then 1 to 30. If it stays exactly 0, nothing is learned. "
         f"Above {LARGE_KL:.0f}, a warning comes: look at the images.",
@@ -118,8 +119,8 @@ METRICS: dict[str, Metric] = {
         "The same KL of the steps that DRaFT learns through.", "nats per image, at least 0", "As the KL above."
     ),
     "train/late_output_mse": Metric(
-        "How much the denoiser's output has moved at the steps that explore nothing: the mean squared difference to the "
-        "pre-trained model's output.",
+        "How much the denoiser's output has moved at the steps that explore nothing: the mean squared difference to "
+        "the pre-trained model's output.",
         "squared units of the denoiser's output, at least 0",
         "Below 0.1. More says that the last steps drift, which no reward asked for.",
     ),
@@ -179,8 +180,8 @@ METRICS: dict[str, Metric] = {
         "How much of the reward the critic foresees: 1 less the variance of its error, divided by the variance of the "
         "reward.",
         "a share, at most 1",
-        "Above 0, and better the nearer to 1. 0 is as good as always saying the mean. Below 0 the critic does harm: draw "
-        'more images in an iteration, or take `critic_kind="reward"` or `use_critic=False`.',
+        "Above 0, and better the nearer to 1. 0 is as good as always saying the mean. Below 0 the critic does harm: "
+        'draw more images in an iteration, or take `critic_kind="reward"` or `use_critic=False`.',
     ),
     "train/value_loss": Metric(
         "Mean squared error of the critic that is a network.",
@@ -190,7 +191,8 @@ METRICS: dict[str, Metric] = {
     "train/vf_learning_rate": Metric("Learning rate of the critic that is a network.", _NONE, _ANY),
     # Losses of the algorithms of the forward process, of DRaFT and of preferences.
     "train/denoising_loss": Metric(
-        "How well the denoiser removes noise from the images that are learned from: the mean squared error, unweighted.",
+        "How well the denoiser removes noise from the images that are learned from: the mean squared error, without "
+        "weights.",
         "squared units of the denoiser's output, at least 0",
         "It falls a little. It does not go to 0.",
     ),
