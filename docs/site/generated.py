@@ -78,11 +78,12 @@ def tasks() -> str:
     return _table(["id", "prompts", "reward", "steps", "pre-trained", "threshold"], rows)
 
 
-def environment_arguments() -> str:
-    """Returns the list of the arguments of an environment."""
-    from dpok_gym import DenoisingVectorEnv
+def environment() -> str:
+    """Returns the docstring of the environment, which is Markdown, as those of Gymnasium's environments are."""
+    from dpok_gym import DenoisingEnv
 
-    return arguments_of(DenoisingVectorEnv)
+    text = inspect.cleandoc(DenoisingEnv.__doc__ or "")
+    return re.sub(r":\w+:`[^`]+`", lambda role: _literal(role[0]), text[text.index("## Description") :])
 
 
 def models() -> str:
@@ -206,7 +207,9 @@ def commands() -> str:
         for title, options in options_of(command).items():
             if title:
                 parts.append(f"### {title}")
-            parts.append(_definitions((_option_name(option), _escape(option.help)) for option in options))
+            parts.append(
+                _definitions((f"{option.names[0]} {option.value}".strip(), _escape(option.help)) for option in options)
+            )
     return "\n\n".join(parts)
 
 
@@ -269,22 +272,7 @@ def _groups(options: type) -> dict[str, list[Option]]:
     return groups
 
 
-def _option_name(option: Option) -> str:
-    return f"{option.names[0]} {option.value}".strip()
-
-
 # ------------------------------------------------------------------------------------------------------------- code
-
-
-def arguments_of(cls: type) -> str:
-    """Returns the list of a constructor's arguments."""
-    from agents.common.arguments import describe_arguments
-
-    entries = []
-    for argument in describe_arguments(cls).values():
-        has_default = argument.default is not inspect.Parameter.empty
-        entries.append((f"{argument.name} = {argument.default!r}" if has_default else argument.name, _markdown(argument.doc)))
-    return _definitions(entries)
 
 
 def api(*names: str) -> str:
@@ -418,7 +406,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     for function in (
         environments,
         tasks,
-        environment_arguments,
+        environment,
         models,
         rewards,
         prompt_sets,
@@ -444,6 +432,13 @@ def setup(app: Any) -> dict[str, Any]:
         pages = env.found_docs - added - changed
         return [page for page in pages if _MARK.search(Path(env.doc2path(page)).read_text(encoding="utf-8"))]
 
+    def shorten(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+        # The environment's docstring is Markdown with headings; it is a page of its own.
+        headings = [number for number, line in enumerate(lines) if line.startswith("## ")]
+        if headings:
+            del lines[headings[0] :]
+
+    app.connect("autodoc-process-docstring", shorten)
     app.connect("source-read", read)
     app.connect("env-get-outdated", find_outdated)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
