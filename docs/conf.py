@@ -25,8 +25,7 @@ extensions = [
     "docs.site.formulas",
 ]
 exclude_patterns = ["_build"]
-#: Types of warnings would be "none": a broken link must stop the build.
-suppress_warnings: list[str] = []
+smartquotes = False  # it would turn the hyphens of options into dashes
 
 html_theme = "furo"
 html_title = "dpok-gym"

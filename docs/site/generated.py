@@ -148,16 +148,14 @@ def presets() -> str:
         }
         written = yaml.safe_dump({key: value for key, value in settings.items() if value}, sort_keys=False)
         only = f" Only for {', '.join(map(_code, preset.only))}." if preset.only else ""
-        parts.append(
-            f"### {name}\n\n{preset.description[:1].upper()}{preset.description[1:]}. {preset.images:,} images.{only}\n\n"
-            f"```yaml\n{written}```"
-        )
+        description = preset.description[:1].upper() + preset.description[1:]
+        parts.append(f"### {name}\n\n{description}. {preset.images:,} images.{only}\n\n```yaml\n{written}```")
     return "\n\n".join(parts)
 
 
 def metrics() -> str:
     """Returns a section for each column of the log, in groups of the same beginning."""
-    from agents.common.metrics import METRICS
+    from agents.common.metrics import METRICS, NAME
 
     titles = {
         "rollout": "Rewards",
@@ -171,10 +169,9 @@ def metrics() -> str:
         parts.append(f"## {title}: `{group}/`")
         for name, metric in METRICS.items():
             if name.partition("/")[0] == group:
-                parts.append(
-                    f"### {name.partition('/')[2].replace('<', '').replace('>', '')}\n\n`{name}`. {metric.meaning}\n\n"
-                    f"- Unit: {metric.unit}.\n- Healthy: {metric.healthy}"
-                )
+                heading = name.partition("/")[2].replace(NAME, "Each component by its name")
+                parts.append(f"### {heading}\n\n`{name}`. {metric.meaning}")
+                parts.append(f"- Unit: {metric.unit}.\n- Healthy: {metric.healthy}")
     return "\n\n".join(parts)
 
 
@@ -220,10 +217,8 @@ def options_of(command: str) -> dict[str, list[Option]]:
     module = importlib.import_module(COMMANDS[command][0])
     if command == "train":
         return _options_of_train()
-    if command == "doctor":
-        kind = module.OwnOptions
-    else:  # parse() returns the options as a dataclass, which is what the command line is made from
-        kind = get_type_hints(module.parse)["return"]
+    # parse() returns the options as a dataclass, which is what the command line is made from.
+    kind = module.OwnOptions if command == "doctor" else get_type_hints(module.parse)["return"]
     return {"": [option for options in _groups(kind).values() for option in options]}
 
 
@@ -336,7 +331,7 @@ def _revision() -> str:
 
 
 def file(path: str) -> str:
-    """Returns a Markdown file of the repository as a part of a page: its links then lead from ``docs/FOLDER/``.
+    """Returns a Markdown file of the repository, without its title, for a page in a folder of ``docs/``.
 
     Args:
         path: of the file, from the root of the repository.
@@ -353,7 +348,7 @@ def file(path: str) -> str:
         kind = "tree" if (ROOT / found).is_dir() else "blob"
         return f"{link[1]}({REPOSITORY}/{kind}/main/{found.as_posix()}{hash_}{anchor})"
 
-    return re.sub(r"(!?\[[^\]]*\])\(([^)\s]+)\)", relink, source.read_text(encoding="utf-8"))
+    return re.sub(r"(!?\[[^\]]*\])\(([^)\s]+)\)", relink, source.read_text(encoding="utf-8").partition("\n")[2])
 
 
 # --------------------------------------------------------------------------------------------------------- Markdown
