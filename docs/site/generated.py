@@ -351,6 +351,17 @@ def file(path: str) -> str:
     return re.sub(r"(!?\[[^\]]*\])\(([^)\s]+)\)", relink, source.read_text(encoding="utf-8").partition("\n")[2])
 
 
+def notebooks() -> str:
+    """Writes the two Jupyter notebooks of each lab, and returns the table of links to them."""
+    from docs.notebooks import write
+
+    rows = {}
+    for path in write(ROOT / "docs" / "_build" / "notebooks"):
+        lab = path.stem.removesuffix("_solved")
+        rows.setdefault(lab, [f"[]({lab}.md)"]).append(f"[{path.name}](/_build/notebooks/{path.name})")
+    return _table(["lab", "for students", "with solutions"], rows.values())
+
+
 # --------------------------------------------------------------------------------------------------------- Markdown
 
 
@@ -412,6 +423,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
         api,
         code,
         file,
+        notebooks,
     )
 }
 
