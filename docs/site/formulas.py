@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
+import re
+from html import escape
 from typing import Any
 
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
-from sphinx.errors import ExtensionError
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
+
+#: LaTeX that docutils does not know, and what stands for it.
+_OTHER_WORDS = ((r"\\dots\b", r"\\ldots"), (r"\\([bB]igg?)(?![a-zA-Z])", r"\\\1l"))
 
 
-def write_formula(tex: str, as_block: bool) -> str:
-    """Returns a formula in MathML.
+def write_formula(node: nodes.Element, as_block: bool) -> str:
+    """Returns a formula in MathML; one that cannot be read is a warning, and stays in LaTeX.
 
     Args:
-        tex: the formula in LaTeX.
+        node: the formula.
         as_block: whether it stands alone.
-
-    Raises:
-        ExtensionError: if it cannot be read.
     """
+    tex = node.astext()
+    known = tex
+    for pattern, word in _OTHER_WORDS:
+        known = re.sub(pattern, word, known)
     try:
-        return tex2mathml(tex, as_block=as_block)
+        return tex2mathml(known, as_block=as_block)
     except MathError as error:
-        raise ExtensionError(f"the formula {tex!r} cannot be read: {error}") from error
+        logger.warning("the formula %r cannot be read: %s", tex, error, location=node)
+        return escape(tex)
 
 
 def _inline(translator: Any, node: nodes.math) -> None:
-    translator.body.append(write_formula(node.astext(), as_block=False))
+    translator.body.append(write_formula(node, as_block=False))
     raise nodes.SkipNode
 
 
 def _block(translator: Any, node: nodes.math_block) -> None:
-    translator.body.append(f'<div class="math">{write_formula(node.astext(), as_block=True)}</div>')
+    translator.body.append(f'<div class="math">{write_formula(node, as_block=True)}</div>')
     raise nodes.SkipNode
 
 

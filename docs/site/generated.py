@@ -355,10 +355,10 @@ def notebooks() -> str:
     """Writes the two Jupyter notebooks of each lab, and returns the table of links to them."""
     from docs.notebooks import write
 
-    rows = {}
+    rows: dict[str, list[str]] = {}
     for path in write(ROOT / "docs" / "_build" / "notebooks"):
         lab = path.stem.removesuffix("_solved")
-        rows.setdefault(lab, [f"[]({lab}.md)"]).append(f"[{path.name}](/_build/notebooks/{path.name})")
+        rows.setdefault(lab, [f"[]({lab}.md)"]).append(f"{{download}}`{path.name} <../_build/notebooks/{path.name}>`")
     return _table(["lab", "for students", "with solutions"], rows.values())
 
 

@@ -29,8 +29,8 @@ def vit_h_14() -> CLIPConfig:
 class HPSv2(NetworkReward):
     """The cosine between the embeddings of image and prompt, in [-1, 1]; like CLIP's, it stays far below 1.
 
-    It needs ``HPS_v2_compressed.pt`` of ``xswu/HPSv2`` and CLIP's tokenizer. The authors resize tensors with torchvision. Here they are resized as by its version 0.17 and later, with
-    antialiasing.
+    It needs ``HPS_v2_compressed.pt`` of ``xswu/HPSv2`` and CLIP's tokenizer. The authors resize tensors with
+    torchvision. Here they are resized as by its version 0.17 and later, with antialiasing.
 
     Args:
         checkpoint: the published file ``HPS_v2_compressed.pt`` (for :class:`HPSv21`, ``HPS_v2.1_compressed.pt``); None
