@@ -60,7 +60,8 @@ SUBSTITUTES = {
         "DPOK-SD15-v0": "DPOK-Shapes-v0",
         '["a cat", "a dog"]': '["a red circle"]',
         "num_inference_steps=50": "num_inference_steps=2",
-        "images_per_iteration=64, batch_size=64 * 50": "images_per_iteration=2, batch_size=4",
+        "images_per_iteration=64": "images_per_iteration=2",
+        "batch_size=64 * 50": "batch_size=4",
         "100 * 64 * 50": "1",
     },
 }
