@@ -112,7 +112,7 @@ METRICS: dict[str, Metric] = {
         "KL of the policy to the pre-trained model, over the denoising steps that explore. It says how far the model "
         "has moved.",
         "nats per image, at least 0",
-        "0 at first, then 1 to 30. If it stays exactly 0, nothing is learned. "
+        "0 before the first step, then 1 to 30. If it stays exactly 0, nothing is learned. "
         f"Above {LARGE_KL:.0f}, a warning comes: look at the images.",
     ),
     "train/kl_of_last_steps": Metric(
