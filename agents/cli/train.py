@@ -164,7 +164,7 @@ def parse(argv: Sequence[str]) -> Train:
     else:
         algo = first.algo or default_algorithm(first.preset)
         base = default_config(first.env or DEFAULT_ENVIRONMENT, algo, first.preset)
-    options = _options_class(base)
+    options = options_class(base)
     words = []
     if recipe is not None:
         words = recipe.words(options)
@@ -255,7 +255,7 @@ def _new_folder(config: Config) -> Path:
     return Path("runs") / name.replace("/", "-").replace(":", "-")
 
 
-def _options_class(base: Config) -> type:
+def options_class(base: Config) -> type:
     """Makes the dataclass of all options, with the settings of a config as defaults."""
     arguments = describe_arguments(environment_class(base.env)).values()
     of_algorithm = describe_settings(load_algorithm(base.algo))
