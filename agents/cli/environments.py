@@ -48,7 +48,7 @@ def environment_kwargs(env_id: str) -> dict[str, Any]:
     """
     arguments = describe_arguments(environment_class(env_id))
     defaults = {name: argument.default for name, argument in arguments.items()}
-    for name in ("num_envs", "render_mode", "autoreset_mode"):  # these do not change the images
+    for name in ("num_envs", "render_mode", "autoreset_mode", "predicted_info"):  # nothing of this is in an image
         defaults.pop(name, None)
     return defaults | registered_kwargs(env_id)
 
