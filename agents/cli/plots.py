@@ -49,9 +49,9 @@ def image_grid(
     """
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    wrapped = [textwrap.fill(label, 18) for label in labels]
+    wrapped = [wrap_caption(label) for label in labels]
     lines = max(text.count("\n") + 1 for text in wrapped)
-    figure, cells = _cells(rows, columns, title, gap=0.16 * lines, legend=aligned is not None)
+    figure, cells = make_cells(rows, columns, title, gap=0.16 * lines, legend=aligned is not None)
     for k, axes in enumerate(cells.flat):
         if k >= len(images):
             axes.set_visible(False)
@@ -95,10 +95,10 @@ def before_after(
     if len(set(before.prompts)) == 1:  # which then stands in the title
         title = "\n".join(part for part in (title, f"“{before.prompts[0]}”") if part)
     else:
-        captions = [textwrap.fill(before.prompts[k], 18) for k in chosen]
+        captions = [wrap_caption(before.prompts[k]) for k in chosen]
         gap = 0.16 * max(text.count("\n") + 1 for text in captions)
     judged = after.aligned is not None
-    figure, cells = _cells(2 * blocks, columns, title, gap, legend=judged, margin=1.35, paired=True)
+    figure, cells = make_cells(2 * blocks, columns, title, gap, legend=judged, margin=1.35, paired=True)
     for axes in cells.flat:
         axes.set_visible(False)
     for row, (evaluation, label) in enumerate(zip((before, after), labels, strict=True)):
@@ -175,7 +175,7 @@ def calibration(measured: Measured, path: str | Path, title: str = "") -> Path:
     return save(figure, path)
 
 
-def _cells(
+def make_cells(
     rows: int, columns: int, title: str, gap: float, legend: bool, margin: float = 0.15, paired: bool = False
 ) -> tuple[Figure, NDArray[Any]]:
     """Makes a figure of square cells, laid out in inches, so that texts fit for any number of rows.
@@ -221,6 +221,11 @@ def _cells(
     if legend:
         _add_legend(figure, legend_columns)
     return figure, cells
+
+
+def wrap_caption(text: str) -> str:
+    """Returns a text in lines that are no wider than an image."""
+    return textwrap.fill(text, 18)
 
 
 def _add_legend(figure: Figure, columns: int) -> None:

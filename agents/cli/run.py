@@ -20,7 +20,7 @@ from agents.cli.config import FILE_NAME, Config
 from agents.cli.environments import EVALUATION_BATCH_SIZE, evaluation_rewards, unseen_prompts
 from agents.cli.interrupts import InterruptCallback, agree
 from agents.cli.logs import CSVLog, TensorBoardLog, read_log
-from agents.cli.page import write_page
+from agents.cli.page import DENOISING, TRAINING, write_page
 from agents.cli.run_folder import (
     BEFORE_AFTER,
     EVALUATION_BEFORE,
@@ -153,6 +153,8 @@ class Run:
             (self.folder / EVALUATION_BEFORE).unlink(missing_ok=True)
         else:
             say(self.console, f"resuming from {self._checkpoint}, after {self._done}")
+        for name in (DENOISING, TRAINING):  # they show the model as it was
+            (self.folder / name).unlink(missing_ok=True)
         log = self.folder / LOG
         rows = self._restore_log(log)
         remove_samples(self.folder / SAMPLES, self.agent.iteration, self.config.checkpointing_steps)
