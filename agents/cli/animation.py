@@ -24,7 +24,7 @@ def write_gif(
     path: Path,
     title: str = "",
     captions: Sequence[str] = (),
-    paired: bool = False,
+    block: int = 1,
 ) -> Path:
     """Writes an animation of rows of images.
 
@@ -34,7 +34,7 @@ def write_gif(
         path: file to write.
         title: text above the images.
         captions: B texts above the images; none if it is empty.
-        paired: True if rows come in pairs that belong together.
+        block: rows that belong together.
 
     Returns:
         The file.
@@ -42,7 +42,7 @@ def write_gif(
     columns = next(iter(rows.values())).shape[1]
     wrapped = [wrap_caption(text) for text in captions]
     gap = 0.16 * max((text.count("\n") + 1 for text in wrapped), default=0)
-    figure, cells = make_cells(len(rows), columns, f"{title}\n ", gap, legend=False, margin=1.35, paired=paired)
+    figure, cells = make_cells(len(rows), columns, f"{title}\n ", gap, legend=False, margin=1.35, block=block)
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(_DPI)
     shown = []

@@ -61,6 +61,38 @@ def image_grid(
     return save(figure, path)
 
 
+def image_rows(
+    rows: Mapping[str, tuple[NDArray[np.uint8], NDArray[np.bool_] | None]],
+    captions: Sequence[str],
+    path: str | Path,
+    title: str = "",
+) -> Path:
+    """Draws rows of images of the same prompts, one below the other.
+
+    Args:
+        rows: by the text beside the row, (N, H, W, 3) uint8 and (N,), True for the images that get the tick of a fully
+            aligned one, or None for no ticks.
+        captions: the prompts of the N columns; a single one for all stands in the title.
+        path: file to write.
+        title: text above the figure.
+    """
+    if len(set(captions)) == 1:
+        title, captions = "\n".join(part for part in (title, f"“{captions[0]}”") if part), [""] * len(captions)
+    wrapped = [wrap_caption(text) for text in captions]
+    gap = 0.16 * max(text.count("\n") + 1 for text in wrapped) if any(wrapped) else 0.0
+    judged = any(aligned is not None for _, aligned in rows.values())
+    figure, cells = make_cells(len(rows), len(captions), title, gap, legend=judged, margin=1.35, block=len(rows))
+    for axes_of_row, (label, (images, aligned)) in zip(cells, rows.items(), strict=True):
+        text = label if aligned is None else f"{label}\n{aligned.sum()} of {len(images)}"
+        style: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 8, "color": INK}
+        axes_of_row[0].text(-0.12, 0.5, textwrap.fill(text, 20, replace_whitespace=False), transform=axes_of_row[0].transAxes, **style)
+        for k, axes in enumerate(axes_of_row):
+            _show(axes, images[k], _entry(aligned, k))
+    for axes, text in zip(cells[0], wrapped, strict=True):
+        axes.set_title(text, fontsize=7, color=INK, pad=4, parse_math=False)
+    return save(figure, path)
+
+
 def before_after(
     before: Evaluation,
     after: Evaluation,
@@ -98,7 +130,7 @@ def before_after(
         captions = [wrap_caption(before.prompts[k]) for k in chosen]
         gap = 0.16 * max(text.count("\n") + 1 for text in captions)
     judged = after.aligned is not None
-    figure, cells = make_cells(2 * blocks, columns, title, gap, legend=judged, margin=1.35, paired=True)
+    figure, cells = make_cells(2 * blocks, columns, title, gap, legend=judged, margin=1.35, block=2)
     for axes in cells.flat:
         axes.set_visible(False)
     for row, (evaluation, label) in enumerate(zip((before, after), labels, strict=True)):
@@ -176,7 +208,7 @@ def calibration(measured: Measured, path: str | Path, title: str = "") -> Path:
 
 
 def make_cells(
-    rows: int, columns: int, title: str, gap: float, legend: bool, margin: float = 0.15, paired: bool = False
+    rows: int, columns: int, title: str, gap: float, legend: bool, margin: float = 0.15, block: int = 1
 ) -> tuple[Figure, NDArray[Any]]:
     """Makes a figure of square cells, laid out in inches, so that texts fit for any number of rows.
 
@@ -184,10 +216,10 @@ def make_cells(
         rows: rows of images.
         columns: columns of images.
         title: text above the figure, of one or several lines.
-        gap: space for labels above each row (above every second one if ``paired``).
+        gap: space for labels above each block of rows.
         legend: True to explain the frames below.
         margin: space on the left.
-        paired: True if rows come in pairs that belong together.
+        block: rows that belong together, with the same labels.
 
     Returns:
         The figure, and its axes (rows, columns).
@@ -199,7 +231,7 @@ def make_cells(
         height += 0.22 * (title.count("\n") + 1)
     offsets = []
     for row in range(rows):
-        if not paired or row % 2 == 0:
+        if row % block == 0:
             height += gap + 0.06
             height += 0.08 if row else 0  # between two blocks
         offsets.append(height)

@@ -37,7 +37,7 @@ from agents.cli.run_folder import (
     make_agent,
     save_evaluation,
 )
-from agents.cli.samples import N_SHOWN, Sample, SampleCallback, list_samples, remove_samples
+from agents.cli.samples import N_SHOWN, Sample, SampleCallback, list_samples, remove_samples, shown_images
 from agents.cli.signals import SIGNALS
 from agents.cli.tables import say, scores_of, scores_table, write_json
 from agents.common import distributed
@@ -85,8 +85,7 @@ class Run:
         with _training_warnings(self.console):
             self.prepared = self.agent.prepare()  # now: an error after the first evaluation would be late
         self.prompts = cycle_prompts(self.env.prompts.train, config.eval_images)
-        n_shown = min(N_SHOWN, len(self.prompts))
-        shown = [k * len(self.prompts) // n_shown for k in range(n_shown)]  # of several prompts, different ones
+        shown = shown_images(len(self.prompts))
         self.samples = SampleCallback(
             folder / SAMPLES,
             config.checkpointing_steps,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from agents.cli.config import Config
+    from agents.cli.samples import Sample
     from agents.common.algorithm import DenoisingAlgorithm
     from dpok_gym.samplers import DenoisingProcess, Transition
 
@@ -59,10 +60,11 @@ def run(options: Watch) -> int:
 
     from agents.cli.config import Config
     from agents.cli.drawing import no_reward
-    from agents.cli.page import write_page
+    from agents.cli.page import DENOISING, TRAINING, write_page
     from agents.cli.run_folder import SAMPLES, SUMMARY, load_agent
-    from agents.cli.samples import N_SHOWN, list_samples
+    from agents.cli.samples import N_SHOWN, list_samples, shown_images
     from agents.cli.tables import say
+    from agents.common.evaluation import cycle_prompts
     from dpok_gym.utils.reading import read_json
     from dpok_gym.utils.validation import MAX_SEED, check_integer
 
@@ -70,19 +72,25 @@ def run(options: Watch) -> int:
     check_integer("--n", options.n, maximum=N_SHOWN)
     if options.seed is not None:
         check_integer("--seed", options.seed, minimum=0, maximum=MAX_SEED)
+    if options.prompt is not None and not options.prompt.strip():
+        raise ValueError("--prompt is blank; give the text to draw, in quotation marks")
     changes: dict[str, Any] = {"device": options.device, "reward": no_reward}
-    if options.prompt is not None:
-        if not options.prompt.strip():
-            raise ValueError("--prompt is blank; give the text to draw, in quotation marks")
-        changes["prompts"] = [options.prompt]
     if options.model is not None:
         changes["model"] = str(options.model)
     console = Console()
     agent = load_agent(options.run, config, config.make_env(options.n, **changes), options.device)
-    say(console, f"the denoising before and after: {_watch_denoising(options, config, agent)}")
+    prompts = agent.denoising_env.prompts.train
+    drawn = [options.prompt] * options.n if options.prompt else cycle_prompts(prompts, options.n)
+    first = config.evaluation_seed if options.seed is None else options.seed
+    rows, times = _denoising(agent, drawn, [first + index for index in range(options.n)], _name(config))
+    path = _write(rows, times, options.run / DENOISING, config, drawn, block=2)
+    say(console, f"the denoising before and after: {path}")
     samples = list_samples(options.run / SAMPLES)
     if samples:
-        say(console, f"the training: {_watch_training(options, config, samples)}")
+        drawn = cycle_prompts(prompts, config.eval_images)
+        drawn = [drawn[index] for index in shown_images(len(drawn))]
+        path = _write(*_training(samples, len(drawn)), options.run / TRAINING, config, drawn)
+        say(console, f"the training: {path}")
     else:
         say(console, f"{options.run} has no {SAMPLES}, so there is no animation of the training")
     if (options.run / SUMMARY).is_file():
@@ -90,30 +98,39 @@ def run(options: Watch) -> int:
     return 0
 
 
-def _watch_denoising(options: Watch, config: Config, agent: DenoisingAlgorithm) -> Path:
-    from agents.cli.animation import write_gif
-    from agents.cli.page import DENOISING
-    from agents.common.evaluation import cycle_prompts
+def _name(config: Config) -> str:
+    return config.algo.rpartition(":")[2].upper()
 
-    prompts = cycle_prompts(agent.denoising_env.prompts.train, options.n)
-    first = config.evaluation_seed if options.seed is None else options.seed
-    seeds = [first + index for index in range(options.n)]
+
+def _write(
+    rows: dict[str, NDArray[np.uint8]],
+    times: Sequence[str],
+    path: Path,
+    config: Config,
+    prompts: Sequence[str],
+    block: int = 1,
+) -> Path:
+    """Writes an animation with a title; the prompts are above the images if there are several."""
+    from agents.cli.animation import write_gif
+
+    title, captions = f"{_name(config)} on {config.env}, seed {config.seed}", prompts
+    if len(set(prompts)) == 1:
+        title, captions = f"{title}\n“{prompts[0]}”", ()
+    return write_gif(rows, times, path, title, captions, block)
+
+
+def _denoising(
+    agent: DenoisingAlgorithm, prompts: Sequence[str], seeds: Sequence[int], name: str
+) -> tuple[dict[str, NDArray[np.uint8]], list[str]]:
+    """Draws the same seeds with the pre-trained and the fine-tuned model; returns rows of frames, and their times."""
     n_steps = agent.process.num_inference_steps
     every = math.ceil(n_steps / _MAX_FRAMES)
-    rows, name = {}, config.algo.rpartition(":")[2].upper()
-    for model, transition in {
-        "pre-trained": agent.policy.reference_transition,
-        name: agent.policy.transition,
-    }.items():
+    rows = {}
+    for model, transition in (("pre-trained", agent.policy.reference_transition), (name, agent.policy.transition)):
         states, expected = _frames(agent.process, prompts, seeds, transition, every)
         rows[f"{model}:\nthe state x_t"] = states
         rows[f"{model}:\nx_0 expected"] = expected
-    times = [f"after {step} of {n_steps} steps" for step in [*range(0, n_steps, every), n_steps]]
-    title = f"{name} on {config.env}, seed {config.seed}"
-    captions: Sequence[str] = prompts
-    if len(set(prompts)) == 1:
-        title, captions = f"{title}\n“{prompts[0]}”", ()
-    return write_gif(rows, times, options.run / DENOISING, title, captions, paired=True)
+    return rows, [f"after {step} of {n_steps} steps" for step in [*range(0, n_steps, every), n_steps]]
 
 
 def _frames(
@@ -136,19 +153,10 @@ def _frames(
     return np.stack([*states, last]), np.stack([*expected, last])
 
 
-def _watch_training(options: Watch, config: Config, samples: Sequence[Any]) -> Path:
-    """Animates the rows of images that the run has drawn."""
+def _training(samples: Sequence[Sample], n: int) -> tuple[dict[str, NDArray[np.uint8]], list[str]]:
+    """Returns the frames of n images of the same seeds that the run has drawn, and their times."""
     import numpy as np
     from PIL import Image
 
-    from agents.cli.animation import write_gif
-    from agents.cli.page import TRAINING
-    from agents.cli.samples import N_SHOWN
-
-    n = min(N_SHOWN, config.eval_images)
-    frames = np.stack([np.stack(np.split(np.asarray(Image.open(sample.path)), n, axis=1)) for sample in samples])
-    times = [f"after {sample.progress}" for sample in samples]
-    title = f"{config.algo.rpartition(':')[2].upper()} on {config.env}, seed {config.seed}"
-    half = math.ceil(n / 2) if n > 4 and n % 2 == 0 else n
-    rows = {f"images {first + 1} to {first + half}": frames[:, first : first + half] for first in range(0, n, half)}
-    return write_gif(rows, times, options.run / TRAINING, title)
+    frames = [np.stack(np.split(np.asarray(Image.open(sample.path)), n, axis=1)) for sample in samples]
+    return {"the same\nseeds": np.stack(frames)}, [f"after {sample.progress}" for sample in samples]
