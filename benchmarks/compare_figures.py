@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -72,11 +74,13 @@ def curves(
                 runs = [record for record in _select(records, label, task) if record["curve"]]
                 if runs:
                     ranges.append(_band(axes, runs, score, cost, colour, label))
-            level = [record["scores"]["training"][score] for record in _select(records, PRE_TRAINED, task)]
-            if level:
-                axes.axhline(interquartile_mean([level]).value, color="#8c8c8c", linestyle="--", linewidth=1.2, zorder=1)
+            scores = [record["scores"]["training"][score] for record in _select(records, PRE_TRAINED, task)]
+            level = math.inf
+            if scores:
+                level = interquartile_mean([scores]).value
+                axes.axhline(level, color="#8c8c8c", linestyle="--", linewidth=1.2, zorder=1)
             if len(ranges) > 1:
-                _set_limits(axes, ranges)
+                _set_limits(axes, ranges, level)
             axes.set_xlabel(NAMES[cost])
             axes.set_title(f"{task}: {NAMES[score]}", fontsize=10)
             axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -106,9 +110,9 @@ def _explain(figure: Figure, text: str) -> None:
     figure.supxlabel("\n".join(textwrap.wrap(text, int(14.5 * width))), fontsize=8.5, color="#404040")
 
 
-def _set_limits(axes: Axes, ranges: Sequence[tuple[float, float]]) -> None:
-    """Sets the range of y to that of the curves, each from its lowest to its highest value, without the lowest one."""
-    low = sorted(low for low, _ in ranges)[1]
+def _set_limits(axes: Axes, ranges: Sequence[tuple[float, float]], level: float) -> None:
+    """Sets the range of y: the level, and the curves from their lowest to their highest values, without the lowest."""
+    low = min(sorted(low for low, _ in ranges)[1], level)
     high = max(high for _, high in ranges)
     margin = 0.1 * (high - low)
     axes.set_ylim(low - margin, high + margin)
@@ -180,6 +184,34 @@ def grid(folder: Path, task: str, labels: Sequence[str], prompts: Sequence[str],
         plots.image_rows(rows, prompts, path, title)
 
 
+def label_points(axes: Axes, points: Sequence[tuple[float, float, str]], renderer: Any) -> None:
+    """Writes a text beside each point, where it hides no other text and no point, if there is such a place.
+
+    Args:
+        axes: of the points; the layout of its figure must be known.
+        points: x, y and text of each.
+        renderer: of the figure.
+    """
+    places = axes.transData.transform([(x, y) for x, y, _ in points])
+    radius = 5 * axes.figure.dpi / 72  # of a marker
+    taken = [Bbox.from_extents(*(place - radius), *(place + radius)) for place in places]
+    directions = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1.6), (0, -1.6), (2.5, 0), (-2.5, 0))
+    for x, y, text in points:
+        for across, up in directions:
+            style: dict[str, Any] = {
+                "ha": ("right", "center", "left")[int(np.sign(across)) + 1],
+                "va": ("top", "center", "bottom")[int(np.sign(up)) + 1],
+            }
+            label = axes.annotate(text, (x, y), (5 * across, 4 * up), textcoords="offset points", fontsize=8, **style)
+            box = label.get_window_extent(renderer)
+            if not any(box.overlaps(other) for other in taken):
+                break
+            label.remove()
+        else:
+            label = axes.annotate(text, (x, y), (5, 4), textcoords="offset points", fontsize=8)
+        taken.append(label.get_window_extent(renderer))
+
+
 def _select(records: Sequence[Record], label: str, task: str) -> list[Record]:
     return [record for record in records if (record["label"], record["task"]) == (label, task)]
 
@@ -201,7 +233,7 @@ def _band(
     axes.plot(at, middle, color=colour, linewidth=1.8, label=label)
     axes.fill_between(at, low, high, color=colour, alpha=0.13, linewidth=0)
     x, y = (interquartile_mean([[run["curve"][-1][name] for run in runs]]).value for name in (cost, score))
-    axes.plot([x], [y], "D", color=colour, markersize=6, markeredgecolor="white", clip_on=False, zorder=4)
+    axes.plot([x], [y], "D", color=colour, markersize=6, markeredgecolor="white", zorder=4)
     return min(middle.min(), y), max(middle.max(), y)
 
 

@@ -83,9 +83,11 @@ def image_rows(
     judged = any(aligned is not None for _, aligned in rows.values())
     figure, cells = make_cells(len(rows), len(captions), title, gap, legend=judged, margin=1.35, block=len(rows))
     for axes_of_row, (label, (images, aligned)) in zip(cells, rows.items(), strict=True):
-        text = label if aligned is None else f"{label}\n{aligned.sum()} of {len(images)}"
+        text = wrap_caption(label)
+        if aligned is not None:
+            text += f"\n{aligned.sum()} of {len(images)} aligned"
         style: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 8, "color": INK}
-        axes_of_row[0].text(-0.12, 0.5, textwrap.fill(text, 20, replace_whitespace=False), transform=axes_of_row[0].transAxes, **style)
+        axes_of_row[0].text(-0.12, 0.5, text, transform=axes_of_row[0].transAxes, **style)
         for k, axes in enumerate(axes_of_row):
             _show(axes, images[k], _entry(aligned, k))
     for axes, text in zip(cells[0], wrapped, strict=True):
