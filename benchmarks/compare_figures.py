@@ -216,9 +216,7 @@ def _select(records: Sequence[Record], label: str, task: str) -> list[Record]:
     return [record for record in records if (record["label"], record["task"]) == (label, task)]
 
 
-def _band(
-    axes: Axes, runs: Sequence[Record], score: str, cost: str, colour: Any, label: str
-) -> tuple[float, float]:
+def _band(axes: Axes, runs: Sequence[Record], score: str, cost: str, colour: Any, label: str) -> tuple[float, float]:
     """Draws the interquartile mean of the runs' curves, its interval, and that of the final evaluations.
 
     Returns:

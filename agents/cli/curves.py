@@ -112,9 +112,7 @@ def learning_curve(
     return save(figure, path)
 
 
-def _panels(
-    rows: Sequence[Mapping[str, float]], before: Evaluation | None, after: Evaluation | None
-) -> list[_Panel]:
+def _panels(rows: Sequence[Mapping[str, float]], before: Evaluation | None, after: Evaluation | None) -> list[_Panel]:
     """Returns what to draw, from top to bottom."""
     rollouts = [row for row in rows if "rollout/images" in row]
     names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))  # without repetitions, in the order of the log
@@ -140,12 +138,18 @@ def _panels(
         panels.append(_reward_panel(name, "not trained on", points(column), before, after))
     losses = [name for name in _FIT_LOSSES if any(name in row and "rollout/images" not in row for row in rows)]
     if losses:
-        fitted = [(row["train/n_updates"], row[losses[0]]) for row in rows if {"train/n_updates", losses[0]} <= row.keys()]
+        fitted = [
+            (row["train/n_updates"], row[losses[0]]) for row in rows if {"train/n_updates", losses[0]} <= row.keys()
+        ]
         panels.append(_Panel(_FIT_LOSSES[losses[0]], fitted, KL, kind="loss"))
     elif not rollouts or "train/kl_to_reference" in names:
         # The mean over an update, in the middle of which the model has learned from half of the images.
         middles = [(x + row["rollout/images"]) / 2 for x, row in zip(starts, rollouts, strict=True)]
-        kl = [(x, row["train/kl_to_reference"]) for x, row in zip(middles, rollouts, strict=True) if "train/kl_to_reference" in row]
+        kl = [
+            (x, row["train/kl_to_reference"])
+            for x, row in zip(middles, rollouts, strict=True)
+            if "train/kl_to_reference" in row
+        ]
         label = "KL to pre-trained\n(nats per image)"
         final = None if after is None else _mean(after.kl)
         panels.append(_Panel(label, [(0.0, 0.0), *kl] if kl else [], KL, after=final, kind="kl"))
@@ -154,12 +158,12 @@ def _panels(
     return panels
 
 
-def _reward_panel(
-    name: str, use: str, points: _Points, before: Evaluation | None, after: Evaluation | None
-) -> _Panel:
+def _reward_panel(name: str, use: str, points: _Points, before: Evaluation | None, after: Evaluation | None) -> _Panel:
     level = None if before is None else before.mean(name)
     values = None if after is None else after.rewards.get(name)
-    return _Panel(f"{textwrap.shorten(name, 24)}\n({use})", points, REWARD, level, None if values is None else _mean(values))
+    return _Panel(
+        f"{textwrap.shorten(name, 24)}\n({use})", points, REWARD, level, None if values is None else _mean(values)
+    )
 
 
 def _starts(rollouts: Sequence[Mapping[str, float]]) -> list[float]:
@@ -220,7 +224,14 @@ def _draw(axes: Axes, panel: _Panel, end: float | None) -> int:
     if panel.after is not None and end is not None:
         mean, low, high = panel.after
         error = np.array([[mean - low], [high - mean]]).clip(min=0)
-        style: dict[str, Any] = {"fmt": "D", "color": INK, "markersize": 5, "elinewidth": 1.2, "capsize": 2.5, "zorder": 4}
+        style: dict[str, Any] = {
+            "fmt": "D",
+            "color": INK,
+            "markersize": 5,
+            "elinewidth": 1.2,
+            "capsize": 2.5,
+            "zorder": 4,
+        }
         axes.errorbar([end], [mean], error, clip_on=False, **style)
     if panel.kind == "kl":
         axes.set_ylim(bottom=0)

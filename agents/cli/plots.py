@@ -164,7 +164,7 @@ def scatter(
     cells = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     names, kinds = list(dict.fromkeys(prompts)), np.array(prompts)
     for axes, (label, points) in zip(cells, panels.items(), strict=True):
-        for name, colour in zip(names, itertools.cycle(_COLOURS)):  # noqa: B905 (the colours never end)
+        for name, colour in zip(names, itertools.cycle(_COLOURS)):
             axes.scatter(*points[kinds == name].T, s=7, color=colour, alpha=0.6, linewidths=0, label=f"“{name}”")
         axes.set(aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach), xlabel="position: first coordinate")
         axes.set_title(label, fontsize=9, color=INK)

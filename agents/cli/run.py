@@ -121,6 +121,8 @@ class Run:
         names = [LOG, TENSORBOARD, EVALUATION_BEFORE, LEARNING_CURVE, BEFORE_AFTER, PAGE]
         if self.agent.policy.lora is not None:
             names.append(f"{LORA}/{LORA_FILE}")
+        if unseen_prompts(self.env):
+            names.append(HELD_OUT)
         return all((self.folder / name).exists() for name in names)
 
     def _read_summary(self) -> dict[str, Any]:

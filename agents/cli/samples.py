@@ -61,7 +61,7 @@ def list_samples(folder: Path) -> list[Sample]:
 
 
 def remove_samples(folder: Path, iteration: int, every: int) -> None:
-    """Removes rows that a resumed run draws again, or that it would not have: those beyond an iteration, and last ones.
+    """Removes the rows that a resumed run draws again, and the last row of a run that is to go on further.
 
     Args:
         folder: of the rows.
@@ -69,7 +69,7 @@ def remove_samples(folder: Path, iteration: int, every: int) -> None:
         every: iterations between two rows.
     """
     for sample in list_samples(folder):
-        if sample.iteration > iteration or sample.iteration % every:
+        if sample.iteration >= iteration or sample.iteration % every:
             sample.path.unlink()
 
 

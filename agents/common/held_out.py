@@ -73,7 +73,6 @@ class HeldOutReward:
                 scores[here, column] = torch.stack([values.double() for values in weighted]).sum(dim=0)
         return scores
 
-
     def aligned_share(self, scores: Tensor) -> float | None:
         """Returns the share of fully aligned images among scored ones; None if the judge is none of these rewards.
 

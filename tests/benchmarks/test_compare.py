@@ -141,5 +141,7 @@ def test_a_grid_has_the_ticks_of_the_judge(tmp_path: Path, monkeypatch: pytest.M
     rows: dict[str, Any] = {}
     monkeypatch.setattr(compare_figures.plots, "image_rows", lambda found, *_: rows.update(found))
     prompts = ["three green squares"] * 8
-    compare_figures.grid(RESULTS / "compare_quick", "count", ["DPOK", "pre-trained", "none"], prompts, tmp_path / "a.png")
+    compare_figures.grid(
+        RESULTS / "compare_quick", "count", ["DPOK", "pre-trained", "none"], prompts, tmp_path / "a.png"
+    )
     assert {label: aligned.sum() for label, (_, aligned) in rows.items()} == {"DPOK": 7, "pre-trained": 7}

@@ -35,7 +35,7 @@ def _evaluation(alignment, kl):
 
 
 def _rows(columns, n=5):
-    return [{"rollout/images": 64.0 * k} | {name: 0.1 * k for name in columns} for k in range(1, n + 1)]
+    return [{"rollout/images": 64.0 * k} | dict.fromkeys(columns, 0.1 * k) for k in range(1, n + 1)]
 
 
 def test_it_begins_with_the_pretrained_model(tmp_path, figures):
@@ -46,7 +46,9 @@ def test_it_begins_with_the_pretrained_model(tmp_path, figures):
     reward, kl = figures[0].axes
     assert reward.get_ylabel() == "alignment\n(trained on)"
     x, y = reward.lines[0].get_data()
-    np.testing.assert_allclose([x[0], x[-1], y[0]], [0, 38 * 64, 0.1])  # the images of a row are those before its update
+    np.testing.assert_allclose(
+        [x[0], x[-1], y[0]], [0, 38 * 64, 0.1]
+    )  # the images of a row are those before its update
     assert "nats" in kl.get_ylabel()
     for line in kl.lines:  # each iteration, and the running mean
         x, y = line.get_data()
@@ -101,7 +103,9 @@ def test_a_supervised_run(tmp_path, figures):
     alignment, quality, loss = figures[0].axes
     assert quality.get_xlabel() == "images drawn by the pre-trained model"
     assert (loss.get_ylabel(), loss.get_xlabel()) == ("denoising loss", "optimiser steps")
-    np.testing.assert_allclose(loss.lines[0].get_data(), [[50 * k for k in range(1, 11)], [1 / k for k in range(1, 11)]])
+    np.testing.assert_allclose(
+        loss.lines[0].get_data(), [[50 * k for k in range(1, 11)], [1 / k for k in range(1, 11)]]
+    )
     assert alignment.get_xlim() == quality.get_xlim()
     assert loss.get_xlim()[1] >= 500 > alignment.get_xlim()[1]  # two kinds of axes
 
