@@ -43,6 +43,9 @@ SCORES = ("reward", "aligned", "quality")
 #: The label of the runs without training.
 PRE_TRAINED = "pre-trained"
 
+#: The line of the pre-trained model.
+LEVEL: dict[str, Any] = {"color": "#8c8c8c", "linestyle": "--", "linewidth": 1.2, "zorder": 1}
+
 #: Points at which a curve is drawn, and rollouts that a running mean goes over.
 _POINTS, _WINDOW = 30, 5
 
@@ -53,9 +56,9 @@ def curves(
     """Draws how training images get better, with a row of panels for each task.
 
     The curves are interquartile means over seeds of running means, with 95 % bootstrap intervals, against the cost of
-    the model that drew the images. The final evaluation draws other images, so it stands apart, as a diamond. Supervised
-    algorithms first draw with the pre-trained model; they learn in the rest of their curve. A panel ends where the
-    second lowest curve does: if one algorithm ruins the images, the others can still be told apart.
+    the model that drew the images. The final evaluation draws other images, so it stands apart, as a diamond.
+    Supervised algorithms first draw with the pre-trained model; they learn in the rest of their curve. A panel ends
+    where the second lowest curve does: if one algorithm ruins the images, the others can still be told apart.
 
     Args:
         records: of the runs.
@@ -78,7 +81,7 @@ def curves(
             level = math.inf
             if scores:
                 level = interquartile_mean([scores]).value
-                axes.axhline(level, color="#8c8c8c", linestyle="--", linewidth=1.2, zorder=1)
+                axes.axhline(level, **LEVEL)
             if len(ranges) > 1:
                 _set_limits(axes, ranges, level)
             axes.set_xlabel(NAMES[cost])
@@ -90,7 +93,7 @@ def curves(
     names = [label for label in colours if label in handles]
     figure.legend(lines, names, loc="outside upper center", ncols=5, frameon=False)
     n_seeds = _describe_seeds(records)
-    _explain(
+    explain(
         figure,
         f"Lines and bands: means over {n_seeds} seeds of the images of the training, with 95 % intervals. Diamonds: the "
         "final evaluation, of other images. Dashed: the pre-trained model in the same evaluation.",
@@ -104,14 +107,14 @@ def _describe_seeds(records: Sequence[Record]) -> str:
     return " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
 
 
-def _explain(figure: Figure, text: str) -> None:
+def explain(figure: Figure, text: str) -> None:
     """Writes below the panels what lines and points mean."""
     width = figure.get_size_inches()[0]
     figure.supxlabel("\n".join(textwrap.wrap(text, int(14.5 * width))), fontsize=8.5, color="#404040")
 
 
 def _set_limits(axes: Axes, ranges: Sequence[tuple[float, float]], level: float) -> None:
-    """Sets the range of y: the level, and the curves from their lowest to their highest values, without the lowest."""
+    """Sets the range of y: the level, and the curves, without the lowest one, from their lowest to highest values."""
     low = min(sorted(low for low, _ in ranges)[1], level)
     high = max(high for _, high in ranges)
     margin = 0.1 * (high - low)
@@ -144,7 +147,7 @@ def frontier(records: Sequence[Record], tasks: Sequence[str], path: Path) -> Non
             tidy(axes)
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=5, frameon=False)
-    _explain(figure, f"Small points: each of {_describe_seeds(records)} seeds. Large ones: their interquartile mean.")
+    explain(figure, f"Small points: each of {_describe_seeds(records)} seeds. Large ones: their interquartile mean.")
     save(figure, path)
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compare import HERE, describe
-from benchmarks.compare_figures import grid, label_points, save, scale_kl, tidy
+from benchmarks.compare_figures import LEVEL, grid, label_points, save, scale_kl, tidy
 from benchmarks.compare_tables import markdown
 from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
 from benchmarks.statistics import Interval, improvement, interquartile_mean
@@ -202,8 +202,7 @@ def figure(families: Families, arguments: dict[str, str], level: Scores | None, 
             points[axes] += _family_curve(axes, by_value, heading, marker, colour)
             axes.plot([], [], f"{marker}-", color=colour, label=f"{name}: {arguments[name]}")  # for the legend
         if level is not None:
-            style = {"color": "#8c8c8c", "linestyle": "--", "linewidth": 1.2, "zorder": 1}
-            axes.axhline(interquartile_mean([level[heading]]).value, label="pre-trained, KL 0", **style)
+            axes.axhline(interquartile_mean([level[heading]]).value, label="pre-trained, KL 0", **LEVEL)
         scale_kl(axes, 1)
         axes.margins(y=0.12)  # room for the labels
         axes.set_title(heading, fontsize=10)

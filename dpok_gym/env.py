@@ -106,8 +106,8 @@ class DenoisingEnv(MadeById, gymnasium.Env[Observation, NDArray[np.float32]]):  
     ## Render Modes
 
     A frame shows the state x_t, decoded, and beside it the image that the pre-trained model expects, its prediction of
-    x_0. The first frame is noise beside a blurred image; the last one has the finished image twice. A frame costs a call
-    of the denoiser and two decodings.
+    x_0. The first frame is noise beside a blurred image; the last one has the finished image twice. A frame costs a
+    call of the denoiser and two decodings.
 
     | Mode               | `render()` returns                                                        |
     |--------------------|---------------------------------------------------------------------------|

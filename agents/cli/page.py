@@ -40,8 +40,8 @@ _FIGURES = {
     ),
     DENOISING: (
         "Denoising, step by step",
-        "The same noise becomes an image, with the pre-trained and with the fine-tuned model: each state x_t, and below "
-        "it the image x_0 that the model expects of it.",
+        "The same noise becomes an image, with the pre-trained and with the fine-tuned model: each state x_t, and "
+        "below it the image x_0 that the model expects of it.",
     ),
     TRAINING: ("Training", "The images of the same seeds while the model learns."),
 }

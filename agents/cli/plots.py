@@ -160,13 +160,13 @@ def scatter(
         reach: the panels go from -reach to reach.
         title: text above the figure.
     """
-    figure = Figure(figsize=(2.9 * len(panels) + 0.2, 4.1), layout="constrained")
-    cells = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(2.9 * len(panels) + 0.2, 4.8), layout="constrained")
+    cells = figure.subplots(1, len(panels), squeeze=False, subplot_kw={"box_aspect": 1})[0]
     names, kinds = list(dict.fromkeys(prompts)), np.array(prompts)
     for axes, (label, points) in zip(cells, panels.items(), strict=True):
         for name, colour in zip(names, itertools.cycle(_COLOURS)):
             axes.scatter(*points[kinds == name].T, s=7, color=colour, alpha=0.6, linewidths=0, label=f"“{name}”")
-        axes.set(aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach), xlabel="position: first coordinate")
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), xlabel="first coordinate of the position")
         axes.set_title(label, fontsize=9, color=INK)
         axes.axhline(0, color="#e6e6e6", linewidth=0.8, zorder=0)
         axes.axvline(0, color="#e6e6e6", linewidth=0.8, zorder=0)
