@@ -92,11 +92,10 @@ def curves(
     lines = [handles[label] for label in colours if label in handles]
     names = [label for label in colours if label in handles]
     figure.legend(lines, names, loc="outside upper center", ncols=5, frameon=False)
-    n_seeds = _describe_seeds(records)
     explain(
         figure,
-        f"Lines and bands: means over {n_seeds} seeds of the images of the training, with 95 % intervals. Diamonds: the "
-        "final evaluation, of other images. Dashed: the pre-trained model in the same evaluation.",
+        f"Lines and bands: means over {_describe_seeds(records)} seeds of the images of the training, with 95 % "
+        "intervals. Diamonds: the final evaluation, of other images. Dashed: the pre-trained model in that evaluation.",
     )
     save(figure, path)
 

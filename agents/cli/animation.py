@@ -42,7 +42,7 @@ def write_gif(
     columns = next(iter(rows.values())).shape[1]
     wrapped = [wrap_caption(text) for text in captions]
     gap = 0.16 * max((text.count("\n") + 1 for text in wrapped), default=0)
-    figure, cells = make_cells(len(rows), columns, f"{title}\n ", gap, legend=False, margin=1.35, block=block)
+    figure, cells = make_cells(len(rows), columns, f"{title}\n{times[0]}", gap, legend=False, margin=1.35, block=block)
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(_DPI)
     shown = []
@@ -54,13 +54,11 @@ def write_gif(
             shown.append(axes.imshow(image, interpolation="nearest"))
     for axes, text in zip(cells[0], wrapped, strict=False):
         axes.set_title(text, fontsize=7, color=INK, pad=4, parse_math=False)
-    # Below the title, whose last line is left free for it.
-    height = figure.get_size_inches()[1]
-    lines = figure.texts[0].get_text().count("\n")
-    time = figure.text(0.5, 1 - (0.1 + 0.2 * lines) / height, "", ha="center", va="top", fontsize=10, color=INK)
+    heading = figure.texts[0]
+    lines = heading.get_text().split("\n")[:-1]  # the last line is the time
     pictures = []
     for index, text in enumerate(times):
-        time.set_text(text)
+        heading.set_text("\n".join([*lines, text]))
         images = itertools.chain.from_iterable(frames[index] for frames in rows.values())
         for artist, image in zip(shown, images, strict=True):
             artist.set_data(image)

@@ -160,7 +160,7 @@ def scatter(
         reach: the panels go from -reach to reach.
         title: text above the figure.
     """
-    figure = Figure(figsize=(2.9 * len(panels) + 0.2, 4.8), layout="constrained")
+    figure = Figure(figsize=(2.9 * len(panels) + 0.2, 4.5), layout="constrained")
     cells = figure.subplots(1, len(panels), squeeze=False, subplot_kw={"box_aspect": 1})[0]
     names, kinds = list(dict.fromkeys(prompts)), np.array(prompts)
     for axes, (label, points) in zip(cells, panels.items(), strict=True):
