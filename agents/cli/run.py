@@ -6,7 +6,7 @@ import math
 import shlex
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -336,8 +336,6 @@ class Run:
             for name, (evaluations, title) in pairs.items():
                 figure = plots.before_after(*evaluations, self.folder / name, title, labels)
                 self._tensorboard.add_image(figure.stem.replace("_", " "), figure.read_bytes(), len(rows))
-            if summary["objective"] is not None:
-                self._draw_optimum(before, after, summary["objective"])
         for path in (self.folder / LOG, self._tensorboard.path):
             if path.is_file():
                 flush_to_disk(path)
@@ -354,33 +352,31 @@ class Run:
             table.add_row("seconds of training", "", f"{summary['seconds']:,}")
             self.console.print(table)
 
-    def _objective(self) -> dict[str, float] | None:
-        """Returns E[r] - beta KL of both models and of the best policy; None where the best one is not known."""
+    def _compare_with_optimum(self, before: Evaluation, after: Evaluation) -> dict[str, float] | None:
+        """Computes E[r] - beta KL of both models and of the best policy, and draws where the images of all three lie.
+
+        Returns:
+            The values, beta and the regret; None where the best policy is not known.
+        """
         beta, world = self.agent.nat_price, self.env.world
         if beta is None or world is None or world.optimum is None:
             return None
-        env = self._evaluation_env(EVALUATION_BATCH_SIZE)
+        env, policy = self._evaluation_env(EVALUATION_BATCH_SIZE), self.agent.policy
         problem = (env.process, env.prompts, env.rewards_of, beta)
-        policy = self.agent.policy
-        transitions = {"before": policy.reference_transition, "after": policy.transition}
-        transitions["optimum"] = world.optimum.transition(*problem)
-        values = {name: world.optimum.value_of(*problem, transition) for name, transition in transitions.items()}
-        return {"nat_price": beta} | values | {"regret": values["optimum"] - values["after"]}
-
-    def _draw_optimum(self, before: Evaluation, after: Evaluation, objective: Mapping[str, float]) -> None:
-        """Draws where the images lie, beside those of the best policy with the same noise."""
-        env = self._evaluation_env(EVALUATION_BATCH_SIZE)
-        assert env.world is not None
-        assert env.world.optimum is not None
-        optimum = env.world.optimum
-        best = optimum.transition(env.process, env.prompts, env.rewards_of, objective["nat_price"])
+        best = world.optimum.transition(*problem)
         drawn = sample_images(env.process, env, self.prompts, self.config.evaluation_seed, best)
-        evaluations = {"pre-trained": before, f"{self._name}, {self._done}": after, "best possible": drawn}
-        panels = {}
-        for (label, evaluation), name in zip(evaluations.items(), ("before", "after", "optimum"), strict=True):
-            text = f"{label}\nE[r] - {objective['nat_price']:g} KL = {objective[name]:.3f}"
-            panels[text] = optimum.positions(evaluation.images)
-        plots.scatter(panels, self.prompts, self.folder / OPTIMUM, optimum.reach, self._title)
+        models = {
+            "before": ("pre-trained", policy.reference_transition, before),
+            "after": (f"{self._name}, {self._done}", policy.transition, after),
+            "optimum": ("best possible", best, drawn),
+        }
+        values, panels = {}, {}
+        for name, (label, transition, evaluation) in models.items():
+            values[name] = world.optimum.value_of(*problem, transition)
+            title = f"{label}\nE[r] - {beta:g} KL = {values[name]:.3f}"
+            panels[title] = world.optimum.positions(evaluation.images)
+        plots.scatter(panels, self.prompts, self.folder / OPTIMUM, world.optimum.reach, self._title)
+        return {"nat_price": beta} | values | {"regret": values["optimum"] - values["after"]}
 
     @property
     def is_sound(self) -> bool:
@@ -448,7 +444,7 @@ class Run:
             "seconds": round(self.progress.seconds, 1),
             "interrupted": after is None,
             "warnings": list(agent.monitor.warned.values()),
-            "objective": self._objective() if after else None,
+            "objective": self._compare_with_optimum(before, after) if before and after else None,
         }
         # A summary without evaluations has None for every score, so its keys are always the same.
         return summary | scores_of(before, after)

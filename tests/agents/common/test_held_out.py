@@ -78,6 +78,18 @@ def test_scores(make_env: Callable[..., Any]) -> None:
     assert HeldOutReward(None, make_env())(images, prompts, range(20), 20).shape == (20, 0)
 
 
+def test_the_judge_tells_how_many_are_fully_aligned() -> None:
+    """If it is not trained on, whatever its weight is."""
+    arguments: dict[str, Any] = {"num_inference_steps": 1, "device": "cpu"}
+    env = DenoisingVectorEnv(1, reward="jpeg-compressibility", **arguments)
+    scorer = HeldOutReward({"shapes-quality": 1.0, "shapes-alignment": 0.3}, env)
+    scores = torch.tensor([[0.9, 0.3], [0.1, 0.15], [0.5, 0.3], [0.5, 0.0]], dtype=torch.float64)
+    assert scorer.aligned_share(scores.float().double()) == 0.5
+    assert HeldOutReward("shapes-quality", env).aligned_share(scores[:, :1]) is None
+    trained_on = DenoisingVectorEnv(1, reward="shapes-alignment", **arguments)
+    assert HeldOutReward("shapes-alignment", trained_on).aligned_share(scores[:, 1:]) is None
+
+
 def test_a_sum_has_a_column_for_each_reward(make_agent: Callable[..., Any]) -> None:
     agent = make_agent(held_out_reward={redness: 2.0, blueness: -1.0, colours: 0.5})
     rows = listen(agent)
