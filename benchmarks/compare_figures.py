@@ -23,7 +23,6 @@ from agents.cli import plots
 from benchmarks.runs import Record, find_row_file
 from benchmarks.statistics import interquartile_band, interquartile_mean
 from dpok_gym import make_reward
-from dpok_gym.shapes.world import WORLD
 
 #: The panels of a row of the curves: the score shown, and the cost that it is shown against.
 BY_IMAGES = (("reward", "images"), ("alignment", "images"), ("quality", "images"))
@@ -179,7 +178,7 @@ def grid(folder: Path, task: str, labels: Sequence[str], prompts: Sequence[str],
         if file is not None:
             images = np.stack(np.split(np.asarray(Image.open(file)), len(prompts), axis=1))
             pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-            alignment = make_reward(WORLD.alignment_reward)(pixels, list(prompts)).total
+            alignment = make_reward("shapes-alignment")(pixels, list(prompts)).total
             rows[label] = images, (alignment == 1).numpy()
     if rows:
         title = f"{task}: the same seeds and prompts in each row, not selected"

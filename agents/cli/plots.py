@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
@@ -175,7 +176,8 @@ def scatter(
     handles, labels = cells[0].get_legend_handles_labels()
     style: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": INK, "markerscale": 2}
     legend = figure.legend(handles, labels, loc="outside lower center", ncols=len(names), **style)
-    legend.set_title(f"each point is one of {len(prompts)} images, of the same noise in each panel", {"size": 8})
+    text = f"each point is one of {len(prompts)} images, of the same noise in each panel"
+    legend.set_title(text, FontProperties(size=8))
     figure.suptitle(title, color=INK, fontsize=11, parse_math=False)
     return save(figure, path)
 

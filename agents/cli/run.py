@@ -54,6 +54,7 @@ from agents.common.checkpoint import (
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate, sample_images
 from agents.common.monitor import TrainingWarning
 from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
+from dpok_gym.samplers import Transition
 from dpok_gym.utils.files import flush_to_disk, replacing
 from dpok_gym.utils.reading import read_json
 from dpok_gym.utils.sharding import whole
@@ -365,7 +366,7 @@ class Run:
         problem = (env.process, env.prompts, env.rewards_of, beta)
         best = world.optimum.transition(*problem)
         drawn = sample_images(env.process, env, self.prompts, self.config.evaluation_seed, best)
-        models = {
+        models: dict[str, tuple[str, Transition, Evaluation]] = {
             "before": ("pre-trained", policy.reference_transition, before),
             "after": (f"{self._name}, {self._done}", policy.transition, after),
             "optimum": ("best possible", best, drawn),

@@ -329,7 +329,9 @@ class TestPredictedImage:
         assert "predicted" not in untouched.reset(seed=0)[1]
         for i in range(T + 1):
             assert (info["predicted"].shape, info["predicted"].dtype) == ((64, 64, 3), np.uint8)
-            assert np.array_equal(info["predicted"], env.render()[:, 64:])
+            frame = env.render()
+            assert frame is not None
+            assert np.array_equal(info["predicted"], frame[:, 64:])
             if i < T:
                 observation, *_, info = env.step(act(env, i))
                 assert equal(observation, untouched.step(act(env, i))[0], exact=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from agents.common.held_out import MAX_IMAGES, HeldOutReward, choose, chosen_images
+from dpok_gym import DenoisingVectorEnv
 from tests.agents.algorithms.support import listen
 from tests.agents.common.support import collect, snapshot
 from tests.support import assert_same, colours, every_other_fails, redness

@@ -103,10 +103,13 @@ def test_the_best_policy_has_the_best_value() -> None:
     """Two prompts at once; the last step is deterministic."""
     prompts = PromptSet("both", ("one gaussian", "two modes"), weights=(1.0, 3.0))
     env = make("mixture-1d", prompts, "mixture-bump", 10, sde_steps=(0, 9))
-    settings: Any = (env.process, env.prompts, env.rewards_of, 0.25)
-    best = value_of(*settings, optimal_transition(*settings))
+    optimal = optimal_transition(env.process, env.prompts, env.rewards_of, 0.25)
+    best, start = (
+        value_of(env.process, env.prompts, env.rewards_of, 0.25, transition)
+        for transition in (optimal, env.process.transition)
+    )
     assert best == pytest.approx(env.optimal_value(0.25), abs=3e-4)
-    assert best > value_of(*settings, env.process.transition) + 0.05
+    assert best > start + 0.05
 
 
 def test_prompts_count_by_their_weights() -> None:
