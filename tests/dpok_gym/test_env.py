@@ -44,6 +44,12 @@ def make_long(tiny_sd_folder: Path, **kwargs: Any) -> DenoisingEnv:
     return make(model=tiny_sd_folder, prompts=prompts, reward="jpeg-compressibility", max_prompt_bytes=150, **kwargs)
 
 
+@pytest.fixture
+def fast_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window waits for nobody who looks at it."""
+    monkeypatch.setitem(DenoisingVectorEnv.metadata, "render_fps", 10_000)
+
+
 def act(env: gymnasium.Env, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(env.action_space.shape, np.float32)
 
@@ -65,6 +71,7 @@ def text_of(observation: dict[str, Any]) -> str:
 @pytest.mark.parametrize("wrapped", ["plain", "noise", "squashed noise", "features", "noise and features"])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
+@pytest.mark.usefixtures("fast_window")
 def test_checkers(env_id: str, steps: int, wrapped: str, tiny_folder: Callable[[str], Path], only_warnings) -> None:
     name = ENVIRONMENTS[env_id]["model"]
     ours: dict[str, Any] = {}
@@ -279,18 +286,14 @@ def test_frames_of_an_episode() -> None:
     assert env.render() == []
 
 
+@pytest.mark.usefixtures("fast_window")
 class TestWindow:
-    @pytest.fixture(autouse=True)
-    def _without_a_screen(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-
     @pytest.mark.parametrize("n", [1, 3])
     def test_it_shows_the_frame_of_each_step(self, n: int) -> None:
         pygame = pytest.importorskip("pygame")
         arguments: dict[str, Any] = {"num_inference_steps": 2, "device": "cpu", "prompts": RED_CIRCLE}
         env = DenoisingVectorEnv(n, render_mode="human", **arguments)
         silent = DenoisingVectorEnv(n, render_mode="rgb_array", **arguments)
-        env._window._frames_per_second = 1000
         for each in (env, silent):
             each.reset(seed=0)
         shown = pygame.surfarray.array3d(pygame.display.get_surface()).swapaxes(0, 1)
