@@ -401,7 +401,7 @@ class TestModels:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"render_mode": "ansi"}, "render_mode must be None, 'human' or 'rgb_array' (and of gymnasium.make() "),
+        ({"render_mode": "ansi"}, "render_mode must be None, 'human' or 'rgb_array' .*got 'ansi'"),
         ({"guidance_scale": -1.0}, "guidance_scale .* must be a number of at least 0, got -1.0"),
         ({"guidance_scale": float("inf")}, "guidance_scale .* must be a number of at least 0, got inf"),
         ({"guidance_scale": float("nan")}, "guidance_scale .* must be a number of at least 0, got nan"),
