@@ -22,8 +22,8 @@ DENOISING, TRAINING = "denoising.gif", "training.gif"
 _FIGURES = {
     BEFORE_AFTER: (
         "Before and after",
-        "Images of the same seeds, before and after training. They are evenly spaced among those of the evaluation, "
-        "and not selected.",
+        "Images of the same seeds, before and after training: the first ones of the evaluation, or one for each of its "
+        "prompts if there are many. They are not selected.",
     ),
     LEARNING_CURVE: (
         "Learning",

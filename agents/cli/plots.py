@@ -16,7 +16,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from agents.common.evaluation import Evaluation
+from agents.common.evaluation import Evaluation, shown_images
 from dpok_gym.choices.agreement import wilson_interval
 from dpok_gym.rewards.preference.fit import Measured
 from dpok_gym.utils.files import replacing
@@ -113,7 +113,8 @@ def before_after(
         path: file to write.
         title: text above the figure.
         labels: texts beside the two rows.
-        columns: pairs side by side; at most ``blocks * columns`` are shown, evenly spaced and not selected.
+        columns: pairs side by side; at most ``blocks * columns`` are shown, see
+            :func:`~agents.common.evaluation.shown_images`.
         blocks: pairs of rows.
 
     Raises:
@@ -121,9 +122,8 @@ def before_after(
     """
     if before.prompts != after.prompts:
         raise ValueError("the two evaluations must be of the same prompts in the same order")
-    shown = min(len(before), blocks * columns)
-    # Evenly spaced: the prompts of an evaluation come in turn, so the first images alone might miss some.
-    chosen = [k * len(before) // shown for k in range(shown)]
+    chosen = shown_images(before.prompts, blocks * columns)
+    shown = len(chosen)
     columns = min(columns, shown)
     blocks = math.ceil(shown / columns)
     captions, gap = [""] * shown, 0.0

@@ -37,7 +37,7 @@ from agents.cli.run_folder import (
     make_agent,
     save_evaluation,
 )
-from agents.cli.samples import N_SHOWN, Sample, SampleCallback, list_samples, remove_samples, shown_images
+from agents.cli.samples import N_SHOWN, Sample, SampleCallback, list_samples, remove_samples
 from agents.cli.signals import SIGNALS
 from agents.cli.tables import say, scores_of, scores_table, write_json
 from agents.common import distributed
@@ -51,7 +51,7 @@ from agents.common.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from agents.common.evaluation import Evaluation, cycle_prompts, evaluate, sample_images
+from agents.common.evaluation import Evaluation, cycle_prompts, evaluate, sample_images, shown_images
 from agents.common.monitor import TrainingWarning
 from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
 from dpok_gym.samplers import Transition
@@ -86,7 +86,7 @@ class Run:
         with _training_warnings(self.console):
             self.prepared = self.agent.prepare()  # now: an error after the first evaluation would be late
         self.prompts = cycle_prompts(self.env.prompts.train, config.eval_images)
-        shown = shown_images(len(self.prompts))
+        shown = shown_images(self.prompts, N_SHOWN)
         self.samples = SampleCallback(
             folder / SAMPLES,
             config.checkpointing_steps,

@@ -43,12 +43,6 @@ class Sample:
     progress: str
 
 
-def shown_images(n: int) -> list[int]:
-    """Returns which of the n images of an evaluation a row shows: evenly spaced ones, so of several prompts."""
-    n_shown = min(N_SHOWN, n)
-    return [k * n // n_shown for k in range(n_shown)]
-
-
 def list_samples(folder: Path) -> list[Sample]:
     """Returns the rows of images in a folder, the first ones first."""
     matches = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("*.png")]

@@ -62,9 +62,9 @@ def run(options: Watch) -> int:
     from agents.cli.drawing import no_reward
     from agents.cli.page import DENOISING, TRAINING, write_page
     from agents.cli.run_folder import SAMPLES, SUMMARY, load_agent
-    from agents.cli.samples import N_SHOWN, list_samples, shown_images
+    from agents.cli.samples import N_SHOWN, list_samples
     from agents.cli.tables import say
-    from agents.common.evaluation import cycle_prompts
+    from agents.common.evaluation import cycle_prompts, shown_images
     from dpok_gym.utils.reading import read_json
     from dpok_gym.utils.validation import MAX_SEED, check_integer
 
@@ -88,7 +88,7 @@ def run(options: Watch) -> int:
     samples = list_samples(options.run / SAMPLES)
     if samples:
         drawn = cycle_prompts(prompts, config.eval_images)
-        drawn = [drawn[index] for index in shown_images(len(drawn))]
+        drawn = [drawn[index] for index in shown_images(drawn, N_SHOWN)]
         path = _write(*_training(samples, len(drawn)), options.run / TRAINING, config, drawn)
         say(console, f"the training: {path}")
     else:

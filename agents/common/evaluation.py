@@ -311,3 +311,14 @@ def cycle_prompts(prompts: Sequence[str], n: int) -> list[str]:
     if n >= size:
         return [prompts[k % size] for k in range(n)]
     return [prompts[k * size // n] for k in range(n)]
+
+
+def shown_images(prompts: Sequence[str], n: int) -> list[int]:
+    """Returns which images of an evaluation stand for all of it: at most n, not selected, of as many prompts as may be.
+
+    Args:
+        prompts: of the images, in turn, as :func:`cycle_prompts` returns them.
+        n: images to show at most.
+    """
+    n, size = min(n, len(prompts)), len(set(prompts))
+    return [k * size // n for k in range(n)] if size > n else list(range(n))

@@ -3,12 +3,11 @@
 import hashlib
 
 import numpy as np
-import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.cli.run_folder import load_evaluation
-from agents.cli.samples import _shrink, list_samples, remove_samples, shown_images
+from agents.cli.samples import _shrink, list_samples, remove_samples
 
 
 def test_a_run_has_a_row_before_and_after(finished):
@@ -47,11 +46,6 @@ def test_rows_that_a_resumed_run_draws_again_are_removed(tmp_path):
     (tmp_path / "00030-50-steps.png").touch()
     assert list_samples(tmp_path)[-1].progress == "50 optimiser steps"
     remove_samples(tmp_path / "nothing", 20, 10)
-
-
-@pytest.mark.parametrize(("n", "shown"), [(1, [0]), (3, [0, 1, 2]), (16, [0, 2, 4, 6, 8, 10, 12, 14])])
-def test_shown_images_are_evenly_spaced(n, shown):
-    assert shown_images(n) == shown
 
 
 def test_large_images_are_shown_smaller():
