@@ -20,6 +20,7 @@ from agents.cli.config import FILE_NAME, Config
 from agents.cli.environments import EVALUATION_BATCH_SIZE, evaluation_rewards, unseen_prompts
 from agents.cli.interrupts import InterruptCallback, agree
 from agents.cli.logs import CSVLog, TensorBoardLog, read_log
+from agents.cli.optimum import compare_with_optimum
 from agents.cli.page import DENOISING, TRAINING, write_page
 from agents.cli.run_folder import (
     BEFORE_AFTER,
@@ -51,10 +52,9 @@ from agents.common.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from agents.common.evaluation import Evaluation, cycle_prompts, evaluate, sample_images, shown_images
+from agents.common.evaluation import Evaluation, cycle_prompts, evaluate, shown_images
 from agents.common.monitor import TrainingWarning
 from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
-from dpok_gym.samplers import Transition
 from dpok_gym.utils.files import flush_to_disk, replacing
 from dpok_gym.utils.reading import read_json
 from dpok_gym.utils.sharding import whole
@@ -353,32 +353,6 @@ class Run:
             table.add_row("seconds of training", "", f"{summary['seconds']:,}")
             self.console.print(table)
 
-    def _compare_with_optimum(self, before: Evaluation, after: Evaluation) -> dict[str, float] | None:
-        """Computes E[r] - beta KL of both models and of the best policy, and draws where the images of all three lie.
-
-        Returns:
-            The values, beta and the regret; None where the best policy is not known.
-        """
-        beta, world = self.agent.nat_price, self.env.world
-        if beta is None or world is None or world.optimum is None:
-            return None
-        env, policy = self._evaluation_env(EVALUATION_BATCH_SIZE), self.agent.policy
-        problem = (env.process, env.prompts, env.rewards_of, beta)
-        best = world.optimum.transition(*problem)
-        drawn = sample_images(env.process, env, self.prompts, self.config.evaluation_seed, best)
-        models: dict[str, tuple[str, Transition, Evaluation]] = {
-            "before": ("pre-trained", policy.reference_transition, before),
-            "after": (f"{self._name}, {self._done}", policy.transition, after),
-            "optimum": ("best possible", best, drawn),
-        }
-        values, panels = {}, {}
-        for name, (label, transition, evaluation) in models.items():
-            values[name] = world.optimum.value_of(*problem, transition)
-            title = f"{label}\nE[r] - {beta:g} KL = {values[name]:.3f}"
-            panels[title] = world.optimum.positions(evaluation.images)
-        plots.scatter(panels, self.prompts, self.folder / OPTIMUM, world.optimum.reach, self._title)
-        return {"nat_price": beta} | values | {"regret": values["optimum"] - values["after"]}
-
     @property
     def is_sound(self) -> bool:
         """True if the agent is worth saving: it has learned, no update is half done, and its weights are finite."""
@@ -445,8 +419,12 @@ class Run:
             "seconds": round(self.progress.seconds, 1),
             "interrupted": after is None,
             "warnings": list(agent.monitor.warned.values()),
-            "objective": self._compare_with_optimum(before, after) if before and after else None,
+            "objective": None,
         }
+        if before and after:
+            env, seed = self._evaluation_env(EVALUATION_BATCH_SIZE), config.evaluation_seed
+            place, label = self.folder / OPTIMUM, f"{self._name}, {self._done}"
+            summary["objective"] = compare_with_optimum(agent, env, before, after, seed, place, self._title, label)
         # A summary without evaluations has None for every score, so its keys are always the same.
         return summary | scores_of(before, after)
 

@@ -74,7 +74,7 @@ def score_rows(scores: Mapping[str, Any], from_choices: bool) -> Iterator[tuple[
     )
     if scores.get("objective") is not None:
         objective = scores["objective"]
-        name = f"E[r] - {objective['nat_price']:g} KL (the best possible is {objective['optimum']:.3f})"
+        name = f"reward - {objective['nat_price']:g} KL (the best possible is {objective['optimum']:.3f})"
         yield name, f"{objective['before']:.3f}", f"{objective['after']:.3f}"
         regret_before = objective["optimum"] - objective["before"]
         yield "regret: what is missing to the best", f"{regret_before:.3f}", f"{objective['regret']:.3f}"
