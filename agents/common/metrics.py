@@ -58,6 +58,12 @@ METRICS: dict[str, Metric] = {
         "that of the held-out reward",
         "As the held-out reward.",
     ),
+    "rollout/aligned_share": Metric(
+        "Share of the images that show all that was asked for, and nothing else. It needs a judge, among the rewards or "
+        "the held-out rewards.",
+        _SHARE,
+        "As the total reward. If it falls while the reward rises, the model pleases the reward alone (reward hacking).",
+    ),
     "rollout/reward_std": Metric(
         "Standard deviation of the reward between images of the same prompt. It is what a policy gradient learns from.",
         _REWARD,
