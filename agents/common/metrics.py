@@ -59,7 +59,7 @@ METRICS: dict[str, Metric] = {
         "As the held-out reward.",
     ),
     "rollout/aligned_share": Metric(
-        "Share of the images that show all that was asked for, and nothing else. It needs a judge, among the rewards or "
+        "Share of the images that show all that was asked for, and nothing else. It needs a judge among the rewards or "
         "the held-out rewards.",
         _SHARE,
         "As the total reward. If it falls while the reward rises, the model pleases the reward alone (reward hacking).",
