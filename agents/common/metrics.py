@@ -58,6 +58,11 @@ METRICS: dict[str, Metric] = {
         "that of the held-out reward",
         "As the held-out reward.",
     ),
+    "rollout/aligned_share": Metric(
+        "Share of the images that show all of their prompt and nothing else, by the judge of an embedded world.",
+        _SHARE,
+        "It rises. It is there if a judge is among the rewards or the held-out ones.",
+    ),
     "rollout/reward_std": Metric(
         "Standard deviation of the reward between images of the same prompt. It is what a policy gradient learns from.",
         _REWARD,
