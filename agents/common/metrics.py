@@ -59,10 +59,9 @@ METRICS: dict[str, Metric] = {
         "As the held-out reward.",
     ),
     "rollout/aligned_share": Metric(
-        "Share of the images that show all that was asked for, and nothing else. It needs a judge among the rewards or "
-        "the held-out rewards.",
+        "Share of the images that show all of their prompt and nothing else, by the judge of an embedded world.",
         _SHARE,
-        "As the total reward. If it falls while the reward rises, the model pleases the reward alone (reward hacking).",
+        "It rises. It is there if a judge is among the rewards or the held-out ones.",
     ),
     "rollout/reward_std": Metric(
         "Standard deviation of the reward between images of the same prompt. It is what a policy gradient learns from.",
