@@ -132,5 +132,7 @@ def test_the_instructors_page_has_a_section_for_each_lab() -> None:
     for lab in notebooks.labs():
         title = notebooks.read(lab).cells[0].source.splitlines()[0].removeprefix("# ")
         section = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-        for heading in ("Timing", "Common mistakes", "Rubric"):
-            assert f"**{heading}" in section, f"{heading} of {title}"
+        for part in ("minutes", "**Common mistakes**", "| points | for |"):
+            assert part in section, f"{part} of {title}"
+        points = [int(row) for row in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)]
+        assert sum(points) == 10, title
