@@ -2,7 +2,7 @@
 
 A lab (``docs/labs/lab*.md``) is a MyST notebook. Each of its exercises has three parts, in this order:
 
-- a template for the student, a ``{code-block} python`` with ``:class: exercise``, which the site shows and does not run;
+- a template for the student, a ``{code-block} python`` with ``:class: exercise``, which the site only shows;
 - a code cell with the tag ``solution``, which the site hides and runs;
 - a code cell with the tag ``check``, which runs after either of the two.
 
