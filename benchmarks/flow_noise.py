@@ -61,7 +61,7 @@ def descriptions(settings: dict[str, Any]) -> Iterator[Description]:
                 for eta in etas:
                     environment = {"model": "shapes-flow", "sampler": sampler, "eta": eta}
                     run = {"num_inference_steps": n_steps, "environment": environment, "seed": seed}
-                    run = settings["common"] | run | {"label": label(sampler, eta)}
+                    run = settings["common"] | run | {"task": f"{n_steps} steps", "label": label(sampler, eta)}
                     yield run | {"algorithm": REJECTION, "settings": {"n": 1}}
                     if sampler != "ode":
                         yield run | {"algorithm": settings["algorithm"], "settings": settings["settings"]}
