@@ -464,7 +464,7 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
         # A density over many dimensions is a large number, so float32 would lose its last digits.
         action = torch.as_tensor(actions, device=mean.device).double()
         log_prob = diffusion.log_prob(action, mean.double(), std.double()).cpu().numpy()
-        rewards[moves] = self.reference_log_prob_coef * log_prob[moves]
+        rewards[moves] += self.reference_log_prob_coef * log_prob[moves]  # added to 0, so a reward is never -0.0
         if self.reference_info:
             means, stds = mean.cpu().numpy(), std.cpu().numpy()
             for i in np.flatnonzero(moves).tolist():
