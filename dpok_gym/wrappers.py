@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dpok_gym import diffusion
 from dpok_gym.env import DenoisingEnv
 from dpok_gym.prompts import prompts_from_bytes
+from dpok_gym.utils.validation import check_integer
 from dpok_gym.vector_env import DenoisingVectorEnv, Observation
 
 #: Bound of the standardised noise in the action space: ten standard deviations, never reached.
@@ -63,9 +64,12 @@ def reference_policy(
         raise TypeError("the pre-trained model reads the prompt itself: take TextFeatures off, or act by noise")
 
     def policy(observation: Observation) -> NDArray[np.float32]:
-        noise = rng.standard_normal(observation["latent"].shape, np.float32)
+        shape = observation["latent"].shape
         if noise_layer is not None:
+            b = noise_layer.block_size
+            noise = rng.standard_normal((*shape[:-2], shape[-2] // b, shape[-1] // b), np.float32)
             return np.tanh(noise) if noise_layer.squashed else noise
+        noise = rng.standard_normal(shape, np.float32)
         if noise.ndim > latent_dims:
             return _act(batch, observation, noise)
         return _act(batch, _add_axis(observation), noise[None])[0]
@@ -107,20 +111,45 @@ def _check_acts_by_latents(env: Any) -> None:
         raise ValueError("the action is the noise already: wrap the environment in NoiseAction only once")
 
 
-def _noise_space(batch: DenoisingVectorEnv, squashed: bool) -> spaces.Box:
+def _noise_space(batch: DenoisingVectorEnv, squashed: bool, block_size: int) -> spaces.Box:
+    channels, height, width = batch.model.latent_shape
+    check_integer("block_size", block_size, minimum=1)
+    if height % block_size or width % block_size:
+        raise ValueError(f"block_size must divide the latent's height and width {height, width}, got {block_size}")
     bound = 1.0 if squashed else NOISE_BOUND
-    return spaces.Box(-bound, bound, batch.model.latent_shape, np.float32)
+    return spaces.Box(-bound, bound, (channels, height // block_size, width // block_size), np.float32)
 
 
 @torch.no_grad()
-def _take_noise(batch: DenoisingVectorEnv, actions: NDArray[np.float32], squashed: bool) -> NDArray[np.float32]:
-    """Returns the next latents x_{t-1} = mean + std * noise, (n, C, h, w), for actions of that shape."""
+def _take_noise(
+    batch: DenoisingVectorEnv,
+    actions: NDArray[np.float32],
+    layer: NoiseAction | VectorNoiseAction,
+    generators: Sequence[np.random.Generator],
+) -> NDArray[np.float32]:
+    """Returns the next latents x_{t-1} = mean + std * noise, (n, C, h, w), for actions (n, C, h / b, w / b)."""
     mean, std = batch.reference_transition()
-    actions = np.asarray(actions, np.float32)
-    if actions.shape != mean.shape:
-        raise ValueError(f"expected noise of the latents' shape {tuple(mean.shape)}, got {actions.shape}")
-    noise = _unsquash(actions) if squashed else actions
+    noise = np.asarray(actions, np.float32)
+    expected = _noise_space(batch, layer.squashed, layer.block_size).shape
+    if noise.shape != (len(mean), *expected):
+        raise ValueError(f"expected noise of shape {(len(mean), *expected)}, got {noise.shape}")
+    noise = _unsquash(noise) if layer.squashed else noise
+    if layer.block_size > 1:
+        fine = np.stack([generator.standard_normal(mean.shape[1:], np.float32) for generator in generators])
+        noise = _replace_block_means(fine, noise)
     return diffusion.sample(mean, std, torch.as_tensor(noise, device=mean.device)).cpu().numpy()
+
+
+def _replace_block_means(noise: NDArray[np.float32], coarse: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Changes the mean of each b x b block of noise (n, C, h, w) to coarse / b, with coarse (n, C, h / b, w / b).
+
+    The sum of a block of N(0, I), divided by b, is N(0, 1). So if both are N(0, I), the result is as well.
+    """
+    n, channels, rows, columns = coarse.shape
+    size = noise.shape[2] // rows
+    blocks = noise.reshape(n, channels, rows, size, columns, size)
+    shift = coarse[:, :, :, None, :, None] / size - blocks.mean(axis=(3, 5), keepdims=True)
+    return (blocks + shift).reshape(noise.shape)
 
 
 def _unsquash(actions: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -148,25 +177,30 @@ class NoiseAction(gymnasium.ActionWrapper, RecordConstructorArgs):
     depends on the step alone, so both lead to the same policy. If actions are squashed, it depends on the action too:
     the reward's term beta * log p_pre is then that of the action itself.
 
+    With a block size b, the action has one number for each b x b block of each channel: the sum of the block's noise,
+    divided by b. The environment draws the rest of the noise. N(0, I) is the pre-trained sampler here too. A policy
+    without knowledge of images finds what to do with 4 numbers in far fewer images than with 256.
+
     Args:
         env: the environment.
         squashed: True for actions within +-1, of which the noise is atanh(action). This suits policies whose actions
             are squashed by tanh, such as SAC's: where they start with tanh(N(0, I)), they are the pre-trained sampler.
+        block_size: b, a divisor of the latent's height and width.
 
     Raises:
-        ValueError: if the environment already acts by noise.
+        ValueError: if the environment already acts by noise, or the block size is no such divisor.
     """
 
-    def __init__(self, env: gymnasium.Env, squashed: bool = False) -> None:
-        RecordConstructorArgs.__init__(self, squashed=squashed)
+    def __init__(self, env: gymnasium.Env, squashed: bool = False, block_size: int = 1) -> None:
+        RecordConstructorArgs.__init__(self, squashed=squashed, block_size=block_size)
         _check_acts_by_latents(env)
         super().__init__(env)
-        self.squashed = squashed
+        self.squashed, self.block_size = squashed, block_size
         self._batch = get_batch(env)
-        self.action_space = _noise_space(self._batch, squashed)
+        self.action_space = _noise_space(self._batch, squashed, block_size)
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, Any, bool, bool, dict[str, Any]]:
-        """Takes a standardised noise (C, h, w).
+        """Takes a standardised noise (C, h / b, w / b).
 
         Raises:
             gymnasium.error.ResetNeeded: before the first :meth:`reset`.
@@ -178,23 +212,23 @@ class NoiseAction(gymnasium.ActionWrapper, RecordConstructorArgs):
         return observation, reward, terminated, truncated, info
 
     def action(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns the next latent for a standardised noise (C, h, w)."""
-        return _take_noise(self._batch, np.asarray(action)[None], self.squashed)[0]
+        """Returns the next latent (C, h, w) for a standardised noise (C, h / b, w / b)."""
+        return _take_noise(self._batch, np.asarray(action)[None], self, [self.unwrapped.np_random])[0]
 
 
 class VectorNoiseAction(VectorActionWrapper):
-    """:class:`NoiseAction` for the vector environment: actions (n, C, h, w), one call of the denoiser for all."""
+    """:class:`NoiseAction` for the vector environment: actions (n, C, h / b, w / b), one denoiser call for all."""
 
-    def __init__(self, env: VectorEnv, squashed: bool = False) -> None:
+    def __init__(self, env: VectorEnv, squashed: bool = False, block_size: int = 1) -> None:
         _check_acts_by_latents(env)
         super().__init__(env)
-        self.squashed = squashed
+        self.squashed, self.block_size = squashed, block_size
         self._batch = get_batch(env)
-        self.single_action_space = _noise_space(self._batch, squashed)
+        self.single_action_space = _noise_space(self._batch, squashed, block_size)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
     def step(self, actions: NDArray[np.float32]) -> Any:
-        """Takes standardised noises (n, C, h, w); errors as :meth:`NoiseAction.step`."""
+        """Takes standardised noises (n, C, h / b, w / b); errors as :meth:`NoiseAction.step`."""
         moves = self._batch.running  # an action at an episode's end, which autoreset may ask for, is not used
         observation, rewards, *rest = super().step(actions)
         if self.squashed and self._batch.reference_log_prob_coef:
@@ -202,8 +236,8 @@ class VectorNoiseAction(VectorActionWrapper):
         return observation, rewards, *rest
 
     def actions(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns the next latents for standardised noises (n, C, h, w)."""
-        return _take_noise(self._batch, actions, self.squashed)
+        """Returns the next latents (n, C, h, w) for standardised noises (n, C, h / b, w / b)."""
+        return _take_noise(self._batch, actions, self, self._batch.np_random)
 
 
 def _check_shows_prompt(env: Any) -> None:

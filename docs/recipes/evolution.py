@@ -1,47 +1,89 @@
 """An evolution strategy in NumPy on a denoising environment.
 
-    python docs/recipes/evolution.py --env DPOK-Mixture-v0 --images 15360
+    python docs/recipes/evolution.py
+    python docs/recipes/evolution.py --env DPOK-Shapes-Count-v0 --images 2560 --block-size 8
 
-It learns from finished images only: no gradient, no critic, no density of actions. See Salimans et al. 2017, "Evolution
-strategies as a scalable alternative to reinforcement learning".
+It needs no gradient, no critic and no density of the actions (Salimans et al. 2017, "Evolution strategies as a scalable
+alternative to reinforcement learning").
 
-Letters used for shapes: n environments, O numbers of an observation, D numbers of an action.
+Letters used for shapes: n environments, T denoising steps, F text features, D numbers of an action, which has C channels
+of r rows and c columns; O = D + T + F inputs of the policy.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-import dpok_gym
 import gymnasium
 import numpy as np
 import torch
 import tyro
 from gymnasium.vector import VectorEnv
-from gymnasium.wrappers.vector import FlattenObservation
 
-NUM_ENVS = 64
-#: Standard deviation of the changes that are tried, and the learning rate of Adam.
-SIGMA, LEARNING_RATE = 0.1, 0.03
+import dpok_gym
+
+#: SIGMA is the standard deviation of the changes to the weights that are tried.
+SIGMA, LEARNING_RATE = 0.2, 0.2
 
 
-def make_env(env_id: str, num_envs: int, **task: Any) -> VectorEnv:
-    """Makes an environment whose actions are noise, and whose observations (n, O) are latent, prompt and step."""
+def make_env(env_id: str, num_envs: int = 64, block_size: int = 1, **task: Any) -> VectorEnv:
+    """Makes an environment whose actions are noise and whose prompts are text features."""
     env = gymnasium.make_vec(env_id, num_envs=num_envs, autoreset_mode="Disabled", **task)
-    return FlattenObservation(dpok_gym.VectorTextFeatures(dpok_gym.VectorNoiseAction(env)))
+    return dpok_gym.VectorTextFeatures(dpok_gym.VectorNoiseAction(env, block_size=block_size))
+
+
+def features_of(observation: Any, n_steps: int, action_shape: tuple[int, ...]) -> Any:
+    """Returns what the policy sees, (n, O): the latent in the blocks of the action, the step, and the text features."""
+    latent, prompt = observation["latent"], observation["prompt"]
+    rows, columns = action_shape[-2:]
+    size = latent.shape[-2] // rows
+    blocks = latent.reshape(*latent.shape[:2], rows, size, columns, size).sum((3, 5)) / size  # (n, C, r, c)
+    unit_prompt = prompt / np.linalg.norm(prompt, axis=1, keepdims=True)
+    return np.concatenate([blocks.reshape(len(latent), -1), np.eye(n_steps)[observation["step"]], unit_prompt], axis=1)
 
 
 def train(env: VectorEnv, images: int, seed: int) -> Callable[[Any], Any]:
     """Trains a linear policy; returns it, a function from observations to actions."""
     rng = np.random.default_rng(seed)
-    n_envs, n_actions = env.action_space.shape[0], int(np.prod(env.single_action_space.shape))
+    n_envs, *shape = env.action_space.shape or ()
+    action_shape = tuple(shape)
     n_steps = dpok_gym.wrappers.get_batch(env).process.num_inference_steps
-    weights = np.zeros((n_actions, env.single_observation_space.shape[0]))  # (D, O); 0 is the pre-trained model
-    first_moment, second_moment = np.zeros_like(weights), np.zeros_like(weights)
+    n_inputs = math.prod(action_shape) + n_steps + dpok_gym.wrappers.get_batch(env).model.text_width
+    weights = np.zeros((math.prod(action_shape), n_inputs))  # (D, O); with 0 the policy is the pre-trained model
 
-    def act(observation: Any, weights: Any, noise: Any) -> Any:
-        shift = np.einsum("...do,no->nd", weights, observation) if weights.ndim == 2 else None
-        return (shift + noise).reshape(env.action_space.shape)
+    def act(observation: Any, changes: Any = 0.0, noise: Any = None) -> Any:
+        """Returns weights @ features + N(0, I); changes (n, D, O) are added to the weights."""
+        features = features_of(observation, n_steps, action_shape)
+        noise = rng.standard_normal((n_envs, len(weights))) if noise is None else noise
+        shift = np.einsum("ndo,no->nd", np.broadcast_to(weights + changes, (n_envs, *weights.shape)), features)
+        return (shift + noise).reshape(n_envs, *action_shape).astype(np.float32)
 
+    for first in range(0, images, n_envs):
+        # Two environments beside each other try the same change with both signs. They have the same prompt, x_T and
+        # noise, because they have the same seed. So the change alone makes the difference of their rewards.
+        changes = np.repeat(SIGMA * rng.standard_normal((n_envs // 2, *weights.shape)), 2, axis=0)
+        changes[1::2] *= -1
+        seeds = np.repeat(rng.integers(2**32, size=n_envs // 2), 2).tolist()
+        observation, _ = env.reset(seed=seeds)
+        total = np.zeros(n_envs)
+        for _ in range(n_steps):
+            noise = np.repeat(rng.standard_normal((n_envs // 2, len(weights))), 2, axis=0)
+            observation, reward, *_ = env.step(act(observation, changes, noise))
+            total += reward
+        print(f"{first + n_envs:6} images   mean reward {total.mean():.3f}", flush=True)
+        difference = total[::2] - total[1::2]
+        slope = np.einsum("p,pdo->do", difference / difference.std(), changes[::2] / SIGMA) / len(difference)
+        weights += LEARNING_RATE * slope
     return act
+
+
+def main(env: str = "DPOK-Mixture-v0", images: int = 5120, seed: int = 0, block_size: int = 1) -> None:
+    """Trains, and prints the mean reward of each generation."""
+    torch.set_num_threads(1)
+    train(make_env(env, block_size=block_size), images, seed)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
