@@ -23,7 +23,7 @@ from torch.distributions import Independent, Normal
 
 import dpok_gym
 
-EPOCHS, BATCH_SIZE, LEARNING_RATE, CLIP_RANGE = 4, 128, 1e-3, 0.2
+EPOCHS, BATCH_SIZE, LEARNING_RATE, CLIP_RANGE = 4, 128, 3e-3, 0.2
 
 
 def make_env(env_id: str, num_envs: int = 64, block_size: int = 1, **task: Any) -> VectorEnv:
