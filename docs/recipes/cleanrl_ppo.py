@@ -26,17 +26,18 @@ import dpok_gym
 EPOCHS, BATCH_SIZE, LEARNING_RATE, CLIP_RANGE = 4, 128, 3e-3, 0.2
 
 
-def make_env(env_id: str, num_envs: int = 64, block_size: int = 1, **task: Any) -> VectorEnv:
+def make_env(env_id: str, num_envs: int = 64, block_size: int = 1) -> VectorEnv:
     """Makes an environment whose actions are noise, and whose observations (n, O) are latent, text features, step."""
-    env = gymnasium.make_vec(env_id, num_envs=num_envs, autoreset_mode="Disabled", **task)
-    return FlattenObservation(dpok_gym.VectorTextFeatures(dpok_gym.VectorNoiseAction(env, block_size=block_size)))
+    env = gymnasium.make_vec(env_id, num_envs=num_envs, autoreset_mode="Disabled")
+    env = dpok_gym.VectorCoarseLatent(dpok_gym.VectorNoiseAction(env, block_size=block_size), block_size)
+    return FlattenObservation(dpok_gym.VectorTextFeatures(env))
 
 
 def make_network(n_inputs: int, n_outputs: int) -> nn.Sequential:
     """Makes a network whose outputs are 0 at first, so that training starts as the pre-trained model."""
     last = nn.Linear(64, n_outputs)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
     return nn.Sequential(nn.Linear(n_inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), last)
 
 
@@ -51,8 +52,7 @@ def train(env: VectorEnv, images: int, seed: int) -> Callable[[Any], Any]:
     parameters = [*mean.parameters(), *value.parameters(), log_std]
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, eps=1e-5)
 
-    def policy(states: Tensor) -> Independent:
-        """Returns the distribution of the actions (..., D) in states (..., O)."""
+    def policy(states: Tensor) -> Independent:  # (..., O) -> a distribution of (..., D)
         return Independent(Normal(mean(states), log_std.exp()), 1)
 
     def act(observation: Any) -> Any:
@@ -74,8 +74,7 @@ def train(env: VectorEnv, images: int, seed: int) -> Callable[[Any], Any]:
 
         states = torch.as_tensor(np.stack(observations), dtype=torch.float32).flatten(0, 1)  # (T * n, O)
         taken = torch.as_tensor(np.stack(actions)).reshape(len(states), -1)  # (T * n, D)
-        # Only the last step has a reward, and nothing is discounted: it is the return of all steps.
-        returns = torch.as_tensor(total).repeat(n_steps)
+        returns = torch.as_tensor(total).repeat(n_steps)  # of each step: nothing is discounted
         with torch.no_grad():
             old_log_prob, advantages = policy(states).log_prob(taken), returns - value(states).squeeze(1)
         for _ in range(EPOCHS):

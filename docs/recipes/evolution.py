@@ -6,8 +6,8 @@
 It needs no gradient, no critic and no density of the actions (Salimans et al. 2017, "Evolution strategies as a scalable
 alternative to reinforcement learning").
 
-Letters used for shapes: n environments, T denoising steps, F text features, D numbers of an action, which has C channels
-of r rows and c columns; O = D + T + F inputs of the policy.
+Letters used for shapes: n environments, T denoising steps, D numbers of a latent and of an action, F text features;
+O = D + T + F inputs of the policy.
 """
 
 from __future__ import annotations
@@ -28,37 +28,35 @@ import dpok_gym
 SIGMA, LEARNING_RATE = 0.2, 0.2
 
 
-def make_env(env_id: str, num_envs: int = 64, block_size: int = 1, **task: Any) -> VectorEnv:
+def make_env(env_id: str, num_envs: int = 64, block_size: int = 1) -> VectorEnv:
     """Makes an environment whose actions are noise and whose prompts are text features."""
-    env = gymnasium.make_vec(env_id, num_envs=num_envs, autoreset_mode="Disabled", **task)
-    return dpok_gym.VectorTextFeatures(dpok_gym.VectorNoiseAction(env, block_size=block_size))
+    env = gymnasium.make_vec(env_id, num_envs=num_envs, autoreset_mode="Disabled")
+    env = dpok_gym.VectorCoarseLatent(dpok_gym.VectorNoiseAction(env, block_size=block_size), block_size)
+    return dpok_gym.VectorTextFeatures(env)
 
 
-def features_of(observation: Any, n_steps: int, action_shape: tuple[int, ...]) -> Any:
-    """Returns what the policy sees, (n, O): the latent in the blocks of the action, the step, and the text features."""
+def features_of(observation: Any, n_steps: int) -> Any:
+    """Returns what the policy sees, (n, O): the latent, the step as a one-hot vector, and text features of length 1."""
     latent, prompt = observation["latent"], observation["prompt"]
-    rows, columns = action_shape[-2:]
-    size = latent.shape[-2] // rows
-    blocks = latent.reshape(*latent.shape[:2], rows, size, columns, size).sum((3, 5)) / size  # (n, C, r, c)
     unit_prompt = prompt / np.linalg.norm(prompt, axis=1, keepdims=True)
-    return np.concatenate([blocks.reshape(len(latent), -1), np.eye(n_steps)[observation["step"]], unit_prompt], axis=1)
+    return np.concatenate([latent.reshape(len(latent), -1), np.eye(n_steps)[observation["step"]], unit_prompt], axis=1)
 
 
 def train(env: VectorEnv, images: int, seed: int) -> Callable[[Any], Any]:
     """Trains a linear policy; returns it, a function from observations to actions."""
     rng = np.random.default_rng(seed)
-    n_envs, *shape = env.action_space.shape or ()
-    action_shape = tuple(shape)
-    n_steps = dpok_gym.wrappers.get_batch(env).process.num_inference_steps
-    n_inputs = math.prod(action_shape) + n_steps + dpok_gym.wrappers.get_batch(env).model.text_width
-    weights = np.zeros((math.prod(action_shape), n_inputs))  # (D, O); with 0 the policy is the pre-trained model
+    n_envs, n_actions = env.num_envs, math.prod(env.single_action_space.shape or ())
+    batch = dpok_gym.wrappers.get_batch(env)
+    n_steps = batch.process.num_inference_steps
+    # (D, O); with weights of 0 the policy is the pre-trained model.
+    weights = np.zeros((n_actions, n_actions + n_steps + batch.model.text_width))
 
     def act(observation: Any, changes: Any = 0.0, noise: Any = None) -> Any:
         """Returns weights @ features + N(0, I); changes (n, D, O) are added to the weights."""
-        features = features_of(observation, n_steps, action_shape)
-        noise = rng.standard_normal((n_envs, len(weights))) if noise is None else noise
-        shift = np.einsum("ndo,no->nd", np.broadcast_to(weights + changes, (n_envs, *weights.shape)), features)
-        return (shift + noise).reshape(n_envs, *action_shape).astype(np.float32)
+        noise = rng.standard_normal((n_envs, n_actions)) if noise is None else noise
+        every = np.broadcast_to(weights + changes, (n_envs, *weights.shape))
+        actions = np.einsum("ndo,no->nd", every, features_of(observation, n_steps)) + noise
+        return actions.reshape(env.action_space.shape).astype(np.float32)
 
     for first in range(0, images, n_envs):
         # Two environments beside each other try the same change with both signs. They have the same prompt, x_T and
@@ -69,7 +67,7 @@ def train(env: VectorEnv, images: int, seed: int) -> Callable[[Any], Any]:
         observation, _ = env.reset(seed=seeds)
         total = np.zeros(n_envs)
         for _ in range(n_steps):
-            noise = np.repeat(rng.standard_normal((n_envs // 2, len(weights))), 2, axis=0)
+            noise = np.repeat(rng.standard_normal((n_envs // 2, n_actions)), 2, axis=0)
             observation, reward, *_ = env.step(act(observation, changes, noise))
             total += reward
         print(f"{first + n_envs:6} images   mean reward {total.mean():.3f}", flush=True)

@@ -1,7 +1,7 @@
 """Stock agents of Stable-Baselines3, PPO and A2C, on a denoising environment.
 
-    python docs/recipes/sb3_agents.py --algo ppo
-    python docs/recipes/sb3_agents.py --algo ppo --env DPOK-Shapes-Count-v0 --images 2560 --block-size 8
+python docs/recipes/sb3_agents.py --algo ppo
+python docs/recipes/sb3_agents.py --algo ppo --env DPOK-Shapes-Count-v0 --images 2560 --block-size 8
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import dpok_gym
 Algo = Literal["ppo", "a2c"]
 
 ALGORITHMS: dict[Algo, Any] = {"ppo": PPO, "a2c": A2C}
-# An episode has a fixed length and one reward at its end. So nothing is discounted, and an action's return is the reward
-# itself (lambda = 1).
+# An episode has a fixed length and one reward, at its end. So nothing is discounted, and the return of each action is
+# the reward itself (lambda = 1).
 _ALL_RETURN = {"gamma": 1.0, "gae_lambda": 1.0}
 SETTINGS: dict[Algo, dict[str, Any]] = {
     "ppo": _ALL_RETURN | {"learning_rate": 1e-3, "n_epochs": 4, "batch_size": 128},
@@ -31,10 +31,11 @@ SETTINGS: dict[Algo, dict[str, Any]] = {
 }
 
 
-def make_env(env_id: str, num_envs: int = 64, block_size: int = 1, **task: Any) -> VectorEnv:
+def make_env(env_id: str, num_envs: int = 64, block_size: int = 1) -> VectorEnv:
     """Makes an environment whose actions are noise and whose prompts are text features."""
-    env = gymnasium.make_vec(env_id, num_envs=num_envs, **task)
-    return dpok_gym.VectorTextFeatures(dpok_gym.VectorNoiseAction(env, block_size=block_size))
+    env = gymnasium.make_vec(env_id, num_envs=num_envs)
+    env = dpok_gym.VectorCoarseLatent(dpok_gym.VectorNoiseAction(env, block_size=block_size), block_size)
+    return dpok_gym.VectorTextFeatures(env)
 
 
 def train(env: VectorEnv, images: int, seed: int, algo: Algo = "ppo") -> Callable[[Any], Any]:

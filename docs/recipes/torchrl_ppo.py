@@ -30,11 +30,11 @@ import dpok_gym
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 4, 128, 1e-3
 
 
-def make_env(env_id: str, num_envs: int = 64, block_size: int = 1, **task: Any) -> VectorEnv:
+def make_env(env_id: str, num_envs: int = 64, block_size: int = 1) -> VectorEnv:
     """Makes an environment whose actions are noise, and whose observations (n, O) are latent, text features, step."""
-    vector = gymnasium.make_vec(env_id, num_envs=num_envs, autoreset_mode="Disabled", **task)
-    noise = dpok_gym.VectorNoiseAction(vector, block_size=block_size)
-    env: Any = FlattenObservation(dpok_gym.VectorTextFeatures(noise))
+    env: Any = gymnasium.make_vec(env_id, num_envs=num_envs, autoreset_mode="Disabled")
+    env = dpok_gym.VectorCoarseLatent(dpok_gym.VectorNoiseAction(env, block_size=block_size), block_size)
+    env = FlattenObservation(dpok_gym.VectorTextFeatures(env))
     env.autoreset_mode = env.metadata["autoreset_mode"]  # TorchRL asks the outermost wrapper, which does not have it
     return env
 
@@ -42,8 +42,8 @@ def make_env(env_id: str, num_envs: int = 64, block_size: int = 1, **task: Any) 
 def make_network(n_inputs: int, n_outputs: int) -> MLP:
     """Makes a network whose outputs are 0 at first, so that training starts as the pre-trained model."""
     network = MLP(n_inputs, n_outputs, num_cells=[64, 64], activation_class=nn.Tanh)
-    nn.init.zeros_(network[-1].weight)
-    nn.init.zeros_(network[-1].bias)
+    for parameter in network[-1].parameters():
+        nn.init.zeros_(parameter)
     return network
 
 
