@@ -65,13 +65,12 @@ def reference_policy(
             "the pre-trained model reads the prompt and the latent itself: take TextFeatures and CoarseLatent off, or "
             "act by noise"
         )
-    shape = _block_shape(batch, noise_layer.block_size) if noise_layer else batch.model.latent_shape
 
     def policy(observation: Observation) -> NDArray[np.float32]:
-        noise = rng.standard_normal((*np.shape(observation["step"]), *shape), np.float32)
+        noise = rng.standard_normal(env.action_space.shape, np.float32)
         if noise_layer is not None:
             return np.tanh(noise) if noise_layer.squashed else noise
-        if noise.ndim > len(shape):
+        if isinstance(env.unwrapped, VectorEnv):
             return _act(batch, observation, noise)
         return _act(batch, _add_axis(observation), noise[None])[0]
 

@@ -1,7 +1,7 @@
 """An evolution strategy in NumPy on a denoising environment.
 
     python docs/recipes/evolution.py
-    python docs/recipes/evolution.py --env DPOK-Shapes-Count-v0 --images 2560 --block-size 8
+    python docs/recipes/evolution.py --env DPOK-Shapes-v0 --reward jpeg-compressibility --block-size 8
 
 It needs no gradient, no critic and no density of the actions (Salimans et al. 2017, "Evolution strategies as a scalable
 alternative to reinforcement learning").
@@ -28,9 +28,9 @@ import dpok_gym
 SIGMA, LEARNING_RATE = 0.2, 0.2
 
 
-def make_env(env_id: str, num_envs: int = 64, block_size: int = 1) -> VectorEnv:
+def make_env(env_id: str, num_envs: int = 64, block_size: int = 1, **task: Any) -> VectorEnv:
     """Makes an environment whose actions are noise and whose prompts are text features."""
-    env = gymnasium.make_vec(env_id, num_envs=num_envs, autoreset_mode="Disabled")
+    env = gymnasium.make_vec(env_id, num_envs=num_envs, autoreset_mode="Disabled", **task)
     env = dpok_gym.VectorCoarseLatent(dpok_gym.VectorNoiseAction(env, block_size=block_size), block_size)
     return dpok_gym.VectorTextFeatures(env)
 
@@ -77,10 +77,12 @@ def train(env: VectorEnv, images: int, seed: int) -> Callable[[Any], Any]:
     return act
 
 
-def main(env: str = "DPOK-Mixture-v0", images: int = 5120, seed: int = 0, block_size: int = 1) -> None:
+def main(
+    env: str = "DPOK-Mixture-v0", reward: str = "mixture-bump", images: int = 2560, seed: int = 0, block_size: int = 1
+) -> None:
     """Trains, and prints the mean reward of each generation."""
     torch.set_num_threads(1)
-    train(make_env(env, block_size=block_size), images, seed)
+    train(make_env(env, block_size=block_size, reward=reward), images, seed)
 
 
 if __name__ == "__main__":

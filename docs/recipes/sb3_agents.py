@@ -31,9 +31,9 @@ SETTINGS: dict[Algo, dict[str, Any]] = {
 }
 
 
-def make_env(env_id: str, num_envs: int = 64, block_size: int = 1) -> VectorEnv:
+def make_env(env_id: str, num_envs: int = 64, block_size: int = 1, **task: Any) -> VectorEnv:
     """Makes an environment whose actions are noise and whose prompts are text features."""
-    env = gymnasium.make_vec(env_id, num_envs=num_envs)
+    env = gymnasium.make_vec(env_id, num_envs=num_envs, **task)
     env = dpok_gym.VectorCoarseLatent(dpok_gym.VectorNoiseAction(env, block_size=block_size), block_size)
     return dpok_gym.VectorTextFeatures(env)
 
@@ -51,11 +51,16 @@ def train(env: VectorEnv, images: int, seed: int, algo: Algo = "ppo") -> Callabl
 
 
 def main(
-    env: str = "DPOK-Mixture-v0", images: int = 5120, seed: int = 0, block_size: int = 1, algo: Algo = "ppo"
+    algo: Algo = "ppo",
+    env: str = "DPOK-Mixture-v0",
+    reward: str = "mixture-bump",
+    images: int = 2560,
+    seed: int = 0,
+    block_size: int = 1,
 ) -> None:
     """Trains, and prints the mean reward of the last hundred images, ep_rew_mean, as training goes on."""
     torch.set_num_threads(1)
-    train(make_env(env, block_size=block_size), images, seed, algo)
+    train(make_env(env, block_size=block_size, reward=reward), images, seed, algo)
 
 
 if __name__ == "__main__":

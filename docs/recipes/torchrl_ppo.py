@@ -1,9 +1,9 @@
 """PPO of TorchRL on a denoising environment.
 
     python docs/recipes/torchrl_ppo.py
-    python docs/recipes/torchrl_ppo.py --env DPOK-Shapes-Count-v0 --images 2560 --block-size 8
+    python docs/recipes/torchrl_ppo.py --env DPOK-Shapes-v0 --reward jpeg-compressibility --block-size 8
 
-Letters used for shapes: T denoising steps, n environments, O numbers of an observation, C x r x c an action.
+Letters used for shapes: T denoising steps, n environments, O numbers of an observation.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import dpok_gym
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 4, 128, 1e-3
 
 
-def make_env(env_id: str, num_envs: int = 64, block_size: int = 1) -> VectorEnv:
+def make_env(env_id: str, num_envs: int = 64, block_size: int = 1, **task: Any) -> VectorEnv:
     """Makes an environment whose actions are noise, and whose observations (n, O) are latent, text features, step."""
-    env: Any = gymnasium.make_vec(env_id, num_envs=num_envs, autoreset_mode="Disabled")
+    env: Any = gymnasium.make_vec(env_id, num_envs=num_envs, autoreset_mode="Disabled", **task)
     env = dpok_gym.VectorCoarseLatent(dpok_gym.VectorNoiseAction(env, block_size=block_size), block_size)
     env = FlattenObservation(dpok_gym.VectorTextFeatures(env))
     env.autoreset_mode = env.metadata["autoreset_mode"]  # TorchRL asks the outermost wrapper, which does not have it
@@ -51,57 +51,49 @@ def train(env: VectorEnv, images: int, seed: int) -> Callable[[Any], Any]:
     """Trains an agent; returns its policy, a function from observations to actions."""
     torch.manual_seed(seed)
     env.reset(seed=seed)
-    n_envs, *action_shape = env.action_space.shape or ()
+    n_envs, *shape = env.action_space.shape or ()
     n_steps = dpok_gym.wrappers.get_batch(env).process.num_inference_steps
     n_inputs = gymnasium.spaces.flatdim(env.single_observation_space)
-
     # The mean is 0 and the standard deviation is 1 at first.
-    gaussian = nn.Sequential(
-        make_network(n_inputs, 2 * math.prod(action_shape)),
-        nn.Unflatten(-1, (*action_shape[:-1], 2 * action_shape[-1])),
-        NormalParamExtractor(),
-    )
+    network = make_network(n_inputs, 2 * math.prod(shape))
+    gaussian = nn.Sequential(network, nn.Unflatten(-1, (*shape[:-1], 2 * shape[-1])), NormalParamExtractor())
     actor = ProbabilisticActor(
         TensorDictModule(gaussian, ["observation"], ["loc", "scale"]),
         in_keys=["loc", "scale"],
         distribution_class=IndependentNormal,
-        distribution_kwargs={"event_dim": 3},  # an action of C x r x c numbers has one density
+        distribution_kwargs={"event_dim": len(shape)},  # the numbers of an action have one density
         default_interaction_type="random",
         return_log_prob=True,
     )
-    critic = ValueOperator(make_network(n_inputs, 1), ["observation"])
+    critic = ValueOperator(make_network(n_inputs, 1))
     advantage = GAE(gamma=1.0, lmbda=1.0, value_network=critic)
     loss = ClipPPOLoss(actor, critic, entropy_bonus=False, normalize_advantage=True, loss_critic_type="l2")
     optimizer = torch.optim.Adam(loss.parameters(), lr=LEARNING_RATE)
-
     torch_env = TransformedEnv(GymWrapper(env), DoubleToFloat())
     for first in range(0, images, n_envs):
         # All episodes last T steps, so a rollout is one episode of each environment.
-        with torch.no_grad():
-            rollout = torch_env.rollout(n_steps, actor)  # (n, T)
-            advantage(rollout)
-        reward = rollout["next", "reward"].sum(1).mean()
-        print(f"{first + n_envs:6} images   mean reward {reward:.3f}", flush=True)
-        for _ in range(EPOCHS):
-            for indices in torch.randperm(rollout.numel()).split(BATCH_SIZE):
-                losses = loss(rollout.reshape(-1)[indices])
-                optimizer.zero_grad()
-                (losses["loss_objective"] + losses["loss_critic"]).backward()
-                nn.utils.clip_grad_norm_(loss.parameters(), 0.5)
-                optimizer.step()
+        rollout = advantage(torch_env.rollout(n_steps, actor).detach())  # (n, T)
+        print(f"{first + n_envs:6} images   mean reward {rollout['next', 'reward'].sum(1).mean():.3f}", flush=True)
+        for indices in torch.cat([torch.randperm(rollout.numel()) for _ in range(EPOCHS)]).split(BATCH_SIZE):
+            losses = loss(rollout.reshape(-1)[indices])
+            optimizer.zero_grad()
+            (losses["loss_objective"] + losses["loss_critic"]).backward()
+            nn.utils.clip_grad_norm_(loss.parameters(), 0.5)
+            optimizer.step()
 
-    @torch.no_grad()
     def act(observation: Any) -> Any:
-        state = TensorDict({"observation": torch.as_tensor(observation, dtype=torch.float32)}, [n_envs])
-        return actor(state)["action"].numpy()
+        states = torch.as_tensor(observation, dtype=torch.float32)
+        return actor(TensorDict(observation=states))["action"].detach().numpy()
 
     return act
 
 
-def main(env: str = "DPOK-Mixture-v0", images: int = 5120, seed: int = 0, block_size: int = 1) -> None:
+def main(
+    env: str = "DPOK-Mixture-v0", reward: str = "mixture-bump", images: int = 2560, seed: int = 0, block_size: int = 1
+) -> None:
     """Trains, and prints the mean reward of each rollout."""
     torch.set_num_threads(1)
-    train(make_env(env, block_size=block_size), images, seed)
+    train(make_env(env, block_size=block_size, reward=reward), images, seed)
 
 
 if __name__ == "__main__":
