@@ -70,7 +70,6 @@ def train(env: VectorEnv, images: int, seed: int) -> Callable[[Any], Any]:
             observation, reward, *_ = env.step(actions[-1])
             total += reward
         print(f"{first + n_envs:6} images   mean reward {total.mean():.3f}", flush=True)
-
         states = torch.as_tensor(np.concatenate(observations), dtype=torch.float32)  # (T * n, O)
         taken = torch.as_tensor(np.concatenate(actions)).flatten(1)  # (T * n, D)
         returns = torch.as_tensor(total).repeat(n_steps)  # of each step: nothing is discounted

@@ -26,7 +26,7 @@ ALGORITHMS: dict[Algo, Any] = {"ppo": PPO, "a2c": A2C}
 # the reward itself (lambda = 1).
 _ALL_RETURN = {"gamma": 1.0, "gae_lambda": 1.0}
 SETTINGS: dict[Algo, dict[str, Any]] = {
-    "ppo": _ALL_RETURN | {"learning_rate": 1e-3, "n_epochs": 4, "batch_size": 128},
+    "ppo": _ALL_RETURN | {"learning_rate": 3e-3, "n_epochs": 4, "batch_size": 128},
     "a2c": _ALL_RETURN | {"learning_rate": 2e-3, "normalize_advantage": True},
 }
 

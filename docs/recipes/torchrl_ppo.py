@@ -2,8 +2,6 @@
 
     python docs/recipes/torchrl_ppo.py
     python docs/recipes/torchrl_ppo.py --env DPOK-Shapes-v0 --reward jpeg-compressibility --block-size 8
-
-Letters used for shapes: T denoising steps, n environments, O numbers of an observation.
 """
 
 from __future__ import annotations
@@ -27,11 +25,11 @@ from torchrl.objectives.value import GAE
 
 import dpok_gym
 
-EPOCHS, BATCH_SIZE, LEARNING_RATE = 4, 128, 1e-3
+EPOCHS, BATCH_SIZE, LEARNING_RATE = 4, 128, 3e-3
 
 
 def make_env(env_id: str, num_envs: int = 64, block_size: int = 1, **task: Any) -> VectorEnv:
-    """Makes an environment whose actions are noise, and whose observations (n, O) are latent, text features, step."""
+    """Makes an environment whose actions are noise, and whose observations are vectors: latent, text features, step."""
     env: Any = gymnasium.make_vec(env_id, num_envs=num_envs, autoreset_mode="Disabled", **task)
     env = dpok_gym.VectorCoarseLatent(dpok_gym.VectorNoiseAction(env, block_size=block_size), block_size)
     env = FlattenObservation(dpok_gym.VectorTextFeatures(env))
@@ -72,7 +70,7 @@ def train(env: VectorEnv, images: int, seed: int) -> Callable[[Any], Any]:
     torch_env = TransformedEnv(GymWrapper(env), DoubleToFloat())
     for first in range(0, images, n_envs):
         # All episodes last T steps, so a rollout is one episode of each environment.
-        rollout = advantage(torch_env.rollout(n_steps, actor).detach())  # (n, T)
+        rollout = advantage(torch_env.rollout(n_steps, actor).detach())
         print(f"{first + n_envs:6} images   mean reward {rollout['next', 'reward'].sum(1).mean():.3f}", flush=True)
         for indices in torch.cat([torch.randperm(rollout.numel()) for _ in range(EPOCHS)]).split(BATCH_SIZE):
             losses = loss(rollout.reshape(-1)[indices])
