@@ -58,7 +58,7 @@ def train(env: VectorEnv, images: int, seed: int) -> Callable[[Any], Any]:
     @torch.no_grad()
     def act(observation: Any) -> Any:
         action = policy(torch.as_tensor(observation, dtype=torch.float32)).sample()
-        return action.reshape(env.action_space.shape).numpy()
+        return action.reshape(env.action_space.shape or ()).numpy()
 
     for first in range(0, images, n_envs):
         # All episodes last T steps, so a rollout is one episode of each environment.

@@ -63,7 +63,7 @@ def train(env: VectorEnv, images: int, seed: int) -> Callable[[Any], Any]:
         # noise, because they have the same seed. So the change alone makes the difference of their rewards.
         changes = np.repeat(SIGMA * rng.standard_normal((n_envs // 2, *weights.shape)), 2, axis=0)
         changes[1::2] *= -1
-        seeds = np.repeat(rng.integers(2**32, size=n_envs // 2), 2).tolist()
+        seeds: Any = np.repeat(rng.integers(2**32, size=n_envs // 2), 2).tolist()
         observation, _ = env.reset(seed=seeds)
         total = np.zeros(n_envs)
         for _ in range(n_steps):
