@@ -61,8 +61,8 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
     n_envs = settings.pop("n_envs", description["n_envs"])
     env, evaluation_env = _make_env(description, prompts, n_envs), _make_env(description, prompts)
     trains = description["algorithm"] != REJECTION
-    # Without training, an untrained agent of any algorithm gives access to the pre-trained model.
-    name = description["algorithm"] if trains else "dpok"
+    # Without training, an untrained agent gives access to the pre-trained model; SFT takes steps without noise too.
+    name = description["algorithm"] if trains else "sft"
     steering = UNSTEERED if trains else BestOf(settings.pop("n"))
     algorithm: Any = load_algorithm(name)
     agent: DenoisingAlgorithm = algorithm(env=env, seed=description["seed"], device="cpu", **settings)

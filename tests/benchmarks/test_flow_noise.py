@@ -17,7 +17,7 @@ SETTINGS = yaml.safe_load((HERE / "flow_noise.yaml").read_text(encoding="utf-8")
 def test_descriptions() -> None:
     descriptions = list(flow_noise.descriptions(SETTINGS))
     assert len({json.dumps(description, sort_keys=True) for description in descriptions}) == len(descriptions)
-    assert all(description.keys() >= {"task", "label", "seed"} for description in descriptions)  # a sweep names its runs
+    assert all(description.keys() >= {"task", "label", "seed"} for description in descriptions)  # for their names
     assert set(SETTINGS["samplers"]) == set(KERNELS)
     # Every kernel trains but the one without noise, which has no densities.
     trained = {each["environment"]["sampler"] for each in descriptions if each["algorithm"] == "dpok"}

@@ -80,6 +80,13 @@ def test_a_run_with_smaller_rollouts_of_its_own() -> None:
 
 
 @pytest.mark.slow
+def test_images_of_a_sampler_without_noise_can_be_judged() -> None:
+    environment = {"model": "shapes-flow", "sampler": "ode", "eta": 0.0}
+    changes = {"algorithm": "rejection", "settings": {"n": 1}, "environment": environment, "num_inference_steps": 8}
+    run = training_run.run(TINY | changes)
+    assert run["scores"]["training"]["quality"] > 0.2
+
+
 def test_rejection_costs_function_evaluations() -> None:
     plain, best = (training_run.run(TINY | {"algorithm": "rejection", "settings": {"n": n}}) for n in (1, 4))
     assert (plain["num_function_evaluations_to_draw"], best["num_function_evaluations_to_draw"]) == (1, 4)
