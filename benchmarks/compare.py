@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks import compare_figures
 from benchmarks.compare_tables import COLUMNS, list_labels, list_tasks, make_rows, make_text, rank
 from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
-from benchmarks.training_run import REJECTION
+from benchmarks.training_run import REJECTION, prompts_of_row
 
 HERE = Path(__file__).parent
 
@@ -116,9 +116,11 @@ def report(records: Sequence[Record], order: Sequence[str], folder: Path) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(make_text(records, rows), encoding="utf-8")
     compare_figures.curves(records, tasks, folder / "curves.png")
+    compare_figures.curves(records, tasks, folder / "costs.png", compare_figures.BY_COST)
     compare_figures.frontier(records, tasks, folder / "frontier.png")
     for task in tasks:
-        compare_figures.grid(folder, task, labels, folder / f"grid-{task}.png")
+        record = next(record for record in records if record["task"] == task)
+        compare_figures.grid(folder, task, labels, prompts_of_row(record), folder / f"grid-{task}.png")
     console.print(f"table and figures: {folder}")
 
 

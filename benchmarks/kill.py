@@ -8,7 +8,7 @@ fit-reward``. It runs once without a kill. Then it is killed by SIGKILL, once
 - at ``--kills`` random moments.
 
 After each kill the command is resumed. The folder must then equal that of the whole run, but for times: weights and
-optimiser, the state of the checkpoints, log rows, TensorBoard points, evaluation, LoRA, figures and summary.
+optimiser, the state of the checkpoints, log rows, TensorBoard points, evaluation, LoRA, figures, page and summary.
 
 Each process is a fork of this one, which has imported everything: a start costs milliseconds. The results are in
 ``results/kill.json``; a case that is there, with as many kills, is not made again.
@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -237,7 +238,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 def _content(path: Path) -> str:
     if path.is_dir():
-        return _scalars(path) if path.name == "tensorboard" else "folder"
+        return _points(path) if path.name == "tensorboard" else "folder"
     if path.suffix == ".csv":
         rows = read_log(path)
         return str([{key: row[key] for key in sorted(row) if not key.startswith("time/")} for row in rows])
@@ -245,6 +246,9 @@ def _content(path: Path) -> str:
         return json.dumps(json.loads(path.read_text(encoding="utf-8"))["agent"], sort_keys=True)
     if path.name == "summary.json":
         return json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"seconds": 0})
+    if path.suffix == ".html":
+        text = re.sub("[0-9,]+ seconds of training", "", path.read_text(encoding="utf-8"))
+        return hashlib.sha256(text.encode()).hexdigest()
     if path.suffix == ".png":
         return _digest(np.asarray(Image.open(path)))
     if path.suffix == ".npz":
@@ -258,14 +262,22 @@ def _digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def _scalars(folder: Path) -> str:
-    """Returns the points of TensorBoard."""
+def _points(folder: Path) -> str:
+    """Returns the points and the images of TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder))
+    events = EventAccumulator(str(folder), {"scalars": 0, "images": 0})
     events.Reload()
-    names = [name for name in sorted(events.Tags()["scalars"]) if not name.startswith("time/")]
-    return str({name: [(event.step, event.value) for event in events.Scalars(name)] for name in names})
+    tags = events.Tags()
+    points: dict[str, Any] = {}
+    for name in sorted(tags["scalars"]):
+        if not name.startswith("time/"):
+            points[name] = [(event.step, event.value) for event in events.Scalars(name)]
+    for name in sorted(tags["images"]):
+        points[name] = [
+            (image.step, hashlib.sha256(image.encoded_image_string).hexdigest()) for image in events.Images(name)
+        ]
+    return str(points)
 
 
 def differences(one: dict[str, str], other: dict[str, str]) -> list[str]:

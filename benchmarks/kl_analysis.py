@@ -16,15 +16,17 @@ import matplotlib as mpl
 import numpy as np
 import yaml
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compare import HERE, describe
-from benchmarks.compare_figures import grid, save, tidy
+from benchmarks.compare_figures import LEVEL, grid, label_points, save, scale_kl, tidy
 from benchmarks.compare_tables import markdown
 from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
 from benchmarks.statistics import Interval, improvement, interquartile_mean
+from benchmarks.training_run import prompts_of_row
 
 
 class Score(NamedTuple):
@@ -53,16 +55,16 @@ SHOWN = {
     "late drift": Score("training", "late_drift", ".3f"),
 }
 
-#: The panels of the figure.
-PANELS = ("reward trained on", "share fully aligned", "quality", "unseen: quality")
+#: The panels of a figure.
+PANELS = ("reward trained on", "share fully aligned", "quality")
 
 _TEXT = (
     "Interquartile means (of up to three runs the mean); of several runs with 95 % bootstrap intervals, little more "
     "than the range of so few.\n\n{}\n### Differences\n\n{}"
 )
 
-#: Beginnings of the names of families that are no points of the figure.
-_ABLATIONS = ("steps", "ratio")
+#: The family and the value of the pre-trained model.
+_PRE_TRAINED = ("best of n, drawn", 1)
 
 #: The family whose runs are shown along training.
 _ALONG_TRAINING = "DPOK, KL in the loss"
@@ -115,13 +117,13 @@ def report(records: Sequence[Record], settings: dict[str, Any], folder: Path) ->
         for label, cells in lines.items():
             table.add_row(label, *cells)
         console.print(table)
-    # The ablations of the steps and of the ratio have a table only.
-    figure(
-        {name: values for name, values in families.items() if not name.startswith(_ABLATIONS)},
-        folder / "kl_analysis.png",
-    )
+    level = families.get(_PRE_TRAINED[0], {}).get(_PRE_TRAINED[1])
+    for name, shown in settings["figures"].items():
+        chosen = {family: families[family] for family in shown["families"] if family in families}
+        arguments = {family: next(iter(settings["families"][family]["values"])) for family in chosen}
+        figure(chosen, arguments, level, shown["question"], folder / f"{name}.png")
     training_figure(records, folder / "training.png")
-    grid(folder, settings["task"], settings["shown"], folder / "grid.png")
+    grid(folder, settings["task"], settings["shown"], prompts_of_row(records[0]), folder / "grid.png")
 
 
 def collect(records: Sequence[Record]) -> Families:
@@ -179,29 +181,39 @@ def _label(family: str, value: float) -> str:
     return f"{family}, {value:g}"
 
 
-def figure(families: Families, path: Path) -> None:
+def figure(families: Families, arguments: dict[str, str], level: Scores | None, question: str, path: Path) -> None:
     """Draws reward, alignment and quality against the KL: a curve for each family, a point for each value.
 
     Args:
         families: the scores.
+        arguments: the setting that has the values, by family.
+        level: the scores of the pre-trained model; None if it has no run.
+        question: what the figure answers, its title.
         path: file to write.
     """
-    drawing = Figure(figsize=(4.4 * len(PANELS), 5.2), layout="constrained")
+    drawing = Figure(figsize=(3.6 * len(PANELS), 4.6), layout="constrained")
     panels = drawing.subplots(1, len(PANELS))
     colours = mpl.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    points: dict[Axes, list[tuple[float, float, str]]] = {}
     for axes, heading in zip(panels, PANELS, strict=True):
+        points[axes] = []
         for colour, (name, by_value) in zip(colours, families.items(), strict=False):
             marker = "s" if name.startswith("SFT") else "o"
-            _family_curve(axes, by_value, heading, marker, colour)
-            axes.plot([], [], f"{marker}-", color=colour, label=name)  # for the legend
-        # Linear up to 5 nats: the pre-trained model is at 0.
-        axes.set_xscale("symlog", linthresh=5)
-        axes.set_xlim(left=0)
-        axes.set_xlabel("KL to pre-trained, nats per image")
-        axes.set_ylabel(heading)
+            points[axes] += _family_curve(axes, by_value, heading, marker, colour)
+            axes.plot([], [], f"{marker}-", color=colour, label=f"{name}: {arguments[name]}")  # for the legend
+        if level is not None:
+            axes.axhline(interquartile_mean([level[heading]]).value, label="pre-trained, KL 0", **LEVEL)
+        scale_kl(axes, 1)
+        axes.margins(y=0.12)  # room for the labels
+        axes.set_title(heading, fontsize=10)
         tidy(axes)
+    drawing.suptitle(question, fontsize=11)
     handles, names = panels[0].get_legend_handles_labels()
-    drawing.legend(handles, names, loc="outside upper center", ncols=4, frameon=False)
+    drawing.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    canvas = FigureCanvasAgg(drawing)
+    canvas.draw()  # the layout, on which the places of the labels depend
+    for axes, of_panel in points.items():
+        label_points(axes, of_panel, canvas.get_renderer())
     save(drawing, path)
 
 
@@ -212,33 +224,40 @@ def training_figure(records: Sequence[Record], path: Path) -> None:
         records: of the runs.
         path: file to write.
     """
-    drawing = Figure(figsize=(8.8, 3.4), layout="constrained")
+    drawing = Figure(figsize=(8.8, 3.7), layout="constrained")
     panels = drawing.subplots(1, 2)
     runs = [record for record in records if record["family"] == _ALONG_TRAINING and record["value"] > 0]
+    runs.sort(key=lambda record: record["value"])
     colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, max(len(runs), 1)))
     for colour, record in zip(colours, runs, strict=False):
         for axes, name in zip(panels, ("reward", "kl"), strict=True):
-            points = np.array([(point["images"], point[name]) for point in record["curve"] if name in point])
+            # The last point is the final evaluation, of other images.
+            points = np.array([(point["images"], point[name]) for point in record["curve"][:-1] if name in point])
+            if name == "kl":  # that of the pre-trained model
+                points = np.concatenate([[(0, 0)], points])
             axes.plot(*points.T, color=colour, label=f"kl_coef = {record['value']:g}")
     for axes, heading in zip(panels, ("reward of the images drawn", "KL to pre-trained, nats per image"), strict=True):
         axes.set(xlabel="images drawn", ylabel=heading, xlim=(0, None))
         tidy(axes)
     panels[1].set_ylim(bottom=0)
     panels[1].legend(frameon=False, fontsize=8)
+    drawing.suptitle("How far does DPOK go from the pre-trained model, for each price of the KL?", fontsize=11)
     save(drawing, path)
 
 
-def _family_curve(axes: Axes, by_value: dict[float, Scores], heading: str, marker: str, colour: Any) -> None:
-    """Draws the means of a family, each with its interval and the value of the setting."""
+def _family_curve(
+    axes: Axes, by_value: dict[float, Scores], heading: str, marker: str, colour: Any
+) -> list[tuple[float, float, str]]:
+    """Draws the means of a family, each with its interval; returns the points, and the value of the setting of each."""
     values = sorted(by_value)
     kl = [interquartile_mean([by_value[value]["KL, nats"]]) for value in values]
     means = [interquartile_mean([by_value[value][heading]]) for value in values]
-    line = np.array([(x.value, y.value) for x, y in zip(kl, means, strict=True)])
-    axes.plot(*line.T, "-", color=colour, alpha=0.5, linewidth=1)
-    for value, x, y in zip(values, kl, means, strict=True):
-        axes.plot(x.value, y.value, marker, color=colour, markersize=6)
-        axes.vlines(x.value, y.low, y.high, color=colour, linewidth=1)
-        axes.annotate(f"{value:g}", (x.value, y.value), (4, 4), textcoords="offset points", fontsize=7)
+    points = [(x.value, y.value, f"{value:g}") for value, x, y in zip(values, kl, means, strict=True)]
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "-", color=colour, alpha=0.5, linewidth=1)
+    for (x, y, _), mean in zip(points, means, strict=True):
+        axes.plot(x, y, marker, color=colour, markersize=6)
+        axes.vlines(x, mean.low, mean.high, color=colour, linewidth=1)
+    return points
 
 
 if __name__ == "__main__":

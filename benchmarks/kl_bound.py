@@ -89,7 +89,7 @@ def draw_figure(results: dict[str, dict[str, Any]], path: Path) -> None:
         results: ``training`` (rows), ``exact`` (both sides) and ``missing`` (share) of each place of the KL.
         path: file to write.
     """
-    figure = Figure(figsize=(4 * len(results), 3), layout="constrained")
+    figure = Figure(figsize=(4 * len(results), 3.7), layout="constrained")
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     curves = ((BOUND, "#D55E00", "sum of the steps' KL"), (TRUE_KL, "#0072B2", "KL of the finished points"))
     for axes, (placement, measured) in zip(panels, results.items(), strict=True):
@@ -97,12 +97,15 @@ def draw_figure(results: dict[str, dict[str, Any]], path: Path) -> None:
         for name, colour, label in curves:
             points = np.array([(row["images"], row[name]) for row in rows])
             axes.plot(*points.T, color=colour, label=label)
-            axes.axhline(measured["exact"][name], color=colour, linestyle=":", linewidth=1)
+            style: dict[str, Any] = {"color": colour, "linestyle": ":", "linewidth": 1.2}
+            axes.axhline(measured["exact"][name], label=f"{label}, exact policy", **style)
         axes.set_title(f"KL in the {placement}", fontsize=10)
         axes.set(xlabel="images drawn", xlim=(0, None), ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("nats")
-    panels[0].legend(frameon=False, fontsize=9)
+    panels[0].set_ylabel("KL to pre-trained, nats per image")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(f"“{PROMPT}”: the KL of the steps bounds that of the images (Lemma 4.2)", fontsize=11)
     figure.savefig(path, dpi=130)
 
 

@@ -28,7 +28,7 @@ def scatter(policies: dict[str, DenoisingPolicy], path: Path, n: int = 500, colu
         n: points.
         columns: denoising steps that are shown.
     """
-    figure = Figure(figsize=(1.6 * columns + 0.4, 3.4 * len(policies)), layout="constrained")
+    figure = Figure(figsize=(1.6 * columns + 0.4, 3.4 * len(policies) + 0.7), layout="constrained")
     cells = figure.subplots(2 * len(policies), columns, sharex=True, sharey=True)
     for number, (prompt, policy) in enumerate(policies.items()):
         for row, reference in ((2 * number, True), (2 * number + 1, False)):
@@ -38,6 +38,8 @@ def scatter(policies: dict[str, DenoisingPolicy], path: Path, n: int = 500, colu
     for axes, step in zip(cells[0], _shown_steps(next(iter(policies.values())), columns), strict=True):
         title = f"after {step} steps" if step else "noise"
         axes.set_title(title, fontsize=9)
+    figure.suptitle(f"{n} points of each model, from the same noise; r = 0.5 x_1, beta = 1", fontsize=11)
+    figure.supxlabel("lines: the exact density, at 10, 40 and 80 % of its largest value", fontsize=9)
     figure.savefig(path, dpi=130)
 
 

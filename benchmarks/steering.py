@@ -24,7 +24,7 @@ from rich.table import Table
 
 from agents.common.evaluation import cycle_prompts, sample_images
 from agents.common.steering import SVDD, UNSTEERED, BestOf, FKSteering, Steering
-from benchmarks.compare_figures import save, tidy
+from benchmarks.compare_figures import explain, save, tidy
 from benchmarks.training_run import diversity
 from dpok_gym.prompts import load_prompts
 from dpok_gym.utils.files import replacing
@@ -159,7 +159,7 @@ def draw_figure(rows: list[dict[str, Any]], path: Path) -> None:
         rows: of :func:`run`.
         path: file to write.
     """
-    figure = Figure(figsize=(14, 0.6 + 2.7 * len(TASKS)), layout="constrained")
+    figure = Figure(figsize=(11, 1.2 + 2.5 * len(TASKS)), layout="constrained")
     panels = figure.subplots(len(TASKS), len(_PANELS), squeeze=False, sharex="col")
     for row_of_panels, task in zip(panels, TASKS, strict=True):
         for axes, (score, cost) in zip(row_of_panels, _PANELS, strict=True):
@@ -179,6 +179,12 @@ def draw_figure(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel(_TITLES[cost])
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+    n_images = next(iter(rows))["images"]
+    explain(
+        figure,
+        f"Each point: the mean of {n_images} images of the pre-trained model, with its standard error. From left to "
+        "right 1, 2, 4 and 8 particles; 1 is no steering.",
+    )
     save(figure, path)
 
 

@@ -53,8 +53,8 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
 
     Returns:
         The description, and ``scores`` (by set of prompts, see :func:`summarize`), ``curve`` (a list of points, see
-        :class:`Curve`), ``num_function_evaluations`` and ``seconds`` of the training, and
-        ``num_function_evaluations_to_draw`` one image.
+        :class:`Curve`; the last one is the final evaluation), ``num_function_evaluations`` and ``seconds`` of the
+        training, and ``num_function_evaluations_to_draw`` one image.
     """
     prompts = load_prompts(description["prompts"])
     settings = dict(description["settings"])
@@ -122,6 +122,12 @@ def _save_row(evaluation: Evaluation, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = evaluation.images[choose_row(evaluation.prompts)]
     Image.fromarray(np.concatenate(chosen, axis=1)).save(path)
+
+
+def prompts_of_row(description: dict[str, Any]) -> list[str]:
+    """Returns the prompts of the images that show a run."""
+    prompts = cycle_prompts(load_prompts(description["prompts"]).train, description["eval_images"])
+    return [prompts[index] for index in choose_row(prompts)]
 
 
 def choose_row(prompts: Sequence[str]) -> list[int]:

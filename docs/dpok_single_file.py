@@ -19,7 +19,8 @@ DPOK minimises (Eq. 8), with p_pre the pre-trained model,
     E_z [  alpha E_{p_theta(x_{0:T} | z)}[ -r(x_0, z) ]
          + beta  sum_t E_{p_theta(x_t | z)}[ KL( p_theta(x_{t-1} | x_t, z) || p_pre(x_{t-1} | x_t, z) ) ]  ]
 
-The centred ratio, the trust region and the choice of steps are not the paper's; ``docs/algorithms.md`` says why.
+The centred ratio, the trust region and the choice of steps are not the paper's; ``docs/explanation/algorithms.md`` says
+why.
 
 Letters used for shapes: B transitions, N images, T denoising steps, D = C * h * w = 256 dimensions of a latent x.
 """

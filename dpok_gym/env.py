@@ -56,6 +56,10 @@ class DenoisingEnv(MadeById, gymnasium.Env[Observation, NDArray[np.float32]]):  
     the action, in nats of the whole latent. A deterministic step has no density: its std and ``log_prob_reference``
     are 0.
 
+    With ``predicted_info=True`` the ``info`` of ``reset()`` and of each step has ``predicted`` (uint8, (H, W, 3)): the
+    image that the pre-trained model expects, its prediction of x_0, given the latent that is observed. After the last
+    step it is the finished image.
+
     With ``reference_log_prob_coef=beta`` each step's reward gets beta * log p_pre(x_{t-1} | x_t, z). The KL to the
     pre-trained model is -E[log p_pre] - H, where H is the entropy of the policy's steps. So an agent that maximises
     the undiscounted reward plus beta * H (maximum-entropy RL, temperature beta) solves E[r] - beta KL, Eq. 8 of DPOK,
@@ -96,7 +100,20 @@ class DenoisingEnv(MadeById, gymnasium.Env[Observation, NDArray[np.float32]]):  
     | `reward_workers`          | 0                     | threads for the reward, in the vector environment          |
     | `reference_info`          | False                 | the pre-trained Gaussian in `info`; one more denoiser call |
     | `reference_log_prob_coef` | 0.0                   | beta of the reward term beta * log p_pre; the same cost    |
-    | `render_mode`             | None                  | `"rgb_array"`: the current state x_t, decoded              |
+    | `predicted_info`          | False                 | the predicted image in `info`; one more denoiser call      |
+    | `render_mode`             | None                  | see below                                                  |
+
+    ## Render Modes
+
+    A frame shows the state x_t, decoded, and beside it the image that the pre-trained model expects, its prediction of
+    x_0. The first frame is noise beside a blurred image; the last one has the finished image twice. A frame costs a
+    call of the denoiser and two decodings.
+
+    | Mode               | `render()` returns                                                        |
+    |--------------------|---------------------------------------------------------------------------|
+    | `"rgb_array"`      | the frame, (H, 2 W, 3) uint8                                              |
+    | `"rgb_array_list"` | the frames since the last call or `reset()`; of `gymnasium.make()` only   |
+    | `"human"`          | None; `reset()` and `step()` show the frame in a window (extra `human`)   |
 
     ## References
 
@@ -109,7 +126,7 @@ class DenoisingEnv(MadeById, gymnasium.Env[Observation, NDArray[np.float32]]):  
     * v0: the first version; since 0.2.0 the prompt is observed as bytes and not as tokens.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (gymnasium's own declaration)
+    metadata = {"render_modes": ["human", "rgb_array"], "render_fps": 10}  # noqa: RUF012 (gymnasium's own declaration)
 
     def __init__(self, *, render_mode: str | None = None, **kwargs: Any) -> None:
         if "autoreset_mode" in kwargs:
@@ -170,12 +187,16 @@ class DenoisingEnv(MadeById, gymnasium.Env[Observation, NDArray[np.float32]]):  
         return self._batch.optimal_value(beta)
 
     def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
-        """Decodes the current state x_t: (H, W, 3) uint8."""
+        """Draws the current state as the render mode says; see the class.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first :meth:`reset`.
+        """
         frames = self._batch.render()
         return None if frames is None else frames[0]
 
     def close(self) -> None:
-        """Ends the threads that compute rewards, if there are any."""
+        """Closes the window, and ends the threads that compute rewards, if there are any."""
         self._batch.close()
 
 

@@ -38,7 +38,7 @@ from dpok_gym.rewards import Reward, make_reward
 from dpok_gym.samplers import DenoisingProcess, State
 from dpok_gym.samplers.flow_matching import Kernel
 from dpok_gym.samplers.process import check_sampler
-from dpok_gym.utils.images import to_uint8
+from dpok_gym.utils.images import tile, to_uint8
 from dpok_gym.utils.pickling import check_picklable
 from dpok_gym.utils.validation import (
     check_bool,
@@ -50,6 +50,7 @@ from dpok_gym.utils.validation import (
     shorten,
     suggest,
 )
+from dpok_gym.utils.window import Window
 from dpok_gym.worlds import World, find_world
 
 Observation = dict[str, NDArray[Any]]
@@ -133,10 +134,13 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
             under it, into the infos. It costs a call of the denoiser for each step.
         reference_log_prob_coef: beta, reward per nat, finite and at least 0: each step's reward gets
             beta * log p_pre(x_{t-1} | x_t, z). Above 0 it costs the same call.
+        predicted_info: True puts ``predicted`` into the infos of every reset and step: the image that the pre-trained
+            model expects of the observed latent. It costs the same call, and a decoding.
         autoreset_mode: "SameStep", "NextStep" or "Disabled", or the member of ``gymnasium.vector.AutoresetMode``, as
             Gymnasium defines them. Most of Gymnasium's vector wrappers that change observations need one of the last
             two; agents of Stable-Baselines3 need the first.
-        render_mode: "rgb_array" or None.
+        render_mode: "rgb_array", see :meth:`render`; "human" to see the frames in a window, which needs the extra
+            ``human``; or None.
         unknown: always empty: an unknown keyword argument is an error that names the nearest known one.
 
     Raises:
@@ -145,7 +149,7 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
     """
 
     metadata = {  # noqa: RUF012 (gymnasium's own declaration)
-        "render_modes": ["rgb_array"],
+        "render_modes": ["human", "rgb_array"],
         "render_fps": 10,
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
@@ -175,6 +179,7 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
         reward_workers: int = 0,
         reference_info: bool = False,
         reference_log_prob_coef: float = 0.0,
+        predicted_info: bool = False,
         autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP.value,
         render_mode: str | None = None,
         **unknown: Any,
@@ -185,13 +190,19 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
         self.max_prompt_bytes = check_integer("max_prompt_bytes", max_prompt_bytes, maximum=2**16)
         self.reward_workers = check_integer("reward_workers", reward_workers, minimum=0, maximum=256)
         check_bool("reference_info", reference_info)
+        check_bool("predicted_info", predicted_info)
         if not isinstance(render_mode, str | None) or render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode must be None or 'rgb_array', got {shorten(render_mode)}")
+            raise ValueError(
+                f"render_mode must be None, 'human' or 'rgb_array' (and of gymnasium.make() 'rgb_array_list'), got "
+                f"{shorten(render_mode)}"
+            )
         self.render_mode = render_mode
+        self._window = Window(self.metadata["render_fps"]) if render_mode == "human" else None
         self.autoreset_mode = _read_autoreset_mode(autoreset_mode)
         self.metadata = type(self).metadata | {"autoreset_mode": self.autoreset_mode}
         check_non_negative("reference_log_prob_coef", reference_log_prob_coef)
         self.reference_info, self.reference_log_prob_coef = reference_info, reference_log_prob_coef
+        self.predicted_info = predicted_info
 
         check_choice("long_prompts", long_prompts, "error", "truncate", "skip")
         # What can be told without the model: loading it may take minutes.
@@ -355,20 +366,36 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
         return observation, rewards, ended, np.zeros_like(ended), self._gather(infos, gathered)
 
     def render(self) -> tuple[NDArray[np.uint8], ...] | None:  # type: ignore[override]
-        """Decodes the current states x_t: n images (H, W, 3), uint8; None without a render mode.
+        """Draws each state: on the left x_t, decoded; on the right the image that the pre-trained model expects of it.
+
+        Returns:
+            n frames (H, 2 W, 3), uint8; at the end of an episode both halves are its image. None without a render mode,
+            and with "human", where the frames are shown in a window: after each reset and step without this call.
 
         Raises:
             gymnasium.error.ResetNeeded: before the first :meth:`reset`.
         """
         if self.render_mode is None:
-            gymnasium.logger.warn("render() needs render_mode='rgb_array' when the environment is made")
+            gymnasium.logger.warn("render() needs render_mode='rgb_array' or 'human' when the environment is made")
             return None
         if (self._steps < 0).any():
             raise gymnasium.error.ResetNeeded("call reset() before render()")
-        return tuple(to_uint8(self._judge.decode(torch.from_numpy(self._latents))))
+        states = to_uint8(self._judge.decode(torch.from_numpy(self._latents)))
+        frames = np.concatenate([states, self._predict(np.arange(self.num_envs))], axis=2)
+        if self._window is None:
+            return tuple(frames)
+        self._window.show(tile(frames), f"x_t and the x_0 expected, after {self._steps.max()} steps: {self._texts[0]}")
+        return None
+
+    def _show(self) -> None:
+        """Shows the states in the window, if there is one and all environments have begun."""
+        if self._window is not None and (self._steps >= 0).all():
+            self.render()
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Ends the threads that compute rewards."""
+        """Closes the window, and ends the threads that compute rewards."""
+        if self._window is not None:
+            self._window.close()
         self._judge.close()
 
     def begin_episodes(
@@ -409,6 +436,8 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
                 self._latents[i] = chosen_latents[i]
         self._steps[rows] = 0
         self._reference = None
+        self._add_predicted(infos, rows)
+        self._show()
         return self._observe(), infos
 
     def advance(
@@ -450,6 +479,8 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
             rewards[rows] += outcome.rewards.total.double().numpy()
             for k, (i, text) in enumerate(zip(rows, texts, strict=True)):
                 infos[i] |= make_info(outcome, k, text)
+        self._add_predicted(infos, np.flatnonzero(moves))
+        self._show()
         return self._observe(), rewards, ended, infos
 
     @torch.no_grad()
@@ -464,7 +495,7 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
         # A density over many dimensions is a large number, so float32 would lose its last digits.
         action = torch.as_tensor(actions, device=mean.device).double()
         log_prob = diffusion.log_prob(action, mean.double(), std.double()).cpu().numpy()
-        rewards[moves] = self.reference_log_prob_coef * log_prob[moves]
+        rewards[moves] += self.reference_log_prob_coef * log_prob[moves]  # added to 0, so a reward is never -0.0
         if self.reference_info:
             means, stds = mean.cpu().numpy(), std.cpu().numpy()
             for i in np.flatnonzero(moves).tolist():
@@ -474,6 +505,35 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
                     "log_prob_reference": float(log_prob[i]),
                 }
         return rewards, infos
+
+    def _add_predicted(self, infos: list[dict[str, Any]], rows: Sequence[int] | NDArray[np.int64]) -> None:
+        """Adds to the infos of some environments, if asked for, the images that are expected of their latents."""
+        if self.predicted_info and len(rows):
+            for i, image in zip(rows, self._predict(np.asarray(rows)), strict=True):
+                infos[i]["predicted"] = image
+
+    @torch.no_grad()
+    def _predict(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Returns the images of the x_0 that the pre-trained model predicts in some environments, (B, H, W, 3).
+
+        Where the episode is over, x_0 is there, and nothing is predicted.
+        """
+        clean = torch.from_numpy(self._latents[rows])
+        going_on = rows[self.running[rows]]
+        if len(going_on) == self.num_envs:  # then the transition is kept, for the info of the next step
+            clean = self.process.predicted_clean(self._state(going_on), self.reference_transition()[0])
+        elif len(going_on):
+            state = self._state(going_on)
+            predicted = self.process.predicted_clean(state, self.process.transition(state)[0])
+            clean[self.running[rows]] = predicted.to(clean.device)
+        return to_uint8(self._judge.decode(clean))
+
+    def _state(self, rows: NDArray[np.int64]) -> State:
+        """Returns the states of some environments, on the model's device."""
+        device = self.model.device
+        latents = torch.as_tensor(self._latents[rows], device=device)
+        step = torch.as_tensor(self._shown_steps()[rows], device=device)
+        return State(latents, step, self.process.encode([self._texts[i] for i in rows]))
 
     @property
     def running(self) -> NDArray[np.bool_]:
@@ -492,10 +552,7 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
         if (self._steps < 0).any():
             raise gymnasium.error.ResetNeeded("the episode has not begun: call reset() before step()")
         if self._reference is None:
-            device = self.model.device
-            step = torch.as_tensor(self._shown_steps(), device=device)
-            latents = torch.as_tensor(self._latents, device=device)
-            self._reference = self.process.transition(State(latents, step, self.process.encode(self._texts)))
+            self._reference = self.process.transition(self._state(np.arange(self.num_envs)))
         return self._reference
 
     def optimal_value(self, beta: float) -> float:
@@ -514,12 +571,12 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
         """
         check_positive("beta", beta)
         world = self.world
-        if world is None or world.optimal_value is None:
+        if world is None or world.optimum is None:
             raise ValueError(
                 f"the optimum is not known for the model {self.model.name!r}; it is where the denoiser is exact, as "
                 "in the world of a mixture of Gaussians"
             )
-        return world.optimal_value(self.process, self.prompts, self.rewards_of, beta)
+        return world.optimum.value(self.process, self.prompts, self.rewards_of, beta)
 
     def rewards_of(self, latents: Tensor, prompt: str) -> NDArray[np.float64]:
         """Returns the rewards (B,) of finished latents (B, C, h, w), all for one prompt."""

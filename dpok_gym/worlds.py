@@ -19,13 +19,32 @@ from dpok_gym.utils.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dpok_gym.samplers import DenoisingProcess
+    from dpok_gym.samplers import DenoisingProcess, Transition
 
     #: From finished latents (B, C, h, w) and a prompt to the rewards of the images, (B,) float64.
     RewardOfLatents = Callable[[Tensor, str], NDArray[np.float64]]
 
-    #: Takes the denoising process, the prompts, the reward and beta; returns max E[r] - beta KL.
-    OptimalValue = Callable[[DenoisingProcess, PromptSet, RewardOfLatents, float], float]
+
+@dataclass(frozen=True)
+class KnownOptimum:
+    """What is known of DPOK's objective E[r] - beta KL where its optimum can be computed, without drawing images.
+
+    The functions take the denoising process, the prompts, the reward of finished latents and beta. The policy chooses
+    the mean of each step's Gaussian; standard deviations, x_T and prompts are the environment's.
+
+    Attributes:
+        value: computes the largest E[r] - beta KL.
+        value_of: computes that of a policy, whose transition is the fifth argument.
+        transition: returns the transition of the best policy.
+        positions: takes images (N, H, W, 3) uint8, and returns where each lies in the plane, (N, 2), for a figure.
+        reach: the plane is shown from -reach to reach.
+    """
+
+    value: Callable[[DenoisingProcess, PromptSet, RewardOfLatents, float], float]
+    value_of: Callable[[DenoisingProcess, PromptSet, RewardOfLatents, float, Transition], float]
+    transition: Callable[[DenoisingProcess, PromptSet, RewardOfLatents, float], Transition]
+    positions: Callable[[NDArray[np.uint8]], NDArray[np.float64]]
+    reach: float
 
 
 @dataclass(frozen=True)
@@ -41,8 +60,7 @@ class World:
         quality_reward: name of the reward, in [0, 1], that says how clean an image is; None if there is no judge.
         check_prompts: takes prompts, and raises a ValueError for one that the judge cannot read.
         unseen_prompts: takes a set of prompts, and returns prompts that training on this set never shows.
-        optimal_value: computes the best value of E[r] - beta KL; None if nobody knows it. See
-            :meth:`dpok_gym.vector_env.DenoisingVectorEnv.optimal_value`.
+        optimum: what is known of the best policy; None if nobody knows it.
     """
 
     image_shape: tuple[int, int]
@@ -52,7 +70,7 @@ class World:
     quality_reward: str | None
     check_prompts: Callable[[Sequence[str]], None]
     unseen_prompts: Callable[[PromptSet], tuple[str, ...]]
-    optimal_value: OptimalValue | None = None
+    optimum: KnownOptimum | None = None
 
     def can_judge(self, prompts: Sequence[str], image_shape: tuple[int, int]) -> bool:
         """Returns whether the judge can read these prompts, and images of the shape (H, W)."""

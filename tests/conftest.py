@@ -1,6 +1,7 @@
 """Fixtures of all tests: small models of random weights, seeds, and the list of warnings that may be."""
 
 import functools
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +22,12 @@ from tests.browser import browsing
 def _seeds() -> None:
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 (it is the generator that libraries use)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_screen() -> None:
+    # Gymnasium's checker tries every render mode, and one of them opens a window.
+    os.environ["SDL_VIDEODRIVER"] = "dummy"
 
 
 @pytest.fixture(scope="session", autouse=True)

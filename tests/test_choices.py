@@ -1,4 +1,4 @@
-"""docs/choices.md: its five steps, by a simulated person with a browser, with few images."""
+"""docs/guides/from_choices.md: its five steps, by a simulated person with a browser, with few images."""
 
 from __future__ import annotations
 

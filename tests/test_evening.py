@@ -1,4 +1,4 @@
-"""docs/evening.md: its five commands, on small pipelines with CLIP's real vocabulary, for each kind of checkpoint."""
+"""docs/guides/own_checkpoint.md: its five commands, on small pipelines with CLIP's vocabulary, for all checkpoints."""
 
 from __future__ import annotations
 

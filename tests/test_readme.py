@@ -1,13 +1,14 @@
-"""The README and the pages of docs/: their code runs, their commands parse, their links and tables are right."""
+"""The README and the pages of docs/: their code runs, their commands parse, their links lead somewhere.
+
+The build of the site runs the labs and checks the links between its pages.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from agents.cli.main import COMMANDS, main, parse
 from dpok_gym import __version__
 from dpok_gym.models import clear_model_cache
 from dpok_gym.shapes import WEIGHTS
+from tests.agents.algorithms.support import BUILT_IN
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -30,7 +32,7 @@ PAGES = {
         ROOT / "README.md",
         ROOT / "CHANGELOG.md",
         ROOT / "benchmarks" / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
         *sorted((ROOT / ".github").glob("*.md")),
     ]
 }
@@ -38,19 +40,34 @@ README = PAGES["README.md"]
 
 #: What the test changes in a page's code, so that it takes seconds or needs no files of the reader.
 SUBSTITUTES = {
-    "README.md": {
-        "preset.images *": "640 *",
-        'PPO("MultiInputPolicy", scalar).learn(10_000)': (
-            'PPO("MultiInputPolicy", scalar, n_steps=20, batch_size=20).learn(20)'
-        ),
-    },
-    "docs/stable_diffusion.md": {
+    "README.md": {"preset.images *": "64 *", '"three green squares"] * 64': '"three green squares"] * 4'},
+    "docs/guides/own_algorithm.md": {"images_per_iteration=64": "images_per_iteration=2", "1280 * 20": "1"},
+    "docs/guides/check_up.md": {"DPOK-Shapes-v0": "DPOK-Mixture-v0"},
+    "docs/guides/lora_elsewhere.md": {'"path/to/model"': repr(str(WEIGHTS))},
+    "docs/guides/other_agents.md": {"n_steps=100, batch_size=100).learn(10_000)": "n_steps=4, batch_size=4).learn(4)"},
+    "docs/guides/several_gpus.md": {"images_per_iteration=64": "images_per_iteration=2", "10_000": "1"},
+    "docs/guides/stable_diffusion.md": {
         '"path/to/model").to("cuda")': f"{str(WEIGHTS)!r})",
         "DPOK-SD15-v0": "DPOK-Shapes-v0",
     },
-    "docs/lora_files.md": {'"path/to/model"': repr(str(WEIGHTS))},
-    "docs/ranks.md": {"agent.learn(10_000)": "agent.learn(1)"},  # one iteration
+    "docs/guides/steering.md": {
+        '"three green squares"] * 4': '"three green squares"]',
+        "n_particles=8": "n_particles=2",
+    },
+    "docs/guides/watch.md": {"images_per_iteration=64": "images_per_iteration=2", "1280 * 20": "1"},
+    "docs/explanation/from_trl.md": {
+        '"path/to/model").to("cuda")': f"{str(WEIGHTS)!r})",
+        "DPOK-SD15-v0": "DPOK-Shapes-v0",
+        '["a cat", "a dog"]': '["a red circle"]',
+        "num_inference_steps=50": "num_inference_steps=2",
+        "images_per_iteration=64": "images_per_iteration=2",
+        "batch_size=64 * 50": "batch_size=4",
+        "100 * 64 * 50": "1",
+    },
 }
+
+#: Pages whose code needs a run in runs/mine.
+NEED_A_RUN = ("docs/guides/use_a_run.md", "docs/guides/watch.md", "docs/guides/lora_elsewhere.md")
 
 #: The reader's own module, which pages call my_module.
 MY_MODULE = '''
@@ -79,19 +96,6 @@ def readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield tmp_path
     sys.modules.pop("my_module", None)
     clear_model_cache()  # the pages' agents have left their LoRA in the shared networks
-
-
-@pytest.fixture(scope="session")
-def names_in_the_package() -> dict[str, list[str]]:
-    """Built-in names, from a process of its own: other tests register more of them in this one."""
-    code = (
-        "import json, gymnasium, dpok_gym, agents; from dpok_gym.registration import ENVIRONMENTS; "
-        "print(json.dumps({'environments': list(ENVIRONMENTS), 'rewards': dpok_gym.list_rewards(), "
-        "'prompts': dpok_gym.list_prompt_sets(), 'algorithms': agents.list_algorithms(), "
-        "'presets': list(agents.PRESETS)}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -126,34 +130,36 @@ def commands(program: str) -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.slow
-def test_readme_code_runs_and_learns(readers_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_code_runs(readers_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One iteration; that a training learns is tested where more images are drawn (tests/agents, and the labs)."""
     names = run_python("README.md")
-    # The noise is the same before and after. With 640 of 2,240 images the mean reward grows by about 0.08.
     before, after = names["before"], names["after"]
-    assert after.mean_reward > before.mean_reward + 0.03
-    assert after.aligned_share > before.aligned_share
+    assert before.images.shape == after.images.shape
+    assert (before.images != after.images).any()  # of the same noise
     shares = f"fully aligned: {before.aligned_share:.0%} before, {after.aligned_share:.0%} after"
     assert shares in capsys.readouterr().out
-    assert names["agent"].images_drawn == 640
+    assert names["agent"].images_drawn == 64
     assert (readers_folder / "my_lora" / "pytorch_lora_weights.safetensors").is_file()
     assert names["image"].size == (64, 64)
-    scored = names["env"].reward(torch.rand(2, 3, 64, 64), ["a red circle"] * 2)
-    assert list(scored.components) == ["contrast", "shapes-alignment"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/") and blocks(page, "python")])
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.startswith("docs/") and "/labs/" not in page and blocks(page, "python")]
+)
 def test_code_of_the_documentation_runs(page: str, readers_folder: Path) -> None:
-    if page in ("docs/runs.md", "docs/lora_files.md"):
+    if page in NEED_A_RUN:
         few = ["--images", "4", "--images-per-iteration", "4", "--eval-images", "2", "--num-inference-steps", "2"]
         assert main(["train", "--out", "runs/mine", *few]) == 0
-    if page == "docs/lora_files.md":
+    if page == "docs/guides/lora_elsewhere.md":
         assert main(["export", "runs/mine", "--format", "kohya", "--out", "three_squares"]) == 0
     names = run_python(page)
-    if page == "docs/algorithms.md":
-        names["agent"].learn(1)
-        assert names["agent"].images_drawn == 64
-    if page == "docs/runs.md":
+    if page == "docs/guides/own_algorithm.md":
+        assert names["agent"].images_drawn == 2
+    if page == "docs/guides/own_reward.md":
+        scored = names["env"].reward(torch.rand(2, 3, 64, 64), ["a red circle"] * 2)
+        assert list(scored.components) == ["contrast", "shapes-alignment"]
+    if page == "docs/guides/use_a_run.md":
         assert (readers_folder / "my_model" / "model_index.json").is_file()
         assert (readers_folder / "my_lora" / "pytorch_lora_weights.safetensors").is_file()
 
@@ -235,12 +241,12 @@ def test_extras_are_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     for page, text in PAGES.items():
         for extra in re.findall(r'-e "\.\[([\w,-]+)\]"', text):
-            assert extra in project["project"]["optional-dependencies"], page
+            assert set(extra.split(",")) <= project["project"]["optional-dependencies"].keys(), page
         for group in re.findall(r"--group (\w+)", text):
             assert group in project["dependency-groups"], page
 
 
-# ---------------------------------------------------------------------------------------------------- links and tables
+# --------------------------------------------------------------------------------------------------------------- links
 
 
 def anchors(page: str) -> set[str]:
@@ -251,6 +257,7 @@ def anchors(page: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
+    """Also those of pages that are read on GitHub; the build of the site looks at the anchors of its own pages."""
     prose = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
     for link in re.findall(r"\[[^]]*\]\(([^)]+)\)", prose):
         if link.startswith("https://"):
@@ -258,34 +265,14 @@ def test_links_lead_somewhere(page: str) -> None:
         path, _, anchor = link.partition("#")
         target = (ROOT / page).parent / path if path else ROOT / page
         assert target.exists(), f"{page} links to {link}"
-        if anchor:
-            assert anchor in anchors(target.resolve().relative_to(ROOT).as_posix()), f"{page} links to {link}"
+        name = target.resolve().relative_to(ROOT).as_posix()
+        if anchor and "<!-- generate" not in PAGES[name]:
+            assert anchor in anchors(name), f"{page} links to {link}"
 
 
-def test_every_page_is_linked_from_the_readme_and_from_the_index() -> None:
-    for path in sorted((ROOT / "docs").glob("*.md")):
-        assert f"(docs/{path.name})" in README
-        assert path.name == "index.md" or f"({path.name})" in PAGES["docs/index.md"]
-
-
-def test_readme_is_short() -> None:
-    assert len(README.splitlines()) <= 200
-
-
-@pytest.mark.parametrize(
-    ("page", "kind"),
-    [
-        ("README.md", "algorithms"),
-        ("docs/algorithms.md", "algorithms"),
-        ("docs/algorithms.md", "presets"),
-        ("docs/environment.md", "environments"),
-        ("docs/prompts.md", "prompts"),
-        ("docs/rewards.md", "rewards"),
-    ],
-)
-def test_tables_name_everything(page: str, kind: str, names_in_the_package: dict[str, list[str]]) -> None:
-    rows = "\n".join(line for line in PAGES[page].splitlines() if line.startswith("| "))
-    assert set(names_in_the_package[kind]) <= set(re.findall(r"`([^`]+)`", rows))
+def test_readme_is_short_and_names_every_algorithm() -> None:
+    assert len(README.split()) <= 900
+    assert all(f"`{cls.__name__}`" in README for cls in BUILT_IN.values())
 
 
 def test_version_is_the_same_everywhere() -> None:

@@ -162,6 +162,12 @@ class DPOK(PolicyGradient):
             self.policy.critic.judge = self.denoising_env.judge
 
     @property
+    def nat_price(self) -> float | None:
+        """See the base class; None without a KL, or with one that is adapted, or with rewards that are standardised."""
+        is_fixed = self.target_kl is None and self.reward_normalizer is None
+        return self.kl_coef / self.reward_weight if is_fixed and self.kl_coef * self.reward_weight > 0 else None
+
+    @property
     def records_reference_kl(self) -> bool:  # type: ignore[override]
         """The KL of a rollout is needed only as a part of the reward."""
         return self.kl_placement == "reward" and self.kl_coef > 0

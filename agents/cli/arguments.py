@@ -51,7 +51,7 @@ _WRONG_VALUES = (
 
 
 #: How options are read that tyro reads otherwise.
-_REGISTRY = tyro.constructors.ConstructorRegistry()
+REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
 class UsageError(ValueError):
@@ -95,14 +95,14 @@ def _call_tyro(options: type[Options], argv: Sequence[str], **settings: Any) -> 
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(options, args=argv, return_unknown_args=True, registry=_REGISTRY, **settings)
+            return tyro.cli(options, args=argv, return_unknown_args=True, registry=REGISTRY, **settings)
     except SystemExit as ended:
         if not ended.code:  # after --help
             raise
         raise UsageError(_first_message(printed.getvalue())) from None
 
 
-@_REGISTRY.primitive_rule
+@REGISTRY.primitive_rule
 def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
     """Refuses a blank path: ``Path("")`` would be the working folder."""
     if info.type is not Path:

@@ -27,7 +27,7 @@ code is 1 if a check has failed.
 
 
 @dataclass
-class _OwnOptions:
+class OwnOptions:
     """The option that ``dpok train`` does not have."""
 
     report: Path | None = None
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> Doctor:
     """
     if {"-h", "--help"} & set(argv):
         print(_HELP)
-    own = parse_some_options(_OwnOptions, argv)
+    own = parse_some_options(OwnOptions, argv)
     options = train.parse(_without_report(argv))
     if options.resume_from is not None or options.out is not None or options.is_dry:
         raise UsageError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -48,7 +48,7 @@ def environment_kwargs(env_id: str) -> dict[str, Any]:
     """
     arguments = describe_arguments(environment_class(env_id))
     defaults = {name: argument.default for name, argument in arguments.items()}
-    for name in ("num_envs", "render_mode", "autoreset_mode"):  # these do not change the images
+    for name in ("num_envs", "render_mode", "autoreset_mode", "predicted_info"):  # nothing of this is in an image
         defaults.pop(name, None)
     return defaults | registered_kwargs(env_id)
 
@@ -71,6 +71,11 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> DenoisingVectorEnv:
     env = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
     assert isinstance(env, DenoisingVectorEnv)  # environment_class has checked this
     return env
+
+
+def unseen_prompts(env: DenoisingVectorEnv) -> Sequence[str]:
+    """Returns prompts that training in an environment never shows; a text or a file of prompts holds none out."""
+    return env.prompts.held_out if env.world is None else env.world.unseen_prompts(env.prompts)
 
 
 def evaluation_rewards(world: World | None, reward: Mapping[str, Any], also: Collection[str] = ()) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def run(options: Evaluate) -> int:
     from rich.console import Console
 
     from agents.cli.config import Config
+    from agents.cli.environments import unseen_prompts
     from agents.cli.run_folder import load_agent
     from agents.cli.tables import say, scores_of, scores_table, write_json
     from agents.common.evaluation import cycle_prompts
@@ -68,7 +69,7 @@ def run(options: Evaluate) -> int:
     env = _make_env(options, config)
     agent = load_agent(options.run, config, env, options.device)
     console, results = Console(), {}
-    for name, texts in _prompt_sets(env).items():
+    for name, texts in {"training": env.prompts.train, "held-out": unseen_prompts(env)}.items():
         if not texts:  # a text or a file of prompts holds none out
             console.print(f"there are no {name} prompts")
             continue
@@ -118,9 +119,3 @@ def _make_env(options: Evaluate, config: Config) -> DenoisingVectorEnv:
     else:
         also = ("jpeg-compressibility",)
     return config.make_env(n_envs, **(changes | {"reward": evaluation_rewards(world, reward, also)}))
-
-
-def _prompt_sets(env: DenoisingVectorEnv) -> dict[str, Sequence[str]]:
-    """Returns the prompts of training, and prompts that training never shows."""
-    held_out = env.prompts.held_out if env.world is None else env.world.unseen_prompts(env.prompts)
-    return {"training": env.prompts.train, "held-out": held_out}

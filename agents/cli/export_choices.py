@@ -17,8 +17,8 @@ from dpok_gym.choices.formats import Format
 class ExportChoices:
     """Write people's choices for other programs, with copies of the images.
 
-    No format holds all that choices.jsonl does; what each loses is in docs/choices_formats.md. Answers that the format
-    has not, such as ties, are counted and left out.
+    No format holds all that choices.jsonl does; what each loses is in docs/guides/choices_formats.md. Answers that the
+    format has not, such as ties, are counted and left out.
     """
 
     choices: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]

@@ -7,12 +7,14 @@ doubled, whatever has happened to the files.
 from __future__ import annotations
 
 import csv
+import io
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from stable_baselines3.common.logger import KVWriter
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -99,6 +101,23 @@ class TensorBoardLog(KVWriter):
         values = _included(key_values, key_excluded, "csv")
         self._add({name: value for name, value in values.items() if not isinstance(value, str)}, time.time())
         self._flush()  # a killed run shows its last row too
+
+    def add_image(self, name: str, png: bytes, step: int) -> None:
+        """Adds an image.
+
+        Args:
+            name: TensorBoard shows the images of a name in one place, the last one first.
+            png: content of a PNG file.
+            step: number of the row that it belongs to; 0 for the beginning.
+
+        Raises:
+            WriteError: if the file cannot be written.
+        """
+        with Image.open(io.BytesIO(png)) as opened:
+            width, height = opened.size
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        self._write(Event(summary=Summary(value=[Summary.Value(tag=name, image=image)]), step=step), time.time())
+        self._flush()
 
     def close(self) -> None:
         """Ends the file."""

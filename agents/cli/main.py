@@ -24,6 +24,7 @@ COMMANDS = {
     "doctor": ("agents.cli.doctor", "Check a training in minutes, before hours are spent on it."),
     "sample": ("agents.cli.sample", "Draw images for a prompt with a pre-trained or a fine-tuned model."),
     "evaluate": ("agents.cli.evaluate", "Score a run on its training prompts and on prompts that it never saw."),
+    "watch": ("agents.cli.watch", "Animate a run: the denoising before and after training, and the training itself."),
     "export": ("agents.cli.export", "Write what a run learned for diffusers, ComfyUI, peft, or as a whole model."),
     "label": ("agents.cli.label", "Draw pairs of images, and open a page on which people choose the better ones."),
     "import-choices": ("agents.cli.import_choices", "Read people's choices from datasets and other tools."),

@@ -1,4 +1,4 @@
-"""Figures of a run. They are drawn without pyplot, so nothing here depends on a display or on other figures."""
+"""Figures of images. They are drawn without pyplot, so nothing here depends on a display or on other figures."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from agents.common.evaluation import Evaluation
+from agents.common.evaluation import Evaluation, shown_images
 from dpok_gym.choices.agreement import wilson_interval
 from dpok_gym.rewards.preference.fit import Measured
 from dpok_gym.utils.files import replacing
@@ -24,75 +25,9 @@ INK, FAINT = "#262626", "#8c8c8c"
 #: Blue, orange and (for aligned images) green of the Okabe-Ito palette, which colour-blind people can tell apart.
 REWARD, KL, ALIGNED, NOT_ALIGNED = "#0072B2", "#D55E00", "#009E73", "#c4c4c4"
 
-#: The column under ``rollout/`` of the reward that is not trained on.
-_HELD_OUT = "held_out_reward"
-#: Columns under ``rollout/`` that are no components of a reward.
-_NO_COMPONENTS = {
-    "images",
-    "valid_share",
-    "ep_rew_mean",
-    "ep_len_mean",
-    "total_reward",
-    "reward_std",
-    "equal_share",
-}
-#: Losses of a fit, in rows of the log that are of no rollout, with their labels.
-_FIT_LOSSES = {
-    "train/denoising_loss": "denoising loss",
-    "train/preference_loss": "preference loss\n(a coin has 0.69)",
-}
+#: Colours of series, of the same palette.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _CELL = 1.05  # inches, of an image with its margin
-
-
-def learning_curve(rows: Sequence[Mapping[str, float]], path: str | Path, title: str = "") -> Path:
-    """Draws every component of the reward, and the KL to the pre-trained model, against the images drawn.
-
-    For algorithms that fit images of a fixed set, their loss against the optimiser steps takes the place of the KL.
-    Algorithms that log neither have no such panel.
-
-    Args:
-        rows: rows of the log, see :func:`agents.cli.logs.read_log`; there may be none yet.
-        path: file to write.
-        title: text above the figure.
-    """
-    names = dict.fromkeys(itertools.chain.from_iterable(rows))  # without repetitions, in the order of the log
-    logged = [name.removeprefix("rollout/") for name in names if name.startswith("rollout/")]
-    components = [name for name in logged if name not in _NO_COMPONENTS]
-    components.sort(key=_HELD_OUT.__eq__)  # what is trained on comes first; the rest keeps its order
-    rollouts = [row for row in rows if "rollout/images" in row]
-    fitted = [name for name in _FIT_LOSSES if any(name in row and "rollout/images" not in row for row in rows)]
-    fits = bool(fitted)
-    has_kl = not rollouts or any("train/kl_to_reference" in row for row in rows)
-    n_panels = len(components) + (fits or has_kl or not components)
-    figure = Figure(figsize=(7, 0.6 + 1.9 * n_panels), layout="constrained")
-    panels = figure.subplots(n_panels, 1, squeeze=False)[:, 0]
-    # The last panel, for the KL or the loss, is left out by this zip.
-    for axes, name in zip(panels, components, strict=False):
-        _curve(axes, _points(rollouts, "rollout/images", f"rollout/{name}"), REWARD)
-        axes.set_ylabel("held-out reward\n(not trained on)" if name == _HELD_OUT else name)
-    # The panel of the denoising loss has another x axis, so it does not share that of the others.
-    by_images = panels[:-1] if fits else panels
-    for axes in by_images:
-        axes.sharex(panels[0])
-    if len(by_images):
-        label = "images drawn by the pre-trained model" if fits else "images drawn"
-        by_images[-1].set_xlabel(label)
-    if fits:
-        _curve(panels[-1], _points(rows, "train/n_updates", fitted[0]), KL)
-        panels[-1].set(ylabel=_FIT_LOSSES[fitted[0]], xlabel="optimiser steps")
-    elif has_kl:
-        _curve(panels[-1], _points(rollouts, "rollout/images", "train/kl_to_reference"), KL)
-        panels[-1].set_ylabel("KL to pre-trained\n(nats per image)")
-        panels[-1].set_ylim(bottom=0)
-    figure.align_ylabels()
-    for axes in panels:
-        axes.set_xlim(left=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-    if title:
-        figure.suptitle(title, color=INK, fontsize=11)
-    return _save(figure, path)
 
 
 def image_grid(
@@ -115,16 +50,50 @@ def image_grid(
     """
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    wrapped = [textwrap.fill(label, 18) for label in labels]
+    wrapped = [wrap_caption(label) for label in labels]
     lines = max(text.count("\n") + 1 for text in wrapped)
-    figure, cells = _cells(rows, columns, title, gap=0.16 * lines, legend=aligned is not None)
+    figure, cells = make_cells(rows, columns, title, gap=0.16 * lines, legend=aligned is not None)
     for k, axes in enumerate(cells.flat):
         if k >= len(images):
             axes.set_visible(False)
             continue
         _show(axes, images[k], _entry(aligned, k))
         axes.set_title(wrapped[k], fontsize=7, color=INK, pad=4, parse_math=False)
-    return _save(figure, path)
+    return save(figure, path)
+
+
+def image_rows(
+    rows: Mapping[str, tuple[NDArray[np.uint8], NDArray[np.bool_] | None]],
+    captions: Sequence[str],
+    path: str | Path,
+    title: str = "",
+) -> Path:
+    """Draws rows of images of the same prompts, one below the other.
+
+    Args:
+        rows: by the text beside the row, (N, H, W, 3) uint8 and (N,), True for the images that get the tick of a fully
+            aligned one, or None for no ticks.
+        captions: the prompts of the N columns; a single one for all stands in the title.
+        path: file to write.
+        title: text above the figure.
+    """
+    if len(set(captions)) == 1:
+        title, captions = "\n".join(part for part in (title, f"“{captions[0]}”") if part), [""] * len(captions)
+    wrapped = [wrap_caption(text) for text in captions]
+    gap = 0.16 * max(text.count("\n") + 1 for text in wrapped) if any(wrapped) else 0.0
+    judged = any(aligned is not None for _, aligned in rows.values())
+    figure, cells = make_cells(len(rows), len(captions), title, gap, legend=judged, margin=1.35, block=len(rows))
+    for axes_of_row, (label, (images, aligned)) in zip(cells, rows.items(), strict=True):
+        text = wrap_caption(label)
+        if aligned is not None:
+            text += f"\n{aligned.sum()} of {len(images)} aligned"
+        style: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 8, "color": INK}
+        axes_of_row[0].text(-0.12, 0.5, text, transform=axes_of_row[0].transAxes, **style)
+        for k, axes in enumerate(axes_of_row):
+            _show(axes, images[k], _entry(aligned, k))
+    for axes, text in zip(cells[0], wrapped, strict=True):
+        axes.set_title(text, fontsize=7, color=INK, pad=4, parse_math=False)
+    return save(figure, path)
 
 
 def before_after(
@@ -144,7 +113,8 @@ def before_after(
         path: file to write.
         title: text above the figure.
         labels: texts beside the two rows.
-        columns: pairs side by side; at most ``blocks * columns`` are shown, evenly spaced and not selected.
+        columns: pairs side by side; at most ``blocks * columns`` are shown, see
+            :func:`~agents.common.evaluation.shown_images`.
         blocks: pairs of rows.
 
     Raises:
@@ -152,19 +122,18 @@ def before_after(
     """
     if before.prompts != after.prompts:
         raise ValueError("the two evaluations must be of the same prompts in the same order")
-    shown = min(len(before), blocks * columns)
-    # Evenly spaced: the prompts of an evaluation come in turn, so the first images alone might miss some.
-    chosen = [k * len(before) // shown for k in range(shown)]
+    chosen = shown_images(before.prompts, blocks * columns)
+    shown = len(chosen)
     columns = min(columns, shown)
     blocks = math.ceil(shown / columns)
     captions, gap = [""] * shown, 0.0
     if len(set(before.prompts)) == 1:  # which then stands in the title
         title = "\n".join(part for part in (title, f"“{before.prompts[0]}”") if part)
     else:
-        captions = [textwrap.fill(before.prompts[k], 18) for k in chosen]
+        captions = [wrap_caption(before.prompts[k]) for k in chosen]
         gap = 0.16 * max(text.count("\n") + 1 for text in captions)
     judged = after.aligned is not None
-    figure, cells = _cells(2 * blocks, columns, title, gap, legend=judged, margin=1.35, paired=True)
+    figure, cells = make_cells(2 * blocks, columns, title, gap, legend=judged, margin=1.35, block=2)
     for axes in cells.flat:
         axes.set_visible(False)
     for row, (evaluation, label) in enumerate(zip((before, after), labels, strict=True)):
@@ -177,7 +146,40 @@ def before_after(
         text = f"{label}\n{_score(evaluation)}\n(of {len(evaluation)})"
         for axes in cells[row::2, 0]:
             axes.text(-0.12, 0.5, text, transform=axes.transAxes, ha="right", va="center", fontsize=8, color=INK)
-    return _save(figure, path)
+    return save(figure, path)
+
+
+def scatter(
+    panels: Mapping[str, NDArray[np.float64]], prompts: Sequence[str], path: str | Path, reach: float, title: str = ""
+) -> Path:
+    """Draws where images lie in a plane, a panel beside the other.
+
+    Args:
+        panels: the positions (N, 2) of the images of each panel, by its title.
+        prompts: of the N images; each prompt has its colour.
+        path: file to write.
+        reach: the panels go from -reach to reach.
+        title: text above the figure.
+    """
+    figure = Figure(figsize=(2.9 * len(panels) + 0.2, 4.5), layout="constrained")
+    cells = figure.subplots(1, len(panels), squeeze=False, subplot_kw={"box_aspect": 1})[0]
+    names, kinds = list(dict.fromkeys(prompts)), np.array(prompts)
+    for axes, (label, points) in zip(cells, panels.items(), strict=True):
+        for name, colour in zip(names, itertools.cycle(_COLOURS)):
+            axes.scatter(*points[kinds == name].T, s=7, color=colour, alpha=0.6, linewidths=0, label=f"“{name}”")
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), xlabel="first coordinate of the position")
+        axes.set_title(label, fontsize=9, color=INK)
+        axes.axhline(0, color="#e6e6e6", linewidth=0.8, zorder=0)
+        axes.axvline(0, color="#e6e6e6", linewidth=0.8, zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    cells[0].set_ylabel("second coordinate")
+    handles, labels = cells[0].get_legend_handles_labels()
+    style: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": INK, "markerscale": 2}
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=len(names), **style)
+    text = f"each point is one of {len(prompts)} images, of the same noise in each panel"
+    legend.set_title(text, FontProperties(size=8))
+    figure.suptitle(title, color=INK, fontsize=11, parse_math=False)
+    return save(figure, path)
 
 
 def calibration(measured: Measured, path: str | Path, title: str = "") -> Path:
@@ -206,11 +208,11 @@ def calibration(measured: Measured, path: str | Path, title: str = "") -> Path:
     scores = f"agreement {measured.agreement:.1%} ({low:.0%} to {high:.0%})\n"
     scores += f"expected calibration error {measured.calibration_error:.3f}"
     figure.suptitle("\n".join(part for part in (title, scores) if part), color=INK, fontsize=10)
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _cells(
-    rows: int, columns: int, title: str, gap: float, legend: bool, margin: float = 0.15, paired: bool = False
+def make_cells(
+    rows: int, columns: int, title: str, gap: float, legend: bool, margin: float = 0.15, block: int = 1
 ) -> tuple[Figure, NDArray[Any]]:
     """Makes a figure of square cells, laid out in inches, so that texts fit for any number of rows.
 
@@ -218,10 +220,10 @@ def _cells(
         rows: rows of images.
         columns: columns of images.
         title: text above the figure, of one or several lines.
-        gap: space for labels above each row (above every second one if ``paired``).
+        gap: space for labels above each block of rows.
         legend: True to explain the frames below.
         margin: space on the left.
-        paired: True if rows come in pairs that belong together.
+        block: rows that belong together, with the same labels.
 
     Returns:
         The figure, and its axes (rows, columns).
@@ -233,7 +235,7 @@ def _cells(
         height += 0.22 * (title.count("\n") + 1)
     offsets = []
     for row in range(rows):
-        if not paired or row % 2 == 0:
+        if row % block == 0:
             height += gap + 0.06
             height += 0.08 if row else 0  # between two blocks
         offsets.append(height)
@@ -255,6 +257,11 @@ def _cells(
     if legend:
         _add_legend(figure, legend_columns)
     return figure, cells
+
+
+def wrap_caption(text: str) -> str:
+    """Returns a text in lines that are no wider than an image."""
+    return textwrap.fill(text, 18)
 
 
 def _add_legend(figure: Figure, columns: int) -> None:
@@ -293,28 +300,8 @@ def _score(evaluation: Evaluation) -> str:
     return f"reward {evaluation.mean_reward:.3g}" if share is None else f"{share:.0%} aligned"
 
 
-def _points(rows: Sequence[Mapping[str, float]], x: str, y: str) -> list[tuple[float, float]]:
-    """Returns the points of a curve; a row without one of the two values has none."""
-    return [(row[x], row[y]) for row in rows if x in row and y in row]
-
-
-def _curve(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
-    """Draws the points faintly, and their running mean."""
-    if not points:
-        axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", va="center", color=FAINT)
-        return
-    x, y = np.array(points, float).T
-    window = max(1, len(y) // 15)
-    if window > 1:
-        axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
-    weights = np.ones(window)
-    # Near the ends the window reaches over fewer points, so the sum is divided by their number.
-    smooth = np.convolve(y, weights, "same") / np.convolve(np.ones_like(y), weights, "same")
-    marker = "o" if len(x) < 3 else None  # a line of one point cannot be seen
-    axes.plot(x, smooth, color=colour, linewidth=1.8, marker=marker)
-
-
-def _save(figure: Figure, path: str | Path) -> Path:
+def save(figure: Figure, path: str | Path) -> Path:
+    """Writes a figure as a PNG file; returns its path."""
     path = Path(path)
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=160, facecolor="white")

@@ -6,7 +6,7 @@ import math
 import shlex
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,23 +15,30 @@ from typing import Any, cast
 from rich.console import Console
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from agents.cli import plots
+from agents.cli import curves, plots
 from agents.cli.config import FILE_NAME, Config
-from agents.cli.environments import EVALUATION_BATCH_SIZE, evaluation_rewards
+from agents.cli.environments import EVALUATION_BATCH_SIZE, evaluation_rewards, unseen_prompts
 from agents.cli.interrupts import InterruptCallback, agree
 from agents.cli.logs import CSVLog, TensorBoardLog, read_log
+from agents.cli.optimum import compare_with_optimum
+from agents.cli.page import DENOISING, TRAINING, write_page
 from agents.cli.run_folder import (
     BEFORE_AFTER,
     EVALUATION_BEFORE,
+    HELD_OUT,
     LEARNING_CURVE,
     LOG,
     LORA,
+    OPTIMUM,
+    PAGE,
+    SAMPLES,
     SUMMARY,
     TENSORBOARD,
     load_evaluation,
     make_agent,
     save_evaluation,
 )
+from agents.cli.samples import N_SHOWN, Sample, SampleCallback, list_samples, remove_samples
 from agents.cli.signals import SIGNALS
 from agents.cli.tables import say, scores_of, scores_table, write_json
 from agents.common import distributed
@@ -45,13 +52,14 @@ from agents.common.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
+from agents.common.evaluation import Evaluation, cycle_prompts, evaluate, shown_images
 from agents.common.monitor import TrainingWarning
 from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
 from dpok_gym.utils.files import flush_to_disk, replacing
 from dpok_gym.utils.reading import read_json
 from dpok_gym.utils.sharding import whole
 from dpok_gym.utils.validation import check_non_negative
+from dpok_gym.vector_env import DenoisingVectorEnv
 
 
 class Run:
@@ -78,6 +86,14 @@ class Run:
         with _training_warnings(self.console):
             self.prepared = self.agent.prepare()  # now: an error after the first evaluation would be late
         self.prompts = cycle_prompts(self.env.prompts.train, config.eval_images)
+        shown = shown_images(self.prompts, N_SHOWN)
+        self.samples = SampleCallback(
+            folder / SAMPLES,
+            config.checkpointing_steps,
+            [self.prompts[index] for index in shown],
+            [config.evaluation_seed + index for index in shown],
+            self._log_sample,
+        )
         self.progress = ProgressCallback(self._total(), None if distributed.is_main() else True, seconds)
         self.interrupts = InterruptCallback()
         #: The command that resumes this run, for messages.
@@ -103,9 +119,11 @@ class Run:
         summary = self._read_summary()
         if summary.get("interrupted") is not False or summary.get("pictures") != self.agent.images_drawn:
             return False
-        names = [LOG, TENSORBOARD, EVALUATION_BEFORE, LEARNING_CURVE, BEFORE_AFTER]
+        names = [LOG, TENSORBOARD, EVALUATION_BEFORE, LEARNING_CURVE, BEFORE_AFTER, PAGE]
         if self.agent.policy.lora is not None:
             names.append(f"{LORA}/{LORA_FILE}")
+        if unseen_prompts(self.env):
+            names.append(HELD_OUT)
         return all((self.folder / name).exists() for name in names)
 
     def _read_summary(self) -> dict[str, Any]:
@@ -137,21 +155,31 @@ class Run:
             (self.folder / EVALUATION_BEFORE).unlink(missing_ok=True)
         else:
             say(self.console, f"resuming from {self._checkpoint}, after {self._done}")
+        for name in (DENOISING, TRAINING):  # they show the model as it was
+            (self.folder / name).unlink(missing_ok=True)
         log = self.folder / LOG
         rows = self._restore_log(log)
+        remove_samples(self.folder / SAMPLES, self.agent.iteration, self.config.checkpointing_steps)
         remove_leftovers(self.folder)
         remove_later_checkpoints(self.folder, self.agent)
         if self._checkpoint is not None:  # which may be in another folder
             save_checkpoint(self.agent, self.folder, self._state(), extra_files=[log])
         self._csv = CSVLog(log)
         self._tensorboard = TensorBoardLog(self.folder / TENSORBOARD, rows)
+        for sample in list_samples(self.folder / SAMPLES):
+            self._log_sample(sample)
+
+    def _log_sample(self, sample: Sample) -> None:
+        """Shows a row of images in TensorBoard."""
+        assert self._tensorboard is not None
+        self._tensorboard.add_image("images of fixed seeds", sample.path.read_bytes(), sample.iteration)
 
     def _check_places(self) -> None:
         """Makes sure that nothing of another kind is where the run's files and folders go, before hours are spent."""
-        for name in (LOG, SUMMARY, EVALUATION_BEFORE, LEARNING_CURVE, BEFORE_AFTER):
+        for name in (LOG, SUMMARY, EVALUATION_BEFORE, LEARNING_CURVE, BEFORE_AFTER, HELD_OUT, OPTIMUM, PAGE):
             if (self.folder / name).is_dir():
                 raise FileExistsError(f"{self.folder / name} is a folder, where a file of the run goes; remove it")
-        for name in (TENSORBOARD, LORA):
+        for name in (TENSORBOARD, LORA, SAMPLES):
             if (self.folder / name).is_file():
                 raise FileExistsError(f"{self.folder / name} is a file, where a folder of the run goes; remove it")
 
@@ -177,7 +205,7 @@ class Run:
         known = self._known_evaluation() if distributed.is_main() else None
         if distributed.any_of(known is not None):
             return known
-        evaluation = self._evaluate("pre-trained")
+        evaluation = self._evaluate("pre-trained", self.prompts)
         if distributed.is_main():
             save_evaluation(evaluation, self.folder / EVALUATION_BEFORE)
         return evaluation
@@ -194,25 +222,40 @@ class Run:
             return None
         return known if known.prompts == self.prompts else None  # --eval-images may have changed since
 
-    def evaluate_after(self) -> Evaluation:
-        """Evaluates the fine-tuned model."""
-        return self._evaluate("fine-tuned")
+    def evaluate_after(self) -> tuple[Evaluation, tuple[Evaluation, Evaluation] | None]:
+        """Evaluates the fine-tuned model.
 
-    def _evaluate(self, model: str) -> Evaluation:
-        """Draws images with a model; each rank draws its share."""
+        Returns:
+            The evaluation; and that of a few prompts which the training never showed, with the pre-trained and with the
+            fine-tuned model, or None if there are no such prompts.
+        """
+        self.samples.draw(self.agent)
+        after = self._evaluate("fine-tuned", self.prompts)
+        unseen = unseen_prompts(self.env)
+        if not unseen:
+            return after, None
+        prompts = cycle_prompts(unseen, min(N_SHOWN, len(self.prompts)))
+        models = ("pre-trained", "fine-tuned")
+        return after, (self._evaluate(models[0], prompts, "held-out "), self._evaluate(models[1], prompts, "held-out "))
+
+    def _evaluate(self, model: str, of_prompts: Sequence[str], kind: str = "") -> Evaluation:
+        """Draws images of some prompts with a model; each rank draws its share."""
         agree()
-        n = len(self.prompts)
-        say(self.console, f"drawing {n} images with the {model} model")
+        n = len(of_prompts)
+        say(self.console, f"drawing {n} {kind}images with the {model} model")
         own, largest = distributed.share(n), -(-n // distributed.count())
         # As many on every rank: they may have to call the model together. Those at the end are left out again.
-        prompts = [self.prompts[min(number, n - 1)] for number in range(own.start, own.start + largest)]
-        # An environment of its own: it also computes the judge's rewards, which training may not have.
-        reward = evaluation_rewards(self.env.world, self.config.env_kwargs["reward"])
-        # With the prompts that are loaded already: reading a file of a million takes seconds.
-        env = self.config.make_env(min(largest, EVALUATION_BATCH_SIZE), reward=reward, prompts=self.env.prompts)
+        prompts = [of_prompts[min(number, n - 1)] for number in range(own.start, own.start + largest)]
+        env = self._evaluation_env(min(largest, EVALUATION_BATCH_SIZE))
         seed = self.config.evaluation_seed + own.start
         drawn = evaluate(self.agent.policy, env, prompts, seed, reference=model == "pre-trained")
-        return replace(drawn[: len(own)].gather(n), prompts=self.prompts)
+        return replace(drawn[: len(own)].gather(n), prompts=list(of_prompts))
+
+    def _evaluation_env(self, num_envs: int) -> DenoisingVectorEnv:
+        """Makes an environment for an evaluation: it also computes the judge's rewards, which training may not have."""
+        reward = evaluation_rewards(self.env.world, self.config.env_kwargs["reward"])
+        # With the prompts that are loaded already: reading a file of a million takes seconds.
+        return self.config.make_env(num_envs, reward=reward, prompts=self.env.prompts)
 
     def learn(self) -> None:
         """Trains until all images are drawn and learned from, or all choices are."""
@@ -233,7 +276,7 @@ class Run:
             with _training_warnings(self.console):
                 self.agent.learn(
                     max(total - self.agent.num_timesteps, 0),
-                    [self.progress, save, self.interrupts],
+                    [self.progress, save, self.samples, self.interrupts],
                     reset_num_timesteps=self._checkpoint is None,
                 )
         finally:
@@ -266,29 +309,42 @@ class Run:
         kept = f"{checkpoints[-1]} is kept" if checkpoints else "there is no checkpoint yet"
         return f"{kept}, resume with: {self.resume_command}"
 
-    def write_results(self, before: Evaluation | None = None, after: Evaluation | None = None) -> None:
-        """Writes the LoRA, the figures and the summary, and prints a table.
+    def write_results(
+        self,
+        before: Evaluation | None = None,
+        after: Evaluation | None = None,
+        held_out: tuple[Evaluation, Evaluation] | None = None,
+    ) -> None:
+        """Writes the LoRA, the figures, the summary and the page that shows them, and prints a table.
 
         Args:
             before: the evaluation of the pre-trained model; None if the run has not come to its end.
             after: that of the fine-tuned model.
+            held_out: those of prompts that the training never showed, with either model.
         """
         if self._tensorboard is None:
             return  # rank 0 writes
         if self.agent.policy.lora is not None:
             self.agent.save_lora(self.folder / LORA)
-        plots.learning_curve(read_log(self.folder / LOG), self.folder / LEARNING_CURVE, self._title)
+        rows = read_log(self.folder / LOG)
+        summary = self._summarise(before, after)
+        curves.learning_curve(rows, self.folder / LEARNING_CURVE, self._title, before, after)
         if before and after:
-            labels = ("pre-trained", f"{self.config.algo.upper()},\n{self._done}")
-            plots.before_after(before, after, self.folder / BEFORE_AFTER, self._title, labels)
+            labels = ("pre-trained", f"{self._name},\n{self._done}")
+            pairs = {BEFORE_AFTER: ((before, after), self._heading)}
+            if held_out is not None:
+                pairs[HELD_OUT] = (held_out, f"{self._heading}: prompts that the training never showed")
+            for name, (evaluations, title) in pairs.items():
+                figure = plots.before_after(*evaluations, self.folder / name, title, labels)
+                self._tensorboard.add_image(figure.stem.replace("_", " "), figure.read_bytes(), len(rows))
         for path in (self.folder / LOG, self._tensorboard.path):
             if path.is_file():
                 flush_to_disk(path)
-        summary = self._summarise(before, after)
+        write_page(self.folder, summary, self.config)
         write_json(self.folder / SUMMARY, summary)  # last: a run that has it is complete
         if after:
             from_choices = summary["choices"] is not None
-            table = scores_table(f"{self._title} (means of {len(after)} images)", summary, from_choices)
+            table = scores_table(f"{self._heading} (means of {len(after)} images)", summary, from_choices)
             table.add_section()
             if from_choices:
                 table.add_row("choices learned from", "", f"{summary['choices']:,}")
@@ -335,8 +391,19 @@ class Run:
         return {"env": self.config.env, "algo": self.config.algo, "seconds": self.progress.seconds}
 
     @property
+    def _name(self) -> str:
+        return self.config.algo.rpartition(":")[2].upper()
+
+    @property
+    def _heading(self) -> str:
+        return f"{self._name} on {self.config.env}, seed {self.config.seed}"
+
+    @property
     def _title(self) -> str:
-        return f"{self.config.algo.upper()} on {self.config.env}, seed {self.config.seed}"
+        """The heading, and what is drawn."""
+        prompts = self.env.prompts
+        shown = f"“{prompts.train[0]}”" if len(prompts.train) == 1 else f"{len(prompts.train)} prompts: {prompts.name}"
+        return f"{self._heading}\n{shown}"
 
     def _summarise(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
         config, prompts, agent = self.config, self.env.prompts, cast(Any, self.agent)
@@ -352,7 +419,12 @@ class Run:
             "seconds": round(self.progress.seconds, 1),
             "interrupted": after is None,
             "warnings": list(agent.monitor.warned.values()),
+            "objective": None,
         }
+        if before and after:
+            env, seed = self._evaluation_env(EVALUATION_BATCH_SIZE), config.evaluation_seed
+            place, label = self.folder / OPTIMUM, f"{self._name}, {self._done}"
+            summary["objective"] = compare_with_optimum(agent, env, before, after, seed, place, self._title, label)
         # A summary without evaluations has None for every score, so its keys are always the same.
         return summary | scores_of(before, after)
 

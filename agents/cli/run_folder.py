@@ -28,6 +28,9 @@ from dpok_gym.vector_env import DenoisingVectorEnv
 
 SUMMARY, LOG, TENSORBOARD, LORA = "summary.json", "progress.csv", "tensorboard", "lora"
 EVALUATION_BEFORE, LEARNING_CURVE, BEFORE_AFTER = "evaluation_before.npz", "learning_curve.png", "before_after.png"
+#: Figures that only some runs have: images of prompts that were not trained on, and the best policy where it is known.
+HELD_OUT, OPTIMUM = "held_out.png", "optimum.png"
+SAMPLES, PAGE = "samples", "index.html"
 
 
 def load_run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,13 @@ def scores_table(title: str, scores: dict[str, Any], from_choices: bool = False)
     table = Table("", title=title, title_justify="left")
     for heading in ("before", "after"):
         table.add_column(heading, justify="right")
-    for row in _rows(scores, from_choices):
+    for row in score_rows(scores, from_choices):
         table.add_row(*row)
     return table
 
 
-def _rows(scores: dict[str, Any], from_choices: bool) -> Iterator[tuple[str, str, str]]:
+def score_rows(scores: Mapping[str, Any], from_choices: bool) -> Iterator[tuple[str, str, str]]:
+    """Yields name, number before and number after training; arguments as for :func:`scores_table`."""
     if scores["aligned_before"] is not None:  # only embedded worlds have a judge
         yield "fully aligned images", f"{scores['aligned_before']:.1%}", f"{scores['aligned_after']:.1%}"
     for name, value in scores["rewards_before"].items():
@@ -71,6 +72,12 @@ def _rows(scores: dict[str, Any], from_choices: bool) -> Iterator[tuple[str, str
         f"{scores['reward_before']:.3f}",
         f"{scores['reward_after']:.3f}",
     )
+    if scores.get("objective") is not None:
+        objective = scores["objective"]
+        name = f"reward - {objective['nat_price']:g} KL (the best possible is {objective['optimum']:.3f})"
+        yield name, f"{objective['before']:.3f}", f"{objective['after']:.3f}"
+        regret_before = objective["optimum"] - objective["before"]
+        yield "regret: what is missing to the best", f"{regret_before:.3f}", f"{objective['regret']:.3f}"
     yield "KL to pre-trained, nats per image", "0", f"{scores['kl_to_pretrained']:.2f}"
     yield "drift of the steps without exploration", "0", f"{scores['late_drift']:.3f}"
 

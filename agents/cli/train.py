@@ -164,7 +164,7 @@ def parse(argv: Sequence[str]) -> Train:
     else:
         algo = first.algo or default_algorithm(first.preset)
         base = default_config(first.env or DEFAULT_ENVIRONMENT, algo, first.preset)
-    options = _options_class(base)
+    options = options_class(base)
     words = []
     if recipe is not None:
         words = recipe.words(options)
@@ -215,7 +215,7 @@ def _train(options: Train) -> int:
             before = run.evaluate_before()
             run.learn()
             run.save()
-            run.write_results(before, run.evaluate_after())
+            run.write_results(before, *run.evaluate_after())
         except KeyboardInterrupt as error:
             say(run.console, "interrupted: saving the run (a second signal leaves at once)")
             say(run.console, f"interrupted: {run.keep()}")
@@ -255,7 +255,7 @@ def _new_folder(config: Config) -> Path:
     return Path("runs") / name.replace("/", "-").replace(":", "-")
 
 
-def _options_class(base: Config) -> type:
+def options_class(base: Config) -> type:
     """Makes the dataclass of all options, with the settings of a config as defaults."""
     arguments = describe_arguments(environment_class(base.env)).values()
     of_algorithm = describe_settings(load_algorithm(base.algo))
@@ -274,8 +274,8 @@ def _options_class(base: Config) -> type:
     options = make_dataclass("Train", made)
     options.__doc__ = (
         "Fine-tune a text-to-image model with a reward, and compare it with the pre-trained model.\n\n"
-        "The run folder gets config.yaml, checkpoints, the LoRA, logs, learning_curve.png, before_after.png and "
-        "summary.json. Ctrl-C ends a run early and keeps what was learned."
+        "The run folder gets config.yaml, checkpoints, the LoRA, logs, figures, summary.json, and index.html, which "
+        "shows all of it in a browser. Ctrl-C ends a run early and keeps what was learned."
     )
     return options
 

@@ -455,6 +455,11 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
     def train(self) -> None:
         """Updates the model from the rollout buffer."""
 
+    @property
+    def nat_price(self) -> float | None:
+        """beta of the objective E[r] - beta KL that the algorithm maximises, reward per nat; None if it has no such."""
+        return None
+
     def is_done(self, total_timesteps: int) -> bool:
         """Returns whether ``learn`` has nothing left to do for these denoising steps in all."""
         return self.num_timesteps >= total_timesteps

@@ -6,7 +6,7 @@ Letters used for shapes: N images, n environments, T denoising steps, C x h x w 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from agents.common.vec_env import find_denoising_env
 from dpok_gym import diffusion
 from dpok_gym.rewards import RewardBatch
 from dpok_gym.rewards.workers import check_same_components
-from dpok_gym.samplers import DenoisingProcess, State, Transition
+from dpok_gym.samplers import DenoisingProcess, DenoisingStep, State, Transition
 from dpok_gym.utils.validation import check_integer, shorten
 from dpok_gym.vector_env import DenoisingVectorEnv
 
@@ -235,6 +235,24 @@ def sample_images(
     )
 
 
+def denoise_seeds(
+    process: DenoisingProcess, prompts: Sequence[str], seeds: Sequence[int], transition: Transition | None = None
+) -> Iterator[DenoisingStep]:
+    """Draws the images of some seeds step by step, with the noise that :func:`evaluate` gives to them.
+
+    Args:
+        process: the denoising process.
+        prompts: of the B images.
+        seeds: of the B images, at least 0.
+        transition: mean and std of the next latents; None for the process's own.
+
+    Yields:
+        Each denoising step; the last one has ``next_latents`` x_0.
+    """
+    noise = ImageNoise.for_evaluation(seeds, process.model.latent_shape, process.model.device)
+    yield from process.denoise(noise.initial_latents(), process.encode(prompts), noise, transition)
+
+
 def _sample_chunk(
     process: DenoisingProcess,
     env: DenoisingVectorEnv,
@@ -293,3 +311,14 @@ def cycle_prompts(prompts: Sequence[str], n: int) -> list[str]:
     if n >= size:
         return [prompts[k % size] for k in range(n)]
     return [prompts[k * size // n] for k in range(n)]
+
+
+def shown_images(prompts: Sequence[str], n: int) -> list[int]:
+    """Returns which images of an evaluation stand for all of it: at most n, not selected, of as many prompts as may be.
+
+    Args:
+        prompts: of the images, in turn, as :func:`cycle_prompts` returns them.
+        n: images to show at most.
+    """
+    n, size = min(n, len(prompts)), len(set(prompts))
+    return [k * size // n for k in range(n)] if size > n else list(range(n))

@@ -44,6 +44,8 @@ class HeldOutReward:
         chosen, why_none = choose(env) if isinstance(spec, str) and spec == "auto" else (spec, "")
         self._reward: Reward | None = None if chosen is None else make_reward(chosen, "mask")
         self.names = [] if self._reward is None else self._reward.names
+        alignment = env.world.alignment_reward if env.world is not None else None
+        self._alignment = alignment if alignment in self.names and alignment not in env.reward.names else None
         self.description = f"held-out reward: {', '.join(self.names) or 'none' + why_none}"
 
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[str], rows: Sequence[int], n_all: int) -> Tensor:
@@ -70,6 +72,17 @@ class HeldOutReward:
                 weighted = self._reward.weigh({name: by_name[name]}).values()
                 scores[here, column] = torch.stack([values.double() for values in weighted]).sum(dim=0)
         return scores
+
+    def aligned_share(self, scores: Tensor) -> float | None:
+        """Returns the share of fully aligned images among scored ones; None if the judge is none of these rewards.
+
+        Args:
+            scores: (N, K) float64, what a call returned.
+        """
+        if self._reward is None or self._alignment is None:
+            return None
+        (full,) = self._reward.weigh({self._alignment: {self._alignment: torch.ones(1)}}).values()
+        return (scores[:, self.names.index(self._alignment)].float() == full.float()).double().mean().item()
 
 
 def chosen_images(n: int) -> set[int]:

@@ -80,6 +80,9 @@ def _record_rewards(agent: DenoisingAlgorithm, prompts: Sequence[str], rewards: 
     components = {name: values[valid] for name, values in rewards.components.items()}
     for column, values in zip(shorten_names(list(components)), components.values(), strict=True):
         agent.logger.record(f"rollout/{column}", values.mean().item())
+    world = agent.denoising_env.world
+    if world is not None and world.alignment_reward in components:
+        agent.logger.record("rollout/aligned_share", (components[world.alignment_reward] == 1).double().mean().item())
     total, prompts = rewards.total[valid], [prompts[row] for row in torch.nonzero(valid).flatten().tolist()]
     agent.logger.record("rollout/total_reward", total.double().mean().item())
     variance, equal = variance_within(total[:, None], prompts), equal_share(total, prompts)
@@ -104,6 +107,9 @@ def _record_images(agent: DenoisingAlgorithm, prompts: Sequence[str], seen: Tens
     held_out = held_out[held_out.isfinite().all(dim=1)]
     if names and len(held_out):
         agent.logger.record("rollout/held_out_reward", held_out.sum(dim=1).mean().item())
+        share = agent.held_out.aligned_share(held_out)
+        if share is not None:
+            agent.logger.record("rollout/aligned_share", share)
         if len(names) > 1:
             for name, mean in zip(shorten_names(names), held_out.mean(dim=0).tolist(), strict=True):
                 agent.logger.record(f"held_out/{name}", mean)

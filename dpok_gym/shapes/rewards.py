@@ -44,5 +44,8 @@ class ShapesQuality:
 
 
 def shapes_preference() -> PreferenceReward:
-    """Loads the shipped reward, learned from a simulated person's choices; see :mod:`dpok_gym.shapes.choices`."""
+    """Loads the shipped reward: what a network has learned from a simulated person's choices, in log-odds.
+
+    See :mod:`dpok_gym.shapes.choices`. It has a gradient.
+    """
     return PreferenceReward.load(PREFERENCE)

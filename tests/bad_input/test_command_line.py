@@ -125,7 +125,7 @@ def _cases():
             cases += [(command, [], name, word) for word in dict.fromkeys(words)]
     known: set[str] = set()
     for algorithm in ["dpok", *list_algorithms()]:
-        own = _annotations(train._options_class(default_config("DPOK-Shapes-v0", algorithm)))
+        own = _annotations(train.options_class(default_config("DPOK-Shapes-v0", algorithm)))
         for name, kind in own.items():
             if name in known:
                 continue
@@ -197,7 +197,7 @@ def test_pictures_that_cannot_be_written(tmp_path, monkeypatch, capsys, out):
 def _misspelt():
     for command, options in {
         **OPTIONS,
-        "train": train._options_class(default_config("DPOK-Shapes-v0", "dpok")),
+        "train": train.options_class(default_config("DPOK-Shapes-v0", "dpok")),
     }.items():
         for name in kinds_of_options(options):
             if len(name) > 5:

@@ -68,7 +68,7 @@ ENVIRONMENT: dict[str, list[Any]] = {
     "decode_batch_size": [0, 1.5, -1, "x", True, [], 10**30],
     "reward_workers": [10**6],
     "autoreset_mode": ["x", 3, None, []],
-    "render_mode": ["human", 3, [], np.ones(2)],
+    "render_mode": ["ansi", 3, [], np.ones(2)],
 }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from agents.cli.logs import TensorBoardLog
 from benchmarks import kill
 from benchmarks.kill import Case, FileOperations, Outcome, differences, fingerprint, in_child, try_kill
 from dpok_gym.utils.files import write_text
@@ -58,23 +59,36 @@ def test_a_process_is_killed_at_an_operation(tmp_path: Path, number: int, left: 
     assert {path.name: path.read_text() for path in (tmp_path / "run").glob("*")} == left
 
 
+def _write_tensorboard(folder: Path, png: bytes) -> None:
+    log = TensorBoardLog(folder / "tensorboard")
+    log.add_image("images", png, 2)
+    log.close()
+
+
 def test_what_two_folders_have_in_common(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     (one / "checkpoint-2").mkdir(parents=True)
     (one / "progress.csv").write_text("a,time/fps\n1,2\n")
     (one / "summary.json").write_text(json.dumps({"pictures": 2, "seconds": 3}))
     (one / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({"agent": {"n": 1}, "run": {"seconds": 1}}))
+    (one / "index.html").write_text("2 images in 3 seconds of training")
     Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(one / "figure.png")
     shutil.copytree(one, other)
+    for folder in (one, other):
+        _write_tensorboard(folder, (one / "figure.png").read_bytes())
     (other / "progress.csv").write_text("a,time/fps\n1,5\n")  # times may differ
     (other / "summary.json").write_text(json.dumps({"pictures": 2, "seconds": 8}))
+    (other / "index.html").write_text("2 images in 1,008 seconds of training")
     assert differences(fingerprint(one), fingerprint(other)) == []
     (other / "progress.csv").write_text("a,time/fps\n2,5\n")
     (other / "summary.json").write_text(json.dumps({"pictures": 4, "seconds": 8}))
     (other / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({"agent": {"n": 2}, "run": {}}))
     Image.fromarray(np.ones((2, 2, 3), np.uint8)).save(other / "figure.png")
     (other / "more.part").touch()
-    names = ["checkpoint-2/trainer_state.json", "figure.png", "more.part", "progress.csv", "summary.json"]
+    (other / "index.html").write_text("4 images in 8 seconds of training")
+    _write_tensorboard(other, (other / "figure.png").read_bytes())
+    names = ["checkpoint-2/trainer_state.json", "figure.png", "index.html", "more.part", "progress.csv", "summary.json"]
+    names.append("tensorboard")
     assert differences(fingerprint(one), fingerprint(other)) == names
 
 

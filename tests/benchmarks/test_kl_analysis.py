@@ -13,6 +13,8 @@ from tests.benchmarks.support import KL_SETTINGS, RESULTS, fake_records, mean_sc
 def test_descriptions() -> None:
     descriptions = kl_analysis.descriptions(KL_SETTINGS)
     assert len({json.dumps(description, sort_keys=True) for description in descriptions}) == len(descriptions)
+    known = {each["family"] for each in descriptions}
+    assert all(known >= set(figure["families"]) for figure in KL_SETTINGS["figures"].values())
     assert {(each["images"], each["eval_images"]) for each in descriptions} == {(960, 128)}
 
 
@@ -34,7 +36,7 @@ def test_report(tmp_path: Path) -> None:
             difference = mean_score(ours, prompts, name) - mean_score(theirs, prompts, name)
             differences.append(f"{difference:+{format_spec}}")
         assert values(row) == differences
-    assert (tmp_path / "kl_analysis.png").stat().st_size > 10_000
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in KL_SETTINGS["figures"])
 
 
 @pytest.mark.slow

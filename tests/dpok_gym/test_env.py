@@ -5,6 +5,8 @@ import inspect
 import math
 import pickle
 import re
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import dpok_gym
 from dpok_gym import DenoisingEnv, DenoisingVectorEnv, NoiseAction, PromptSet, TextFeatures, TextToImageModel
 from dpok_gym.prompts import prompt_to_bytes, prompts_from_bytes
 from dpok_gym.registration import ENVIRONMENTS
+from dpok_gym.utils.images import tile, to_uint8
 from tests.support import GYMNASIUM_ADVICE, SB3_ADVICE, SMALL_MODELS, always_nan, assert_same
 
 RED_CIRCLE = "a red circle"
@@ -39,6 +42,12 @@ def make_long(tiny_sd_folder: Path, **kwargs: Any) -> DenoisingEnv:
         "mine", (fits[0], tokens, fits[1], size, tokens, fits[2]), (tokens, "a rabbit"), (1, 2, 3, 4, 5, 6)
     )
     return make(model=tiny_sd_folder, prompts=prompts, reward="jpeg-compressibility", max_prompt_bytes=150, **kwargs)
+
+
+@pytest.fixture
+def fast_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window waits for nobody who looks at it."""
+    monkeypatch.setitem(DenoisingVectorEnv.metadata, "render_fps", 10_000)
 
 
 def act(env: gymnasium.Env, seed: int = 0) -> np.ndarray:
@@ -62,6 +71,7 @@ def text_of(observation: dict[str, Any]) -> str:
 @pytest.mark.parametrize("wrapped", ["plain", "noise", "squashed noise", "features", "noise and features"])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
+@pytest.mark.usefixtures("fast_window")
 def test_checkers(env_id: str, steps: int, wrapped: str, tiny_folder: Callable[[str], Path], only_warnings) -> None:
     name = ENVIRONMENTS[env_id]["model"]
     ours: dict[str, Any] = {}
@@ -242,20 +252,106 @@ def test_observations_and_actions_are_the_callers_own() -> None:
 
 
 def test_render() -> None:
+    """The state, and beside it the image that the pre-trained model expects."""
     env = make(render_mode="rgb_array")
     with pytest.raises(gymnasium.error.ResetNeeded, match="before render"):
         env.render()
-    env.reset(seed=0)
+    observation, _ = env.reset(seed=0)
     first = env.render()
-    assert (first.shape, first.dtype) == ((64, 64, 3), np.uint8)
+    assert (first.shape, first.dtype) == ((64, 128, 3), np.uint8)
+    state, expected = np.split(first, 2, axis=1)
+    with torch.no_grad():
+        latent = torch.from_numpy(observation["latent"])[None]
+        assert np.array_equal(state, to_uint8(env.model.decode(latent))[0])
+        mean, _ = env.batch.reference_transition()
+        clean = env.batch.process.predicted_clean(env.batch.state_of(env.batch._observe()), mean)
+        assert np.array_equal(expected, to_uint8(env.model.decode(clean))[0])
     for i in range(T):
         *_, info = env.step(act(env, i))
-    assert not np.array_equal(env.render(), first)
-    assert np.array_equal(env.render(), info["image"])
+    assert np.array_equal(env.render(), np.concatenate([info["image"]] * 2, axis=1))
     silent = make()
     silent.reset()
     with pytest.warns(UserWarning, match="render_mode='rgb_array'"):
         assert silent.render() is None
+
+
+def test_frames_of_an_episode() -> None:
+    """Gymnasium collects them."""
+    env = gymnasium.make("DPOK-Shapes-v0", render_mode="rgb_array_list", num_inference_steps=2, device="cpu")
+    env.reset(seed=0)
+    for i in range(2):
+        env.step(act(env, i))
+    frames = env.render()
+    assert [frame.shape for frame in frames] == [(64, 128, 3)] * 3
+    assert env.render() == []
+
+
+@pytest.mark.usefixtures("fast_window")
+class TestWindow:
+    @pytest.mark.parametrize("n", [1, 3])
+    def test_it_shows_the_frame_of_each_step(self, n: int) -> None:
+        pygame = pytest.importorskip("pygame")
+        arguments: dict[str, Any] = {"num_inference_steps": 2, "device": "cpu", "prompts": RED_CIRCLE}
+        env = DenoisingVectorEnv(n, render_mode="human", **arguments)
+        silent = DenoisingVectorEnv(n, render_mode="rgb_array", **arguments)
+        for each in (env, silent):
+            each.reset(seed=0)
+        shown = pygame.surfarray.array3d(pygame.display.get_surface()).swapaxes(0, 1)
+        frames = tile(np.stack(silent.render()))
+        factor = 1024 // frames.shape[1]
+        np.testing.assert_array_equal(shown, frames.repeat(factor, axis=0).repeat(factor, axis=1))
+        assert pygame.display.get_caption()[0] == f"x_t and the x_0 expected, after 0 steps: {RED_CIRCLE}"
+        env.step(np.zeros(env.action_space.shape, np.float32))
+        assert "after 1 steps" in pygame.display.get_caption()[0]
+        assert env.render() is None
+        twin = copy.deepcopy(env)  # with a window of its own
+        twin.close()
+        assert pygame.display.get_surface() is not None
+        env.close()
+        assert pygame.display.get_surface() is None
+
+    def test_gymnasium_knows_the_mode(self) -> None:
+        pytest.importorskip("pygame")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Gymnasium would warn if it wrapped the environment instead
+            env = gymnasium.make("DPOK-Shapes-v0", render_mode="human", num_inference_steps=2, device="cpu")
+        assert env.render_mode == "human"
+        env.reset(seed=0)
+        env.close()
+
+    def test_without_pygame(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "pygame", None)
+        with pytest.raises(ImportError, match=r"needs the extra 'human' .*pip install 'dpok-gym\[human\]'"):
+            make(render_mode="human")
+
+
+class TestPredictedImage:
+    def test_it_is_that_of_the_observed_latent(self) -> None:
+        env, untouched = make(predicted_info=True, render_mode="rgb_array"), make()
+        observation, info = env.reset(seed=0)
+        assert "predicted" not in untouched.reset(seed=0)[1]
+        for i in range(T + 1):
+            assert (info["predicted"].shape, info["predicted"].dtype) == ((64, 64, 3), np.uint8)
+            frame = env.render()
+            assert frame is not None
+            assert np.array_equal(info["predicted"], frame[:, 64:])
+            if i < T:
+                observation, *_, info = env.step(act(env, i))
+                assert equal(observation, untouched.step(act(env, i))[0], exact=True)
+        assert np.array_equal(info["predicted"], info["image"])
+
+    def test_it_shares_its_call_of_the_denoiser(self) -> None:
+        calls = []
+        for asked in (
+            {},
+            {"reference_info": True},
+            {"predicted_info": True},
+            {"reference_info": True, "predicted_info": True},
+        ):
+            env = make(**asked)
+            finish(env, seed=0)
+            calls.append(env.batch.process.num_function_evaluations)
+        assert calls == [0, T, T, T]
 
 
 class TestModels:
@@ -305,7 +401,7 @@ class TestModels:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"render_mode": "human"}, "render_mode must be None or 'rgb_array', got 'human'"),
+        ({"render_mode": "ansi"}, "render_mode must be None, 'human' or 'rgb_array' .*got 'ansi'"),
         ({"guidance_scale": -1.0}, "guidance_scale .* must be a number of at least 0, got -1.0"),
         ({"guidance_scale": float("inf")}, "guidance_scale .* must be a number of at least 0, got inf"),
         ({"guidance_scale": float("nan")}, "guidance_scale .* must be a number of at least 0, got nan"),

@@ -62,7 +62,11 @@ def test_equals_the_scalar_environments(env_id: str, tiny_folder: Callable[[str]
         step = ours.step(noise(i, shape))
         assert_same(step, scalar.step(noise(i, shape)), f"step {i}")
         assert step[2].all() == (i % T == T - 1)
-        assert_same(ours.render(), scalar.render(), f"render {i}")
+        # Networks round differently in batches, so the expected images may differ by a level.
+        mine, others = (np.stack(env.render()).astype(int) for env in (ours, scalar))
+        half = mine.shape[2] // 2
+        assert_same(mine[:, :, :half], others[:, :, :half], f"render {i}")
+        assert abs(mine - others).max() <= 1
     assert_same(ours.reset(), scalar.reset(), "reset that goes on")
     assert_same(ours.reset(seed=[3, None, 8]), scalar.reset(seed=[3, None, 8]), "reset with a list")
     assert_same(ours.step(noise(0, shape)), scalar.step(noise(0, shape)), "step after it")
@@ -293,6 +297,28 @@ def test_images_decoded_together_are_about_the_same() -> None:
         env.reset(seed=0)
     difference = np.stack(alone.render()).astype(int) - np.stack(together.render())
     assert abs(difference).max() <= 1
+
+
+def test_predicted_images() -> None:
+    """Also where the episodes are at different steps, and of the first observation after an end."""
+    env = make(predicted_info=True, render_mode="rgb_array", reward="jpeg-compressibility")
+    _, infos = env.reset(seed=0)
+    alone = DenoisingEnv(predicted_info=True, num_inference_steps=T, device="cpu")
+    for i in range(N):
+        _, info = alone.reset(seed=i)
+        assert abs(infos["predicted"][i].astype(int) - info["predicted"]).max() <= 1
+    env.step(noise())
+    _, infos = env.reset(options={"reset_mask": np.array([True, False, False])})
+    assert infos["_predicted"].tolist() == [True, False, False]
+    frames = env.render()
+    assert frames is not None
+    assert abs(infos["predicted"][0].astype(int) - frames[0][:, 64:]).max() <= 1
+    _, _, terminated, _, infos = env.step(noise(1))
+    assert terminated.tolist() == [False, True, True]
+    last = infos["final_info"]
+    assert_same(np.stack(last["predicted"][1:]), np.stack(last["image"][1:]))
+    assert infos["_predicted"].all()
+    assert not np.array_equal(infos["predicted"][1], last["predicted"][1])
 
 
 def test_render_before_reset() -> None:

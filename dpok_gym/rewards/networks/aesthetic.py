@@ -14,7 +14,9 @@ from dpok_gym.rewards.networks.preprocessing import normalize, resize_with_pillo
 
 
 class Aesthetic(NetworkReward):
-    """The predicted rating of an image. People's ratings go from 1 to 10; higher is better.
+    """The predicted rating of an image, whatever the prompt. People's ratings go from 1 to 10; higher is better.
+
+    It needs ``aesthetic-model.pth`` of ``trl-lib/ddpo-aesthetic-predictor`` and CLIP ViT-L/14.
 
     Args:
         checkpoint: the published file ``sac+logos+ava1-l14-linearMSE.pth``; None takes it from the Hugging Face cache

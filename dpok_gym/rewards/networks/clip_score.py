@@ -18,6 +18,7 @@ class ClipScore(NetworkReward):
     """The cosine between CLIP's embeddings of image and prompt, in [-1, 1]; it stays far below 1.
 
     This is the bare cosine: CLIP's logits are 100 times as large, CLIPScore is 2.5 times as large and never below 0.
+    It needs ``openai/clip-vit-large-patch14``.
 
     Args:
         checkpoint: a folder or hub id of a CLIP model.

@@ -29,8 +29,8 @@ def vit_h_14() -> CLIPConfig:
 class HPSv2(NetworkReward):
     """The cosine between the embeddings of image and prompt, in [-1, 1]; like CLIP's, it stays far below 1.
 
-    The authors resize tensors with torchvision. Here they are resized as by its version 0.17 and later, with
-    antialiasing.
+    It needs ``HPS_v2_compressed.pt`` of ``xswu/HPSv2`` and CLIP's tokenizer. The authors resize tensors with
+    torchvision. Here they are resized as by its version 0.17 and later, with antialiasing.
 
     Args:
         checkpoint: the published file ``HPS_v2_compressed.pt`` (for :class:`HPSv21`, ``HPS_v2.1_compressed.pt``); None
@@ -70,6 +70,6 @@ class HPSv2(NetworkReward):
 
 
 class HPSv21(HPSv2):
-    """The same network, trained on better rankings."""
+    """The network of HPSv2, trained on better rankings. It needs ``HPS_v2.1_compressed.pt`` of ``xswu/HPSv2``."""
 
     name, filename = "hpsv2.1", "HPS_v2.1_compressed.pt"

@@ -63,7 +63,9 @@ class _Network(nn.Module):
 
 
 class ImageReward(NetworkReward):
-    """A score with mean 0 and standard deviation 1 over the authors' data; higher is better.
+    """A score with mean 0 and standard deviation 1 over the authors' data; higher is better. DPOK's own reward.
+
+    It needs ``ImageReward.pt`` of ``THUDM/ImageReward`` and the tokenizer of ``google-bert/bert-base-uncased``.
 
     Args:
         checkpoint: the published file ``ImageReward.pt``; None takes it from the Hugging Face cache or hub.

@@ -16,6 +16,8 @@ from dpok_gym.rewards.networks.preprocessing import normalize, resize_with_pillo
 class PickScore(NetworkReward):
     """CLIP's logit: the cosine between image and prompt, times exp(logit scale), which is about 100.
 
+    It needs ``yuvalkirstain/PickScore_v1`` and the tokenizer of ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``.
+
     Args:
         checkpoint: a folder or hub id of the model.
         tokenizer: a folder or hub id with CLIP's tokenizer.

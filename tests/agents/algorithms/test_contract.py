@@ -19,6 +19,7 @@ from agents import DiffusionDPO, PolicyGradient, evaluate
 from agents.algorithms.forward_process import ForwardProcess
 from agents.algorithms.online_forward_process import OnlineForwardProcess
 from agents.algorithms.registry import load_algorithm
+from agents.common.metrics import METRICS
 from dpok_gym import DenoisingVectorEnv, diffusion
 from tests.agents.algorithms.support import (
     ALGORITHMS,
@@ -441,7 +442,9 @@ def test_log(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     columns = {*UPDATE_COLUMNS[name].split(), "grad_norm", "learning_rate", "n_updates"}
     update = {f"train/{column}" for column in columns} | {"time/update_images_per_second"}
     assert len(rows) == (4 if name in FORWARD_PROCESSES else 2)
+    explained = METRICS.keys() | {f"rollout/{component}" for component in components}
     for row in rows:
+        assert row.keys() <= explained, "a new column needs an entry in agents/common/metrics.py"
         assert all(len(column) <= 36 and np.isfinite(value) for column, value in row.items())
     drawn, updated = (rows[:2], rows[2:]) if name in FORWARD_PROCESSES else (rows, rows)
     assert [row["rollout/images"] for row in drawn] == [N, 2 * N]

@@ -20,7 +20,10 @@ WRITTEN = {
     "learning_curve.png",
     "evaluation_before.npz",
     "before_after.png",
+    "held_out.png",
+    "index.html",
     "lora",
+    "samples",
     "summary.json",
 }
 

@@ -53,7 +53,7 @@ def test_every_argument_of_the_classes_is_in_the_config():
         assert config.algo_kwargs.keys() == arguments - left_out
     of_env = inspect.signature(DenoisingVectorEnv).parameters
     named = {name for name, argument in of_env.items() if argument.kind is not argument.VAR_KEYWORD}
-    assert config.env_kwargs.keys() == named - {"num_envs", "render_mode", "autoreset_mode", "device"}
+    assert config.env_kwargs.keys() == named - {"num_envs", "render_mode", "autoreset_mode", "predicted_info", "device"}
     policy = inspect.signature(DenoisingPolicy).parameters
     optional = {name for name, argument in policy.items() if argument.default is not argument.empty}
     left_out = {"use_sde", "use_critic", "critic_kind", "keep_old", "optimizer_class"}

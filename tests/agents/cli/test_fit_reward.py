@@ -217,8 +217,8 @@ def test_help(capsys, monkeypatch):
 @pytest.mark.slow
 def test_calibration_figure(tmp_path, monkeypatch):
     kept = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (kept.append(figure), save(figure, path))[1])
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, path: (kept.append(figure), save(figure, path))[1])
     measured = Measured(100, 0, 0.81, [0.72, 0.88], 0.4, 0.02, [0.55, 0.75, 0.95], [0.5, 0.8, 1.0], [20, 30, 50])
     assert plots.calibration(measured, tmp_path / "calibration.png", "100 choices held out").is_file()
     curve, counts = kept[0].axes

@@ -18,6 +18,7 @@ from agents.cli.label import Label
 from agents.cli.main import COMMANDS, main, parse
 from agents.cli.sample import Sample
 from agents.cli.serve_reward import ServeReward
+from agents.cli.watch import Watch
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
@@ -103,6 +104,7 @@ def test_ctrl_c(monkeypatch, capsys):
     [
         ("sample", Sample, ["1 or more", "0 or more"]),
         ("evaluate", Evaluate, ["1 or more"]),
+        ("watch", Watch, ["1 to 8", "0 or more"]),
         ("export", Export, ["--no-figures"]),
         ("label", Label, ["even number", "[0, 1]", "0 or more", "DPOK_LABEL_TOKEN"]),
         ("import-choices", ImportChoices, ["label-studio", "FILE|FOLDER"]),
@@ -117,7 +119,13 @@ def test_help_of_a_command(command, options, units, capsys, monkeypatch):
         main([command, "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    positional = {"evaluate": "run", "export": "run", "serve-reward": "reward", "import-choices": "source"}
+    positional = {
+        "evaluate": "run",
+        "watch": "run",
+        "export": "run",
+        "serve-reward": "reward",
+        "import-choices": "source",
+    }
     positional |= dict.fromkeys(["fit-reward", "export-choices"], "choices")
     for field in dataclasses.fields(options):
         is_group = field.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(field.default_factory)

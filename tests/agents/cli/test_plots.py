@@ -32,8 +32,8 @@ def _evaluation(prompts, aligned, rewards=None):
 def figures(monkeypatch):
     """The figures that were saved."""
     kept = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (kept.append(figure), save(figure, path))[1])
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, path: (kept.append(figure), save(figure, path))[1])
     return kept
 
 
@@ -57,7 +57,7 @@ def test_before_after(tmp_path, figures, n, varied):
     ticks = [axes for axes in shown if "✓" in [text.get_text() for text in axes.texts]]
     framed = [axes for axes in shown if to_hex(axes.spines["top"].get_edgecolor()).upper() == plots.ALIGNED]
     assert ticks == framed
-    chosen = [k * n // min(n, 16) for k in range(min(n, 16))]
+    chosen = range(min(n, 16))
     assert len(ticks) == len(chosen) + sum(k % 3 == 0 for k in chosen)
     if varied and n > 1:  # a single prompt is the title
         assert shown[0].get_title().replace("\n", " ") == prompts[0]
@@ -90,76 +90,29 @@ def test_image_grid(tmp_path, figures, n):
     assert not figures[1].legends
 
 
-def test_learning_curve(tmp_path, figures):
-    rows = [{"rollout/images": 64.0 * k, "rollout/alignment": 0.01 * k} for k in range(1, 40)]
-    for k, row in enumerate(rows):
-        row["train/kl_to_reference"] = float(k)
-    plots.learning_curve(rows, tmp_path / "curve.png", "a title")
-    reward, kl = figures[0].axes
-    assert reward.get_ylabel() == "alignment"
-    assert "nats" in kl.get_ylabel()
-    x, y = kl.lines[0].get_data()
-    assert (x[0], y[0]) == (64, 0)  # a row has the KL of the policy that drew its images
-    assert len(x) == 39
+def test_rows_of_images(tmp_path, figures):
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    rows = {"best of n, distilled": (images, np.array([True, False, True])), "pre-trained": (images, None)}
+    plots.image_rows(rows, ["a red star", LONG, "a red star"], tmp_path / "rows.png", "a title")
+    plots.image_rows(rows, ["a red star"] * 3, tmp_path / "rows.png", "a title")
+    for figure in figures:
+        check_texts(figure)
+        texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+        assert "best of n,\ndistilled\n2 of 3 aligned" in texts
+        assert texts.count("✓") == 2
+    assert [axes.get_title().replace("\n", " ") for axes in figures[0].axes[:3]] == ["a red star", LONG, "a red star"]
+    assert "“a red star”" in figures[1].texts[0].get_text()
 
 
-def test_learning_curve_with_a_held_out_reward(tmp_path, figures):
-    """What says how the rewards and images differ has no panel."""
-    columns = ["held_out_reward", "alignment", "total_reward", "reward_std", "equal_share"]
-    rows = [{"rollout/images": 64.0 * k} | {f"rollout/{name}": 0.1 * k for name in columns} for k in range(1, 6)]
-    rows[0]["images/brightness"] = 0.5
-    plots.learning_curve([row | {"train/kl_to_reference": 1.0} for row in rows], tmp_path / "curve.png")
-    assert [axes.get_ylabel() for axes in figures[0].axes[:-1]] == [
-        "alignment",
-        "held-out reward\n(not trained on)",
-    ]
-
-
-@pytest.mark.slow
-def test_learning_curve_of_a_supervised_run(tmp_path, figures):
-    drawing = [
-        {"rollout/images": 64.0 * k, "rollout/alignment": 0.5 + 0.01 * k, "rollout/quality": 0.4} for k in range(1, 6)
-    ]
-    # Stable-Baselines3 repeats the last episodes' reward in every row.
-    fitting = [
-        {"rollout/ep_rew_mean": 0.5, "train/n_updates": 50.0 * k, "train/denoising_loss": 1 / k} for k in range(1, 11)
-    ]
-    plots.learning_curve(drawing + fitting, tmp_path / "curve.png", "a title")
-    alignment, quality, loss = figures[0].axes
-    assert [axes.get_ylabel() for axes in (alignment, quality, loss)] == [
-        "alignment",
-        "quality",
-        "denoising loss",
-    ]
-    assert [axes.get_xlabel() for axes in (alignment, quality, loss)] == [
-        "",
-        "images drawn by the pre-trained model",
-        "optimiser steps",
-    ]
-    for axes, rows, x, y in (
-        (alignment, drawing, "rollout/images", "rollout/alignment"),
-        (quality, drawing, "rollout/images", "rollout/quality"),
-        (loss, fitting, "train/n_updates", "train/denoising_loss"),
-    ):
-        curve = axes.lines[0].get_data()
-        np.testing.assert_allclose(curve, [[row[name] for row in rows] for name in (x, y)])
-    assert alignment.get_xlim() == quality.get_xlim()
-    assert loss.get_xlim()[1] >= 500 > alignment.get_xlim()[1]  # two kinds of axes
-
-
-def test_learning_curve_without_any_kl(tmp_path, figures):
-    rows = [{"rollout/images": 64.0 * k, "rollout/alignment": 0.01 * k} for k in range(1, 6)]
-    for row in rows[1:]:
-        row["train/grad_norm"] = 1.0
-    plots.learning_curve(rows, tmp_path / "curve.png")
-    (reward,) = figures[0].axes
-    assert reward.lines[0].get_data()[0].tolist() == [64, 128, 192, 256, 320]
-    assert reward.get_xlabel() == "images drawn"
-
-
-@pytest.mark.parametrize("rows", [[], [{"rollout/images": 2.0, "rollout/alignment": 0.5}]])
-def test_learning_curve_of_a_run_that_hardly_began(tmp_path, rows):
-    assert plots.learning_curve(rows, tmp_path / "curve.png").is_file()
+def test_scatter(tmp_path, figures):
+    positions = np.array([[0.5, -1.0], [2.0, 0.25], [1.0, 1.0]])
+    panels = {"pre-trained\nE[r] - KL = 0.1": positions, "best possible": positions + 1}
+    plots.scatter(panels, ["two modes", "one", "two modes"], tmp_path / "scatter.png", 3.0, "a title")
+    check_texts(figures[0])
+    first, second = figures[0].axes
+    assert first.collections[0].get_offsets().tolist() == [[0.5, -1.0], [1.0, 1.0]]
+    assert second.collections[1].get_offsets().tolist() == [[3.0, 1.25]]
+    assert first.get_xlim() == second.get_ylim() == (-3, 3)
 
 
 def test_prompts_are_no_formulas(tmp_path, figures):

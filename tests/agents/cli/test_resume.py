@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from agents import load_run, register_algorithm
 from agents.algorithms.registry import ALGORITHMS
 from agents.cli.logs import read_log
+from agents.cli.samples import list_samples
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.checkpoint import find_checkpoint, list_checkpoints
 from benchmarks.kill import (
@@ -97,7 +98,8 @@ _KILLS = (
     "write checkpoint-4.part/optimizer.safetensors.part",
     "rename checkpoint-2",
     "write lora/pytorch_lora_weights.safetensors.part",
-    "write learning_curve.png.part",
+    "write samples/00001-2-images.png.part",
+    "write index.html.part",
     "rename summary.json.part",
     "remove .lock",
 )
@@ -164,6 +166,8 @@ def test_more_images(finished, tmp_path):
     assert train(folder, "--resume", "--images", "10") == 0
     assert [row["rollout/images"] for row in read_log(folder / "progress.csv")] == [2, 4, 6, 8, 10]
     assert [step for step, _ in _tensorboard(folder)["rollout/images"]] == [1, 2, 3, 4, 5]
+    # The last row of images of the shorter run is gone, as it was no multiple of the checkpoints.
+    assert [sample.iteration for sample in list_samples(folder / "samples")] == [0, 2, 4, 5]
     summary = read_summary(folder)
     assert summary["pictures"] == 10
     assert summary["aligned_before"] == read_summary(finished)["aligned_before"]
@@ -262,6 +266,7 @@ def test_what_learning_does_not_need_is_made_anew(finished, tmp_path, capsys, ze
     """Logs, evaluation, figures and summary are cut off, or full of zeros as after a power cut."""
     folder = shutil.copytree(finished, tmp_path / "run")
     names = ["progress.csv", "summary.json", "evaluation_before.npz", "learning_curve.png", "before_after.png"]
+    names += ["held_out.png", "index.html"]
     paths = [folder / name for name in names] + list((folder / "tensorboard").iterdir())
     for path in paths:
         content = path.read_bytes()
@@ -284,7 +289,7 @@ def test_a_damaged_log_in_the_checkpoint(finished, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["before_after.png", "learning_curve.png", "lora", "tensorboard"])
+@pytest.mark.parametrize("name", ["before_after.png", "index.html", "lora", "tensorboard"])
 def test_a_result_that_is_missing_is_made_anew(finished, tmp_path, name):
     folder = shutil.copytree(finished, tmp_path / "run")
     path = folder / name

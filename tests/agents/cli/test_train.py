@@ -65,6 +65,7 @@ def test_a_run_logs_a_second_opinion(finished):
     """And what its images are like; the figure shows the opinion."""
     for row in read_log(finished / "progress.csv"):
         assert np.isfinite(row["rollout/held_out_reward"])  # shapes-preference, as the judge is trained on
+        assert row["rollout/aligned_share"] in (0, 0.5, 1)  # of two images
         assert all(0 <= row[f"images/{name}"] <= 1 for name in ("brightness", "saturation", "contrast", "diversity"))
     assert read_summary(finished)["warnings"] == []
 
@@ -213,7 +214,7 @@ def test_an_interrupted_run_keeps_what_it_learned(tmp_path, monkeypatch, capsys)
         _interrupt_judge(patched, SECOND_ITERATION)
         assert train(folder, "--images", "100", *TINY) == 130
     assert "--resume" in capsys.readouterr().out
-    assert list_written(folder) == WRITTEN - {"before_after.png"}
+    assert list_written(folder) == WRITTEN - {"before_after.png", "held_out.png"}
     summary = read_summary(folder)
     assert summary["interrupted"] is True
     assert summary["pictures"] == 2  # the second iteration was not complete
@@ -531,6 +532,11 @@ def test_a_run_that_trains_the_whole_denoiser(tmp_path):
     assert config.algo_kwargs["step_weighting"] == "likelihood"
     assert not (folder / "lora").exists()
     assert (find_checkpoint(folder) / "denoiser.safetensors").is_file()
+    objective = read_summary(folder)["objective"]
+    assert objective["nat_price"] == config.algo_kwargs["kl_coef"]
+    assert objective["before"] < objective["optimum"]
+    assert objective["regret"] == objective["optimum"] - objective["after"] > 0
+    assert (folder / "optimum.png").is_file()
     out = tmp_path / "sample.png"
     words = ["sample", "--prompt", "two modes", "--n", "2", "--device", "cpu", "--out", str(out)]
     assert main([*words, "--lora", str(folder)]) == 0

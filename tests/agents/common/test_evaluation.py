@@ -11,7 +11,7 @@ import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
 from agents import DenoisingPolicy, Evaluation, GymnasiumVecEnv, evaluate
-from agents.common.evaluation import cycle_prompts, sample_images
+from agents.common.evaluation import cycle_prompts, sample_images, shown_images
 from agents.common.randomness import ImageNoise
 from dpok_gym import DenoisingEnv, DenoisingVectorEnv, reference_policy
 from dpok_gym.models.lora import LoRA
@@ -281,3 +281,16 @@ def test_environments_that_can_score(
         evaluate(policy, recording, PROMPTS, 5)
     with pytest.raises(ValueError, match="needs a denoising environment"):
         evaluate(policy, gymnasium.make("CartPole-v1"), PROMPTS, 5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n", "expected"),
+    [
+        (["a"] * 256, 4, [0, 1, 2, 3]),
+        (["a"] * 3, 4, [0, 1, 2]),
+        (["a", "b", "c"] * 64, 4, [0, 1, 2, 3]),  # a distance of 48 would always show "a"
+        ([str(k) for k in range(100)] * 2, 4, [0, 25, 50, 75]),
+    ],
+)
+def test_shown_images_have_different_prompts(prompts: list[str], n: int, expected: list[int]) -> None:
+    assert shown_images(prompts, n) == expected

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from agents.common.held_out import MAX_IMAGES, HeldOutReward, choose, chosen_images
+from dpok_gym import DenoisingVectorEnv
 from tests.agents.algorithms.support import listen
 from tests.agents.common.support import collect, snapshot
 from tests.support import assert_same, colours, every_other_fails, redness
@@ -76,6 +77,18 @@ def test_scores(make_env: Callable[..., Any]) -> None:
     expected = redness(torch.from_numpy(images).permute(0, 3, 1, 2) / 255, prompts).double()
     torch.testing.assert_close(whole[whole.isfinite()], expected[whole.isfinite()])
     assert HeldOutReward(None, make_env())(images, prompts, range(20), 20).shape == (20, 0)
+
+
+def test_the_judge_tells_how_many_are_fully_aligned() -> None:
+    """If it is not trained on, whatever its weight is."""
+    arguments: dict[str, Any] = {"num_inference_steps": 1, "device": "cpu"}
+    env = DenoisingVectorEnv(1, reward="jpeg-compressibility", **arguments)
+    scorer = HeldOutReward({"shapes-quality": 1.0, "shapes-alignment": 0.3}, env)
+    scores = torch.tensor([[0.9, 0.3], [0.1, 0.15], [0.5, 0.3], [0.5, 0.0]], dtype=torch.float64)
+    assert scorer.aligned_share(scores.float().double()) == 0.5
+    assert HeldOutReward("shapes-quality", env).aligned_share(scores[:, :1]) is None
+    trained_on = DenoisingVectorEnv(1, reward="shapes-alignment", **arguments)
+    assert HeldOutReward("shapes-alignment", trained_on).aligned_share(scores[:, 1:]) is None
 
 
 def test_a_sum_has_a_column_for_each_reward(make_agent: Callable[..., Any]) -> None:

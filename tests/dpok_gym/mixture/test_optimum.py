@@ -10,7 +10,15 @@ import torch
 from dpok_gym import DenoisingVectorEnv
 from dpok_gym.mixture.exact import GaussianSampler, GridPolicy, best_policy
 from dpok_gym.mixture.model import MixtureModel
-from dpok_gym.mixture.optimum import Array, best_moves, interpolate, prompt_value, smoothed
+from dpok_gym.mixture.optimum import (
+    Array,
+    best_moves,
+    interpolate,
+    optimal_transition,
+    prompt_value,
+    smoothed,
+    value_of,
+)
 from dpok_gym.prompts import PromptSet
 
 GRID = np.linspace(-6, 6, 601)
@@ -91,6 +99,19 @@ def test_a_finer_grid_changes_little() -> None:
     assert coarse == pytest.approx(fine, abs=2e-5)
 
 
+def test_the_best_policy_has_the_best_value() -> None:
+    """Two prompts at once; the last step is deterministic."""
+    prompts = PromptSet("both", ("one gaussian", "two modes"), weights=(1.0, 3.0))
+    env = make("mixture-1d", prompts, "mixture-bump", 10, sde_steps=(0, 9))
+    optimal = optimal_transition(env.process, env.prompts, env.rewards_of, 0.25)
+    best, start = (
+        value_of(env.process, env.prompts, env.rewards_of, 0.25, transition)
+        for transition in (optimal, env.process.transition)
+    )
+    assert best == pytest.approx(env.optimal_value(0.25), abs=3e-4)
+    assert best > start + 0.05
+
+
 def test_prompts_count_by_their_weights() -> None:
     reward = {"mixture-linear": 0.5}
     one, two = (make("mixture-1d", prompt, reward, 4).optimal_value(1.0) for prompt in ("one gaussian", "two modes"))
@@ -121,10 +142,12 @@ class TestPieces:
         """max_m -(m - 1)^2 - c (m - m_0)^2 = -c / (1 + c) (1 - m_0)^2, with c = beta / (2 std^2)."""
         c = 0.5 / (2 * 0.4**2)
         expected = -c / (1 + c) * (1 - self.x) ** 2
-        found = best_moves(self.x, -((self.x - 1) ** 2), 0.4, 0.5)
+        found, moves = best_moves(self.x, -((self.x - 1) ** 2), 0.4, 0.5)
+        # The slopes of both terms cancel: m = (1 + c m_0) / (1 + c).
+        np.testing.assert_allclose(moves[10:51, 0], ((1 + c * self.x) / (1 + c))[10:51], atol=1e-6)
         np.testing.assert_allclose(found[10:51], expected[10:51], atol=1e-9)
         plane = -((self.x - 1) ** 2)[:, None] - ((self.x - 0.5) ** 2)
-        found = best_moves(self.x, plane, 0.4, 0.5)
+        found, _ = best_moves(self.x, plane, 0.4, 0.5)
         other = -c / (1 + c) * (0.5 - self.x) ** 2
         np.testing.assert_allclose(found[10:51, 10:51], (expected[:, None] + other)[10:51, 10:51], atol=1e-9)
 

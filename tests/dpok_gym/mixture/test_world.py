@@ -1,11 +1,15 @@
 """What evaluations ask about the mixture world."""
 
+import numpy as np
 import pytest
+import torch
 
 from dpok_gym.mixture.data import MIXTURES
+from dpok_gym.mixture.image import draw_dots
 from dpok_gym.mixture.optimum import optimal_value
 from dpok_gym.mixture.world import WORLD
 from dpok_gym.prompts import PromptSet, load_prompts
+from dpok_gym.utils.images import to_uint8
 from dpok_gym.worlds import find_world
 
 
@@ -22,7 +26,14 @@ def test_nothing_is_judged() -> None:
 
 
 def test_the_optimum_is_known() -> None:
-    assert WORLD.optimal_value is optimal_value
+    assert WORLD.optimum is not None
+    assert WORLD.optimum.value is optimal_value
+
+
+def test_positions_are_read_from_images() -> None:
+    points = torch.tensor([[0.5, -1.0], [2.0, 0.25]])
+    assert WORLD.optimum is not None
+    np.testing.assert_allclose(WORLD.optimum.positions(to_uint8(draw_dots(points))), points, atol=0.01)
 
 
 def test_unseen_prompts_are_the_held_out_ones() -> None:

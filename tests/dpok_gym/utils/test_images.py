@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpok_gym.utils.images import to_uint8
+from dpok_gym.utils.images import tile, to_uint8
 
 
 def test_shape_and_values() -> None:
@@ -35,3 +35,11 @@ def test_half_precision() -> None:
     images = torch.rand(1, 3, 8, 8)
     difference = to_uint8(images.bfloat16()).astype(int) - to_uint8(images)
     assert np.abs(difference).max() <= 1  # bfloat16 keeps 8 bits
+
+
+def test_tiles() -> None:
+    images = np.arange(1, 6, dtype=np.uint8).reshape(5, 1, 1, 1) * np.ones((1, 2, 4, 3), np.uint8)
+    tiled = tile(images)
+    assert (tiled.shape, tiled.dtype) == ((6, 8, 3), np.uint8)
+    assert tiled[::2, ::4, 0].tolist() == [[1, 2], [3, 4], [5, 0]]
+    assert np.array_equal(tile(images[:1]), images[0])

@@ -1,0 +1,1 @@
+"""What the site adds to Sphinx: pages that are made from the code, and formulas without JavaScript."""
