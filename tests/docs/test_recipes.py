@@ -38,7 +38,7 @@ def test_it_learns_on_the_mixture_world(name: str, settings: dict[str, Any], ima
     prompts = get_batch(env).prompts.train[:1] * 256
     policies = reference_policy(env, seed=0), recipe.train(env, images, seed=0, **settings)
     before, after = (score_policy(env, policy, prompts, seed=1_000_000).mean_reward for policy in policies)
-    print(f'{before:.3f} -> {after:.3f}')
+    print(f"{before:.3f} -> {after:.3f}")
     assert after > before + 0.1
 
 
@@ -62,3 +62,11 @@ def test_the_script_is_short_and_has_a_command_line(path: Path, monkeypatch: pyt
     recipe.tyro.cli(recipe.main)
     assert isinstance(given[0], gymnasium.vector.VectorEnv)
     assert given[1:3] == [7, 3]
+
+
+def test_torchrl_makes_an_environment_by_its_id() -> None:
+    """It passes an argument that only Atari has, and leaves it out if the message has Python's own words."""
+    torchrl = pytest.importorskip("torchrl.envs", reason="TorchRL is not installed: pip install torchrl")
+    rollout = torchrl.GymEnv("DPOK-Mixture-v0").rollout(30)
+    assert rollout.shape == (20,)
+    assert rollout["next", "done"].flatten().tolist() == 19 * [False] + [True]
