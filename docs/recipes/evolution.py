@@ -55,7 +55,7 @@ def train(env: VectorEnv, images: int, seed: int) -> Callable[[Any], Any]:
         """Returns weights @ features + N(0, I); changes (n, D, O) are added to the weights."""
         noise = rng.standard_normal((n_envs, n_actions)) if noise is None else noise
         every = np.broadcast_to(weights + changes, (n_envs, *weights.shape))
-        actions = np.einsum("ndo,no->nd", every, features_of(observation, n_steps)) + noise
+        actions = np.einsum("bij,bj->bi", every, features_of(observation, n_steps)) + noise
         return actions.reshape(env.action_space.shape).astype(np.float32)
 
     for first in range(0, images, n_envs):

@@ -1,7 +1,7 @@
 """PPO of TorchRL on a denoising environment.
 
-    python docs/recipes/torchrl_ppo.py
-    python docs/recipes/torchrl_ppo.py --env DPOK-Shapes-v0 --reward jpeg-compressibility --block-size 8
+python docs/recipes/torchrl_ppo.py
+python docs/recipes/torchrl_ppo.py --env DPOK-Shapes-v0 --reward jpeg-compressibility --block-size 8
 """
 
 from __future__ import annotations
