@@ -31,6 +31,7 @@ def load(name: str) -> Any:
     return importlib.import_module(f"docs.recipes.{name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings", "images"), RECIPES)
 def test_it_learns_on_the_mixture_world(name: str, settings: dict[str, Any], images: int) -> None:
     recipe = load(name)
@@ -38,7 +39,6 @@ def test_it_learns_on_the_mixture_world(name: str, settings: dict[str, Any], ima
     prompts = get_batch(env).prompts.train[:1] * 256
     policies = reference_policy(env, seed=0), recipe.train(env, images, seed=0, **settings)
     before, after = (score_policy(env, policy, prompts, seed=1_000_000).mean_reward for policy in policies)
-    print(f"{before:.3f} -> {after:.3f}")
     assert after > before + 0.1
 
 
