@@ -38,15 +38,16 @@ Record = dict[str, Any]
 Run = Callable[[Description, Path | None], Record]
 
 
-def sweep_options(documentation: str | None, settings: Path) -> argparse.ArgumentParser:
+def sweep_options(documentation: str | None, settings: Path | None = None) -> argparse.ArgumentParser:
     """Returns the options of a command that makes a sweep.
 
     Args:
         documentation: of the command.
-        settings: the command's own file of settings.
+        settings: the command's own file of settings; None if it has none.
     """
     parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", type=Path, default=settings, help="YAML file of the sweep")
+    if settings is not None:
+        parser.add_argument("--settings", type=Path, default=settings, help="YAML file of the sweep")
     parser.add_argument("--out", type=Path, help="folder for runs, table and figures")
     parser.add_argument("--report", action="store_true", help="make no runs: table and figures of those there are")
     parser.add_argument("--processes", type=int, default=default_processes(), help="number of runs side by side")

@@ -124,7 +124,7 @@ def score_policy(env: VectorEnv, act: Callable[[Any], Any], prompts: Sequence[st
         for _ in range(n_steps):
             observation, rewards, _, _, infos = env.step(act(observation))
             total += rewards
-        parts.append((total, infos["final_info"]))
+        parts.append((total, infos.get("final_info", infos)))  # "Disabled" does not begin the next episodes
     names = [name for name in parts[0][1]["rewards"] if not name.startswith("_")]
     world = batch.world
     return Evaluation(

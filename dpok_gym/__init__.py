@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from dpok_gym.vector_env import DenoisingVectorEnv as DenoisingVectorEnv
     from dpok_gym.worlds import World as World
     from dpok_gym.worlds import register_world as register_world
+    from dpok_gym.wrappers import CoarseLatent as CoarseLatent
     from dpok_gym.wrappers import NoiseAction as NoiseAction
     from dpok_gym.wrappers import TextFeatures as TextFeatures
+    from dpok_gym.wrappers import VectorCoarseLatent as VectorCoarseLatent
     from dpok_gym.wrappers import VectorNoiseAction as VectorNoiseAction
     from dpok_gym.wrappers import VectorTextFeatures as VectorTextFeatures
     from dpok_gym.wrappers import reference_policy as reference_policy
@@ -40,6 +42,7 @@ __version__ = "0.2.0"
 __getattr__, __dir__, __all__ = lazy_names(
     "dpok_gym",
     {
+        "CoarseLatent": "wrappers",
         "DenoisingEnv": "env",
         "DenoisingProcess": "samplers",
         "DenoisingVectorEnv": "vector_env",
@@ -49,6 +52,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "SamplerConfig": "samplers",
         "TextFeatures": "wrappers",
         "TextToImageModel": "models",
+        "VectorCoarseLatent": "wrappers",
         "VectorNoiseAction": "wrappers",
         "VectorTextFeatures": "wrappers",
         "World": "worlds",

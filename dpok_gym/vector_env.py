@@ -626,7 +626,8 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
 def _check_no_unknown(unknown: Mapping[str, Any]) -> None:
     known = set(inspect.signature(DenoisingVectorEnv).parameters) - {"unknown"}
     for name in unknown:
-        raise TypeError(f"a denoising environment has no argument {name!r}; {suggest(name, known)}")
+        # Python's own words: TorchRL's GymEnv tries an argument, and looks for them to know that there is none.
+        raise TypeError(f"a denoising environment got an unexpected keyword argument {name!r}; {suggest(name, known)}")
 
 
 def _read_autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:

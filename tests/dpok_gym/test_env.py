@@ -436,7 +436,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     [("guidance", "guidance_scale"), ("num_inference_step", "num_inference_steps"), ("rewards", "reward")],
 )
 def test_misspelt_arguments(misspelt: str, nearest: str) -> None:
-    message = f"a denoising environment has no argument '{misspelt}'; did you mean '{nearest}'? There are: autoreset_m"
+    message = f"environment got an unexpected keyword argument '{misspelt}'; did you mean '{nearest}'? There are: auto"
     with pytest.raises(TypeError, match=re.escape(message)):
         make(**{misspelt: 3})
 

@@ -498,9 +498,9 @@ def test_the_defaults_are_those_of_the_default_environment() -> None:
 
 
 def test_misspelt_arguments() -> None:
-    with pytest.raises(TypeError, match="has no argument 'num_env'; did you mean 'num_envs'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'num_env'; did you mean 'num_envs'"):
         DenoisingVectorEnv(num_env=3)
-    with pytest.raises(TypeError, match="has no argument 'guidance'; did you mean 'guidance_scale'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'guidance'; did you mean 'guidance_scale'"):
         gymnasium.make_vec("DPOK-Shapes-v0", num_envs=2, guidance=3.0)
 
 

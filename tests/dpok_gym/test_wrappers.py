@@ -14,16 +14,18 @@ from gymnasium.utils.env_checker import data_equivalence as equal
 from stable_baselines3 import A2C, PPO
 
 from dpok_gym import (
+    CoarseLatent,
     DenoisingEnv,
     DenoisingVectorEnv,
     NoiseAction,
     TextFeatures,
+    VectorCoarseLatent,
     VectorNoiseAction,
     VectorTextFeatures,
     reference_policy,
 )
 from dpok_gym.shapes import WEIGHTS
-from dpok_gym.wrappers import get_batch
+from dpok_gym.wrappers import _replace_block_means, get_batch
 from tests.support import assert_same
 
 RED_CIRCLE = "a red circle"
@@ -222,7 +224,7 @@ def test_bad_calls(make_env: Callable[[], Any], shape: tuple[int, ...]) -> None:
         env.step(np.zeros(shape, np.float32))
     env.reset(seed=0)
     for wrong in (shape[1:], shape[:-1], (1, *shape)):  # the first would broadcast
-        with pytest.raises(ValueError, match="expected noise of the latents' shape"):
+        with pytest.raises(ValueError, match="expected noise of shape"):
             env.step(np.zeros(wrong, np.float32))
     with pytest.raises(ValueError, match="NaN or infinity"):
         env.step(np.full(shape, np.nan, np.float32))
@@ -423,6 +425,95 @@ class TestTextFeatures:
         assert model.num_timesteps == 8
 
 
+def block_sums(latents: np.ndarray, b: int) -> np.ndarray:
+    """Returns the sums of the b x b blocks of (..., 8, 8), divided by b."""
+    rows = [latents[..., i : i + b, :] for i in range(0, 8, b)]
+    return np.stack([[row[..., j : j + b].sum((-2, -1)) / b for j in range(0, 8, b)] for row in rows]).transpose(
+        2, 0, 1
+    )
+
+
+class TestBlocks:
+    """Noise and latents by blocks."""
+
+    @pytest.mark.parametrize("b", [2, 8])
+    def test_the_action_is_the_sum_of_each_block_of_the_noise(self, b: int) -> None:
+        """The rest of the noise comes from the environment's seed, in the scalar and in the vector environment."""
+        shape = (4, 8 // b, 8 // b)
+        vector = VectorNoiseAction(make_vector(), block_size=b)
+        scalars: list[Any] = [NoiseAction(make(num_inference_steps=2), block_size=b) for _ in range(2)]
+        assert vector.single_action_space == scalars[0].action_space
+        assert vector.single_action_space.shape == shape
+        vector.reset(seed=4)
+        for i, env in enumerate(scalars):
+            env.reset(seed=4 + i)
+        actions = np.stack([normal(0, shape), normal(0, shape)])
+        mean, std = get_batch(vector).reference_transition()
+        observation, *_ = vector.step(actions)
+        noise = (observation["latent"] - mean.numpy()) / std[0].item()
+        for i, env in enumerate(scalars):
+            np.testing.assert_allclose(block_sums(noise[i], b), actions[i], atol=1e-4)
+            of_scalar, *_ = env.step(actions[i])
+            np.testing.assert_allclose(of_scalar["latent"], observation["latent"][i], atol=1e-4)
+        assert np.abs(noise[0] - noise[1]).max() > 1  # the seeds differ, and the actions do not
+
+    def test_a_standard_normal_action_is_the_pre_trained_sampler(self) -> None:
+        """The 16 numbers of a channel are independent, of variance 1: the ratio of their covariance to I is near 1."""
+        rng = np.random.default_rng(0)
+        n = 20_000
+        coarse, fine = rng.standard_normal((n, 1, 2, 2), np.float32), rng.standard_normal((n, 1, 4, 4), np.float32)
+        covariance = np.cov(_replace_block_means(fine, coarse).reshape(n, 16).T)
+        np.testing.assert_allclose(covariance, np.eye(16), atol=0.04)
+
+    def test_the_reference_policy_acts_by_blocks(self) -> None:
+        env, squashed = (NoiseAction(make(), squashed=squashed, block_size=4) for squashed in (False, True))
+        observation, _ = env.reset(seed=0)
+        first, second = (reference_policy(each, 3)(observation) for each in (env, squashed))
+        assert env.action_space.contains(first)
+        assert np.array_equal(np.tanh(first), second)
+
+    def test_the_observed_latent(self) -> None:
+        """Scalar and vector, also in ``final_obs``; the prompt and the step stay."""
+        plain, vector = make_vector(), VectorTextFeatures(VectorCoarseLatent(make_vector(), 4))
+        scalar: Any = CoarseLatent(make(num_inference_steps=2), 4)
+        for env in (plain, vector, scalar):
+            observation, _ = env.reset(seed=0)
+        assert scalar.observation_space["latent"].shape == (4, 2, 2)
+        for step in range(2):
+            actions = normal(step, (2, *SHAPE))
+            expected, _, _, _, infos = plain.step(actions)
+            observation, _, _, _, own_infos = vector.step(actions)
+            of_scalar, *_ = scalar.step(actions[0])
+            if step == 1:
+                expected, observation = infos["final_obs"][0], own_infos["final_obs"][0]
+            else:
+                expected, observation = ({name: v[0] for name, v in obs.items()} for obs in (expected, observation))
+            for own in (observation, of_scalar):
+                np.testing.assert_allclose(own["latent"], block_sums(expected["latent"], 4), atol=1e-5)
+            assert vector.single_observation_space.contains(observation)
+            assert_same(
+                {name: of_scalar[name] for name in ("prompt", "step")}, {k: expected[k] for k in ("prompt", "step")}
+            )
+
+    def test_spec_survives_json(self) -> None:
+        env = CoarseLatent(NoiseAction(gymnasium.make("DPOK-Shapes-v0", num_inference_steps=2), block_size=8), 8)
+        again = gymnasium.make(EnvSpec.from_json(env.spec.to_json()))  # type: ignore[union-attr]
+        assert equal(again.reset(seed=0), env.reset(seed=0), exact=True)
+        assert again.action_space == env.action_space
+
+    @pytest.mark.parametrize(("size", "message"), [(3, "must divide the latent's height and width, 8 and 8"), (0, "0")])
+    def test_wrong_sizes(self, size: int, message: str) -> None:
+        for wrap in (lambda: NoiseAction(make(), block_size=size), lambda: CoarseLatent(make(), size)):
+            with pytest.raises(ValueError, match=rf"block_size .*{message}"):
+                wrap()
+
+    def test_wrapped_once(self) -> None:
+        with pytest.raises(ValueError, match=r"blocks of the latent already: wrap .* CoarseLatent only once"):
+            VectorCoarseLatent(VectorCoarseLatent(make_vector(), 2), 2)
+        with pytest.raises(TypeError, match="take TextFeatures and CoarseLatent off"):
+            reference_policy(CoarseLatent(make(), 2))
+
+
 class TestOrder:
     """What cannot be wrapped in what."""
 
@@ -446,5 +537,5 @@ class TestOrder:
 
     def test_the_reference_policy_reads_the_prompt(self) -> None:
         for env in (TextFeatures(make()), VectorTextFeatures(make_vector())):
-            with pytest.raises(TypeError, match="reads the prompt itself: take TextFeatures off, or act by noise"):
+            with pytest.raises(TypeError, match="reads the prompt and the latent itself"):
                 reference_policy(env)

@@ -1,0 +1,42 @@
+"""The sweep of other libraries' agents: its runs, and its table."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import other_agents
+from benchmarks.other_agents import AGENTS, ALL_NUMBERS
+
+
+def test_a_run_is_scored_on_the_same_images_whatever_it_trains_with() -> None:
+    """The pre-trained model, and agents that have hardly trained or not at all, have nearly the same reward."""
+    rewards = []
+    for label, images in (("pre-trained", 64), ("DPOK", 1), ("evolution strategy", 0)):
+        description = {"task": "mixture", "label": label, "images": images, "eval_images": 256, "seed": 0}
+        record = other_agents.run(description)
+        assert description.items() <= record.items()
+        assert record["scores"]["aligned"] is None
+        rewards.append(record["scores"]["reward"])
+    assert max(rewards) - min(rewards) < 0.1
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = other_agents.parse_arguments([])
+    runs = [run for run in other_agents.make_descriptions(options) if run["label"] in ("DPOK", "TorchRL, PPO")]
+    lines = [json.dumps(run | {"scores": {"reward": run["seed"] / 4}, "seconds": 7}) for run in runs]
+    (tmp_path / "runs.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    other_agents.main(["--report", "--out", str(tmp_path)])
+    assert f"{len(runs)} of 57 runs" in capsys.readouterr().out
+    table = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert table[2:] == [
+        f"| {label} | 0.250 [0.000, 0.500] | 7 | 0.250 [0.000, 0.500] | 7 |" for label in ("DPOK", "TorchRL, PPO")
+    ]
+
+
+def test_the_runs() -> None:
+    """What is taken away is left out where it makes no difference."""
+    options = other_agents.parse_arguments([])
+    runs = list(other_agents.make_descriptions(options))
+    assert len(runs) == 57 == 3 * (2 * len(AGENTS) - 1)
+    assert not [run for run in runs if (run["task"], run["label"]) == ("mixture", ALL_NUMBERS)]
