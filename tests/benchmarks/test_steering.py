@@ -32,7 +32,8 @@ def test_table_and_figure(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = []
     for task in steering.TASKS:
         for k, label in [(1, steering.PRETRAINED), *((k, label) for k in (2, 4) for label in steering.METHODS)]:
-            row: dict[str, Any] = {"task": task, "label": label, "particles": k, "diversity": None if k > 1 else 0.25}
+            row: dict[str, Any] = {"task": task, "label": label, "particles": k, "images": 256}
+            row |= {"diversity": None if k > 1 else 0.25}
             for score in ("aligned", "quality", "reward"):
                 row |= {score: 0.5 + 0.1 * k, f"{score}_error": 0.01}
             rows.append(row | {"denoiser_calls": 10.0 * k, "reward_calls": k, "seconds": 0.1 * k})

@@ -67,9 +67,10 @@ def codes(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def is_left_out(source: str) -> bool:
-    """Whether a statement, or the value of one, is an ellipsis."""
-    values = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Assign, ast.Expr))]
-    return any(isinstance(value, ast.Constant) and value.value is ... for value in values)
+    """Whether an ellipsis stands for something that is to be written; the one in ``values[..., 0]`` does not."""
+    nodes = list(ast.walk(ast.parse(source)))
+    indices = {id(each) for node in nodes if isinstance(node, ast.Subscript) for each in ast.walk(node.slice)}
+    return any(isinstance(node, ast.Constant) and node.value is ... and id(node) not in indices for node in nodes)
 
 
 def test_the_two_notebooks_of_a_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
