@@ -27,7 +27,7 @@ ALGORITHMS: dict[Algo, Any] = {"ppo": PPO, "a2c": A2C}
 _ALL_RETURN = {"gamma": 1.0, "gae_lambda": 1.0}
 SETTINGS: dict[Algo, dict[str, Any]] = {
     "ppo": _ALL_RETURN | {"learning_rate": 3e-3, "n_epochs": 4, "batch_size": 128},
-    "a2c": _ALL_RETURN | {"learning_rate": 7e-3, "normalize_advantage": True},
+    "a2c": _ALL_RETURN | {"learning_rate": 2e-3, "normalize_advantage": True},
 }
 
 
