@@ -20,16 +20,16 @@ def test_growth_compares_the_end_with_the_time_after_the_warm_up() -> None:
 
 @pytest.mark.slow
 def test_a_long_run(tmp_path: Path) -> None:
-    points = long_run.train(20, "dpok", tmp_path / "run", seconds=0.05)
+    points = long_run.train(8, "dpok", tmp_path / "run", seconds=0.05)
     assert points
-    assert all(1 <= done <= 20 and mib > 100 for done, mib in points)
+    assert all(1 <= done <= 8 and mib > 100 for done, mib in points)
 
 
 @pytest.mark.slow
 def test_a_large_run(tmp_path: Path) -> None:
-    cost = large_run.train(tmp_path / "run", 30, iterations=1)
-    state = json.loads((tmp_path / "run" / "checkpoint-30" / "trainer_state.json").read_text())
-    assert state["agent"]["images_drawn"] == 30
+    cost = large_run.train(tmp_path / "run", 8, iterations=1)
+    state = json.loads((tmp_path / "run" / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["agent"]["images_drawn"] == 8
     assert cost.checkpoint_mib > 0
     assert 0 < cost.peak_gib < large_run.MOST_GIB
 

@@ -68,8 +68,10 @@ def text_of(observation: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapped", ["plain", "noise", "squashed noise", "features", "noise and features"])
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    ("steps", "wrapped"),
+    [(1, "plain"), *((3, wrapped) for wrapped in ("plain", "noise", "squashed noise", "features", "noise and features"))],
+)
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
 @pytest.mark.usefixtures("fast_window")
 def test_checkers(env_id: str, steps: int, wrapped: str, tiny_folder: Callable[[str], Path], only_warnings) -> None:

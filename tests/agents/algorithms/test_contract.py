@@ -241,7 +241,7 @@ def test_micro_batches_change_nothing(name: str, make_agent: MakeAgent) -> None:
 def test_n_envs_changes_nothing(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """The same prompts, noise, batches and weights, however many images are drawn side by side."""
     latents, learned = [], []
-    for n in (N, 2, 3, 7):
+    for n in (N, 3, 7):
         # One state at a time, as the bits of a network's output depend on the size of its batch.
         agent = make_agent(name, make_env(n), images_per_iteration=N, policy_kwargs={"max_batch_size": 1})
         agent.learn(2 * UPDATE)
@@ -249,7 +249,7 @@ def test_n_envs_changes_nothing(name: str, make_env: MakeEnv, make_agent: MakeAg
         learned.append(weights(agent))
         assert agent.images_drawn == 2 * N
         assert agent.num_timesteps == 2 * UPDATE
-    for other in (1, 2, 3):
+    for other in (1, 2):
         assert_same(latents[other], latents[0])
         assert_same(learned[other], learned[0])
 
@@ -616,20 +616,17 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str, make_agent: MakeAge
     ("name", "kwargs"),
     [
         ("DPOK", {"target_kl": None, "batch_size": 36}),
-        ("DPOK, KL in the reward", {"kl_coef": 1e-4, "batch_size": 36}),
         ("DDPO-IS", {"batch_size": 36}),
         ("DDPO-SF", {"learning_rate": 6e-3}),
         ("GRPO", {"group_size": 24, "batch_size": 36, "same_noise": "none"}),
         ("REINFORCE", {"learning_rate": 6e-3}),
         ("SFT, KL-D", {"gamma_kl": 0.0}),
-        ("SFT, KL-O", {"gamma_kl": 0.1}),
         ("RWR", {"temperature": 0.02}),
         ("BestOfN", {"n": 8}),
         ("DiffusionNFT", {"group_size": 24, "batch_size": 24, "normalize_errors": True}),
         ("AWM", {"group_size": 24, "batch_size": 24}),
         ("DiffusionDPO", {"group_size": 4, "steps_per_iteration": 10, "batch_size": 12, "beta": 100.0}),
         ("DRaFT", {"batch_size": 12}),
-        ("DRaFT, KL", {"batch_size": 12, "kl_coef": 1e-4}),
     ],
 )
 def test_reward_improves_on_the_embedded_world(name: str, kwargs: dict[str, Any]) -> None:
