@@ -159,7 +159,7 @@ def test_the_first_ratios_are_exactly_1_in_half_precision(
         num_inference_steps=4,
         device="cpu",
     )
-    n = 16 if name == "grpo" else 8  # a group of GRPO has 8 images of each prompt
+    n = 16 if name == "grpo" else 8  # a group of GRPO has 16 images
     few = {"images_per_iteration": n, "batch_size": None}
     agent: Any = dataclasses.replace(config, algo_kwargs=config.algo_kwargs | few).make_agent(env, "cpu")
     assert agent.process.model.dtype == torch.bfloat16
