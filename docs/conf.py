@@ -29,6 +29,8 @@ smartquotes = False  # it would turn the hyphens of options into dashes
 
 html_theme = "furo"
 html_title = "dpok-gym"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_copy_source = False
 html_math_renderer = "mathml"
 
