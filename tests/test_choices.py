@@ -21,7 +21,7 @@ from dpok_gym.shapes.captions import parse_prompt
 from dpok_gym.shapes.choices import utilities
 from tests.browser import finish, serving, visiting
 
-PAGE = (Path(__file__).parent.parent / "docs" / "choices.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent / "docs" / "guides" / "from_choices.md").read_text(encoding="utf-8")
 #: What makes each step short: options that come after the page's, so that they count.
 FEW = {
     "label --prompts": "--images 48",

@@ -21,7 +21,7 @@ from tests.dpok_gym.models.test_families import single_file
 from tests.support import real_clip_tokenizer
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "evening.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "guides" / "own_checkpoint.md").read_text(encoding="utf-8")
 #: What makes a training as small as the pipeline; ImageReward's weights are not here.
 SMALL = shlex.split(
     "--reward jpeg-incompressibility --num-inference-steps 4 --images 8 --images-per-iteration 4 --batch-size 4 "

@@ -16,7 +16,7 @@ from benchmarks.memory import expect_recipe
 
 RECIPES = sorted((Path(__file__).parents[3] / "benchmarks" / "recipes").glob("*.yaml"))
 NAMES = [path.stem for path in RECIPES]
-PAGE = (Path(__file__).parents[3] / "docs" / "stable_diffusion.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "guides" / "stable_diffusion.md").read_text(encoding="utf-8")
 #: GB of the held-out reward that is taken where its files are on the disk: 428 million parameters of two bytes, with
 #: the margin.
 CLIP_SCORE = 428e6 * 2 * 1.1 / 1e9
