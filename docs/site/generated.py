@@ -10,6 +10,7 @@ import importlib
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import textwrap
 import warnings
@@ -326,6 +327,8 @@ def _without_docstring(lines: Sequence[str]) -> list[tuple[int, str]]:
 @cache
 def _revision() -> str:
     """Returns the commit that the site is built from, so that links to lines stay right; "main" without git."""
+    if shutil.which("git") is None:
+        return "main"
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "main"
 
