@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,15 @@ every_policy_gradient = pytest.mark.parametrize("name", POLICY_GRADIENTS)
 
 
 both_diffusions = pytest.mark.parametrize("model_folder", DIFFUSIONS, indirect=True)
+#: For what is saved and how batches are split, which does not depend on the kind of diffusion.
+a_diffusion_in_turn = pytest.mark.parametrize(
+    ("name", "model_folder"),
+    [
+        pytest.param(name, diffusion, marks=[] if name in FIRST else pytest.mark.slow)
+        for name, diffusion in zip(ALGORITHMS, cycle(DIFFUSIONS), strict=False)
+    ],
+    indirect=["model_folder"],
+)
 
 
 def test_every_built_in_algorithm_is_tested_here() -> None:
@@ -220,8 +230,7 @@ def test_learns(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
 
 
 @pytest.mark.slow
-@every_algorithm_in_turn
-@both_diffusions
+@a_diffusion_in_turn
 def test_micro_batches_change_nothing(name: str, make_agent: MakeAgent) -> None:
     learned = {}
     for size in (None, 2, "auto"):
@@ -293,8 +302,7 @@ def go_on(agent: Any, reset: bool = False) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@every_algorithm_in_turn
-@both_diffusions
+@a_diffusion_in_turn
 def test_goes_on_from_a_state_to_the_same_weights(name: str, make_agent: MakeAgent) -> None:
     agent = make_agent(name)
     agent.learn(2 * UPDATE)
@@ -322,9 +330,8 @@ def test_two_agents_of_one_state_do_not_share_it(name: str, make_agent: MakeAgen
     assert_same(go_on(other), expected)
 
 
-@every_algorithm_in_turn
+@a_diffusion_in_turn
 @pytest.mark.parametrize("reset", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["on", "anew"])
-@both_diffusions
 def test_goes_on_after_loading(
     name: str, reset: bool, make_env: MakeEnv, make_agent: MakeAgent, tmp_path: Path
 ) -> None:
@@ -617,7 +624,6 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str, make_agent: MakeAge
     [
         ("DPOK", {"target_kl": None, "batch_size": 36}),
         ("DDPO-IS", {"batch_size": 36}),
-        ("DDPO-SF", {"learning_rate": 6e-3}),
         ("GRPO", {"group_size": 24, "batch_size": 36, "same_noise": "none"}),
         ("REINFORCE", {"learning_rate": 6e-3}),
         ("SFT, KL-D", {"gamma_kl": 0.0}),
