@@ -54,7 +54,8 @@ def reference_policy(
         A function that takes an observation of ``env`` and returns an action for it.
 
     Raises:
-        TypeError: if ``env`` is no denoising environment, or shows text features in place of the prompt.
+        TypeError: if ``env`` is no denoising environment, or shows text features or blocks of the latent, and does not act
+            by noise.
     """
     batch = get_batch(env)
     rng = np.random.default_rng(seed)
@@ -190,8 +191,8 @@ class NoiseAction(gymnasium.ActionWrapper, RecordConstructorArgs):
     the reward's term beta * log p_pre is then that of the action itself.
 
     With a block size b, the action has one number for each b x b block of each channel: the sum of the block's noise,
-    divided by b. The environment draws the rest of the noise. N(0, I) is the pre-trained sampler here too. A policy
-    without knowledge of images finds what to do with 4 numbers in far fewer images than with 256.
+    divided by b. The environment draws the rest of the noise. N(0, I) is the pre-trained sampler here too. So a
+    policy that knows nothing of images has fewer numbers to choose.
 
     Args:
         env: the environment.
@@ -356,8 +357,7 @@ class CoarseLatent(gymnasium.ObservationWrapper, RecordConstructorArgs):
     """Shows the latent as one number for each b x b block of each channel: the sum of the block, divided by b.
 
     The size of x_T's numbers stays that of N(0, 1). This goes with the actions of ``NoiseAction(block_size=b)``: the
-    agent sees what it moves. A network that sees 4 numbers does not learn single images by heart, as one does that
-    sees 256.
+    agent sees what it moves.
 
     Args:
         env: the environment.

@@ -195,6 +195,16 @@ class Config:
             file.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     @property
+    def algorithm_name(self) -> str:
+        """The algorithm in figures: that of ``my_module:Mine`` is MINE."""
+        return self.algo.rpartition(":")[2].upper()
+
+    @property
+    def heading(self) -> str:
+        """The first line of the run's figures."""
+        return f"{self.algorithm_name} on {self.env}, seed {self.seed}"
+
+    @property
     def evaluation_seed(self) -> int:
         """Seed of the first evaluation image, far from the images of training."""
         return 1_000_000 * (self.seed + 1)

@@ -18,19 +18,10 @@ from numpy.typing import NDArray
 
 from agents.cli.plots import ALIGNED, FAINT, INK, KL, REWARD, save
 from agents.common.evaluation import Evaluation
+from agents.common.metrics import METRICS
 from dpok_gym.choices.agreement import wilson_interval
 
-#: Columns under ``rollout/`` that have no panel.
-_NOT_SHOWN = {
-    "images",
-    "valid_share",
-    "ep_rew_mean",
-    "ep_len_mean",
-    "total_reward",
-    "reward_std",
-    "equal_share",
-}
-_ALIGNED_SHARE, _HELD_OUT = "aligned_share", "held_out_reward"
+_ALIGNED_SHARE, _HELD_OUT = "rollout/aligned_share", "rollout/held_out_reward"
 #: Losses of a fit, in rows of the log that are of no rollout, with their labels.
 _FIT_LOSSES = {
     "train/denoising_loss": "denoising loss",
@@ -122,18 +113,16 @@ def _panels(rows: Sequence[Mapping[str, float]], before: Evaluation | None, afte
     def points(name: str) -> _Points:
         return [(x, row[name]) for x, row in zip(starts, rollouts, strict=True) if name in row]
 
-    if f"rollout/{_ALIGNED_SHARE}" in names:
+    if _ALIGNED_SHARE in names:
         level = None if before is None else before.aligned_share
         share = None if after is None or after.aligned is None else _share(after.aligned)
-        panels.append(
-            _Panel("fully aligned\nimages", points(f"rollout/{_ALIGNED_SHARE}"), ALIGNED, level, share, "share")
-        )
-    shown = [name.removeprefix("rollout/") for name in names if name.startswith("rollout/")]
-    for component in shown:
-        if component not in (*_NOT_SHOWN, _ALIGNED_SHARE, _HELD_OUT):
+        panels.append(_Panel("fully aligned\nimages", points(_ALIGNED_SHARE), ALIGNED, level, share, "share"))
+    for name in names:
+        if name.startswith("rollout/") and name not in METRICS:  # a component of the reward
+            component = name.removeprefix("rollout/")
             panels.append(_reward_panel(component, "trained on", points(f"rollout/{component}"), before, after))
     held_out = [name for name in names if name.startswith("held_out/")]
-    for column in held_out or [name for name in names if name == f"rollout/{_HELD_OUT}"]:
+    for column in held_out or [name for name in names if name == _HELD_OUT]:
         name = "held-out reward" if not held_out else column.removeprefix("held_out/")
         panels.append(_reward_panel(name, "not trained on", points(column), before, after))
     losses = [name for name in _FIT_LOSSES if any(name in row and "rollout/images" not in row for row in rows)]

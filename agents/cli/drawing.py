@@ -1,4 +1,4 @@
-"""How commands draw images: with which model, by which sampler, with what a run learned."""
+"""Drawing images in commands: the options of model and sampler, and the LoRA of a run."""
 
 from __future__ import annotations
 

@@ -330,10 +330,10 @@ class Run:
         summary = self._summarise(before, after)
         curves.learning_curve(rows, self.folder / LEARNING_CURVE, self._title, before, after)
         if before and after:
-            labels = ("pre-trained", f"{self._name},\n{self._done}")
-            pairs = {BEFORE_AFTER: ((before, after), self._heading)}
+            labels = ("pre-trained", f"{self.config.algorithm_name},\n{self._done}")
+            pairs = {BEFORE_AFTER: ((before, after), self.config.heading)}
             if held_out is not None:
-                pairs[HELD_OUT] = (held_out, f"{self._heading}: prompts that the training never showed")
+                pairs[HELD_OUT] = (held_out, f"{self.config.heading}: prompts that the training never showed")
             for name, (evaluations, title) in pairs.items():
                 figure = plots.before_after(*evaluations, self.folder / name, title, labels)
                 self._tensorboard.add_image(figure.stem.replace("_", " "), figure.read_bytes(), len(rows))
@@ -344,7 +344,7 @@ class Run:
         write_json(self.folder / SUMMARY, summary)  # last: a run that has it is complete
         if after:
             from_choices = summary["choices"] is not None
-            table = scores_table(f"{self._heading} (means of {len(after)} images)", summary, from_choices)
+            table = scores_table(f"{self.config.heading} (means of {len(after)} images)", summary, from_choices)
             table.add_section()
             if from_choices:
                 table.add_row("choices learned from", "", f"{summary['choices']:,}")
@@ -372,7 +372,7 @@ class Run:
 
     @property
     def _done(self) -> str:
-        """How far the training has come."""
+        """The images or optimiser steps of the training so far."""
         agent: Any = self.agent
         return f"{agent.images_drawn:,} images" if agent.draws_images else f"{agent.n_fitted:,} optimiser steps"
 
@@ -391,19 +391,11 @@ class Run:
         return {"env": self.config.env, "algo": self.config.algo, "seconds": self.progress.seconds}
 
     @property
-    def _name(self) -> str:
-        return self.config.algo.rpartition(":")[2].upper()
-
-    @property
-    def _heading(self) -> str:
-        return f"{self._name} on {self.config.env}, seed {self.config.seed}"
-
-    @property
     def _title(self) -> str:
         """The heading, and what is drawn."""
         prompts = self.env.prompts
         shown = f"“{prompts.train[0]}”" if len(prompts.train) == 1 else f"{len(prompts.train)} prompts: {prompts.name}"
-        return f"{self._heading}\n{shown}"
+        return f"{self.config.heading}\n{shown}"
 
     def _summarise(self, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
         config, prompts, agent = self.config, self.env.prompts, cast(Any, self.agent)
@@ -423,7 +415,7 @@ class Run:
         }
         if before and after:
             env, seed = self._evaluation_env(EVALUATION_BATCH_SIZE), config.evaluation_seed
-            place, label = self.folder / OPTIMUM, f"{self._name}, {self._done}"
+            place, label = self.folder / OPTIMUM, f"{self.config.algorithm_name}, {self._done}"
             summary["objective"] = compare_with_optimum(agent, env, before, after, seed, place, self._title, label)
         # A summary without evaluations has None for every score, so its keys are always the same.
         return summary | scores_of(before, after)

@@ -82,7 +82,7 @@ def run(options: Watch) -> int:
     prompts = agent.denoising_env.prompts.train
     drawn = [options.prompt] * options.n if options.prompt else cycle_prompts(prompts, options.n)
     first = config.evaluation_seed if options.seed is None else options.seed
-    rows, times = _denoising(agent, drawn, [first + index for index in range(options.n)], _name(config))
+    rows, times = _denoising(agent, drawn, [first + index for index in range(options.n)], config.algorithm_name)
     path = _write(rows, times, options.run / DENOISING, config, drawn, block=2)
     say(console, f"the denoising before and after: {path}")
     samples = list_samples(options.run / SAMPLES)
@@ -98,10 +98,6 @@ def run(options: Watch) -> int:
     return 0
 
 
-def _name(config: Config) -> str:
-    return config.algo.rpartition(":")[2].upper()
-
-
 def _write(
     rows: dict[str, NDArray[np.uint8]],
     times: Sequence[str],
@@ -113,7 +109,7 @@ def _write(
     """Writes an animation with a title; the prompts are above the images if there are several."""
     from agents.cli.animation import write_gif
 
-    title, captions = f"{_name(config)} on {config.env}, seed {config.seed}", prompts
+    title, captions = config.heading, prompts
     if len(set(prompts)) == 1:
         title, captions = f"{title}\n“{prompts[0]}”", ()
     return write_gif(rows, times, path, title, captions, block)

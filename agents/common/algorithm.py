@@ -457,7 +457,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
 
     @property
     def nat_price(self) -> float | None:
-        """beta of the objective E[r] - beta KL that the algorithm maximises, reward per nat; None if it has no such."""
+        """beta of the objective E[r] - beta KL that the algorithm maximises, reward per nat; None without such an
+        objective."""
         return None
 
     def is_done(self, total_timesteps: int) -> bool:

@@ -314,7 +314,7 @@ def cycle_prompts(prompts: Sequence[str], n: int) -> list[str]:
 
 
 def shown_images(prompts: Sequence[str], n: int) -> list[int]:
-    """Returns which images of an evaluation stand for all of it: at most n, not selected, of as many prompts as may be.
+    """Returns the numbers of the images to show of an evaluation: evenly chosen, of as many prompts as possible.
 
     Args:
         prompts: of the images, in turn, as :func:`cycle_prompts` returns them.

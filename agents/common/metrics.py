@@ -1,4 +1,4 @@
-"""What the columns of the log mean: one entry for each number that an algorithm of this package logs.
+"""The meaning of the log's columns: one entry for each number that an algorithm of this package logs.
 
 The reference pages are made of this table, so a number is explained once. Nothing heavy is imported here.
 """
