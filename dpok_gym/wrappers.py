@@ -54,8 +54,8 @@ def reference_policy(
         A function that takes an observation of ``env`` and returns an action for it.
 
     Raises:
-        TypeError: if ``env`` is no denoising environment, or shows text features or blocks of the latent, and does not act
-            by noise.
+        TypeError: if ``env`` is no denoising environment, or shows text features or blocks of the latent while its
+            actions are latents.
     """
     batch = get_batch(env)
     rng = np.random.default_rng(seed)
