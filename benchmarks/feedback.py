@@ -20,10 +20,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +42,7 @@ from agents.common.steering import UNSTEERED
 from benchmarks.compare import HERE
 from benchmarks.compare_figures import save, tidy
 from benchmarks.compare_tables import markdown
-from benchmarks.runs import Description, Record, find_records, sweep_and_report, sweep_options
+from benchmarks.runs import Description, Record, find_records, fresh_processes, sweep_and_report, sweep_options
 from benchmarks.statistics import Interval, interquartile_mean
 from benchmarks.training_run import summarize
 from dpok_gym.models import load_model
@@ -110,9 +108,7 @@ def announce(runs: Sequence[Description], file: Path, seconds: dict[str, float],
 
 def draw_all(work: Path, settings: dict[str, Any], options: argparse.Namespace) -> None:
     """Draws the images of all seeds and writes the files of choices that are missing."""
-    context = multiprocessing.get_context("spawn")
-    one_thread: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
-    with ProcessPoolExecutor(options.processes, context, **one_thread) as pool:
+    with fresh_processes(options.processes) as pool:
         list(pool.map(partial(draw_choices, work, settings), range(settings["seeds"])))
 
 

@@ -4,7 +4,8 @@ There are two tasks: ``DPOK-Mixture-v0``, and ``DPOK-Shapes-v0`` with the reward
 trained with three seeds and 2,560 images. Afterwards images of fixed seeds are drawn and scored with the task's reward.
 
 Some lines take one help away, to show what it is worth: "all numbers of the noise" acts by each of the 256 numbers of a
-latent, not by one for each channel; "bytes" sees the bytes of the prompt, not text features.
+latent, not by one for each channel; "bytes" sees the bytes of the prompt, not text features. Two lines are PPO of
+Stable-Baselines3 with a policy of this library: a small UNet that corrects the noise, and a LoRA of the denoiser.
 
 The sweep goes on where it was stopped. ``--report`` makes the table of the runs that are there.
 """
@@ -19,18 +20,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
+from gymnasium.vector import VectorEnv
 from rich.console import Console
 from rich.table import Table
+from stable_baselines3 import PPO
 
 import dpok_gym
+from agents import GymnasiumVecEnv, ResidualActorPolicy
 from agents.algorithms.presets import PRESETS
 from agents.algorithms.registry import load_algorithm
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
+from agents.common.policy import DenoisingPolicy
 from benchmarks.compare_tables import markdown
 from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
 from benchmarks.score import score_policy
 from benchmarks.statistics import interquartile_mean
 from dpok_gym.registration import SUITABLE_PRESETS
+from dpok_gym.wrappers import get_batch
 
 RESULTS = Path(__file__).parent / "results" / "other_agents"
 N_ENVS = 64
@@ -76,11 +82,38 @@ def recipe(name: str, block_size: int | None = None, bytes_of_prompt: bool = Fal
         env = module.make_env(task.env_id, N_ENVS, block_size or task.block_size, **task.kwargs)
         if bytes_of_prompt:
             env = env.env  # without the outermost wrapper
-        act = module.train(env, images, seed, **settings)
-        prompts = cycle_prompts(dpok_gym.wrappers.get_batch(env).prompts.train, eval_images)
-        return score_policy(env, act, prompts, EVALUATION_SEED)
+        return _score(env, module.train(env, images, seed, **settings), eval_images)
 
     return run
+
+
+def residual_actor(task: BenchmarkTask, images: int, seed: int, eval_images: int) -> Evaluation:
+    """A runner of PPO with :class:`agents.ResidualActorPolicy`."""
+    env = gymnasium.make_vec(task.env_id, num_envs=N_ENVS, **task.kwargs)
+    env = dpok_gym.VectorTextFeatures(dpok_gym.VectorNoiseAction(env))
+    act = _train_ppo(env, ResidualActorPolicy, images, seed, learning_rate=3e-4, batch_size=128, n_epochs=4)
+    return _score(env, act, eval_images)
+
+
+def lora_policy(task: BenchmarkTask, images: int, seed: int, eval_images: int) -> Evaluation:
+    """A runner of PPO with the policy of this library's own agents."""
+    env: Any = gymnasium.make_vec(task.env_id, num_envs=N_ENVS, **task.kwargs)
+    kwargs = {"process": env.process, "lora_rank": 16, "target_modules": "all", "use_critic": True}
+    settings = {"policy_kwargs": kwargs, "learning_rate": 1e-3, "batch_size": 64, "n_epochs": 1}
+    return _score(env, _train_ppo(env, DenoisingPolicy, images, seed, **settings), eval_images)
+
+
+def _train_ppo(env: VectorEnv, policy: Any, images: int, seed: int, **settings: Any) -> Callable[[Any], Any]:
+    """Trains Stable-Baselines3's PPO; returns its policy, a function from observations to actions."""
+    n_steps = get_batch(env).process.num_inference_steps
+    settings |= {"n_steps": n_steps, "gamma": 1.0, "gae_lambda": 1.0}
+    model = PPO(policy, GymnasiumVecEnv(env), seed=seed, device="cpu", **settings).learn(images * n_steps)
+    return lambda observation: model.predict(observation)[0]
+
+
+def _score(env: VectorEnv, act: Callable[[Any], Any], eval_images: int) -> Evaluation:
+    prompts = cycle_prompts(get_batch(env).prompts.train, eval_images)
+    return score_policy(env, act, prompts, EVALUATION_SEED)
 
 
 def dpok(trains: bool = True, **changes: Any) -> Runner:
@@ -115,6 +148,8 @@ AGENTS: dict[str, Runner] = {
     "evolution strategy": recipe("evolution"),
     "Stable-Baselines3, PPO, bytes": recipe("sb3_agents", bytes_of_prompt=True, algo="ppo"),
     ALL_NUMBERS: recipe("sb3_agents", block_size=1, algo="ppo"),
+    "Stable-Baselines3, PPO, ResidualActorPolicy": residual_actor,
+    "Stable-Baselines3, PPO, LoRA": lora_policy,
 }
 
 

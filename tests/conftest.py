@@ -34,6 +34,7 @@ def _no_screen() -> None:
 def _one_thread() -> None:
     # The networks are so small that more threads wait for each other.
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @pytest.fixture

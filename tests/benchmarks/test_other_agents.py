@@ -27,7 +27,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     lines = [json.dumps(run | {"scores": {"reward": run["seed"] / 4}, "seconds": 7}) for run in runs]
     (tmp_path / "runs.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     other_agents.main(["--report", "--out", str(tmp_path)])
-    assert f"{len(runs)} of 57 runs" in capsys.readouterr().out
+    assert f"{len(runs)} of 69 runs" in capsys.readouterr().out
     table = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert table[2:] == [
         f"| {label} | 0.250 [0.000, 0.500] | 7 | 0.250 [0.000, 0.500] | 7 |" for label in ("DPOK", "TorchRL, PPO")
@@ -38,5 +38,5 @@ def test_the_runs() -> None:
     """What is taken away is left out where it makes no difference."""
     options = other_agents.parse_arguments([])
     runs = list(other_agents.make_descriptions(options))
-    assert len(runs) == 57 == 3 * (2 * len(AGENTS) - 1)
+    assert len(runs) == 69 == 3 * (2 * len(AGENTS) - 1)
     assert not [run for run in runs if (run["task"], run["label"]) == ("mixture", ALL_NUMBERS)]

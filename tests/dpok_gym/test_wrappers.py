@@ -11,8 +11,9 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import data_equivalence as equal
-from stable_baselines3 import A2C, PPO
+from stable_baselines3 import A2C, PPO, SAC
 
+from agents import GymnasiumVecEnv
 from dpok_gym import (
     CoarseLatent,
     DenoisingEnv,
@@ -277,6 +278,17 @@ class TestSquashed:
         np.testing.assert_allclose((observation["latent"] - mean[0].numpy()) / std.item(), 8.66, atol=0.01)
         assert not np.array_equal(before["latent"], observation["latent"])
 
+    def test_sac_starts_near_the_pre_trained_noise(self) -> None:
+        """Its first actions are noise of a standard deviation of about 1; unless squashed, of more than 5."""
+        stds = []
+        for squashed in (True, False):
+            env = VectorTextFeatures(VectorNoiseAction(make_vector(), squashed=squashed))
+            agent = SAC("MultiInputPolicy", GymnasiumVecEnv(env), seed=0, device="cpu", buffer_size=2)
+            actions, _ = agent.predict(env.reset(seed=0)[0])  # type: ignore[arg-type]
+            stds.append((np.arctanh(actions) if squashed else actions).std())
+        assert 0.8 < stds[0] < 1.2
+        assert stds[1] > 5
+
     def test_reference_policy(self) -> None:
         plain, squashed = NoiseAction(make()), NoiseAction(make(), squashed=True)
         observation, _ = plain.reset(seed=0)
@@ -409,6 +421,19 @@ class TestTextFeatures:
         assert_same(of_wrapped[4]["final_info"], result[4]["final_info"])
         for last in of_wrapped[4]["final_obs"]:
             assert wrapped.single_observation_space.contains(last)
+
+    @torch.no_grad()
+    def test_bytes_saturate_a_stock_network_and_features_do_not(self) -> None:
+        """The share of the first layer's tanh units above 0.99."""
+        noisy = VectorNoiseAction(make_vector(prompts="three green squares"))
+        shares = []
+        for env in (noisy, VectorTextFeatures(noisy)):
+            policy: Any = PPO("MultiInputPolicy", GymnasiumVecEnv(env), n_steps=2, batch_size=4, seed=0).policy
+            tensors, _ = policy.obs_to_tensor(env.reset(seed=0)[0])
+            hidden = policy.mlp_extractor.policy_net[:2](policy.extract_features(tensors))
+            shares.append((hidden.abs() > 0.99).float().mean())
+        assert shares[0] > 0.8
+        assert shares[1] < 0.1
 
     def test_spec_survives_json(self) -> None:
         env = TextFeatures(make_noisy(2))
