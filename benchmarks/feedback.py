@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -190,8 +191,9 @@ def run(description: Description, row_file: Path | None = None, *, work: Path) -
     choices = choices_file(work, seed, description["error_rate"], description["choices"])
     result: Record = {}
     reward: Any = dict.fromkeys(WORLD.evaluation_rewards, 0.0)
+    saved_seconds = 0.0
     if "fit" in settings:
-        fitted = fit_reward(choices, seed, **settings.pop("fit"))
+        fitted, saved_seconds = fit_reward(choices, seed, **settings.pop("fit"))
         reward = {score_of(fitted.reward): 1.0}
         result["agreement"] = fitted.held_out.agreement
     env, evaluation_env = (_make_env(description, reward, n) for n in (64, EVALUATION_BATCH_SIZE))
@@ -206,7 +208,7 @@ def run(description: Description, row_file: Path | None = None, *, work: Path) -
     else:
         agent = DiffusionDPO(env=env, seed=seed, device="cpu", choices=choices, **settings)
         agent.learn(0)
-    result["seconds"] = round(time.perf_counter() - started, 1)
+    result["seconds"] = round(saved_seconds + time.perf_counter() - started, 1)
     prompts = cycle_prompts(load_prompts(description["prompt"]).train, description["eval_images"])
     # Far from the seeds of training, and the same for all ways.
     first = 1_000_000 * (seed + 1)
@@ -217,18 +219,31 @@ def run(description: Description, row_file: Path | None = None, *, work: Path) -
     return description | {"scores": scores} | result
 
 
-def fit_reward(choices: Path, seed: int, passes: int, **settings: Any) -> Fit:
+def fit_reward(choices: Path, seed: int, passes: int, held_out: float) -> tuple[Fit, float]:
     """Fits a reward to a file of choices, with an untrained network at the start.
+
+    It is kept beside the choices, as two ways learn from the same reward.
 
     Args:
         choices: the file.
         seed: of the fit.
         passes: choices that are seen in all epochs together; each choice is one of them at least once.
-        **settings: further arguments of :func:`dpok_gym.rewards.preference.fit.fit`.
+        held_out: share of the choices that it is not fitted to.
+
+    Returns:
+        The fit; and if it was read, the seconds that it took when it was made, else 0.
     """
+    kept = choices.with_name(f"{choices.stem}-{passes}-{held_out:g}.pt")
+    if kept.is_file():
+        return torch.load(kept, weights_only=False)
+    started = time.perf_counter()
     comparisons = load_comparisons(choices, IMAGE_SIZE)
     epochs = math.ceil(passes / len(comparisons))
-    return fit(comparisons, epochs=epochs, seed=seed, device="cpu", **settings)
+    fitted = fit(comparisons, epochs=epochs, seed=seed, device="cpu", held_out=held_out)
+    part = kept.with_suffix(f".{os.getpid()}")  # another process may fit the same reward meanwhile
+    torch.save((fitted, time.perf_counter() - started), part)
+    part.replace(kept)
+    return fitted, 0.0
 
 
 def score_of(reward: LearnedReward) -> Any:

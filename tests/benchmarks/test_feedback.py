@@ -50,7 +50,8 @@ def test_choices_and_runs(tmp_path: Path) -> None:
         assert record.items() >= description.items()
         assert all(0 <= record["scores"][name] <= 1 for name in ("aligned", "quality"))
         records[record["label"]] = record
-    assert "agreement" in records["DPOK"]
+    assert records["DPOK"]["agreement"] == records["best of 2"]["agreement"]  # of one reward
+    assert len(list((tmp_path / "seed-0").glob("*.pt"))) == 1
     assert "agreement" not in records["Diffusion-DPO"]
     assert records["Diffusion-DPO"]["scores"]["kl"] > 0
     assert records["best of 2"]["scores"]["kl"] == pytest.approx(np.log(2) - 0.5)
