@@ -44,7 +44,7 @@ from benchmarks.compare import HERE
 from benchmarks.compare_figures import save, tidy
 from benchmarks.compare_tables import markdown
 from benchmarks.runs import Description, Record, find_records, fresh_processes, sweep_and_report, sweep_options
-from benchmarks.statistics import Interval, interquartile_mean
+from benchmarks.statistics import Interval, mean
 from benchmarks.training_run import summarize
 from dpok_gym.models import load_model
 from dpok_gym.prompts import load_prompts
@@ -300,8 +300,7 @@ def make_means(records: Sequence[Record], score: str) -> Means:
         if value is not None:
             values.setdefault(record["label"], {}).setdefault(record["choices"], []).append(value)
     return {
-        label: {n: interquartile_mean([numbers]) for n, numbers in sorted(by_choices.items())}
-        for label, by_choices in values.items()
+        label: {n: mean(numbers) for n, numbers in sorted(by_choices.items())} for label, by_choices in values.items()
     }
 
 

@@ -23,7 +23,7 @@ from benchmarks.compare import HERE
 from benchmarks.compare_figures import save, tidy
 from benchmarks.compare_tables import markdown
 from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
-from benchmarks.statistics import Interval, interquartile_mean
+from benchmarks.statistics import Interval, mean
 from benchmarks.training_run import REJECTION
 
 #: The columns of a table: heading, whether it is of the trained model, name of the score, format.
@@ -102,7 +102,7 @@ def make_rows(records: Sequence[Record], n_steps: int) -> Rows:
             if record["num_inference_steps"] == n_steps and (record["algorithm"] != REJECTION) == trained:
                 values.setdefault(record["label"], []).append(record["scores"]["training"][score])
         for name, numbers in values.items():
-            rows.setdefault(name, {})[heading] = interquartile_mean([numbers])
+            rows.setdefault(name, {})[heading] = mean(numbers)
     return rows
 
 

@@ -34,7 +34,7 @@ from agents.common.policy import DenoisingPolicy
 from benchmarks.compare_tables import markdown
 from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
 from benchmarks.score import score_policy
-from benchmarks.statistics import interquartile_mean
+from benchmarks.statistics import mean
 from dpok_gym.registration import SUITABLE_PRESETS
 from dpok_gym.wrappers import get_batch
 
@@ -196,7 +196,7 @@ def report(records: Sequence[Record], folder: Path) -> None:
         cells = []
         for name in BENCHMARK_TASKS:
             chosen = [record for record in records if (record["task"], record["label"]) == (name, label)]
-            cells.append(f"{interquartile_mean([[r['scores']['reward'] for r in chosen]]):.3f}" if chosen else "")
+            cells.append(f"{mean([r['scores']['reward'] for r in chosen]):.3f}" if chosen else "")
             cells.append(f"{sum(r['seconds'] for r in chosen) / len(chosen):.0f}" if chosen else "")
         if any(cells):
             rows[label] = cells

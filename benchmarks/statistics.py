@@ -34,6 +34,15 @@ class Interval(NamedTuple):
         return text
 
 
+def mean(numbers: ArrayLike) -> Interval:
+    """Computes the mean of runs of one task.
+
+    Args:
+        numbers: one for each seed.
+    """
+    return _interval([numbers], np.mean)
+
+
 def interquartile_mean(by_task: Sequence[ArrayLike]) -> Interval:
     """Computes the mean of the middle half of a task's runs, and the mean of these over tasks.
 

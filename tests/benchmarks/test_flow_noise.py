@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import flow_noise
+from benchmarks import flow_noise, runs
 from benchmarks.flow_noise import COLUMNS
 from dpok_gym.samplers.flow_matching import KERNELS
-from tests.benchmarks.support import HERE, fake_records, mean_score, values
+from tests.benchmarks.support import HERE, RESULTS, fake_records, mean_score, values
 
 SETTINGS = yaml.safe_load((HERE / "flow_noise.yaml").read_text(encoding="utf-8"))
 
@@ -40,3 +40,14 @@ def test_report(tmp_path: Path) -> None:
         (row,) = (line for line in text.split("\n") if line.startswith("| ode |"))
         assert len(values(row)) == 3  # the others are empty
     assert (tmp_path / "flow_noise.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_published_table_is_rebuilt(tmp_path: Path) -> None:
+    """Of the lines of all runs."""
+    folder = RESULTS / "flow_noise"
+    descriptions = list(flow_noise.descriptions(SETTINGS))
+    records = [record for record in runs.find_records(descriptions, folder / "runs.jsonl") if record]
+    assert len(records) == len(descriptions)
+    flow_noise.report(records, tmp_path)
+    assert (tmp_path / "table.md").read_text() == (folder / "table.md").read_text()

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
+from benchmarks import statistics
 from benchmarks.statistics import improvement, interquartile_band, interquartile_mean, probability_of_improvement
+
+
+def test_mean() -> None:
+    numbers = np.random.default_rng(0).normal(size=400)
+    mean = statistics.mean(numbers)
+    assert mean.value == pytest.approx(numbers.mean())
+    assert mean.high - mean.low == pytest.approx(2 * 1.96 * numbers.std() / 400**0.5, rel=0.1)
 
 
 def test_interquartile_mean() -> None:
