@@ -2,8 +2,8 @@
 
 The embedded flow-matching model draws with each kernel and noise level of ``flow_noise.yaml``, before training and
 after the same number of images of DPOK. Before training the noise costs image quality, beside the sampler without noise
-("ode"). In training it is what there is to learn from. The runs are kept as those of :mod:`benchmarks.compare`;
-``--report`` makes none.
+("ode"). In training it is what there is to learn from. One seed is made again with a smaller learning rate. The runs
+are kept as those of :mod:`benchmarks.compare`; ``--report`` makes none.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
 from benchmarks.statistics import Interval, mean
 from benchmarks.training_run import REJECTION
 
-#: The columns of a table: heading, whether it is of the trained model, name of the score, format.
+BEFORE, AFTER, SLOWER = "before", "after", "slower"
+#: The columns of a table: heading, when the score is taken, its name, its format.
 COLUMNS = {
-    "before: aligned": (False, "aligned", ".3f"),
-    "before: quality": (False, "quality", ".3f"),
-    "before: reward": (False, "reward", ".2f"),
-    "after: aligned": (True, "aligned", ".3f"),
-    "after: quality": (True, "quality", ".3f"),
-    "after: reward": (True, "reward", ".2f"),
-    "after: KL, nats": (True, "kl", ".1f"),
+    "before: aligned": (BEFORE, "aligned", ".3f"),
+    "before: quality": (BEFORE, "quality", ".3f"),
+    "before: reward": (BEFORE, "reward", ".2f"),
+    "after: aligned": (AFTER, "aligned", ".3f"),
+    "after: quality": (AFTER, "quality", ".3f"),
+    "after: reward": (AFTER, "reward", ".2f"),
+    "after: KL, nats": (AFTER, "kl", ".1f"),
+    "smaller rate: aligned": (SLOWER, "aligned", ".3f"),
+    "smaller rate: KL, nats": (SLOWER, "kl", ".1f"),
 }
 
 #: The panels of the figure, one for each score.
@@ -63,8 +66,13 @@ def descriptions(settings: dict[str, Any]) -> Iterator[Description]:
                     run = {"num_inference_steps": n_steps, "environment": environment, "seed": seed}
                     run = settings["common"] | run | {"task": f"{n_steps} steps", "label": label(sampler, eta)}
                     yield run | {"algorithm": REJECTION, "settings": {"n": 1}}
-                    if sampler != "ode":
-                        yield run | {"algorithm": settings["algorithm"], "settings": settings["settings"]}
+                    if sampler == "ode":
+                        continue
+                    run |= {"algorithm": settings["algorithm"], "settings": settings["settings"]}
+                    yield run
+                    slower = settings["slower"]
+                    if seed < slower["seeds"] and n_steps in slower["steps"]:
+                        yield run | {"settings": run["settings"] | {"learning_rate": slower["learning_rate"]}}
 
 
 def label(sampler: str, eta: float) -> str:
@@ -96,10 +104,17 @@ def report(records: Sequence[Record], folder: Path) -> None:
 def make_rows(records: Sequence[Record], n_steps: int) -> Rows:
     """Returns the means over the seeds of each column, for one number of steps; those without runs are left out."""
     rows: Rows = {}
-    for heading, (trained, score, _) in COLUMNS.items():
+    rates = {record["settings"]["learning_rate"] for record in records if record["algorithm"] != REJECTION}
+
+    def moment(record: Record) -> str:
+        if record["algorithm"] == REJECTION:
+            return BEFORE
+        return AFTER if record["settings"]["learning_rate"] == max(rates) else SLOWER
+
+    for heading, (when, score, _) in COLUMNS.items():
         values: dict[str, list[float]] = {}
         for record in records:
-            if record["num_inference_steps"] == n_steps and (record["algorithm"] != REJECTION) == trained:
+            if record["num_inference_steps"] == n_steps and moment(record) == when:
                 values.setdefault(record["label"], []).append(record["scores"]["training"][score])
         for name, numbers in values.items():
             rows.setdefault(name, {})[heading] = mean(numbers)

@@ -33,9 +33,12 @@ def test_report(tmp_path: Path) -> None:
         (row,) = (line for line in text.split("\n") if line.startswith("| cps, 0.8 |"))
         ours = [r for r in records if r["label"] == "cps, 0.8" and r["num_inference_steps"] == n_steps]
         means = []
-        for trained, name, format_spec in COLUMNS.values():
-            chosen = [record for record in ours if (record["algorithm"] == "dpok") == trained]
-            means.append(f"{mean_score(chosen, 'training', name):{format_spec}}")
+        rate = SETTINGS["settings"]["learning_rate"]
+        moments = {"before": None, "after": rate, "slower": SETTINGS["slower"]["learning_rate"]}
+        for when, name, format_spec in COLUMNS.values():
+            chosen = [record for record in ours if record["settings"].get("learning_rate") == moments[when]]
+            if chosen:  # the last columns are empty where there is no such run
+                means.append(f"{mean_score(chosen, 'training', name):{format_spec}}")
         assert values(row) == means
         (row,) = (line for line in text.split("\n") if line.startswith("| ode |"))
         assert len(values(row)) == 3  # the others are empty
