@@ -98,7 +98,12 @@ def report(records: Sequence[Record], folder: Path) -> None:
         texts.append(f"## {n_steps} steps\n\n{markdown(cells, COLUMNS)}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text("\n".join(texts), encoding="utf-8")
-    figure(tables, folder / "flow_noise.png")
+    seeds, first = len({record["seed"] for record in records}), records[0]
+    title = (
+        f"“{first['prompts']}”, before and after {first['images']} images of DPOK. Numbers: noise level.\n"
+        f"Bars: 95 % intervals of {seeds} seeds. Grey: training changes nothing. Dotted: no noise, before training."
+    )
+    figure(tables, title, folder / "flow_noise.png")
 
 
 def make_rows(records: Sequence[Record], n_steps: int) -> Rows:
@@ -125,11 +130,12 @@ def _format(means: dict[str, Interval], heading: str) -> str:
     return f"{means[heading]:{COLUMNS[heading][2]}}" if heading in means else ""
 
 
-def figure(tables: dict[int, Rows], path: Path) -> None:
+def figure(tables: dict[int, Rows], title: str, path: Path) -> None:
     """Draws the scores after training against those before: a row for each number of steps, a colour for each kernel.
 
     Args:
         tables: the means, by number of steps.
+        title: of the figure.
         path: file to write.
     """
     drawing = Figure(figsize=(4.6 * len(PANELS), 0.6 + 3.6 * len(tables)), layout="constrained")
@@ -148,10 +154,14 @@ def figure(tables: dict[int, Rows], path: Path) -> None:
                     axes.hlines(after.value, before.low, before.high, color=colours[kernel], linewidth=1)
                     axes.vlines(before.value, after.low, after.high, color=colours[kernel], linewidth=1)
                     axes.annotate(eta, (before.value, after.value), (4, 4), textcoords="offset points", fontsize=7)
+            limits = axes.axis()
+            axes.axline((0, 0), slope=1, color="#bbbbbb", linewidth=0.8, zorder=0)
+            axes.axis(limits)
             axes.set(xlabel="before training", ylabel="after training", title=f"{n_steps} steps: {name}")
             tidy(axes)
     by_name = dict(zip(*reversed(panels[0, 0].get_legend_handles_labels()), strict=True))
-    drawing.legend(by_name.values(), by_name, loc="outside upper center", ncols=len(by_name), frameon=False)
+    drawing.legend(by_name.values(), by_name, loc="outside lower center", ncols=len(by_name), frameon=False)
+    drawing.suptitle(title)
     save(drawing, path)
 
 
