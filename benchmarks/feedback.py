@@ -12,12 +12,12 @@ untrained network, as ``dpok fit-reward`` does: the shipped ``shapes-preference`
 this person.
 
 The choices are kept in ``--work``, and each run is one line of ``runs.jsonl``, as those of :mod:`benchmarks.compare`:
-an interrupted sweep continues where it stopped, and ``--report`` makes no runs.
+an interrupted sweep continues where it stopped, and ``--report`` makes no runs. ``--tune`` makes the runs by which the
+settings were chosen, on choices of another seed, and ranks them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -52,7 +52,7 @@ from dpok_gym.rewards.preference import LearnedReward, load_comparisons
 from dpok_gym.rewards.preference.fit import Fit, fit
 from dpok_gym.samplers import DenoisingProcess
 from dpok_gym.shapes.captions import parse_prompt
-from dpok_gym.shapes.choices import JUST_NOTICEABLE, sample_images, utilities
+from dpok_gym.shapes.choices import JUST_NOTICEABLE, QUALITY_WEIGHT, sample_images, utilities
 from dpok_gym.shapes.scenes import IMAGE_SIZE
 from dpok_gym.shapes.world import WORLD
 from dpok_gym.utils.files import replacing
@@ -73,16 +73,17 @@ def main() -> None:
     """Draws the choices and makes the runs that are missing, and reports."""
     parser = sweep_options(__doc__, HERE / "feedback.yaml")
     parser.add_argument("--work", type=Path, default=Path("runs/feedback"), help="folder for images and choices")
+    parser.add_argument("--tune", action="store_true", help="make the runs of the tuning instead, and rank them")
     options = parser.parse_args()
     settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
     folder = options.out or HERE / "results" / "feedback"
-    runs = list(descriptions(settings))
+    runs, file, write_report = list(descriptions(settings)), folder / "runs.jsonl", partial(report, folder=folder)
+    if options.tune:
+        runs, file, write_report = list(tuning(settings)), folder / "tuning.jsonl", rank
     if not options.report:
-        announce(runs, folder / "runs.jsonl", settings["seconds"], options.processes)
-        draw_all(options.work, settings, options)
-    run_in_work = partial(run, work=options.work)
-    write_report = partial(report, folder=folder)
-    sweep_and_report(runs, folder / "runs.jsonl", options, write_report, images=False, run=run_in_work)
+        announce(runs, file, settings["seconds"], options.processes)
+        draw_all(options.work, settings, sorted({run["seed"] for run in runs}), options.processes)
+    sweep_and_report(runs, file, options, write_report, images=False, run=partial(run, work=options.work))
 
 
 def descriptions(settings: dict[str, Any]) -> Iterator[Description]:
@@ -97,20 +98,32 @@ def descriptions(settings: dict[str, Any]) -> Iterator[Description]:
                     yield common | {"task": f"{n_choices} choices, {error_rate:.0%} errors"} | run
 
 
+def tuning(settings: dict[str, Any]) -> Iterator[Description]:
+    """Yields the descriptions of the runs by which the settings were chosen; the label names what is changed."""
+    of_tuning = settings["tuning"]
+    common = settings["common"] | {"seed": of_tuning["seed"], "error_rate": of_tuning["error_rate"]}
+    for way, changes in of_tuning["changes"].items():
+        for change in changes:
+            label = ", ".join([way, *(f"{name} {value:g}" for name, value in change.items())])
+            for n_choices in of_tuning["choices"]:
+                run = {"task": f"{n_choices} choices", "label": label, "choices": n_choices}
+                yield common | run | {"settings": settings["ways"][way] | change}
+
+
 def announce(runs: Sequence[Description], file: Path, seconds: dict[str, float], processes: int) -> None:
-    """Prints how long the missing runs take, from the seconds that one of each label took when it was measured."""
+    """Prints how long the missing runs take, from the seconds that one of each way took when it was measured."""
     missing = [run for run, record in zip(runs, find_records(runs, file), strict=True) if record is None]
-    total = sum(seconds[run["label"]] for run in missing) / processes
+    total = sum(seconds[run["label"].partition(",")[0]] for run in missing) / processes
     print(f"{len(missing)} runs are missing: about {format_seconds(total)}, with {processes} processes")
 
 
 # ------------------------------------------------------------------------------------------------------------- choices
 
 
-def draw_all(work: Path, settings: dict[str, Any], options: argparse.Namespace) -> None:
+def draw_all(work: Path, settings: dict[str, Any], seeds: Sequence[int], processes: int) -> None:
     """Draws the images of all seeds and writes the files of choices that are missing."""
-    with fresh_processes(options.processes) as pool:
-        list(pool.map(partial(draw_choices, work, settings), range(settings["seeds"])))
+    with fresh_processes(processes) as pool:
+        list(pool.map(partial(draw_choices, work, settings), seeds))
 
 
 def choices_file(work: Path, seed: int, error_rate: float, n_choices: int) -> Path:
@@ -206,7 +219,9 @@ def run(description: Description, row_file: Path | None = None, *, work: Path) -
         if trains:
             agent.learn(images * agent.process.num_inference_steps)
     else:
-        agent = DiffusionDPO(env=env, seed=seed, device="cpu", choices=choices, **settings)
+        n_gradient_steps = math.ceil(settings.pop("epochs") * description["choices"] / settings["batch_size"])
+        settings |= {"choices": choices, "n_gradient_steps": n_gradient_steps}
+        agent = DiffusionDPO(env=env, seed=seed, device="cpu", **settings)
         agent.learn(0)
     result["seconds"] = round(saved_seconds + time.perf_counter() - started, 1)
     prompts = cycle_prompts(load_prompts(description["prompt"]).train, description["eval_images"])
@@ -267,6 +282,23 @@ def _make_env(description: Description, reward: Any, num_envs: int) -> Denoising
 
 
 # -------------------------------------------------------------------------------------------------------------- report
+
+
+def rank(records: Sequence[Record]) -> None:
+    """Prints the runs of the tuning, those first whose images the person likes best without errors."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    for record in records:
+        scores = record["scores"]
+        scores["liked"] = scores["alignment"] + QUALITY_WEIGHT * scores["quality"]
+        rows.setdefault(record["label"], []).append(scores)
+    sizes = ", ".join(str(n) for n in dict.fromkeys(record["choices"] for record in records))
+    columns = {"liked": ".3f", "aligned": ".2f", "quality": ".2f", "kl": ".0f"}
+    table = Table("", *columns, title=f"after {sizes} choices")
+    for label, runs in sorted(rows.items(), key=lambda row: -sum(scores["liked"] for scores in row[1]) / len(row[1])):
+        table.add_row(
+            label, *(", ".join(f"{scores[name]:{form}}" for scores in runs) for name, form in columns.items())
+        )
+    Console(width=120).print(table)
 
 
 def report(records: Sequence[Record], folder: Path) -> None:

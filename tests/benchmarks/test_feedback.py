@@ -22,7 +22,7 @@ TINY = SETTINGS | {
     "ways": {
         "DPOK": {"fit": {"passes": 20, "held_out": 0.2}, "images": 2, "images_per_iteration": 2, "use_critic": False},
         "best of 2": {"fit": {"passes": 20, "held_out": 0.2}, "n": 2},
-        "Diffusion-DPO": {"batch_size": 2, "n_gradient_steps": 1},
+        "Diffusion-DPO": {"batch_size": 16, "epochs": 1},
     },
 }
 
@@ -31,6 +31,17 @@ def test_descriptions() -> None:
     descriptions = list(feedback.descriptions(SETTINGS))
     assert len({json.dumps(each, sort_keys=True) for each in descriptions}) == len(descriptions) == 5 * (1 + 3 * 4 * 3)
     assert {each["label"] for each in descriptions} == SETTINGS["seconds"].keys()
+
+
+def test_the_settings_were_tuned() -> None:
+    """On choices that the comparison does not have; each way by as many runs, and its settings are among them."""
+    descriptions = list(feedback.tuning(SETTINGS))
+    changes = SETTINGS["tuning"]["changes"]
+    assert SETTINGS["tuning"]["seed"] >= SETTINGS["seeds"]
+    assert len({json.dumps(each, sort_keys=True) for each in descriptions}) == len(descriptions)
+    assert len({len(each) for each in changes.values()}) == 1
+    for way, of_way in changes.items():
+        assert any(change.items() <= SETTINGS["ways"][way].items() for change in of_way)
 
 
 @pytest.mark.slow
