@@ -22,7 +22,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,9 @@ def main() -> None:
     options = parser.parse_args()
     settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
     folder = options.out or HERE / "results" / "feedback"
-    runs, file, write_report = list(descriptions(settings)), folder / "runs.jsonl", partial(report, folder=folder)
-    if options.tune:
-        runs, file, write_report = list(tuning(settings)), folder / "tuning.jsonl", rank
+    runs = list(tuning(settings) if options.tune else descriptions(settings))
+    file = folder / ("tuning.jsonl" if options.tune else "runs.jsonl")
+    write_report: Callable[[Sequence[Record]], None] = rank if options.tune else partial(report, folder=folder)
     if not options.report:
         announce(runs, file, settings["seconds"], options.processes)
         draw_all(options.work, settings, sorted({run["seed"] for run in runs}), options.processes)

@@ -92,7 +92,7 @@ def _ask(worker: subprocess.Popen[str], words: str = "") -> Any:
     worker.stdin.flush()
     answer = worker.stdout.readline()
     if not answer:
-        raise RuntimeError(f"{worker.args} has ended; what it printed is above")
+        raise RuntimeError(f"{worker.args!r} has ended; what it printed is above")
     return json.loads(answer)
 
 
