@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from benchmarks import feedback
+from benchmarks.runs import find_records
 from dpok_gym.choices.records import read_choices
-from tests.benchmarks.support import HERE, values
+from tests.benchmarks.support import HERE, RESULTS, values
 
 SETTINGS = yaml.safe_load((HERE / "feedback.yaml").read_text(encoding="utf-8"))
 COMMON = SETTINGS["common"] | {"num_inference_steps": 1, "eval_images": 2}
@@ -42,6 +43,19 @@ def test_the_settings_were_tuned() -> None:
     assert len({len(each) for each in changes.values()}) == 1
     for way, of_way in changes.items():
         assert any(change.items() <= SETTINGS["ways"][way].items() for change in of_way)
+
+
+def test_the_published_tuning(capsys: pytest.CaptureFixture[str]) -> None:
+    """All of its runs are there, and ranked by the mean of what the person likes."""
+    descriptions = list(feedback.tuning(SETTINGS))
+    records = [record for record in find_records(descriptions, RESULTS / "feedback" / "tuning.jsonl") if record]
+    assert len(records) == len(descriptions)
+    feedback.rank(records)
+    rows = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    means = [np.mean([float(number) for number in numbers.split(",")]) for _, numbers in rows]
+    assert means == sorted(means, reverse=True)
+    best = {label.strip().partition(",")[0]: label.strip() for label, _ in reversed(rows)}
+    assert best["DPOK"] == "DPOK, images 448, kl_coef 0.005"
 
 
 @pytest.mark.slow
