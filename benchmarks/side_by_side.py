@@ -174,6 +174,7 @@ def dpok_gym(autocast: bool = False) -> Callable[[], Seconds]:
         reward=_brightness,
         num_inference_steps=N_STEPS,
         guidance_scale=GUIDANCE,
+        decode_batch_size=N_IMAGES,
         device="cpu",
     )
     kwargs = {"lora_rank": 4, "target_modules": "attention", "autocast": autocast}
@@ -202,6 +203,7 @@ def trl() -> Callable[[], Seconds]:
         allow_tf32=False,
         sample_num_steps=N_STEPS,
         sample_guidance_scale=GUIDANCE,
+        decode_batch_size=N_IMAGES,
         sample_batch_size=N_IMAGES,
         sample_num_batches_per_epoch=1,
         train_batch_size=N_IMAGES,
