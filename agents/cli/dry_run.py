@@ -29,6 +29,7 @@ from agents.common.memory import LIBRARIES, MARGIN, N_COPIES, Rehearsal, free_me
 from dpok_gym.id_settings import describe_settings
 from dpok_gym.models.architecture import Architecture, find_architecture
 from dpok_gym.models.base import TextToImageModel
+from dpok_gym.models.loading import check_argument_names
 from dpok_gym.samplers.process import DenoisingProcess, check_sampler
 from dpok_gym.utils.device import find_device
 from dpok_gym.worlds import find_world
@@ -113,6 +114,7 @@ def _find_model(config: Config) -> TextToImageModel | None:
     """Returns the model of a run without its weights; None if its networks are not known."""
     env = config.env_kwargs
     further = env["model_kwargs"] or {}
+    check_argument_names(further)
     try:
         architecture = find_architecture(env["model"], **further)
     except ValueError:

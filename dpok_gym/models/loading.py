@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any
@@ -74,6 +74,15 @@ class ModelSpec:
         return options
 
 
+def check_argument_names(names: Iterable[str]) -> None:
+    """Checks that :func:`load_model` has arguments of these names.
+
+    Raises:
+        ValueError: for the first one that it lacks; the message has the nearest one.
+    """
+    check_names("argument of load_model", names, ["name_or_path", *(field.name for field in fields(ModelSpec)[2:])])
+
+
 #: Every model that was loaded. Environments and policies share one copy of each model's weights.
 _models: dict[ModelSpec, TextToImageModel] = {}
 
@@ -140,8 +149,7 @@ def load_model(
         FileNotFoundError: if the model is found nowhere; the message lists the ways to get it.
         ImportError: if ``"module:factory"`` cannot be imported.
     """
-    known = ["name_or_path", *(field.name for field in fields(ModelSpec)[2:])]
-    check_names("argument of load_model", unknown, known)
+    check_argument_names(unknown)
     check_choice("dtype", dtype, "float32", "bfloat16", "float16")
     check_true_cfg_scale(true_cfg_scale)
     check_choice("long_prompts", long_prompts, "error", "truncate")

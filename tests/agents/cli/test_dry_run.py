@@ -150,6 +150,7 @@ REFUSED = [
     ("stable-diffusion", "--dtype float16", "float16 can draw but not learn"),
     ("stable-diffusion", "--image-size 7", "image_size must be one or two (height, width) multiples of"),
     ("stable-diffusion", "--timestep-spacing leading --model-kwargs true_cfg_scale=2", "takes no true_cfg_scale"),
+    ("stable-diffusion", "--model-kwargs true_cfg=2", "unknown argument of load_model 'true_cfg'"),
     ("stable-diffusion", "--algo grpo --group-size 7", "cannot be split into groups of 7"),
     ("stable-diffusion", "--algo draft --n-last-steps 21", "n_last_steps must be from 1 to the 20 denoising steps"),
     ("stable-diffusion", "--kl-coef -1", "kl_coef must be a number of at least 0, got -1.0"),
