@@ -234,7 +234,7 @@ def run(description: Description, row_file: Path | None = None, *, work: Path) -
     return description | {"scores": scores} | result
 
 
-def fit_reward(choices: Path, seed: int, passes: int, held_out: float) -> tuple[Fit, float]:
+def fit_reward(choices: Path, seed: int, epochs: int, held_out: float) -> tuple[Fit, float]:
     """Fits a reward to a file of choices, with an untrained network at the start.
 
     It is kept beside the choices, as two ways learn from the same reward.
@@ -242,18 +242,17 @@ def fit_reward(choices: Path, seed: int, passes: int, held_out: float) -> tuple[
     Args:
         choices: the file.
         seed: of the fit.
-        passes: choices that are seen in all epochs together; each choice is one of them at least once.
+        epochs: passes over the choices.
         held_out: share of the choices that it is not fitted to.
 
     Returns:
         The fit; and if it was read, the seconds that it took when it was made, else 0.
     """
-    kept = choices.with_name(f"{choices.stem}-{passes}-{held_out:g}.pt")
+    kept = choices.with_name(f"{choices.stem}-{epochs}-{held_out:g}.pt")
     if kept.is_file():
         return torch.load(kept, weights_only=False)
     started = time.perf_counter()
     comparisons = load_comparisons(choices, IMAGE_SIZE)
-    epochs = math.ceil(passes / len(comparisons))
     fitted = fit(comparisons, epochs=epochs, seed=seed, device="cpu", held_out=held_out)
     part = kept.with_suffix(f".{os.getpid()}")  # another process may fit the same reward meanwhile
     torch.save((fitted, time.perf_counter() - started), part)

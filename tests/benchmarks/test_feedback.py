@@ -21,8 +21,8 @@ TINY = SETTINGS | {
     "error_rates": [0.2],
     "choices": [20, 25],
     "ways": {
-        "DPOK": {"fit": {"passes": 20, "held_out": 0.2}, "images": 2, "images_per_iteration": 2, "use_critic": False},
-        "best of 2": {"fit": {"passes": 20, "held_out": 0.2}, "n": 2},
+        "DPOK": {"fit": {"epochs": 1, "held_out": 0.2}, "images": 2, "images_per_iteration": 2, "use_critic": False},
+        "best of 2": {"fit": {"epochs": 1, "held_out": 0.2}, "n": 2},
         "Diffusion-DPO": {"batch_size": 16, "epochs": 1},
     },
 }
