@@ -203,7 +203,6 @@ def trl() -> Callable[[], Seconds]:
         allow_tf32=False,
         sample_num_steps=N_STEPS,
         sample_guidance_scale=GUIDANCE,
-        decode_batch_size=N_IMAGES,
         sample_batch_size=N_IMAGES,
         sample_num_batches_per_epoch=1,
         train_batch_size=N_IMAGES,
