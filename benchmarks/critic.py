@@ -1,4 +1,4 @@
-"""How much of the reward the critics explain, and what that is worth: ``python -m benchmarks.critic``.
+"""The share of the reward that critics explain, and the worth of it: ``python -m benchmarks.critic``.
 
 The pre-trained model draws rollouts of 64 images. Before a critic learns from a rollout, its values are compared with
 the rewards of that rollout: the explained variance is 1 - var(r - V) / var(r), at each denoising step. What can be

@@ -1,4 +1,4 @@
-"""How many choices does each way to learn from them need? ``python -m benchmarks.feedback``.
+"""The number of choices that each way to learn from them needs: ``python -m benchmarks.feedback``.
 
 A simulated person compares images of the pre-trained shapes model for one prompt, as in :mod:`dpok_gym.shapes.choices`,
 and errs in some of the choices. From the same files of choices, the model learns in the ways of ``feedback.yaml``:
@@ -199,16 +199,16 @@ def run(description: Description, row_file: Path | None = None, *, work: Path) -
         The description, and ``scores`` (see :func:`benchmarks.training_run.summarize`), ``seconds`` without the
         evaluation, and the ``agreement`` of the fitted reward, if there is one, with the choices it was not fitted to.
     """
-    started = time.perf_counter()
     settings, seed, label = dict(description["settings"]), description["seed"], description["label"]
     choices = choices_file(work, seed, description["error_rate"], description["choices"])
     result: Record = {}
     reward: Any = dict.fromkeys(WORLD.evaluation_rewards, 0.0)
-    saved_seconds = 0.0
+    seconds = 0.0
     if "fit" in settings:
-        fitted, saved_seconds = fit_reward(choices, seed, **settings.pop("fit"))
+        fitted, seconds = fit_reward(choices, seed, **settings.pop("fit"))
         reward = {score_of(fitted.reward): 1.0}
         result["agreement"] = fitted.held_out.agreement
+    started = time.perf_counter()
     env, evaluation_env = (_make_env(description, reward, n) for n in (64, EVALUATION_BATCH_SIZE))
     steering = BestOf(settings.pop("n")) if "n" in settings else UNSTEERED
     trains = label != PRETRAINED and steering is UNSTEERED
@@ -223,7 +223,7 @@ def run(description: Description, row_file: Path | None = None, *, work: Path) -
         settings |= {"choices": choices, "n_gradient_steps": n_gradient_steps}
         agent = DiffusionDPO(env=env, seed=seed, device="cpu", **settings)
         agent.learn(0)
-    result["seconds"] = round(saved_seconds + time.perf_counter() - started, 1)
+    result["seconds"] = round(seconds + time.perf_counter() - started, 1)
     prompts = cycle_prompts(load_prompts(description["prompt"]).train, description["eval_images"])
     # Far from the seeds of training, and the same for all ways.
     first = 1_000_000 * (seed + 1)
@@ -246,7 +246,7 @@ def fit_reward(choices: Path, seed: int, epochs: int, held_out: float) -> tuple[
         held_out: share of the choices that it is not fitted to.
 
     Returns:
-        The fit; and if it was read, the seconds that it took when it was made, else 0.
+        The fit, and the seconds that it took when it was made.
     """
     kept = choices.with_name(f"{choices.stem}-{epochs}-{held_out:g}.pt")
     if kept.is_file():
@@ -254,10 +254,11 @@ def fit_reward(choices: Path, seed: int, epochs: int, held_out: float) -> tuple[
     started = time.perf_counter()
     comparisons = load_comparisons(choices, IMAGE_SIZE)
     fitted = fit(comparisons, epochs=epochs, seed=seed, device="cpu", held_out=held_out)
+    result = fitted, time.perf_counter() - started
     part = kept.with_suffix(f".{os.getpid()}")  # another process may fit the same reward meanwhile
-    torch.save((fitted, time.perf_counter() - started), part)
+    torch.save(result, part)
     part.replace(kept)
-    return fitted, 0.0
+    return result
 
 
 def score_of(reward: LearnedReward) -> Any:
@@ -288,15 +289,20 @@ def rank(records: Sequence[Record]) -> None:
     rows: dict[str, list[dict[str, float]]] = {}
     for record in records:
         scores = record["scores"]
-        scores["liked"] = scores["alignment"] + QUALITY_WEIGHT * scores["quality"]
-        rows.setdefault(record["label"], []).append(scores)
+        liked = scores["alignment"] + QUALITY_WEIGHT * scores["quality"]
+        rows.setdefault(record["label"], []).append(scores | {"liked": liked})
+
+    def mean_liked(label: str) -> float:
+        return float(np.mean([scores["liked"] for scores in rows[label]]))
+
     sizes = ", ".join(str(n) for n in dict.fromkeys(record["choices"] for record in records))
     columns = {"liked": ".3f", "aligned": ".2f", "quality": ".2f", "kl": ".0f"}
     table = Table("", *columns, title=f"after {sizes} choices")
-    for label, runs in sorted(rows.items(), key=lambda row: -sum(scores["liked"] for scores in row[1]) / len(row[1])):
-        table.add_row(
-            label, *(", ".join(f"{scores[name]:{form}}" for scores in runs) for name, form in columns.items())
-        )
+    for label in sorted(rows, key=mean_liked, reverse=True):
+        cells = []
+        for name, form in columns.items():
+            cells.append(", ".join(f"{scores[name]:{form}}" for scores in rows[label]))
+        table.add_row(label, *cells)
     Console(width=120).print(table)
 
 

@@ -1,4 +1,4 @@
-"""What ``dpok fit-reward`` learns from few choices: ``python -m benchmarks.few_choices``.
+"""Rewards that ``dpok fit-reward`` learns from few choices: ``python -m benchmarks.few_choices``.
 
 Two simulated people compare images that the pre-trained model draws for one prompt; each image is in one pair. One asks
 for what the prompt says, ``alignment + 0.2 quality`` of the judge, as the person of the shipped reward does. The other

@@ -53,7 +53,9 @@ def main() -> None:
     settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
     folder = options.out or HERE / "results" / "flow_noise"
     runs = list(descriptions(settings))
-    sweep_and_report(runs, folder / "runs.jsonl", options, partial(report, folder=folder), images=False)
+    sweep_and_report(
+        runs, folder / "runs.jsonl", options, partial(report, settings=settings, folder=folder), images=False
+    )
 
 
 def descriptions(settings: dict[str, Any]) -> Iterator[Description]:
@@ -80,14 +82,18 @@ def label(sampler: str, eta: float) -> str:
     return sampler if sampler == "ode" else f"{sampler}, {eta:g}"
 
 
-def report(records: Sequence[Record], folder: Path) -> None:
+def report(records: Sequence[Record], settings: dict[str, Any], folder: Path) -> None:
     """Writes and prints a table for each number of steps, and draws the figure.
 
     Args:
         records: of the runs.
+        settings: those of ``flow_noise.yaml``.
         folder: for the files.
     """
-    tables = {n_steps: make_rows(records, n_steps) for n_steps in sorted({r["num_inference_steps"] for r in records})}
+    rate = settings["settings"]["learning_rate"]
+    tables = {
+        n_steps: make_rows(records, n_steps, rate) for n_steps in sorted({r["num_inference_steps"] for r in records})
+    }
     console, texts = Console(width=180), []
     for n_steps, rows in tables.items():
         table = Table("", *COLUMNS, title=f"{n_steps} steps")
@@ -106,15 +112,20 @@ def report(records: Sequence[Record], folder: Path) -> None:
     figure(tables, title, folder / "flow_noise.png")
 
 
-def make_rows(records: Sequence[Record], n_steps: int) -> Rows:
-    """Returns the means over the seeds of each column, for one number of steps; those without runs are left out."""
+def make_rows(records: Sequence[Record], n_steps: int, learning_rate: float) -> Rows:
+    """Returns the means over the seeds of each column; those without runs are left out.
+
+    Args:
+        records: of the runs.
+        n_steps: the number of denoising steps whose runs count.
+        learning_rate: the tuned one; runs with another are those of the smaller rate.
+    """
     rows: Rows = {}
-    rates = {record["settings"]["learning_rate"] for record in records if record["algorithm"] != REJECTION}
 
     def moment(record: Record) -> str:
         if record["algorithm"] == REJECTION:
             return BEFORE
-        return AFTER if record["settings"]["learning_rate"] == max(rates) else SLOWER
+        return AFTER if record["settings"]["learning_rate"] == learning_rate else SLOWER
 
     for heading, (when, score, _) in COLUMNS.items():
         values: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""What the recipes of docs/recipes/ reach beside DPOK in as many images: ``python -m benchmarks.other_agents``.
+"""The recipes of docs/recipes/ beside DPOK, with as many images: ``python -m benchmarks.other_agents``.
 
 There are two tasks: ``DPOK-Mixture-v0``, and ``DPOK-Shapes-v0`` with the reward ``jpeg-compressibility``. Each agent is
 trained with three seeds and 2,560 images. Afterwards images of fixed seeds are drawn and scored with the task's reward.

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from timeit import timeit
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -163,9 +164,8 @@ def plain_torch() -> Callable[[], Seconds]:
 
 def dpok_gym(autocast: bool = False) -> Callable[[], Seconds]:
     """DDPO of this library."""
-    from stable_baselines3.common.callbacks import CallbackList
-
     from agents import DDPO
+    from benchmarks.throughput import halves_of_iteration
     from dpok_gym.vector_env import DenoisingVectorEnv
 
     env = DenoisingVectorEnv(
@@ -179,18 +179,7 @@ def dpok_gym(autocast: bool = False) -> Callable[[], Seconds]:
     )
     kwargs = {"lora_rank": 4, "target_modules": "attention", "autocast": autocast}
     agent: Any = DDPO(env=env, micro_batch_size=N_IMAGES, policy_kwargs=kwargs, device="cpu", seed=0)
-    callback = CallbackList([])
-    callback.init_callback(agent)
-    agent._setup_learn(1)
-
-    def rollout() -> None:
-        agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, agent.n_steps)
-        agent._finish_iteration(log_interval=0)
-
-    def update() -> None:
-        with agent._logged_update(N_IMAGES):
-            agent.train()
-
+    rollout, update = halves_of_iteration(agent)
     return lambda: {"rollout": _seconds_of(rollout), "update": _seconds_of(update)}
 
 
@@ -237,9 +226,7 @@ def _brightness(images: Any, prompts: Any) -> Any:
 
 
 def _seconds_of(function: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
+    return timeit(function, number=1)
 
 
 WORKERS: dict[str, Callable[[], Callable[[], Seconds]]] = {

@@ -35,6 +35,7 @@ from stable_baselines3.common.callbacks import CallbackList
 from torch.utils.flop_counter import FlopCounterMode
 
 from agents import DPOK
+from agents.common.algorithm import DenoisingAlgorithm
 from dpok_gym.vector_env import DenoisingVectorEnv
 
 #: Name of the share of a rollout's time that is this project's own.
@@ -137,19 +138,7 @@ def measure(env: DenoisingVectorEnv, options: argparse.Namespace) -> Measurement
         device=str(device),
         seed=0,
     )
-    callback = CallbackList([])
-    callback.init_callback(agent)
-    agent._setup_learn(1)
-
-    # Together these two functions are one iteration of learn(). So each rollout has new images and prompts.
-    def collect() -> None:
-        agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, agent.n_steps)
-        agent._finish_iteration(log_interval=0)
-
-    def update() -> None:
-        with agent._logged_update(env.num_envs):
-            agent.train()
-
+    collect, update = halves_of_iteration(agent)
     collect()  # warms up: kernels, compilation, encoded prompts
     with peak_memory(device) as rollout_memory:
         rollout_seconds = seconds_of(collect, device, options.rollouts)
@@ -176,6 +165,26 @@ def measure(env: DenoisingVectorEnv, options: argparse.Namespace) -> Measurement
         rollout_gib=rollout_memory[0],
         update_gib=update_memory[0],
     )
+
+
+def halves_of_iteration(agent: DenoisingAlgorithm) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Returns two functions, a rollout and an update, which together are one iteration of ``agent.learn``.
+
+    So each rollout has new images and prompts.
+    """
+    callback = CallbackList([])
+    callback.init_callback(agent)
+    agent._setup_learn(1)
+
+    def collect() -> None:
+        agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, agent.n_steps)
+        agent._finish_iteration(log_interval=0)
+
+    def update() -> None:
+        with agent._logged_update(len(agent.rollout_buffer)):
+            agent.train()
+
+    return collect, update
 
 
 def time_parts(env: DenoisingVectorEnv, collect: Callable[[], None], n: int) -> dict[str, float]:

@@ -27,7 +27,7 @@ def test_descriptions() -> None:
 @pytest.mark.slow
 def test_report(tmp_path: Path) -> None:
     records = fake_records(list(flow_noise.descriptions(SETTINGS)))
-    flow_noise.report(records, tmp_path)
+    flow_noise.report(records, SETTINGS, tmp_path)
     of_ten_steps, of_twenty_steps = (tmp_path / "table.md").read_text().split("## 20 steps")
     for n_steps, text in ((10, of_ten_steps), (20, of_twenty_steps)):
         (row,) = (line for line in text.split("\n") if line.startswith("| cps, 0.8 |"))
@@ -52,5 +52,5 @@ def test_the_published_table_is_rebuilt(tmp_path: Path) -> None:
     descriptions = list(flow_noise.descriptions(SETTINGS))
     records = [record for record in runs.find_records(descriptions, folder / "runs.jsonl") if record]
     assert len(records) == len(descriptions)
-    flow_noise.report(records, tmp_path)
+    flow_noise.report(records, SETTINGS, tmp_path)
     assert (tmp_path / "table.md").read_text() == (folder / "table.md").read_text()
