@@ -93,9 +93,17 @@ def descriptions(settings: dict[str, Any]) -> Iterator[Description]:
         yield common | {"task": "none", "label": PRETRAINED, "error_rate": 0.0, "choices": 0, "settings": {}}
         for error_rate in settings["error_rates"]:
             for n_choices in settings["choices"]:
-                for label, own in settings["ways"].items():
-                    run = {"label": label, "error_rate": error_rate, "choices": n_choices, "settings": own}
+                for label, way in settings["ways"].items():
+                    run = {"label": label, "error_rate": error_rate, "choices": n_choices}
+                    run |= {"settings": own_settings(way, n_choices)}
                     yield common | {"task": f"{n_choices} choices, {error_rate:.0%} errors"} | run
+
+
+def own_settings(way: dict[str, Any], n_choices: int) -> dict[str, Any]:
+    """Returns the settings of a way for a number of choices: as tuned for the number that is nearest, as a ratio."""
+    tuned: dict[int, dict[str, Any]] = way.get("by_choices", {n_choices: {}})
+    nearest = min(tuned, key=lambda number: abs(math.log(number / n_choices)))
+    return {name: value for name, value in way.items() if name != "by_choices"} | tuned[nearest]
 
 
 def tuning(settings: dict[str, Any]) -> Iterator[Description]:
@@ -107,7 +115,7 @@ def tuning(settings: dict[str, Any]) -> Iterator[Description]:
             label = ", ".join([way, *(f"{name} {value:g}" for name, value in change.items())])
             for n_choices in of_tuning["choices"]:
                 run = {"task": f"{n_choices} choices", "label": label, "choices": n_choices}
-                yield common | run | {"settings": settings["ways"][way] | change}
+                yield common | run | {"settings": own_settings(settings["ways"][way], n_choices) | change}
 
 
 def announce(runs: Sequence[Description], file: Path, seconds: dict[str, float], processes: int) -> None:
@@ -285,25 +293,20 @@ def _make_env(description: Description, reward: Any, num_envs: int) -> Denoising
 
 
 def rank(records: Sequence[Record]) -> None:
-    """Prints the runs of the tuning, those first whose images the person likes best without errors."""
-    rows: dict[str, list[dict[str, float]]] = {}
-    for record in records:
-        scores = record["scores"]
-        liked = scores["alignment"] + QUALITY_WEIGHT * scores["quality"]
-        rows.setdefault(record["label"], []).append(scores | {"liked": liked})
-
-    def mean_liked(label: str) -> float:
-        return float(np.mean([scores["liked"] for scores in rows[label]]))
-
-    sizes = ", ".join(str(n) for n in dict.fromkeys(record["choices"] for record in records))
+    """Prints the runs of the tuning by number of choices, those first whose images the person likes best."""
     columns = {"liked": ".3f", "aligned": ".2f", "quality": ".2f", "kl": ".0f"}
-    table = Table("", *columns, title=f"after {sizes} choices")
-    for label in sorted(rows, key=mean_liked, reverse=True):
-        cells = []
-        for name, form in columns.items():
-            cells.append(", ".join(f"{scores[name]:{form}}" for scores in rows[label]))
-        table.add_row(label, *cells)
-    Console(width=120).print(table)
+    for n_choices in sorted({record["choices"] for record in records}):
+        table = Table("", *columns, title=f"after {n_choices} choices")
+        for record in sorted(records, key=liked, reverse=True):
+            if record["choices"] == n_choices:
+                scores = record["scores"] | {"liked": liked(record)}
+                table.add_row(record["label"], *(f"{scores[name]:{form}}" for name, form in columns.items()))
+        Console(width=120).print(table)
+
+
+def liked(record: Record) -> float:
+    """Returns how much the person, without errors, likes the images of a run on average."""
+    return record["scores"]["alignment"] + QUALITY_WEIGHT * record["scores"]["quality"]
 
 
 def report(records: Sequence[Record], folder: Path) -> None:
