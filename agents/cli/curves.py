@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from agents.cli.plots import ALIGNED, FAINT, INK, KL, REWARD, save
 from agents.common.evaluation import Evaluation
 from agents.common.metrics import METRICS
+from agents.common.rollouts import shorten_names
 from dpok_gym.choices.agreement import wilson_interval
 
 _ALIGNED_SHARE, _HELD_OUT = "rollout/aligned_share", "rollout/held_out_reward"
@@ -59,6 +60,7 @@ def learning_curve(
     title: str = "",
     before: Evaluation | None = None,
     after: Evaluation | None = None,
+    held_out: Sequence[str] = (),
 ) -> Path:
     """Draws how a training went: aligned images, each reward and the KL to the pre-trained model, against the images.
 
@@ -75,8 +77,9 @@ def learning_curve(
         title: text above the figure.
         before: evaluation of the pre-trained model.
         after: evaluation of the fine-tuned model.
+        held_out: names of the held-out rewards.
     """
-    panels = _panels(rows, before, after)
+    panels = _panels(rows, before, after, held_out)
     figure = Figure(figsize=(7, 1.1 + 0.25 * title.count("\n") + 1.65 * len(panels)), layout="constrained")
     axes_of = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     per_iteration = _images_of_first_iteration([row for row in rows if "rollout/images" in row])
@@ -103,7 +106,9 @@ def learning_curve(
     return save(figure, path)
 
 
-def _panels(rows: Sequence[Mapping[str, float]], before: Evaluation | None, after: Evaluation | None) -> list[_Panel]:
+def _panels(
+    rows: Sequence[Mapping[str, float]], before: Evaluation | None, after: Evaluation | None, held_out: Sequence[str]
+) -> list[_Panel]:
     """Returns what to draw, from top to bottom."""
     rollouts = [row for row in rows if "rollout/images" in row]
     names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))  # without repetitions, in the order of the log
@@ -121,10 +126,13 @@ def _panels(rows: Sequence[Mapping[str, float]], before: Evaluation | None, afte
         if name.startswith("rollout/") and name not in METRICS:  # a component of the reward
             component = name.removeprefix("rollout/")
             panels.append(_reward_panel(component, "trained on", points(f"rollout/{component}"), before, after))
-    held_out = [name for name in names if name.startswith("held_out/")]
-    for column in held_out or [name for name in names if name == _HELD_OUT]:
-        name = "held-out reward" if not held_out else column.removeprefix("held_out/")
-        panels.append(_reward_panel(name, "not trained on", points(column), before, after))
+    # The log has short names, and no name for a single one.
+    columns = {f"held_out/{short}": name for short, name in zip(shorten_names(list(held_out)), held_out, strict=True)}
+    if len(held_out) == 1:
+        columns = {_HELD_OUT: held_out[0]}
+    for column, name in columns.items():
+        if column in names:
+            panels.append(_reward_panel(name, "not trained on", points(column), before, after))
     losses = [name for name in _FIT_LOSSES if any(name in row and "rollout/images" not in row for row in rows)]
     if losses:
         fitted = [

@@ -191,7 +191,7 @@ def estimate_memory(config: Config, architecture: Architecture, on_gpu: bool = T
         target_modules=policy["target_modules"],
         guidance_scale=env["guidance_scale"],
         guidance_gradient=policy["guidance_gradient"],
-        autocast=policy["autocast"],
+        autocast=policy["precision"] == "bfloat16",  # "auto" may take more
     )
     trained, latent = size_of(rehearsal.trained), 4 * math.prod(rehearsal.model.latent_shape)
     n_images, n_steps = algo["images_per_iteration"] or config.n_envs, env["num_inference_steps"]

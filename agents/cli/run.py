@@ -54,6 +54,7 @@ from agents.common.checkpoint import (
 )
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate, shown_images
 from agents.common.monitor import TrainingWarning
+from agents.common.precision import bfloat16_speedup
 from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
 from dpok_gym.utils.files import flush_to_disk, replacing
 from dpok_gym.utils.reading import read_json
@@ -150,6 +151,10 @@ class Run:
         say(self.console, self.prepared)
         if self.agent.draws_images and self._total() != self.config.images:
             say(self.console, f"{self._total()} images will be drawn, in whole iterations")
+        policy = self.agent.policy
+        if policy.settings["precision"] == "auto":
+            speed = f"bfloat16 is {bfloat16_speedup(policy):.2f} times as fast as float32 here"
+            say(self.console, f"the denoiser runs in {policy.precision} ({speed})")
         if self._checkpoint is None:
             # It may be of an earlier run with other settings, which was killed before its first checkpoint.
             (self.folder / EVALUATION_BEFORE).unlink(missing_ok=True)
@@ -248,8 +253,12 @@ class Run:
         prompts = [of_prompts[min(number, n - 1)] for number in range(own.start, own.start + largest)]
         env = self._evaluation_env(min(largest, EVALUATION_BATCH_SIZE))
         seed = self.config.evaluation_seed + own.start
-        drawn = evaluate(self.agent.policy, env, prompts, seed, reference=model == "pre-trained")
-        return replace(drawn[: len(own)].gather(n), prompts=list(of_prompts))
+        drawn = evaluate(self.agent.policy, env, prompts, seed, reference=model == "pre-trained")[: len(own)]
+        held_out = self.agent.held_out
+        scores = held_out.score(drawn.images, drawn.prompts).T.numpy()
+        others = {name: row for name, row in zip(held_out.names, scores, strict=True) if name not in drawn.rewards}
+        drawn = replace(drawn, rewards=drawn.rewards | others)
+        return replace(drawn.gather(n), prompts=list(of_prompts))
 
     def _evaluation_env(self, num_envs: int) -> DenoisingVectorEnv:
         """Makes an environment for an evaluation: it also computes the judge's rewards, which training may not have."""
@@ -328,7 +337,8 @@ class Run:
             self.agent.save_lora(self.folder / LORA)
         rows = read_log(self.folder / LOG)
         summary = self._summarise(before, after)
-        curves.learning_curve(rows, self.folder / LEARNING_CURVE, self._title, before, after)
+        names = self.agent.held_out.names
+        curves.learning_curve(rows, self.folder / LEARNING_CURVE, self._title, before, after, names)
         if before and after:
             labels = ("pre-trained", f"{self.config.algorithm_name},\n{self._done}")
             pairs = {BEFORE_AFTER: ((before, after), self.config.heading)}

@@ -65,8 +65,9 @@ def score_rows(scores: Mapping[str, Any], from_choices: bool) -> Iterator[tuple[
     """Yields name, number before and number after training; arguments as for :func:`scores_table`."""
     if scores["aligned_before"] is not None:  # only embedded worlds have a judge
         yield "fully aligned images", f"{scores['aligned_before']:.1%}", f"{scores['aligned_after']:.1%}"
-    for name, value in scores["rewards_before"].items():
-        yield name, f"{value:.3f}", f"{scores['rewards_after'][name]:.3f}"
+    before = scores["rewards_before"]  # of an older run with other rewards, perhaps
+    for name, value in scores["rewards_after"].items():
+        yield name, f"{before[name]:.3f}" if name in before else "", f"{value:.3f}"
     yield (
         f"reward {'(not ' * from_choices}trained on{')' * from_choices}",
         f"{scores['reward_before']:.3f}",

@@ -66,12 +66,25 @@ class HeldOutReward:
         chosen = chosen_images(n_all)
         here = [index for index, row in enumerate(rows) if row in chosen]
         if here:
-            pixels = torch.from_numpy(images[here]).permute(0, 3, 1, 2).float() / 255
-            by_name = self._reward.components(pixels, [prompts[index] for index in here])
-            for column, name in enumerate(self.names):
-                weighted = self._reward.weigh({name: by_name[name]}).values()
-                scores[here, column] = torch.stack([values.double() for values in weighted]).sum(dim=0)
+            scores[here] = self.score(images[here], [prompts[index] for index in here])
         return scores
+
+    def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> Tensor:
+        """Returns the weighted rewards of images, (n, K) float64.
+
+        Args:
+            images: (n, H, W, 3) uint8.
+            prompts: their n prompts.
+        """
+        if self._reward is None:
+            return torch.zeros(len(images), 0, dtype=torch.float64)
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        by_name = self._reward.components(pixels, list(prompts))
+        columns = []
+        for name in self.names:
+            weighted = self._reward.weigh({name: by_name[name]}).values()
+            columns.append(torch.stack([values.double() for values in weighted]).sum(dim=0))
+        return torch.stack(columns, dim=1)
 
     def aligned_share(self, scores: Tensor) -> float | None:
         """Returns the share of fully aligned images among scored ones; None if the judge is none of these rewards.

@@ -4,8 +4,9 @@ The networks' own code runs, gradient checkpointing, guidance and LoRA included,
 content (torch's ``FakeTensorMode``). What is alive at each moment is added up. ``python -m benchmarks.memory`` compares
 the result with the memory of a real update.
 
-Not counted: what a GPU's driver and libraries take (0.3 to 0.8 GiB), workspaces inside single operations, and holes
-between tensors. :data:`MARGIN` and :data:`LIBRARIES` stand for these.
+Not counted: what a GPU's driver and libraries take (0.3 to 0.8 GiB), workspaces inside single operations, holes between
+tensors, and what a CPU keeps in float32 beside bfloat16 (:mod:`agents.common.precision`). :data:`MARGIN` and
+:data:`LIBRARIES` stand for these.
 """
 
 from __future__ import annotations
@@ -377,7 +378,7 @@ def asks_for_checkpointing(policy: DenoisingPolicy) -> bool:
         target_modules=settings["target_modules"],
         guidance_scale=policy.process.config.guidance_scale,
         guidance_gradient=policy.guidance_gradient,
-        autocast=policy.autocast,
+        autocast=policy.precision == "bfloat16",
     )
     return rehearsal.needs_checkpointing(settings["max_batch_size"], free_memory(model.device))
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from agents.common.critic import CriticKind, RewardCritic, ValueNetwork
 from agents.common.model_card import lora_notes
+from agents.common.precision import Precision, checkpoint, faster_precision, in_precision
 from agents.common.slow_copy import SlowCopy
 from dpok_gym import diffusion
 from dpok_gym.models.base import GuidanceGradient
@@ -60,7 +61,9 @@ class DenoisingPolicy(ActorCriticPolicy):
             ``target_modules``. The reference stays the pre-trained model, so the KL counts what this LoRA changes too.
         target_modules: layers that get a LoRA: "attention" is usual for large models; "all" has convolutions and
             feed-forward layers too, which small models need; or ends of layer names.
-        autocast: run the denoiser in bfloat16, where the device is faster at it; the transitions stay float32.
+        precision: "float32", or "bfloat16" for the denoiser's calls, or "auto" for the one that is faster on this
+            device, see :func:`agents.common.precision.faster_precision`. The trained weights and the transitions stay
+            float32.
         gradient_checkpointing: compute parts of the denoiser again in the backward pass instead of keeping all of it:
             about a third slower, for a fraction of the memory. "auto" does so if memory asks for it, see
             :func:`agents.common.memory.asks_for_checkpointing`. No number changes.
@@ -77,6 +80,7 @@ class DenoisingPolicy(ActorCriticPolicy):
 
     Attributes:
         old: the old policy's weights, or None.
+        precision: of the denoiser's calls, "float32" or "bfloat16".
     """
 
     optimizer: torch.optim.Optimizer
@@ -93,7 +97,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         lora_rank: int | None = None,
         lora: str | Path | None = None,
         target_modules: str | Sequence[str] = "attention",
-        autocast: bool = False,
+        precision: Precision | Literal["auto"] = "float32",
         gradient_checkpointing: bool | Literal["auto"] = False,
         max_batch_size: int | Literal["auto"] | None = 64,
         critic_hidden: int = 256,
@@ -122,7 +126,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         self.process = process
         self.model = process.model
         self.guidance_gradient: GuidanceGradient = guidance_gradient
-        self.autocast = autocast
+        check_choice("precision", precision, "float32", "bfloat16", "auto")
         check_choice("gradient_checkpointing", gradient_checkpointing, True, False, "auto")
         self._batch_size = BatchSize("max_batch_size", max_batch_size)
         # Resolved here, so that a saved policy does not depend on the default of a later version.
@@ -140,7 +144,7 @@ class DenoisingPolicy(ActorCriticPolicy):
             "lora_rank": rank,
             "lora": None if lora is None else str(check_path("the LoRA", lora)),
             "target_modules": target_modules,
-            "autocast": autocast,
+            "precision": precision,
             "gradient_checkpointing": gradient_checkpointing,
             "max_batch_size": max_batch_size,
             "critic_hidden": critic_hidden,
@@ -150,6 +154,7 @@ class DenoisingPolicy(ActorCriticPolicy):
             "keep_old": keep_old,
         }
         self._make_trainable(rank, target_modules, lora)
+        self.precision: Precision = faster_precision(self) if precision == "auto" else precision
         self.gradient_checkpointing = gradient_checkpointing is True
         if gradient_checkpointing == "auto":
             from agents.common.memory import asks_for_checkpointing  # diffusers takes seconds to import
@@ -157,7 +162,8 @@ class DenoisingPolicy(ActorCriticPolicy):
             self.gradient_checkpointing = asks_for_checkpointing(self)
         if self.gradient_checkpointing:
             network: Any = self.denoiser or self.model.denoiser
-            network.enable_gradient_checkpointing()
+            # Only where the precision asks for it: other people's networks may take no function.
+            network.enable_gradient_checkpointing(*[checkpoint] * (self.precision == "bfloat16"))
         if keep_old and is_sharded(self.denoiser):
             raise ValueError(
                 "this algorithm keeps a copy of its old weights, which it cannot of a denoiser that is trained as a "
@@ -197,7 +203,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         if "dtype" in self.model.options:
             raise ValueError(
                 f"the steps of an optimiser are lost in the digits of {self.model.options['dtype']}: to train the "
-                "whole denoiser, use dtype='float32', with autocast=True for speed; or train a LoRA"
+                "whole denoiser, use dtype='float32', with precision='bfloat16' for speed; or train a LoRA"
             )
         if is_sharded(self.model.denoiser):
             self.denoiser = sharded_copy(self.model.denoiser)
@@ -287,8 +293,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         def predict(rows: slice) -> Tensor:
             return self.process.predict(state[rows], guidance_scale, denoiser, self.guidance_gradient)
 
-        autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast)
-        with autocast, self.adapter_enabled(not reference):
+        with in_precision(self.precision, self.model.device), self.adapter_enabled(not reference):
             # With gradients the caller has chosen the micro-batch; without, memory alone sets the limit.
             if torch.is_grad_enabled():
                 return predict(slice(None))

@@ -177,6 +177,7 @@ class DenoisingProcess:
         config: the settings.
         table: the transitions, on the model's device.
         num_function_evaluations: denoiser forward passes so far, counted in images; guidance needs two for one image.
+        num_gradient_evaluations: those of them that were made with a gradient, for a backward pass.
 
     Raises:
         ValueError: if a setting is out of range, or the model's scheduler has no such sampler.
@@ -202,7 +203,7 @@ class DenoisingProcess:
         # Numbers may have come from NumPy, whose integers JSON does not know.
         window = None if sde_steps is None else (int(sde_steps[0]), int(sde_steps[1]))
         self.config = SamplerConfig(model.name, model.options, sampler, len(self.table), eta, guidance_scale, window)
-        self.num_function_evaluations = 0
+        self.num_function_evaluations = self.num_gradient_evaluations = 0
 
     @classmethod
     def from_config(cls, config: SamplerConfig, device: str = "auto") -> DenoisingProcess:
@@ -266,7 +267,9 @@ class DenoisingProcess:
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         model = self.model.without_true_cfg() if guidance_scale == 1 else self.model
         # Counted here, because every pass of the denoiser goes through this method.
-        self.num_function_evaluations += len(state.latents) * model.num_forward_passes(scale)
+        n_passes = len(state.latents) * model.num_forward_passes(scale)
+        self.num_function_evaluations += n_passes
+        self.num_gradient_evaluations += n_passes * torch.is_grad_enabled()
         timesteps = self.table.timesteps[state.step]
         return model.predict(state.latents, timesteps, state.conditioning, scale, denoiser, guidance_gradient)
 

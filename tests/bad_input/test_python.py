@@ -122,7 +122,7 @@ def _algorithm_cases():
         "learning_rate": ["x", math.nan, -1, None, 1e39],
         "warmup_fraction": [1],
         "target_kl": [0, -1, math.nan, "x"],
-        "policy_kwargs": [{"lora_rnak": 2}, {"lora_rank": -1}, {"critic_hidden": 0}, {"autocast": "no"}],
+        "policy_kwargs": [{"lora_rnak": 2}, {"lora_rank": -1}, {"critic_hidden": 0}, {"precision": "half"}],
         "seed": [2**32],
     }
     known: set[str] = set()

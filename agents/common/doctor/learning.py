@@ -16,6 +16,7 @@ from agents.common import losses
 from agents.common.buffer import Transitions
 from agents.common.doctor.finding import Finding, judge
 from agents.common.doctor.trial import Trial
+from agents.common.precision import Precision
 from dpok_gym import diffusion
 from dpok_gym.samplers import State
 
@@ -34,23 +35,24 @@ _COMPARED = 4
 def check_start(trial: Trial, batch: Any) -> list[Finding]:
     """Checks that the first ratios are exactly 1, and the KL exactly 0 if nothing is learned yet.
 
-    Both are checked as the training is set, and under autocast.
+    Both are checked as the training is set, and in bfloat16.
     """
     policy = trial.agent.policy
     findings = []
-    before = policy.autocast
-    for autocast in dict.fromkeys((before, True)):
-        policy.autocast = autocast
+    before = policy.precision
+    precisions: tuple[Precision, ...] = (before, "bfloat16")
+    for precision in dict.fromkeys(precisions):
+        policy.precision = precision
         try:
             state, actions, old_means = trial.transitions(2)
-            if autocast == before and isinstance(batch, Transitions):  # as many in a call as in the training
+            if precision == before and isinstance(batch, Transitions):  # as many in a call as in the training
                 state, actions, old_means = batch.state, batch.actions, batch.old_means
             means, std = policy.transition(state)
             ratio, _ = losses.importance_ratio(actions, means.detach(), old_means, std)
             reference, _ = policy.reference_transition(state)
         finally:
-            policy.autocast = before
-        where = " under autocast" if autocast else ""
+            policy.precision = before
+        where = " in bfloat16" if precision == "bfloat16" else ""
         if isinstance(batch, Transitions):
             deviation = (ratio.exp() - 1).abs().max().item()
             findings.append(_check_rounding(f"first ratio{where}", f"at most {deviation:.2g} from 1", "1", deviation))

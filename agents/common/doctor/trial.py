@@ -127,7 +127,7 @@ class Trial:
         """True if the denoiser runs in half precision."""
         policy = self.agent.policy
         denoiser = policy.denoiser or self.process.model.denoiser
-        return policy.autocast or next(denoiser.parameters()).dtype != torch.float32
+        return policy.precision == "bfloat16" or next(denoiser.parameters()).dtype != torch.float32
 
     @torch.no_grad()
     def images(self, latents: Tensor) -> Tensor:

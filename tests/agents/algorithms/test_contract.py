@@ -102,7 +102,7 @@ def test_begins_as_the_reference(name: str, guidance_scale: float, make_env: Mak
 @pytest.mark.parametrize(
     ("name", "policy_kwargs"),
     [(name, {}) for name in POLICY_GRADIENTS]
-    + [("DPOK", {"lora_rank": 0}), ("DPOK", {"autocast": True}), ("GRPO", {"gradient_checkpointing": True})],
+    + [("DPOK", {"lora_rank": 0}), ("DPOK", {"precision": "bfloat16"}), ("GRPO", {"gradient_checkpointing": True})],
     ids=str,
 )
 @both_diffusions
@@ -532,7 +532,7 @@ def test_gradient_checkpointing_changes_no_update(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy_kwargs", "guidance_scale"),
-    [({"guidance_gradient": "conditional"}, 3.0), ({"autocast": True}, 1.0), ({"lora_rank": 0}, 1.0)],
+    [({"guidance_gradient": "conditional"}, 3.0), ({"precision": "bfloat16"}, 1.0), ({"lora_rank": 0}, 1.0)],
     ids=str,
 )
 @both_diffusions

@@ -384,7 +384,7 @@ def learned_before() -> dict[str, Tensor]:
         ({"max_grad_norm": 1e-9}, {}),
         ({"final_lr_fraction": 0.5}, {}),
         ({"warmup_fraction": 0.9}, {}),
-        ({"policy_kwargs": {"autocast": True}}, {}),
+        ({"policy_kwargs": {"precision": "bfloat16"}}, {}),
         ({"policy_kwargs": {"target_modules": "all"}}, {}),
     ],
     ids=lambda kwargs: "-".join(map(str, kwargs)) or "default",

@@ -76,7 +76,18 @@ def test_presets_and_options():
     assert paper.algo_kwargs["reward_weight"] == 10
     assert paper.policy_kwargs["lora_rank"] == 4
     mine = _config(
-        *("--preset", "paper", "--kl-coef", "0.5", "--lora-rank", "2", "--target-modules", "all", "--autocast"),
+        *(
+            "--preset",
+            "paper",
+            "--kl-coef",
+            "0.5",
+            "--lora-rank",
+            "2",
+            "--target-modules",
+            "all",
+            "--precision",
+            "bfloat16",
+        ),
         *("--gradient-checkpointing", "--image-size", "64", "128", "--dtype", "bfloat16", "--n-envs", "3"),
         *("--prompts", "count"),
     )
@@ -84,7 +95,7 @@ def test_presets_and_options():
     assert mine.env_kwargs["dtype"] == "bfloat16"
     assert mine.policy_kwargs["target_modules"] == "all"
     assert mine.policy_kwargs["gradient_checkpointing"] is True
-    assert mine.policy_kwargs["autocast"] is True
+    assert mine.policy_kwargs["precision"] == "bfloat16"
     assert mine.algo_kwargs["kl_coef"] == 0.5
     assert mine.policy_kwargs["lora_rank"] == 2
     assert (mine.n_envs, mine.env_kwargs["prompts"]) == (3, "count")
@@ -178,7 +189,7 @@ OTHER = {
     "lora_rank": "3",
     "lora": "a_folder",
     "target_modules": "attention",
-    "autocast": "",
+    "precision": "bfloat16",
     "gradient_checkpointing": "",
     "max_batch_size": "8",
     "critic_hidden": "3",

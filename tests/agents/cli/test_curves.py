@@ -62,7 +62,7 @@ def test_the_evaluations_stand_apart(tmp_path, figures):
     columns = ["rollout/aligned_share", "rollout/taste", "held_out/alignment", "held_out/quality"]
     rows = [row | {"train/kl_to_reference": 2.0} for row in _rows([*columns, "rollout/held_out_reward"])]
     before, after = _evaluation([1, 0, 0, 0], 0.0), _evaluation([1, 1, 1, 0.5], 3.0)
-    learning_curve(rows, tmp_path / "curve.png", "a title", before, after)
+    learning_curve(rows, tmp_path / "curve.png", "a title", before, after, ["alignment", "quality"])
     panels = {axes.get_ylabel().split("\n")[0]: axes for axes in figures[0].axes}
     assert list(panels) == ["fully aligned", "taste", "alignment", "quality", "KL to pre-trained"]
     expected = {"fully aligned": (0.25, 0.75), "taste": (0.5, 0.5), "alignment": (0.25, 0.875)}
@@ -86,11 +86,23 @@ def test_what_says_how_rewards_differ_has_no_panel(tmp_path, figures):
     columns = ["held_out_reward", "alignment", "total_reward", "reward_std", "equal_share"]
     rows = _rows([f"rollout/{name}" for name in columns])
     rows[0]["images/brightness"] = 0.5
-    learning_curve(rows, tmp_path / "curve.png")
+    learning_curve(rows, tmp_path / "curve.png", held_out=["beauty"])
     assert [axes.get_ylabel() for axes in figures[0].axes] == [
         "alignment\n(trained on)",
-        "held-out reward\n(not trained on)",
+        "beauty\n(not trained on)",
     ]
+
+
+@pytest.mark.parametrize("names", [["taste"], ["alignment", "taste"]])
+def test_a_held_out_reward_has_its_levels(tmp_path, figures, names):
+    """Under its own name, also where the log has none for it."""
+    columns = ["rollout/held_out_reward"] if len(names) == 1 else [f"held_out/{name}" for name in names]
+    before, after = _evaluation([1, 0], 0.0), _evaluation([1, 1], 3.0)
+    learning_curve(_rows(columns), tmp_path / "curve.png", "", before, after, names)
+    panels = {axes.get_ylabel().split("\n")[0]: axes for axes in figures[0].axes}
+    assert list(panels) == names
+    _, line, diamond, *_ = panels["taste"].lines
+    assert (line.get_ydata()[0], diamond.get_ydata()[0]) == (before.mean("taste"), after.mean("taste"))
 
 
 def test_a_supervised_run(tmp_path, figures):

@@ -36,7 +36,7 @@ def test_a_recipe_is_read_as_the_command_line(tmp_path: Path) -> None:
 env: DPOK-SD15-v0
 algo: grpo
 learning-rate: 2e-4
-autocast: true
+precision: bfloat16
 reward: {image-reward: 1.0, jpeg-compressibility: 0.5}
 image-size: [256, 512]
 model-kwargs: {vae_tiling: true, revision: main}
@@ -54,16 +54,16 @@ negative-prompt: -blurry, text
     assert config.env_kwargs["image_size"] == [256, 512]
     assert config.env_kwargs["model_kwargs"] == {"vae_tiling": True, "revision": "main"}
     assert config.env_kwargs["negative_prompt"] == "-blurry, text"
-    assert config.policy_kwargs["autocast"] is True
+    assert config.policy_kwargs["precision"] == "bfloat16"
     assert config.policy_kwargs["gradient_checkpointing"] is False
     assert config.policy_kwargs["optimizer_kwargs"] == {"betas": [0.9, 0.95]}
     assert config.policy_kwargs["target_modules"] == ["to_q", "to_k"]
 
 
 def test_the_command_line_changes_a_recipe(tmp_path: Path) -> None:
-    path = _write(tmp_path, "env: DPOK-SD15-v0\nalgo: grpo\nautocast: true\nseed: 3\nimages: 7\n")
-    config = _config("--seed", "4", "--config", path, "--no-autocast")
-    assert (config.seed, config.images, config.policy_kwargs["autocast"]) == (4, 7, False)
+    path = _write(tmp_path, "env: DPOK-SD15-v0\nalgo: grpo\nprecision: bfloat16\nseed: 3\nimages: 7\n")
+    config = _config("--seed", "4", "--config", path, "--precision", "float32")
+    assert (config.seed, config.images, config.policy_kwargs["precision"]) == (4, 7, "float32")
     other = _config("--config", path, "--env", "DPOK-SDXL-v0", "--algo", "dpok")
     assert (other.env, other.algo, other.images) == ("DPOK-SDXL-v0", "dpok", 7)
     assert _config("--config", _write(tmp_path, "preset: ddpo\n")).algo == "ddpo"

@@ -39,7 +39,7 @@ def test_a_run_leaves_everything(finished):
     for when in ("before", "after"):
         assert 0 <= summary[f"aligned_{when}"] <= 1
         assert 0 <= summary[f"quality_{when}"] <= 1
-        assert set(summary[f"rewards_{when}"]) == {"shapes-alignment", "shapes-quality"}
+        assert set(summary[f"rewards_{when}"]) == {"shapes-alignment", "shapes-quality", "shapes-preference"}
         rewards = summary[f"rewards_{when}"]
         weighted = rewards["shapes-alignment"] + 0.2 * rewards["shapes-quality"]  # the default of the embedded world
         assert summary[f"reward_{when}"] == pytest.approx(weighted, abs=1e-6)
@@ -67,7 +67,10 @@ def test_a_run_logs_a_second_opinion(finished):
         assert np.isfinite(row["rollout/held_out_reward"])  # shapes-preference, as the judge is trained on
         assert row["rollout/aligned_share"] in (0, 0.5, 1)  # of two images
         assert all(0 <= row[f"images/{name}"] <= 1 for name in ("brightness", "saturation", "contrast", "diversity"))
-    assert read_summary(finished)["warnings"] == []
+    summary = read_summary(finished)
+    assert summary["warnings"] == []
+    for when in ("before", "after"):  # the evaluations have it too
+        assert np.isfinite(summary[f"rewards_{when}"]["shapes-preference"])
 
 
 @pytest.mark.slow
@@ -491,7 +494,7 @@ def test_remote_rewards(tmp_path, capsys, monkeypatch):
     assert config.algo_kwargs["normalize_rewards"] is True
     summary = read_summary(tmp_path / "run")
     rewards = summary["rewards_after"]
-    assert set(rewards) == {"shapes-alignment", "shapes-quality", endpoint.name}
+    assert set(rewards) == {"shapes-alignment", "shapes-quality", endpoint.name, "shapes-preference"}
     raw = 0.5 * rewards[endpoint.name] + rewards["shapes-quality"]  # evaluations are not normalised
     assert summary["reward_after"] == pytest.approx(raw, rel=1e-5)
     assert f"rollout/{endpoint.name}" in read_log(tmp_path / "run" / "progress.csv")[0]

@@ -77,6 +77,8 @@ def test_scores(make_env: Callable[..., Any]) -> None:
     expected = redness(torch.from_numpy(images).permute(0, 3, 1, 2) / 255, prompts).double()
     torch.testing.assert_close(whole[whole.isfinite()], expected[whole.isfinite()])
     assert HeldOutReward(None, make_env())(images, prompts, range(20), 20).shape == (20, 0)
+    torch.testing.assert_close(scorer.score(images, prompts)[:, 0], expected)
+    assert HeldOutReward(None, make_env()).score(images, prompts).shape == (20, 0)
 
 
 def test_the_judge_tells_how_many_are_fully_aligned() -> None:

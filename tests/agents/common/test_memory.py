@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Dict
 
-from agents.common import memory
+from agents.common import memory, precision
 from agents.common.memory import LiveMemory, Rehearsal, free_memory, size_of, with_margin
 from agents.common.policy import DenoisingPolicy
 from dpok_gym.models import load_model
@@ -71,7 +72,7 @@ _OF_UNETS: list[dict[str, Any]] = [
     {"guidance_scale": 5.0},
     {"guidance_scale": 5.0, "guidance_gradient": "conditional"},
     {"dtype": "bfloat16", "lora_rank": 4, "target_modules": "all", "gradient_checkpointing": True},
-    {"autocast": True, "lora_rank": 0},
+    {"precision": "bfloat16", "lora_rank": 0},
 ]
 _OF_TRANSFORMERS: list[dict[str, Any]] = [
     {"guidance_scale": 5.0, "dtype": "bfloat16", "target_modules": "all", "gradient_checkpointing": True}
@@ -88,14 +89,17 @@ def test_a_rehearsal_takes_what_the_real_passes_take(
     settings: dict[str, Any],
     tiny_folder: Callable[[str], Path],
     make_policy: Callable[..., DenoisingPolicy],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(precision, "_Float32Attention", nullcontext)  # as on a GPU
     folder = tiny_folder(family)
     settings = dict(settings)
     checkpoints = settings.pop("gradient_checkpointing", False)
     dtype, scale = settings.pop("dtype", "float32"), settings.pop("guidance_scale", 1.0)
-    rehearsal = Rehearsal(find_architecture(str(folder)), dtype, guidance_scale=scale, **settings)
     process = make_process(folder, guidance_scale=scale, dtype=dtype)
     policy = make_policy(process, gradient_checkpointing=checkpoints, **settings)
+    autocast = settings.pop("precision", "float32") == "bfloat16"
+    rehearsal = Rehearsal(find_architecture(str(folder)), dtype, guidance_scale=scale, autocast=autocast, **settings)
     assert size_of(policy.denoiser_parameters()) == size_of(rehearsal.trained)
     state = process.state(torch.randn(3, *process.model.latent_shape), 0, process.encode(["a dog"] * 3))
     process.model.unconditional()  # type: ignore[attr-defined]  # kept from now on

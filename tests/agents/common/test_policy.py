@@ -76,7 +76,13 @@ def copy_of(module: torch.nn.Module) -> dict[str, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kwargs",
-    [{}, {"guidance_scale": 3.0}, {"lora_rank": 0}, {"autocast": True}, {"autocast": True, "lora_rank": 0}],
+    [
+        {},
+        {"guidance_scale": 3.0},
+        {"lora_rank": 0},
+        {"precision": "bfloat16"},
+        {"precision": "bfloat16", "lora_rank": 0},
+    ],
     ids=str,
 )
 def test_is_the_pretrained_model_before_training(
@@ -90,7 +96,7 @@ def test_is_the_pretrained_model_before_training(
         assert torch.equal(std, reference_std)
         assert diffusion.kl_divergence(mean, reference, std).tolist() == [0.0] * N
         assert diffusion.log_ratio(torch.randn(SHAPE), mean, reference, std).exp().tolist() == [1.0] * N
-    if "autocast" not in kwargs:
+    if "precision" not in kwargs:
         expected_mean, expected_std = process.transition(state)
         assert torch.equal(mean, expected_mean)
         assert torch.equal(std, expected_std)
@@ -200,13 +206,13 @@ def test_the_adapter_is_switched_off_by_an_error(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora_rank", [4, 0])
 def test_the_reference_has_no_gradient_and_the_policy_keeps_its_own(
-    process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy], lora_rank: int, autocast: bool
+    process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy], lora_rank: int, precision: str
 ) -> None:
     """Switching the LoRA off between the forward and the backward pass must not freeze what is trained."""
-    policy, state = make_policy(process, lora_rank=lora_rank, autocast=autocast), observed_states(process, N)
+    policy, state = make_policy(process, lora_rank=lora_rank, precision=precision), observed_states(process, N)
     with policy.adapter_enabled():
         mean, _ = policy.transition(state)
         reference, _ = policy.reference_transition(state)
@@ -414,10 +420,10 @@ def test_guidance_gradients(tiny_sd_folder: Path, make_policy: Callable[..., Den
 
 
 @pytest.mark.slow
-def test_autocast(process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy]) -> None:
+def test_bfloat16(process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy]) -> None:
     policy, state = perturb(make_policy(process)), observed_states(process, N)
     expected = mean_of(policy, state)
-    policy.autocast = True
+    policy.precision = "bfloat16"
     mean, std = policy.transition(state)
     assert mean.dtype == std.dtype == torch.float32
     assert not torch.equal(mean, expected)
@@ -514,7 +520,7 @@ def test_full_fine_tuning_trains_the_denoiser_alone(
     [
         {"lora_rank": 3, "target_modules": ["to_q", "ff.net.2"], "max_batch_size": 2},
         {"lora_rank": 0, "critic_hidden": 8, "optimizer_class": torch.optim.SGD, "optimizer_kwargs": {"momentum": 0.5}},
-        {"lora_rank": None, "use_critic": False, "autocast": True, "guidance_gradient": "conditional"},
+        {"lora_rank": None, "use_critic": False, "precision": "bfloat16", "guidance_gradient": "conditional"},
         {"lora_rank": 2, "keep_old": True},
     ],
     ids=["lora", "full", "default", "old"],

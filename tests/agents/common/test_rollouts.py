@@ -67,7 +67,7 @@ def test_actions_are_samples_of_the_policy(make_agent: Callable[..., Any]) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{}, {"guidance_scale": 3.0}, {"policy_kwargs": {"autocast": True}}, {"policy_kwargs": {"lora_rank": 0}}],
+    [{}, {"guidance_scale": 3.0}, {"policy_kwargs": {"precision": "bfloat16"}}, {"policy_kwargs": {"lora_rank": 0}}],
     ids=str,
 )
 def test_before_the_first_update_ratios_are_1_and_the_kl_is_0(

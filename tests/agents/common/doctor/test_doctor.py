@@ -31,7 +31,7 @@ def test_a_sound_training(make_agent: MakeAgent) -> None:
     assert failed(findings) == set()
     for name in ("reward: finite", "reward: repeatable", "images equal the pipeline's", "first ratio", "first KL"):
         assert findings[name].status == "ok"
-    for name in ("first ratio under autocast", "first KL under autocast", "gradient", "direction of a step"):
+    for name in ("first ratio in bfloat16", "first KL in bfloat16", "gradient", "direction of a step"):
         assert findings[name].status == "ok"
     assert "for 400 images" in findings["throughput"].measured
     assert all(finding.measured and finding.normal for finding in findings.values())
