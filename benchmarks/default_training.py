@@ -3,8 +3,8 @@
 It runs the command as a user would, one process for each seed, and prints the scores, the wall time and the largest
 resident memory of the whole process. Finished seeds are kept in ``--out`` and not run again.
 
-``--against FOLDER`` compares the speed with another checkout of this repository. The two run in turn, so that a noisy
-machine disturbs both alike.
+Options of ``dpok train`` go behind ``--``; then give the runs a folder of their own. ``--against FOLDER`` compares the
+speed with another checkout of this repository. The two run in turn, so that a noisy machine disturbs both alike.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from dpok_gym.utils.files import replacing
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(checkout: Path, folder: Path, seed: int, env: str | None = None) -> dict[str, Any]:
+def run(checkout: Path, folder: Path, seed: int, words: Sequence[str] = ()) -> dict[str, Any]:
     """Trains, unless it is done already.
 
     Args:
         checkout: root of the repository whose code runs.
         folder: gets the run folder, and the record that this function returns.
         seed: of the run.
-        env: id of the environment; None for the command's own.
+        words: further arguments of the command.
 
     Returns:
         The summary of the run, with ``wall_seconds`` and ``peak_gib`` of the process.
@@ -52,8 +52,7 @@ def run(checkout: Path, folder: Path, seed: int, env: str | None = None) -> dict
         # Before version 0.2, the command was in agents/cli.py.
         module = "agents" if (checkout / "agents" / "__main__.py").is_file() else "agents.cli"
         command = [sys.executable, "-m", module, "train", "--seed", str(seed), "--out", str(run_folder.resolve())]
-        if env is not None:
-            command += ["--env", env]
+        command += words
         started = time.perf_counter()
         process = subprocess.Popen(command, cwd=checkout)  # python -m imports from the working folder first
         _, status, usage = os.wait4(process.pid, 0)
@@ -69,13 +68,13 @@ def run(checkout: Path, folder: Path, seed: int, env: str | None = None) -> dict
 
 
 def run_in_turn(
-    checkouts: Sequence[Path], folders: Sequence[Path], seed: int, env: str | None = None
+    checkouts: Sequence[Path], folders: Sequence[Path], seed: int, words: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Trains with each checkout; for odd seeds in the opposite order. Returns the records in the order given."""
     order = list(range(len(checkouts)))
     if seed % 2:
         order.reverse()
-    records = {index: run(checkouts[index], folders[index], seed, env) for index in order}
+    records = {index: run(checkouts[index], folders[index], seed, words) for index in order}
     return [records[index] for index in range(len(checkouts))]
 
 
@@ -112,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--env", metavar="ID", help="another environment than the command's own")
+    parser.add_argument("words", nargs="*", metavar="OPTION", help="of dpok train, behind --")
     parser.add_argument("--out", type=Path, default=Path("runs/default_training"), help="folder of the runs")
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout, to compare the times with")
     options = parser.parse_args(arguments)
@@ -120,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.against is not None:
         checkouts.append(options.against.resolve())
         folders.append(options.out / "against")
-    pairs = [run_in_turn(checkouts, folders, seed, options.env) for seed in range(options.seeds)]
+    pairs = [run_in_turn(checkouts, folders, seed, options.words) for seed in range(options.seeds)]
     ours = [pair[0] for pair in pairs]
     Console().print(scores_table(ours))
     if options.against is not None:

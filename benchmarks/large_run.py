@@ -31,28 +31,22 @@ class Cost(NamedTuple):
     """The costs of a command: its seconds, its largest resident memory, and the size of the newest checkpoint."""
 
     seconds: float
+    processor_seconds: float
     peak_gib: float
     checkpoint_mib: float
 
 
-def train(folder: Path, n_envs: int, iterations: int, algo: str = "dpok") -> Cost:
-    """Runs or resumes ``dpok train``.
+def train(folder: Path, words: Sequence[str]) -> Cost:
+    """Runs ``dpok train``.
 
     Args:
-        folder: the run folder; the run in it is resumed, if there is one.
-        n_envs: images side by side, and in an iteration.
-        iterations: number of iterations, those of the run to resume included.
-        algo: name of the algorithm.
+        folder: the run folder.
+        words: the other arguments of the command.
 
     Raises:
         RuntimeError: if the command fails.
     """
-    words = ["--out", str(folder), "--images", str(iterations * n_envs)]
-    if folder.is_dir():
-        words.append("--resume")
-    else:
-        words += ["--env", "DPOK-Mixture-v0", "--algo", algo, "--device", "cpu", "--eval-images", "64"]
-        words += ["--n-envs", str(n_envs), "--images-per-iteration", str(n_envs)]
+    words = ["--out", str(folder), *words]
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "agents", "train", *words], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -61,7 +55,7 @@ def train(folder: Path, n_envs: int, iterations: int, algo: str = "dpok") -> Cos
     if process.returncode:
         raise RuntimeError(f"dpok train {' '.join(words)} ended with exit code {process.returncode}")
     size = sum(file.stat().st_size for file in find_checkpoint(folder).iterdir())
-    return Cost(seconds, usage.ru_maxrss / 2**20, size / 2**20)
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20, size / 2**20)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,9 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--n-envs", type=int, default=10_000)
     parser.add_argument("--algo", default="dpok")
     options = parser.parse_args(arguments)
+    n_envs = str(options.n_envs)
+    new = ["--env", "DPOK-Mixture-v0", "--algo", options.algo, "--device", "cpu", "--eval-images", "64"]
+    new += ["--n-envs", n_envs, "--images-per-iteration", n_envs, "--images", n_envs]
+    resumed = ["--resume", "--images", str(2 * options.n_envs)]
     with tempfile.TemporaryDirectory() as folder:
-        for iterations, what in ((1, "new run"), (2, "resumed")):
-            cost = train(Path(folder) / "run", options.n_envs, iterations, options.algo)
+        for words, what in ((new, "new run"), (resumed, "resumed")):
+            cost = train(Path(folder) / "run", words)
             print(
                 f"{what}: {options.n_envs:,} images side by side in {cost.seconds:.0f} s, with {cost.peak_gib:.2f} "
                 f"GiB; the checkpoint has {cost.checkpoint_mib:.2f} MiB"

@@ -1,17 +1,20 @@
 """One iteration of DDPO here, in TRL, and in plain torch: ``python -m benchmarks.side_by_side --trl TRL/bin/python``.
 
 All draw 48 images of the embedded diffusion model in 20 steps with guidance 2, decode them, and take one optimiser step
-on all 960 transitions, in float32, with a LoRA of rank 4 in the attention, 48 transitions to a pass of the network:
+on all 960 transitions, with a LoRA of rank 4 in the attention, 48 transitions to a pass of the network. They do so in
+float32, where nothing else is said:
 
 - ``floor``: the calls of the denoiser and the decoder, forward and backward, and nothing else;
-- ``dpok-gym``: :class:`agents.DDPO`, and the same with ``autocast``;
-- ``trl``: ``DDPOTrainer`` of TRL 0.19.1, the last version that has it, in an environment of its own::
+- ``dpok-gym``: :class:`agents.DDPO`, and the same in bfloat16, and with ``torch.compile``;
+- ``trl``: ``DDPOTrainer`` of TRL 0.19.1, the last version that has it, and the same in bfloat16. It needs an
+  environment of its own::
 
     python -m venv TRL
     TRL/bin/pip install torch==2.13.0 trl==0.19.1 diffusers transformers peft accelerate datasets
 
 Each is a process of its own. They wait for each other and take turns, so that a noisy machine is noisy for all. The
-table has the medians; "first" is the first iteration of a process.
+table has the medians; "first" is the first iteration of a process. The iterations after which ``torch.compile`` has won
+back the time of its own first one are printed below.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "dpok_gym" / "shapes" / "weights"
 N_IMAGES, N_STEPS, GUIDANCE, PROMPT = 48, 20, 2.0, "three green squares"
-FLOOR, OURS, AUTOCAST, TRL = "floor", "dpok-gym", "dpok-gym, autocast", "trl"
+FLOOR, OURS, TRL = "floor", "dpok-gym", "trl"
+BFLOAT16, COMPILED = ", bfloat16", ", compiled"
 
 #: An iteration's parts, with the seconds that they took.
 Seconds = dict[str, float]
@@ -49,9 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.worker:
         serve(WORKERS[options.worker]())
         return
-    pythons = {name: Path(sys.executable) for name in (FLOOR, OURS, AUTOCAST)}
+    pythons = {name: Path(sys.executable) for name in WORKERS if not name.startswith(TRL)}
     if options.trl:
-        pythons[TRL] = options.trl
+        pythons |= dict.fromkeys((TRL, TRL + BFLOAT16), options.trl)
     seconds = take_turns(pythons, options.repeats)
     show(seconds)
     if options.out:
@@ -112,6 +116,11 @@ def show(seconds: dict[str, list[Seconds]]) -> None:
         cells = [f"{own[part]:.2f}" for part in ("rollout", "update")]
         table.add_row(name, *cells, f"{N_IMAGES / own['both']:.2f}", ratios, f"{first:.1f}")
     Console(width=120).print(table)
+    if OURS + COMPILED in seconds:
+        compiled, eager = (_medians(seconds[name])["both"] for name in (OURS + COMPILED, OURS))
+        lost = sum(seconds[OURS + COMPILED][0].values()) - sum(seconds[OURS][0].values())
+        print(f"torch.compile: {lost:.0f} s at first, {eager - compiled:+.2f} s an iteration", end="")
+        print(f": even after {lost / (eager - compiled):.0f} iterations" if eager > compiled else ": never even")
 
 
 def _medians(iterations: list[Seconds]) -> Seconds:
@@ -162,7 +171,7 @@ def plain_torch() -> Callable[[], Seconds]:
     return lambda: {"rollout": _seconds_of(rollout), "update": _seconds_of(update)}
 
 
-def dpok_gym(autocast: bool = False) -> Callable[[], Seconds]:
+def dpok_gym(precision: str = "float32", compiled: bool = False) -> Callable[[], Seconds]:
     """DDPO of this library."""
     from agents import DDPO
     from benchmarks.throughput import halves_of_iteration
@@ -175,20 +184,21 @@ def dpok_gym(autocast: bool = False) -> Callable[[], Seconds]:
         num_inference_steps=N_STEPS,
         guidance_scale=GUIDANCE,
         decode_batch_size=N_IMAGES,
+        model_kwargs={"compile": True} if compiled else None,
         device="cpu",
     )
-    kwargs = {"lora_rank": 4, "target_modules": "attention", "autocast": autocast}
+    kwargs = {"lora_rank": 4, "target_modules": "attention", "precision": precision}
     agent: Any = DDPO(env=env, micro_batch_size=N_IMAGES, policy_kwargs=kwargs, device="cpu", seed=0)
     rollout, update = halves_of_iteration(agent)
     return lambda: {"rollout": _seconds_of(rollout), "update": _seconds_of(update)}
 
 
-def trl() -> Callable[[], Seconds]:
+def trl(precision: str = "no") -> Callable[[], Seconds]:
     """DDPOTrainer of TRL."""
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
     config = DDPOConfig(
-        mixed_precision="no",
+        mixed_precision=precision,
         allow_tf32=False,
         sample_num_steps=N_STEPS,
         sample_guidance_scale=GUIDANCE,
@@ -232,8 +242,10 @@ def _seconds_of(function: Callable[[], Any]) -> float:
 WORKERS: dict[str, Callable[[], Callable[[], Seconds]]] = {
     FLOOR: plain_torch,
     OURS: dpok_gym,
-    AUTOCAST: lambda: dpok_gym(autocast=True),
+    OURS + BFLOAT16: lambda: dpok_gym("bfloat16"),
+    OURS + COMPILED: lambda: dpok_gym(compiled=True),
     TRL: trl,
+    TRL + BFLOAT16: lambda: trl("bf16"),
 }
 
 

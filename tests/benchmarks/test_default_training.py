@@ -51,6 +51,14 @@ def test_two_checkouts_run_in_turn(
     assert (tmp_path / "calls").read_text() == calls
 
 
+def test_options_go_to_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = make_checkout(tmp_path / "new", "__main__.py")
+    (checkout / "agents" / "__main__.py").write_text(COMMAND.replace("{seed}", "{seed} {options['--precision']}"))
+    monkeypatch.setattr(default_training, "ROOT", checkout)
+    default_training.main(["--seeds", "1", "--out", str(tmp_path / "runs"), "--", "--precision", "float32"])
+    assert (tmp_path / "calls").read_text() == "new train 0 float32\n"
+
+
 def test_a_run_that_was_interrupted_begins_anew(tmp_path: Path) -> None:
     checkout = make_checkout(tmp_path / "new", "__main__.py")
     (tmp_path / "runs" / "seed0").mkdir(parents=True)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import large_run, long_run, prompt_files
+from agents.cli.train import parse
+from benchmarks import growth, large_run, long_run, prompt_files
+from dpok_gym.prompts import load_prompts
 
 
 def test_growth_compares_the_end_with_the_time_after_the_warm_up() -> None:
@@ -27,11 +29,30 @@ def test_a_long_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_large_run(tmp_path: Path) -> None:
-    cost = large_run.train(tmp_path / "run", 8, iterations=1)
+    words = ["--env", "DPOK-Mixture-v0", "--device", "cpu", "--eval-images", "4", "--images", "8"]
+    cost = large_run.train(tmp_path / "run", [*words, "--n-envs", "8", "--images-per-iteration", "8"])
     state = json.loads((tmp_path / "run" / "checkpoint-8" / "trainer_state.json").read_text())
     assert state["agent"]["images_drawn"] == 8
     assert cost.checkpoint_mib > 0
+    assert cost.processor_seconds > 0
     assert 0 < cost.peak_gib < large_run.MOST_GIB
+
+
+def test_growth(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each row has what a further one has cost since the row before."""
+    costs = [(10, large_run.Cost(9, 2.0, 1.0, 0)), (20, large_run.Cost(9, 2.5, 1.5, 0))]
+    growth.show("images", costs)
+    row = capsys.readouterr().out.splitlines()[-2]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["20", "2.5", "1536", "50.00", "52428.8"]
+
+
+@pytest.mark.parametrize("what", growth.SIZES)
+def test_the_runs_that_grow(what: str, tmp_path: Path) -> None:
+    config = parse([*growth.words(what, 7, tmp_path)]).config
+    prompts = load_prompts(config.env_kwargs["prompts"]).train if what == "prompts" else [""] * 7
+    assert len(prompts) == 7
+    assert config.images == (7 if what == "images" else growth._SHAPES_IMAGES if what == "prompts" else 8192)
+    assert config.n_envs == (7 if what == "environments" else config.n_envs)
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "weighted.jsonl"])
