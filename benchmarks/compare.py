@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import compare_figures
+from benchmarks import compare_figures, figures
 from benchmarks.compare_tables import COLUMNS, list_labels, list_tasks, make_rows, make_text, rank
 from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
 from benchmarks.training_run import REJECTION, prompts_of_row
@@ -120,7 +120,7 @@ def report(records: Sequence[Record], order: Sequence[str], folder: Path) -> Non
     compare_figures.frontier(records, tasks, folder / "frontier.png")
     for task in tasks:
         record = next(record for record in records if record["task"] == task)
-        compare_figures.grid(folder, task, labels, prompts_of_row(record), folder / f"grid-{task}.png")
+        figures.grid(folder, task, labels, prompts_of_row(record), folder / f"grid-{task}.png")
     console.print(f"table and figures: {folder}")
 
 

@@ -41,8 +41,8 @@ from agents.common.callbacks import format_seconds
 from agents.common.evaluation import cycle_prompts
 from agents.common.steering import UNSTEERED
 from benchmarks.compare import HERE
-from benchmarks.compare_figures import save, tidy
 from benchmarks.compare_tables import markdown
+from benchmarks.figures import save, tidy
 from benchmarks.runs import Description, Record, find_records, fresh_processes, sweep_and_report, sweep_options
 from benchmarks.statistics import Interval, mean
 from benchmarks.training_run import summarize

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compare import HERE
-from benchmarks.compare_figures import save, tidy
 from benchmarks.compare_tables import markdown
+from benchmarks.figures import save, tidy
 from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
 from benchmarks.statistics import Interval, mean
 from benchmarks.training_run import REJECTION

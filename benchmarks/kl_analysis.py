@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compare import HERE, describe
-from benchmarks.compare_figures import LEVEL, grid, label_points, save, scale_kl, tidy
 from benchmarks.compare_tables import markdown
+from benchmarks.figures import LEVEL, grid, label_points, save, scale_kl, tidy
 from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
 from benchmarks.statistics import Interval, improvement, interquartile_mean
 from benchmarks.training_run import prompts_of_row

@@ -22,7 +22,15 @@ from tqdm import tqdm
 from benchmarks.training_run import run
 
 #: Keys of a record that are no part of its run's description.
-_RESULTS = ("scores", "curve", "agreement", "num_function_evaluations", "num_function_evaluations_to_draw", "seconds")
+_RESULTS = {
+    "scores",
+    "curve",
+    "agreement",
+    "seconds",
+    "num_function_evaluations",
+    "num_gradient_evaluations",
+    "num_function_evaluations_to_draw",
+}
 
 #: Keys of the lines in results/ by their old names, with those of today.
 _RENAMED_KEYS = {
@@ -151,8 +159,8 @@ def fresh_processes(number: int) -> ProcessPoolExecutor:
 
 def find_records(descriptions: Sequence[Description], file: Path) -> list[Record | None]:
     """Returns the record in a file for each description; None where there is none."""
-    records = {_key(record): record for record in read_records(file)}
-    return [records.get(_key(description)) for description in descriptions]
+    records = {key_of(record): record for record in read_records(file)}
+    return [records.get(key_of(description)) for description in descriptions]
 
 
 def read_records(file: Path) -> list[Record]:
@@ -234,7 +242,7 @@ def _drop_cut_off_line(file: Path) -> None:
         file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
 
 
-def _key(record: Record) -> str:
+def key_of(record: Record) -> str:
     """Returns a run's description as a text."""
     description = {name: value for name, value in record.items() if name not in _RESULTS}
     return json.dumps(description, sort_keys=True)

@@ -24,8 +24,8 @@ from rich.table import Table
 
 from agents.common.evaluation import cycle_prompts, sample_images
 from agents.common.steering import SVDD, UNSTEERED, BestOf, FKSteering, Steering
-from benchmarks.compare_figures import explain, save, tidy
-from benchmarks.training_run import diversity
+from benchmarks.diversity import pixel_diversity
+from benchmarks.figures import explain, save, tidy
 from dpok_gym.prompts import load_prompts
 from dpok_gym.utils.files import replacing
 from dpok_gym.vector_env import DenoisingVectorEnv
@@ -98,7 +98,7 @@ def measure(task: str, label: str, steering: Steering, n_images: int, seed: int)
         row |= {name: float(values.mean()), f"{name}_error": float(values.std(ddof=1) / np.sqrt(n_images))}
     return row | {
         "seed": seed,
-        "diversity": diversity(evaluation.images, evaluation.prompts),
+        "diversity": pixel_diversity(evaluation.images, evaluation.prompts),
         "denoiser_calls": env.process.num_function_evaluations / n_images,
         "reward_calls": steering.reward_calls(NUM_INFERENCE_STEPS),
         "seconds": round(seconds / n_images, 3),

@@ -9,30 +9,38 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from PIL import Image
-from scipy.spatial.distance import pdist
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.algorithms.registry import load_algorithm
 from agents.cli.environments import EVALUATION_BATCH_SIZE, evaluation_rewards
+from agents.cli.steering import SteeringOptions, make_steering
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
-from agents.common.steering import UNSTEERED, BestOf
+from agents.common.steering import BestOf
+from benchmarks.diversity import pixel_diversity, scene_diversity
+from benchmarks.prompt_splits import prompts_of
 from dpok_gym.prompts import PromptSet, load_prompts
+from dpok_gym.shapes.choices import QUALITY_WEIGHT
 from dpok_gym.shapes.prompts import unseen_prompts
 from dpok_gym.shapes.world import WORLD
 from dpok_gym.vector_env import DenoisingVectorEnv
 
 if TYPE_CHECKING:
     from agents.common.algorithm import DenoisingAlgorithm
+    from agents.common.policy import DenoisingPolicy
 
 #: The "algorithm" of runs without training: the best of n images of the pre-trained model.
 REJECTION = "rejection"
+
+#: The "algorithm" of runs without training, however they draw.
+UNTRAINED = "untrained"
 
 #: Images of each evaluation within a supervised fit, which draws none by itself.
 _CURVE_IMAGES = 64
@@ -45,53 +53,116 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
     """Trains and evaluates.
 
     Args:
-        description: ``algorithm`` (a registered name, or "rejection"), ``settings`` of it, ``prompts``, ``reward``
-            ({name: weight}), ``images`` (the budget), ``n_envs``, ``num_inference_steps``, ``eval_images``,
-            ``held_out`` (True to evaluate on unseen prompts too), ``seed``; and perhaps ``environment``, further
-            arguments of the environment.
+        description: ``algorithm`` (a registered name, :data:`UNTRAINED`, or :data:`REJECTION`), ``settings`` of it,
+            ``prompts``, ``reward`` ({name: weight}), ``images`` (the budget), ``n_envs``, ``num_inference_steps``,
+            ``eval_images``, ``held_out`` (True to evaluate on unseen prompts too), ``seed``; and perhaps
+
+            - ``environment``: further arguments of the environment;
+            - ``splits``: kinds of prompts, see :mod:`benchmarks.prompt_splits`, in place of ``prompts`` and
+              ``held_out``: it trains on the first one, and is evaluated on all;
+            - ``draw``: how the images are drawn in the end, see :func:`evaluate_drawing`;
+            - ``also``: further ways to draw, by name. They are evaluated on the prompts of the training.
         row_file: file for a row of images of the trained model; None for no file.
 
     Returns:
-        The description, and ``scores`` (by set of prompts, see :func:`summarize`), ``curve`` (a list of points, see
-        :class:`Curve`; the last one is the final evaluation), ``num_function_evaluations`` and ``seconds`` of the
-        training, and ``num_function_evaluations_to_draw`` one image.
+        The description, and ``scores`` (by set of prompts, or way to draw; see :func:`summarize`), ``curve`` (a list of
+        points, see :class:`Curve`; the last one is the final evaluation), ``num_function_evaluations``,
+        ``num_gradient_evaluations`` and ``seconds`` of the training, and ``num_function_evaluations_to_draw`` one
+        image.
     """
-    prompts = load_prompts(description["prompts"])
+    prompts = _training_prompts(description)
     settings = dict(description["settings"])
     n_envs = settings.pop("n_envs", description["n_envs"])
-    env, evaluation_env = _make_env(description, prompts, n_envs), _make_env(description, prompts)
-    trains = description["algorithm"] != REJECTION
+    trains = description["algorithm"] not in (REJECTION, UNTRAINED)
     # Without training, an untrained agent gives access to the pre-trained model; SFT takes steps without noise too.
     name = description["algorithm"] if trains else "sft"
-    steering = UNSTEERED if trains else BestOf(settings.pop("n"))
+    draw = description.get("draw", {})
+    if description["algorithm"] == REJECTION:
+        draw = {"steering": "best-of", "n_particles": settings.pop("n")}
+    environment = description.get("environment", {}) | draw.get("environment", {})
+    of_env = description | {"environment": environment}
+    env = _make_env(of_env, prompts, n_envs)
     algorithm: Any = load_algorithm(name)
     agent: DenoisingAlgorithm = algorithm(env=env, seed=description["seed"], device="cpu", **settings)
-    curve = Curve(evaluation_env, description["seed"])
+    curve = Curve(_make_env(description, prompts), description["seed"])
     if trains:
         agent.learn(description["images"] * agent.process.num_inference_steps, curve)
     cost = curve.cost()
     scores = {}
-    for name, texts in _prompts_to_evaluate(prompts, description["held_out"]).items():
-        chosen = cycle_prompts(texts, description["eval_images"])
-        # Far from the seeds that training and the curve use, and the same for all algorithms.
-        seed = 1_000_000 * (description["seed"] + 1)
-        evaluation = evaluate(agent.policy, evaluation_env, chosen, seed, reference=not trains, steering=steering)
-        scores[name] = summarize(evaluation)
-        if not trains:
-            # The KL of the evaluation is that of the sampler, before the best image is chosen. This is the bound for
-            # the chosen images, see agents.common.steering.BestOf.
-            scores[name]["kl"] = math.log(steering.n_particles) - (steering.n_particles - 1) / steering.n_particles
+    for name, texts in _prompts_to_evaluate(description, prompts).items():
+        evaluation, scores[name] = evaluate_drawing(agent.policy, of_env, texts, draw, reference=not trains)
         if row_file is not None and name == "training":
             _save_row(evaluation, row_file)
+    for name, way in description.get("also", {}).items():
+        scores[name] = evaluate_drawing(agent.policy, description, prompts.train, way)[1]
     if trains:
         curve.add(cost, scores["training"])
     return description | {
         "scores": scores,
         "curve": curve.points,
         "num_function_evaluations": cost["num_function_evaluations"],
-        "num_function_evaluations_to_draw": steering.denoiser_calls(agent.process.num_inference_steps),
+        "num_gradient_evaluations": cost["num_gradient_evaluations"],
+        "num_function_evaluations_to_draw": scores["training"]["calls"],
         "seconds": cost["seconds"],
     }
+
+
+def evaluate_drawing(
+    policy: DenoisingPolicy,
+    description: dict[str, Any],
+    prompts: Sequence[str],
+    draw: dict[str, Any],
+    reference: bool = False,
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Draws images with a policy in some way, and scores them.
+
+    Args:
+        policy: the policy.
+        description: of the run.
+        prompts: each is drawn about equally often.
+        draw: ``lora_scale`` (factor of what the LoRA changes), and the options of
+            :class:`agents.cli.steering.SteeringOptions`; for the pre-trained model ``environment``, further arguments
+            of the environment, which ``description`` has too. Each may be left out.
+        reference: True for the pre-trained model.
+
+    Returns:
+        The evaluation, and its scores: see :func:`summarize`, and ``calls`` of the denoiser for one image.
+    """
+    options = {name: value for name, value in draw.items() if name not in ("environment", "lora_scale")}
+    steering = make_steering(SteeringOptions(**options))
+    env = _make_env(description, _training_prompts(description))
+    chosen = cycle_prompts(prompts, description["eval_images"])
+    # Far from the seeds that training and the curve use, and the same for all algorithms.
+    seed = 1_000_000 * (description["seed"] + 1)
+    with scaled_lora(policy, draw.get("lora_scale", 1.0)):
+        evaluation = evaluate(policy, env, chosen, seed, reference=reference, steering=steering)
+    scores = summarize(evaluation)
+    n = steering.n_particles
+    if reference and isinstance(steering, BestOf) and "environment" not in draw:
+        # The KL of the evaluation is that of the sampler, before an image is chosen. This is the bound for the chosen
+        # images, see agents.common.steering.BestOf.
+        scores["kl"] = math.log(n) - (n - 1) / n
+    elif reference or n > 1:  # it is not known
+        del scores["kl"]
+    process = env.process
+    scores["calls"] = steering.denoiser_calls(process.num_inference_steps)
+    scores["calls"] *= process.model.num_forward_passes(process.config.guidance_scale)
+    return evaluation, scores
+
+
+@contextmanager
+def scaled_lora(policy: DenoisingPolicy, scale: float) -> Iterator[None]:
+    """Within the block, what a policy's LoRA changes in the denoiser is so many times as large."""
+    outer = [] if scale == 1 else [value for name, value in policy.adapter.items() if "lora_B" in name]
+    kept = [value.detach().clone() for value in outer]
+    with torch.no_grad():
+        for value in outer:
+            value.mul_(scale)
+        try:
+            yield
+        finally:
+            for value, before in zip(outer, kept, strict=True):
+                value.copy_(before)
 
 
 def _make_env(
@@ -109,10 +180,19 @@ def _make_env(
     )
 
 
-def _prompts_to_evaluate(prompts: PromptSet, held_out: bool) -> dict[str, Sequence[str]]:
-    """Returns the sets of prompts that a run is evaluated on, by name."""
+def _training_prompts(description: dict[str, Any]) -> PromptSet:
+    if "splits" in description:
+        return prompts_of(description["splits"][0])
+    return load_prompts(description["prompts"])
+
+
+def _prompts_to_evaluate(description: dict[str, Any], prompts: PromptSet) -> dict[str, Sequence[str]]:
+    """Returns the sets of prompts that a run is evaluated on, by name; the first one is that of the training."""
+    if "splits" in description:
+        others = {name: prompts_of(name).train for name in description["splits"][1:]}
+        return {"training": prompts.train, **others}
     sets: dict[str, Sequence[str]] = {"training": prompts.train}
-    if held_out:
+    if description["held_out"]:
         sets["held_out"] = unseen_prompts(prompts)
     return sets
 
@@ -126,7 +206,7 @@ def _save_row(evaluation: Evaluation, path: Path) -> None:
 
 def prompts_of_row(description: dict[str, Any]) -> list[str]:
     """Returns the prompts of the images that show a run."""
-    prompts = cycle_prompts(load_prompts(description["prompts"]).train, description["eval_images"])
+    prompts = cycle_prompts(_training_prompts(description).train, description["eval_images"])
     return [prompts[index] for index in choose_row(prompts)]
 
 
@@ -142,48 +222,33 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
     """Computes means over the images.
 
     Returns:
-        ``aligned`` (share), ``alignment``, ``quality``, ``reward``, ``kl`` (nats of the steps that explore),
-        ``late_drift`` of the others, ``step_kl`` (nats of each step), and ``diversity`` if there are two images of a
-        prompt.
+        ``aligned`` (share), ``alignment``, ``quality``, ``reward``, ``judged`` (alignment and a fifth of the quality,
+        as the simulated person sees an image), ``kl`` (nats of the steps that explore), ``late_drift`` of the others,
+        ``step_kl`` (nats of each step), ``reward_std`` and ``judged_std``, and, if there are two images of a prompt,
+        ``diversity`` (see :func:`~benchmarks.diversity.pixel_diversity`) and the entropies of
+        :func:`~benchmarks.diversity.scene_diversity`.
     """
     means: dict[str, Any] = {"aligned": evaluation.aligned_share}
     for name in WORLD.evaluation_rewards:
         means[name.removeprefix("shapes-")] = evaluation.mean(name)
+    alignment, quality = (evaluation.rewards[name] for name in WORLD.evaluation_rewards)
+    judged = alignment + QUALITY_WEIGHT * quality
+    means |= {"judged": judged.mean(), "judged_std": judged.std(), "reward_std": evaluation.reward.std()}
     means |= {"reward": evaluation.mean_reward, "kl": evaluation.kl.mean(), "late_drift": evaluation.late_drift}
-    means["diversity"] = diversity(evaluation.images, evaluation.prompts)
+    means["diversity"] = pixel_diversity(evaluation.images, evaluation.prompts)
+    means |= scene_diversity(evaluation.images, evaluation.prompts)
     scores: dict[str, Any] = {name: float(value) for name, value in means.items() if value is not None}
     scores["step_kl"] = [round(float(value), 4) for value in evaluation.step_kl.mean(axis=0)]
     return scores
 
 
-def diversity(images: NDArray[np.uint8], prompts: Sequence[str]) -> float | None:
-    """Computes the mean distance of two images of the same prompt.
-
-    The distance is the root mean square over pixels in [0, 1].
-
-    Args:
-        images: (N, H, W, 3).
-        prompts: N; prompts with only one image do not count.
-
-    Returns:
-        The mean over prompts; None if no prompt has two images.
-    """
-    names = np.array(prompts)
-    means = []
-    for name in dict.fromkeys(prompts):
-        of_prompt = images[names == name]
-        if len(of_prompt) > 1:
-            pixels = of_prompt.reshape(len(of_prompt), -1) / 255
-            means.append(pdist(pixels).mean() / np.sqrt(pixels.shape[1]))
-    return float(np.mean(means)) if means else None
-
-
 class Curve(BaseCallback):
     """Collects the points of a learning curve.
 
-    A point has the means of ``alignment``, ``quality`` and ``reward`` over some images, and the ``kl`` of the update
-    before them if the algorithm has one. It also has the cost of the training until then: ``images``,
-    ``num_function_evaluations`` and ``seconds``. The images are those of each rollout.
+    A point has the means of ``aligned`` (share), ``alignment``, ``quality`` and ``reward`` over some images, and the
+    ``kl`` of the update before them if the algorithm has one. It also has the cost of the training until then:
+    ``images``, ``num_function_evaluations``, ``num_gradient_evaluations``, and ``seconds`` of the processor, so that
+    other work on the machine does not count. The images are those of each rollout.
     A supervised fit has no rollouts, so images are drawn for the curve.
 
     Args:
@@ -194,7 +259,7 @@ class Curve(BaseCallback):
         points: the points so far.
     """
 
-    _SHOWN = ("alignment", "quality", "reward")
+    _SHOWN = ("aligned", "alignment", "quality", "reward")
 
     model: DenoisingAlgorithm
 
@@ -208,11 +273,12 @@ class Curve(BaseCallback):
     def cost(self) -> dict[str, float]:
         """Returns the cost of the run so far, without the evaluations; all 0 if there was no training."""
         if math.isnan(self._started):
-            return {"images": 0, "num_function_evaluations": 0, "seconds": 0.0}
-        seconds = time.perf_counter() - self._started - self._evaluation_seconds
+            return {"images": 0, "num_function_evaluations": 0, "num_gradient_evaluations": 0, "seconds": 0.0}
+        seconds = time.process_time() - self._started - self._evaluation_seconds
         return {
             "images": self.model.images_drawn,
             "num_function_evaluations": self.model.process.num_function_evaluations,
+            "num_gradient_evaluations": self.model.process.num_gradient_evaluations,
             "seconds": round(seconds, 1),
         }
 
@@ -222,7 +288,7 @@ class Curve(BaseCallback):
         self.points.append(cost | rounded)
 
     def _on_training_start(self) -> None:
-        self._started = time.perf_counter()
+        self._started = time.process_time()
 
     def _on_step(self) -> bool:
         return True
@@ -238,6 +304,7 @@ class Curve(BaseCallback):
                 means[name.removeprefix("shapes-")] = float(logged[f"rollout/{name}"])
         if means:
             buffer = self.model.rollout_buffer
+            means["aligned"] = float(logged["rollout/aligned_share"])
             means["reward"] = buffer.final_rewards[buffer.valid].mean().item()
             kl = self.model.latest_metrics.get("kl_to_reference")
             # The images are of the model before this rollout's update.
@@ -248,9 +315,9 @@ class Curve(BaseCallback):
     def _evaluate(self) -> dict[str, Any]:
         """Returns the scores of the model as it is, at no cost."""
         process = self.model.process
-        started, evaluations_before = time.perf_counter(), process.num_function_evaluations
+        started, evaluations_before = time.process_time(), process.num_function_evaluations
         prompts = cycle_prompts(self._env.prompts.train, _CURVE_IMAGES)
         scores = summarize(evaluate(self.model.policy, self._env, prompts, 500_000_000 + 1000 * self._seed))
-        self._evaluation_seconds += time.perf_counter() - started
+        self._evaluation_seconds += time.process_time() - started
         process.num_function_evaluations = evaluations_before
         return scores

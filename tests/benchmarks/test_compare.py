@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from benchmarks import compare, compare_figures, compare_tables, runs
-from tests.agents.cli.support import check_texts
+from benchmarks import compare, compare_tables, runs
 from tests.benchmarks.support import RESULTS, SETTINGS, fake_records, mean_score, values
 
 
@@ -101,47 +98,3 @@ def test_settings_are_ranked_by_the_reward(capsys: pytest.CaptureFixture[str]) -
     rows = [line.split("│")[3:8] for line in capsys.readouterr().out.split("\n") if "learning_rate" in line]
     cells = [(row[0].strip(), row[1].strip()) for row in rows]
     assert cells == [("learning_rate 0.2", "3.000"), ("learning_rate 0.1", "1.750"), ("learning_rate 0.3", "1.500")]
-
-
-def test_curves_are_running_means_of_what_is_drawn() -> None:
-    heights = [0.0, 1.0, 5.0, 2.0, 7.0, 4.0, 9.0]
-    points = [{"images": float(min(k, 5)), "quality": y, "seconds": float(k)} for k, y in enumerate(heights)]
-    points.append({"images": 5.0, "quality": 100.0, "seconds": 6.0})  # the final evaluation, which is left out
-    x, y = compare_figures._smooth(points, "quality", "seconds")
-    assert x.tolist() == list(range(7))
-    # Of five points, at the ends of fewer; and the last two are of a fit, and are as they are.
-    assert y.tolist() == [2.0, 2.0, 3.0, 3.75, 14 / 3, 4.0, 9.0]
-    x, y = compare_figures._smooth(points, "quality", "images")
-    assert (x.tolist(), y[-1]) == ([0, 1, 2, 3, 4, 5], 9.0)
-
-
-def test_labels_of_points_do_not_overlap() -> None:
-    figure = Figure()
-    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
-    points = [(1.0, 1.0, "0.005"), (1.02, 1.01, "0.02"), (1.0, 1.04, "10"), (2.0, 2.0, "0")]
-    axes.plot(*zip(*[point[:2] for point in points], strict=True), "o")
-    canvas.draw()
-    compare_figures.label_points(axes, points, canvas.get_renderer())
-    assert [text.get_text() for text in axes.texts] == [text for *_, text in points]
-    check_texts(figure)
-
-
-def test_points_at_zero_nats_are_not_cut() -> None:
-    figure = Figure()
-    axes = figure.add_subplot()
-    axes.scatter([0, 50, 700], [1, 2, 3])
-    compare_figures.scale_kl(axes, 10)
-    low, high = axes.get_xlim()
-    assert low < 0
-    assert high > 700
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "10", "100"]
-
-
-def test_a_grid_has_the_ticks_of_the_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: dict[str, Any] = {}
-    monkeypatch.setattr(compare_figures.plots, "image_rows", lambda found, *_: rows.update(found))
-    prompts = ["three green squares"] * 8
-    compare_figures.grid(
-        RESULTS / "compare_quick", "count", ["DPOK", "pre-trained", "none"], prompts, tmp_path / "a.png"
-    )
-    assert {label: aligned.sum() for label, (_, aligned) in rows.items()} == {"DPOK": 7, "pre-trained": 7}

@@ -2,9 +2,21 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from benchmarks import statistics
-from benchmarks.statistics import improvement, interquartile_band, interquartile_mean, probability_of_improvement
+from benchmarks.statistics import (
+    holm,
+    improvement,
+    interquartile_band,
+    interquartile_mean,
+    mean_band,
+    mean_over_tasks,
+    permutation_test,
+    pooled_interquartile_mean,
+    probability_of_improvement,
+    smallest_difference,
+)
 
 
 def test_mean() -> None:
@@ -28,6 +40,12 @@ def test_interquartile_band() -> None:
     points = [interquartile_mean([column]) for column in curves.T]
     np.testing.assert_allclose(np.array(band), np.array(points).T)
     assert np.isnan(interquartile_band(curves[:1])[1:]).all()
+
+
+def test_mean_band() -> None:
+    curves = np.random.default_rng(0).normal([0, 10, 20], size=(5, 3))
+    points = [statistics.mean(column) for column in curves.T]
+    np.testing.assert_allclose(np.array(mean_band(curves)), np.array(points).T)
 
 
 def test_intervals_get_narrower_and_are_resampled_within_tasks() -> None:
@@ -54,3 +72,106 @@ def test_probability_of_improvement() -> None:
     assert probability.value == np.mean([3 / 4, 1 / 4])
     assert probability.low <= probability.value <= probability.high
     assert probability_of_improvement([[1.0, 2.0]], [[0.0, 0.5]])[:3] == (1.0, 1.0, 1.0)
+
+
+def test_mean_over_tasks() -> None:
+    mean = mean_over_tasks([[0.0, 2.0, 100.0, 6.0], [1.0, 3.0]])
+    assert mean.value == np.mean([27, 2])  # both tasks weigh the same
+    assert mean.low < mean.value < mean.high
+    assert np.isnan(mean_over_tasks([[0.0, 2.0], [1.0]])[1:]).all()  # one run has no interval
+    # Of tasks far apart, the variances of the tasks' means add up; a bootstrap that mixed them would be far wider.
+    rng = np.random.default_rng(0)
+    apart = mean_over_tasks([rng.normal(scale=3, size=400), 1000 + rng.normal(scale=4, size=400)])
+    assert apart.high - apart.low == pytest.approx(2 * 1.96 * 5 / 2 / 400**0.5, rel=0.1)
+
+
+def test_pooled_interquartile_mean() -> None:
+    rng = np.random.default_rng(0)
+    by_task = [rng.normal(size=5), rng.normal(size=10), rng.normal(2, size=9)]
+    pooled = pooled_interquartile_mean(by_task)
+    assert pooled.value == pytest.approx(np.sort(np.concatenate(by_task))[6:18].mean())
+    resampled = [np.sort(np.concatenate([rng.choice(task, task.size) for task in by_task])) for _ in range(4000)]
+    bounds = np.percentile(np.array(resampled)[:, 6:18].mean(axis=1), [2.5, 97.5])
+    np.testing.assert_allclose(pooled[1:], bounds, atol=0.05)
+
+
+def test_pooled_interquartile_mean_leaves_out_the_extreme_tasks() -> None:
+    assert pooled_interquartile_mean([[-100.0, -90.0], [1.0, 2.0], [3.0, 4.0], [90.0, 100.0]])[0] == 2.5
+    # Tasks far apart: each resample's middle half is the middle task's, unless tasks are mixed.
+    apart = pooled_interquartile_mean([[-1000.0] * 5, [0.0, 1.0] * 5, [1000.0] * 5])
+    assert 0 <= apart.low < apart.high <= 1
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (5, 7)])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])  # with one, equal differences come out rounded differently
+def test_permutation_test_of_one_task_is_that_of_scipy(sizes: tuple[int, int], offset: float) -> None:
+    rng = np.random.default_rng(3)
+    ours, theirs = (rng.normal(mean, size=size) for mean, size in zip([2, 0], sizes, strict=True))
+    # All 20 or 792 permutations.
+    exact = scipy.stats.permutation_test((ours, theirs), lambda *runs: np.mean(runs[0]) - np.mean(runs[1])).pvalue
+    assert 0.01 < exact < 0.5
+    # Twice a share of 9999 permutations: four standard errors.
+    error = 2 * (exact / 2 / 9999) ** 0.5
+    assert permutation_test([offset + ours], [offset + theirs]) == pytest.approx(exact, abs=4 * error)
+
+
+def test_permutation_test_of_two_tasks_permutes_within_tasks() -> None:
+    # Each task has six ways to choose two of four runs. Of the 36, the best is ours.
+    ours, theirs = [[3.0, 4.0], [1003.0, 1004.0]], [[1.0, 2.0], [1001.0, 1002.0]]
+    assert permutation_test(ours, theirs) == pytest.approx(2 / 36, abs=0.015)
+    assert permutation_test(theirs, ours) == pytest.approx(2 / 36, abs=0.015)
+    assert permutation_test(ours, ours) == 1
+
+
+def test_permutation_test_of_clearly_different_samples() -> None:
+    rng = np.random.default_rng(0)
+    theirs = [rng.normal(1000 * task, size=7) for task in range(8)]
+    ours = [rng.normal(3 + 1000 * task, size=5) for task in range(8)]
+    assert permutation_test(ours, theirs) == 2 / 10_000  # no permutation is as good
+    assert permutation_test(ours, theirs, n_resamples=19_999) == 2 / 20_000
+    with pytest.raises(ValueError, match="longer than"):
+        permutation_test(ours[:7], theirs)
+
+
+def test_permutation_test_is_uniform_if_nothing_differs() -> None:
+    rng = np.random.default_rng(0)
+    p_values = []
+    for _ in range(300):
+        by_task = [(rng.normal(task, size=5), rng.normal(task, size=8)) for task in (0, 100)]
+        p_values.append(permutation_test(*zip(*by_task, strict=True), n_resamples=999))
+    assert scipy.stats.kstest(p_values, "uniform").pvalue > 0.01
+
+
+def test_holm() -> None:
+    assert holm({"a": 0.5, "b": 0.01, "c": 0.02, "d": 0.015}) == {
+        "a": 0.5,
+        "b": 0.04,
+        "c": 0.045,  # not 2 * 0.02: it is no better than d
+        "d": 0.045,
+    }
+    assert list(holm({"a": 0.5, "b": 0.01})) == ["a", "b"]
+    assert holm({"a": 0.6, "b": 0.7, "c": 0.6}) == {"a": 1, "b": 1, "c": 1}
+    assert holm({"a": 0.03}) == {"a": 0.03}
+    assert holm({}) == {}
+
+
+def test_smallest_difference() -> None:
+    # Means of two runs with a variance of 2 have a variance of 1, that of eight runs with one of 8 / 7 has 1 / 7.
+    assert smallest_difference([[0.0, 2.0]], [[101.0, 103.0]]) == pytest.approx(2.8016 * 2**0.5, rel=1e-4)
+    many = [0.0, 0.0, 0.0, 0.0, 2.0, 2.0, 2.0, 2.0]
+    variance = (1 + 1 + 1 + 1 / 7) / 2**2
+    assert smallest_difference([[0.0, 2.0], [0.0, 2.0]], [[0.0, 2.0], many]) == pytest.approx(
+        2.8016 * variance**0.5, rel=1e-4
+    )
+    assert np.isnan(smallest_difference([[0.0, 2.0], [1.0]], [[0.0, 2.0], [1.0, 2.0]]))
+
+
+def test_smallest_difference_is_seen_with_a_power_of_80_percent() -> None:
+    rng = np.random.default_rng(0)
+    scales = np.array([1.0, 2.0, 5.0])[:, None, None]
+    ours, theirs = scales * rng.normal(size=(3, 1, 2000)), scales * rng.normal(size=(3, 1, 2000))
+    needed = smallest_difference(ours[:, 0], theirs[:, 0]) * (2000 / 20) ** 0.5  # with 20 runs
+    ours, theirs = scales * rng.normal(size=(3, 4000, 20)) + needed, scales * rng.normal(size=(3, 4000, 20))
+    difference = ours.mean(axis=(0, 2)) - theirs.mean(axis=(0, 2))
+    error = np.sqrt(((ours.var(axis=2, ddof=1) + theirs.var(axis=2, ddof=1)) / 20).sum(axis=0)) / 3
+    assert (np.abs(difference) > 1.96 * error).mean() == pytest.approx(0.8, abs=0.03)

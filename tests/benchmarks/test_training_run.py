@@ -10,14 +10,8 @@ import pytest
 from benchmarks import training_run
 from tests.benchmarks.support import TINY
 
-
-def test_diversity() -> None:
-    images = np.zeros((4, 2, 2, 3), np.uint8)
-    images[1] = 255
-    images[2] = 51
-    assert training_run.diversity(images[:3], ["a"] * 3) == pytest.approx(np.mean([1.0, 0.2, 0.8]))
-    assert training_run.diversity(images, ["a", "a", "b", "c"]) == pytest.approx(1.0)  # single ones have no distance
-    assert training_run.diversity(images[:1], ["a"]) is None
+#: The scores that take two images of a prompt.
+DIVERSITY = {"diversity", *(f"entropy_of_{name}" for name in ("positions", "colours", "shapes", "counts"))}
 
 
 def test_images_of_a_row() -> None:
@@ -45,9 +39,9 @@ def test_a_run(algorithm: str, settings: dict[str, Any], tmp_path: Path) -> None
     assert json.loads(json.dumps(record)) == record
     assert description.items() <= record.items()
     assert set(record["scores"]) == {"training", "held_out"}
-    names = {"aligned", "alignment", "quality", "reward", "kl", "late_drift"}
-    assert record["scores"]["training"].keys() == names | {"diversity", "step_kl"}
-    assert record["scores"]["held_out"].keys() == names | {"step_kl"}  # three images of three prompts
+    names = {"aligned", "alignment", "quality", "reward", "kl", "late_drift", "judged", "judged_std", "reward_std"}
+    assert record["scores"]["training"].keys() == names | DIVERSITY | {"step_kl", "calls"}
+    assert record["scores"]["held_out"].keys() == names | {"step_kl", "calls"}  # three images of three prompts
     for scores in record["scores"].values():
         assert sum(scores["step_kl"]) == pytest.approx(scores["kl"], abs=1e-3)
         assert np.isfinite([scores[name] for name in names]).all()
@@ -64,6 +58,8 @@ def test_a_run(algorithm: str, settings: dict[str, Any], tmp_path: Path) -> None
     }
     assert [(point["images"], point["num_function_evaluations"]) for point in points] == expected[algorithm]
     assert record["num_function_evaluations"] == points[-1]["num_function_evaluations"]
+    # Each image is learned from once; DRaFT differentiates the last step, and RWR takes four updates of two images.
+    assert record["num_gradient_evaluations"] == {"dpok": 4, "draft": 4, "rwr": 8}[algorithm]
     assert 0 < record["seconds"] == points[-1]["seconds"]
     assert points[-1]["alignment"] == pytest.approx(record["scores"]["training"]["alignment"], abs=1e-4)
     assert (tmp_path / "images" / "row.png").is_file()
@@ -85,6 +81,52 @@ def test_images_of_a_sampler_without_noise_can_be_judged() -> None:
     changes = {"algorithm": "rejection", "settings": {"n": 1}, "environment": environment, "num_inference_steps": 8}
     run = training_run.run(TINY | changes)
     assert run["scores"]["training"]["quality"] > 0.2
+
+
+def test_the_pretrained_model_in_other_ways() -> None:
+    """With steering, whose KL is not known, or with another sampler."""
+    untrained = TINY | {"algorithm": training_run.UNTRAINED, "settings": {}, "num_inference_steps": 2}
+    plain, noisy, guided, steered = (
+        training_run.run(untrained | {"draw": draw})
+        for draw in (
+            {},
+            {"environment": {"eta": 0.5}},
+            {"environment": {"guidance_scale": 2.0}},
+            {"steering": "fk", "n_particles": 4},
+        )
+    )
+    calls = [run["num_function_evaluations_to_draw"] for run in (plain, noisy, guided, steered)]
+    assert calls == [2, 2, 4, 8]
+    assert plain["scores"]["training"]["kl"] == 0
+    for run in (noisy, guided, steered):
+        assert "kl" not in run["scores"]["training"]
+        assert run["scores"]["training"]["reward"] != plain["scores"]["training"]["reward"]
+    rejected = training_run.run(untrained | {"algorithm": training_run.REJECTION, "settings": {"n": 1}})
+    assert rejected["scores"] == plain["scores"]
+
+
+@pytest.mark.slow
+def test_the_trained_model_in_other_ways() -> None:
+    """As it was without its LoRA, and the same as ever after that."""
+    also = {"as before": {"lora_scale": 0.0}, "again": {}, "best of 2": {"steering": "best-of", "n_particles": 2}}
+    settings = {"use_critic": False, "learning_rate": 0.01}
+    run = training_run.run(TINY | {"algorithm": "dpok", "settings": settings, "also": also})
+    plain = training_run.run(TINY | {"algorithm": training_run.UNTRAINED, "settings": {}})
+    scores = run["scores"]
+    assert scores["again"] == scores["training"]
+    assert scores["as before"]["reward"] == plain["scores"]["training"]["reward"] != scores["again"]["reward"]
+    assert scores["as before"]["kl"] == 0 < scores["again"]["kl"]
+    assert scores["best of 2"]["calls"] == 2 * scores["again"]["calls"]
+    assert "kl" not in scores["best of 2"]
+
+
+@pytest.mark.slow
+def test_kinds_of_prompts() -> None:
+    splits = ["paraphrases", "category"]
+    description = TINY | {"algorithm": "dpok", "settings": {"use_critic": False}, "splits": splits}
+    description.pop("prompts")
+    scores = training_run.run(description)["scores"]
+    assert [*scores] == ["training", "category"]
 
 
 def test_rejection_costs_function_evaluations() -> None:

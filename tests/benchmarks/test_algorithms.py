@@ -1,0 +1,157 @@
+"""The comparison of the algorithms: what it runs, and how it is tuned."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from agents import PRESETS
+from agents.algorithms.registry import load_algorithm
+from agents.common.arguments import check_arguments
+from benchmarks import algorithms
+from benchmarks.algorithms import PRETRAINED, Tuning
+from benchmarks.runs import Description
+from benchmarks.sparse_reward import fully_aligned
+from benchmarks.training_run import UNTRAINED
+from tests.benchmarks.support import HERE
+
+SETTINGS = yaml.safe_load((HERE / "algorithms.yaml").read_text(encoding="utf-8"))
+SEARCHES = ("diffusion", "flow")
+TUNED = {(search, label): {"learning_rate": 0.5} for search in SEARCHES for label in SETTINGS["methods"]}
+RUNS = list(algorithms.descriptions(SETTINGS, TUNED))
+
+
+def find(task: str, label: str, seed: int = 0) -> Description:
+    (run,) = (each for each in RUNS if (each["task"], each["label"], each["seed"]) == (task, label, seed))
+    return run
+
+
+def test_every_run_is_described_once() -> None:
+    methods, tasks = len(SETTINGS["methods"]), len(SETTINGS["tasks"])
+    n_components = 3 * 2 * len(SETTINGS["components"]["changes"])
+    assert len(RUNS) == 5 * tasks * (methods + len(SETTINGS["untrained"])) + n_components + methods
+    assert len({json.dumps(each, sort_keys=True) for each in RUNS}) == len(RUNS)
+
+
+def test_a_run_has_the_settings_of_its_task_its_method_and_its_search() -> None:
+    run = find("flow", "DPOK", 3)
+    assert run["environment"] == {"model": "shapes-flow"}
+    assert run["settings"]["policy_kwargs"]["target_modules"] == "attention"
+    assert run["settings"]["learning_rate"] == 0.5
+    assert (run["images"], run["prompts"]) == (960, "a blue triangle")
+    assert {*run["also"]} == {"best of 4", "LoRA x 0.7", "LoRA x 1.4"}
+    assert "also" not in find("flow", "DDPO")
+    assert find("many", "SFT")["settings"]["n_gradient_steps"] == 600
+    assert find("long", "RWR")["settings"]["n_gradient_steps"] == 6250
+    assert find("long", "DPOK")["prompts"] == find("count", "DPOK")["prompts"]
+    assert find("count", "guidance 2") == SETTINGS["common"] | {
+        "prompts": "three green squares",
+        "task": "count",
+        "label": "guidance 2",
+        "algorithm": UNTRAINED,
+        "seed": 0,
+        "settings": {},
+        "draw": {"environment": {"guidance_scale": 2.0}},
+    }
+
+
+def test_a_component_changes_one_thing() -> None:
+    settings = find("location", "DPOK", 2)["settings"]
+    for label, change in SETTINGS["components"]["changes"].items():
+        run = find("location", f"DPOK: {label}", 2)
+        assert run["settings"] == settings | change != settings
+        also = {"also": SETTINGS["methods"]["DPOK"]["also"]}
+        assert run | {"label": "DPOK", "settings": settings} | also == find("location", "DPOK", 2)
+
+
+@pytest.mark.parametrize("label", SETTINGS["methods"])
+def test_the_settings_are_arguments(label: str) -> None:
+    """Also those that are searched, and those that a component changes."""
+    algorithm = load_algorithm(SETTINGS["methods"][label]["algorithm"])
+    changes = SETTINGS["components"]["changes"].values() if label == "DPOK" else []
+    axes = dict.fromkeys(SETTINGS["methods"][label]["axes"])
+    for run in (find("many", label), find("long", label)):
+        for change in (axes, *changes):
+            check_arguments(algorithm, run["settings"] | change)
+
+
+def test_the_policy_is_that_of_the_laptop() -> None:
+    laptop = PRESETS["laptop"].algorithm_kwargs("dpok")
+    assert SETTINGS["settings"]["policy_kwargs"] == laptop["policy_kwargs"]
+
+
+def test_the_sparse_reward() -> None:
+    images = torch.ones(2, 3, 64, 64)
+    assert fully_aligned(images, ["a red circle", "three green squares"]).tolist() == [0, 0]
+
+
+# --- The tuning
+
+
+def make_runs(tuning: Tuning, reward: Any, quality: Any = lambda run: 0.9) -> list[Description]:
+    """Makes the runs that are missing, until none is; returns all of them."""
+    made = []
+    while missing := tuning.missing():
+        with tuning.file.open("a", encoding="utf-8") as file:
+            for run in missing:
+                scores = {"reward": reward(run), "quality": quality(run), "aligned": 0.5, "kl": 1.0}
+                results = {"scores": {"training": scores}, "seconds": 1.0, "num_gradient_evaluations": 3}
+                file.write(json.dumps(run | results) + "\n")
+        made += missing
+    return made
+
+
+def likes_small_rates(run: Description) -> float:
+    return -run["settings"].get("learning_rate", 1.0)
+
+
+def test_no_task_has_the_prompt_of_a_search() -> None:
+    prompts = {task.get("prompts") for task in SETTINGS["tasks"].values()}
+    assert prompts.isdisjoint(search["prompts"] for search in SETTINGS["tuning"]["searches"].values())
+
+
+def test_each_method_is_tuned_by_the_same_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuning = Tuning(SETTINGS, tmp_path / "tuning.jsonl")
+    with pytest.raises(ValueError, match="--tune"):
+        tuning.tuned()
+    made = make_runs(tuning, likes_small_rates)
+    assert len({json.dumps(each, sort_keys=True) for each in made}) == len(made)
+    assert {each["seed"] for each in made} == {100, 101, 102}
+    assert all(each["images"] == 640 for each in made)
+    numbers = {}
+    for label in SETTINGS["methods"]:
+        numbers[label] = [sum((r["task"], r["label"]) == (search, label) for r in made) for search in SEARCHES]
+    # Five values of the rate, five of the other setting, of which one run is the same, and three finalists.
+    assert numbers == {label: [5 + 4 + 6, 5 + 6] for label in SETTINGS["methods"]}
+    chosen = tuning.tuned()
+    assert chosen["diffusion", "GRPO"]["learning_rate"] == chosen["flow", "GRPO"]["learning_rate"] == 3.75e-4
+    assert chosen["flow", "GRPO"]["kl_coef"] == chosen["diffusion", "GRPO"]["kl_coef"]
+    tuning.show()
+    printed = capsys.readouterr().out
+    assert "learning_rate at the edge" in printed
+    assert printed.count(" yes") == 2 * len(SETTINGS["methods"])
+
+
+def test_a_setting_that_ruins_the_images_is_not_chosen(tmp_path: Path) -> None:
+    """However high its reward is; a little loss of quality does not count."""
+
+    def quality(run: Description) -> float:
+        if run["label"] == PRETRAINED:
+            return 0.9
+        return 0.885 if run["settings"]["learning_rate"] >= 3e-3 else 0.85
+
+    tuning = Tuning(SETTINGS, tmp_path / "tuning.jsonl")
+    make_runs(tuning, likes_small_rates, quality)
+    assert tuning.tuned()["diffusion", "DPOK"]["learning_rate"] == 3e-3
+
+
+def test_the_search_goes_on_from_the_runs_that_are_there(tmp_path: Path) -> None:
+    tuning = Tuning(SETTINGS, tmp_path / "tuning.jsonl")
+    made = make_runs(tuning, likes_small_rates)
+    lines = tuning.file.read_text().splitlines(keepends=True)
+    tuning.file.write_text("".join(lines[: len(lines) // 2]))
+    again = make_runs(Tuning(SETTINGS, tuning.file), likes_small_rates)
+    assert again == made[len(lines) // 2 :]
