@@ -232,7 +232,7 @@ def trl(precision: str = "no") -> Callable[[], Seconds]:
 
 
 def _brightness(images: Any, prompts: Any) -> Any:
-    return images.mean(dim=(1, 2, 3))
+    return images.float().mean(dim=(1, 2, 3))
 
 
 def _seconds_of(function: Callable[[], Any]) -> float:
