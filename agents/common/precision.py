@@ -83,7 +83,7 @@ def checkpoint(layer: Callable[..., Any], *args: Any) -> Any:
 def faster_precision(policy: DenoisingPolicy) -> Precision:
     """Returns bfloat16 if the policy's denoiser is faster in it here, measured forward and backward, else float32.
 
-    All ranks get the same answer, and must ask together. It takes less than a second, and is measured once for a
+    All ranks get the same answer, and must ask together. It takes about a second, and is measured once for a
     denoiser in a process.
     """
     return "float32" if distributed.any_of(bfloat16_speedup(policy) < WORTHWHILE) else "bfloat16"
