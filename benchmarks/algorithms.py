@@ -32,10 +32,6 @@ from benchmarks.runs import Description, Record, key_of, read_records, sweep, sw
 from benchmarks.training_run import UNTRAINED
 from benchmarks.tuning import Axis, Change, Outcome, search
 
-#: How far apart the values of a setting are where its grid grows.
-_FACTORS = {"learning_rate": 2.0, "kl_coef": 4.0, "clip_range": 4.0, "beta": 4.0, "gamma_kl": 4.0, "max_kl": 4.0}
-_FACTORS |= {"temperature": 3.0, "images_per_iteration": 2.0, "batch_size": 2.0, "n": 2.0}
-
 EXPLANATION = """\
 Plain means over {n_seeds} seeds, with 95 % bootstrap intervals within tasks. Gain: points of fully aligned images above
 the pre-trained model. The pooled interquartile mean is that of the middle half of all runs of all tasks. KL: of the
@@ -248,9 +244,7 @@ class Tuning:
         chosen = self._searches[name].get("axes")
         axes = self._settings["methods"][label]["axes"]
         return [
-            Axis(axis, values, _FACTORS[axis], self._rules["most"])
-            for axis, values in axes.items()
-            if chosen is None or axis in chosen
+            Axis(axis, values, self._rules["most"]) for axis, values in axes.items() if chosen is None or axis in chosen
         ]
 
     def _start(self, name: str, label: str) -> Change:

@@ -46,7 +46,7 @@ _GREY, _FAINT = "#6e6e6e", "#f3f3f3"
 
 
 class Style(NamedTuple):
-    """How a method is drawn.
+    """The look of a method.
 
     Attributes:
         colour: of its family.

@@ -100,6 +100,13 @@ def numbers_of(records: Sequence[Record], label: str, task: str, read: Callable[
     return [value for value in values if value is not None]
 
 
+def numbers_by_task(
+    records: Sequence[Record], label: str, tasks: Sequence[str], read: Callable[[Record], float | None]
+) -> list[list[float]]:
+    """Returns what is read of the runs of a method, for each task; see :func:`numbers_of`."""
+    return [numbers_of(records, label, task, read) for task in tasks]
+
+
 def task_table(records: Sequence[Record], task: str, labels: Sequence[str]) -> str:
     """Returns the table of a task: means with intervals, the hacking of the reward, and each seed.
 
@@ -162,12 +169,14 @@ def gains(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]
         prompts: the set of prompts.
     """
     read = score("aligned", prompts, 100)
-    start = {task: fmean(numbers_of(records, PRETRAINED, task, read)) for task in tasks}
-    by_label = {}
+    starts = [fmean(numbers) for numbers in numbers_by_task(records, PRETRAINED, tasks, read)]
+    by_label: Numbers = {}
     for label in labels:
-        by_task = [[value - start[task] for value in numbers_of(records, label, task, read)] for task in tasks]
+        by_task = numbers_by_task(records, label, tasks, read)
         if all(by_task):
-            by_label[label] = by_task
+            by_label[label] = [
+                (np.array(numbers) - start).tolist() for numbers, start in zip(by_task, starts, strict=True)
+            ]
     return by_label
 
 
@@ -297,14 +306,11 @@ def components_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
     rows = {}
     p_values, cells = {}, {}
     for label in labels:
-        ours, theirs = (
-            [numbers_of(compared, name, task, score("aligned", scale=100)) for task in tasks]
-            for name in (label, "DPOK")
-        )
+        ours, theirs = (numbers_by_task(compared, name, tasks, score("aligned", scale=100)) for name in (label, "DPOK"))
         if not (all(ours) and all(theirs)):
             continue
         p_values[label] = permutation_test(ours, theirs)
-        kl = [numbers_of(compared, label, task, score("kl")) for task in tasks]
+        kl = numbers_by_task(compared, label, tasks, score("kl"))
         difference = mean_over_tasks(ours).value - mean_over_tasks(theirs).value
         cells[label] = [f"{difference:+.1f}", f"{smallest_difference(ours, theirs):.1f}", f"{mean_over_tasks(kl):.1f}"]
     corrected = holm(p_values) if p_values else {}
@@ -353,12 +359,12 @@ def claims_table(records: Sequence[Record], tasks: Sequence[str], arms: Sequence
     for arm in arms:
         cells = []
         for name, form in (("alignment", ".3f"), ("quality", ".3f")):
-            by_task = [
-                [value for run in runs_of(records, arm, task) if (value := at_reward(run, level, name)) is not None]
-                for task, level in levels.items()
-            ]
+            by_task = []
+            for task, level in levels.items():
+                values = [at_reward(run, level, name) for run in runs_of(records, arm, task)]
+                by_task.append([value for value in values if value is not None])
             cells.append(f"{mean_over_tasks(by_task):{form}}" if by_task and all(by_task) else "")
-        ends = [numbers_of(records, arm, task, score("quality")) for task in levels]
+        ends = numbers_by_task(records, arm, list(levels), score("quality"))
         rows[arm] = [*cells, f"{mean_over_tasks(ends):.3f}" if ends and all(ends) else ""]
     return markdown(rows, ["alignment at equal reward", "quality at equal reward", "quality in the end"])
 
@@ -398,9 +404,9 @@ def drawing_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
         for name in ("training", *names):
             cells = []
             for key, scale, form in (("aligned", 100, ".1f"), ("quality", 1, ".3f")):
-                by_task = [numbers_of(records, label, task, score(key, name, scale)) for task in tasks]
+                by_task = numbers_by_task(records, label, tasks, score(key, name, scale))
                 cells.append(f"{mean_over_tasks(by_task):{form}}" if all(by_task) else "")
-            calls = [numbers_of(records, label, task, score("calls", name)) for task in tasks]
+            calls = numbers_by_task(records, label, tasks, score("calls", name))
             cells.append(f"{mean_over_tasks(calls).value:.0f}" if all(calls) else "")
             rows[label if name == "training" else f"{label}, {name}"] = cells
     return markdown(rows, ["aligned, %", "quality", "passes to draw"])

@@ -1,4 +1,4 @@
-"""How varied the images of one prompt are: their pixels, and the scenes that the judge of the shapes world sees.
+"""The variety of the images of one prompt: their pixels, and the scenes that the judge of the shapes world sees.
 
 The pixels of a hundred drawings of one layout differ, because each has another noise and background. Their scenes do
 not. So a model that has come to draw a single layout is found by its scenes.

@@ -1,4 +1,4 @@
-"""What the figures of the benchmarks share."""
+"""Parts that the figures of the benchmarks share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run costs as it grows: ``python -m benchmarks.growth``.
+"""The costs of a run as it grows: ``python -m benchmarks.growth``.
 
 ``dpok train`` draws more images, from more prompts, or more of them side by side. For each size it prints the
 processor's time and the largest memory of the whole process, and what each further image, prompt or environment costs.

@@ -1,4 +1,4 @@
-"""How much work ``dpok train`` needs to reach its goal: ``python -m benchmarks.less_work``.
+"""The work that ``dpok train`` needs to reach its goal: ``python -m benchmarks.less_work``.
 
 The default run is made again with one setting changed, for each line of ``less_work.yaml``. For each it prints the
 images and the seconds of one core until the latest images of the training are good enough, and the scores in the end.

@@ -24,14 +24,13 @@ class Axis(NamedTuple):
 
     Attributes:
         name: of the setting.
-        values: to begin with, ascending, an odd number of at least three.
-        factor: from one value to the next where the grid grows, above 1.
+        values: to begin with, above 0 and ascending, an odd number of at least three. The grid grows by the factor from
+            the first one to the second.
         most: largest number of values that are tried.
     """
 
     name: str
     values: Sequence[float]
-    factor: float
     most: int
 
 
@@ -62,7 +61,7 @@ def search(axes: Sequence[Axis], scores: Scores, seeds: Sequence[int], n_finalis
     tried: list[Change] = []
     at_edge = []
     for axis in axes:
-        grid = list(axis.values)
+        grid, factor = list(axis.values), axis.values[1] / axis.values[0]
         while True:
             changes = [chosen | {axis.name: value} for value in grid]
             missing = [(change, seeds[0]) for change in changes if scores(change, seeds[0]) is None]
@@ -71,7 +70,7 @@ def search(axes: Sequence[Axis], scores: Scores, seeds: Sequence[int], n_finalis
             best = max(range(len(grid)), key=lambda index: _score(scores, changes[index], seeds[:1]))
             if 0 < best < len(grid) - 1:
                 break
-            further = _scaled(grid[best], 1 / axis.factor if best == 0 else axis.factor)
+            further = _scaled(grid[best], 1 / factor if best == 0 else factor)
             if further in grid:  # no integer is smaller than 1
                 break
             if len(grid) == axis.most:

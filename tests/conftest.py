@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from agents.common import precision
 from dpok_gym.models import clear_model_cache
 from dpok_gym.testing import save_tiny_pipeline
 from tests.browser import browsing
@@ -36,14 +35,6 @@ def _one_thread() -> None:
     # The networks are so small that more threads wait for each other.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _float32() -> Iterator[None]:
-    # "auto" depends on the machine, and its measurement takes as long as a small test.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(precision, "measure_speedup", lambda policy: 1.0)
-        yield
 
 
 @pytest.fixture

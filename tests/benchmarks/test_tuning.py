@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.tuning import Axis, Outcome, search
 
-RATE = Axis("learning_rate", [1e-3, 3e-3, 9e-3], 3, 6)
-PRICE = Axis("kl_coef", [0.01, 0.02, 0.04], 2, 4)
+RATE = Axis("learning_rate", [1e-3, 3e-3, 9e-3], 6)
+PRICE = Axis("kl_coef", [0.01, 0.02, 0.04], 4)
 SEEDS = (100, 101, 102)
 
 
@@ -71,7 +71,7 @@ def test_more_seeds_decide_between_the_finalists() -> None:
 
 
 def test_integers_stay_integers() -> None:
-    axis = Axis("n", [4, 8, 16], 2, 6)
+    axis = Axis("n", [4, 8, 16], 6)
     outcome, made = run([axis], lambda change, seed: -abs(change["n"] - 1), n_finalists=1)
     assert sorted({dict(key[:-1])["n"] for key in made}) == [1, 2, 4, 8, 16]
     assert (outcome.best, outcome.at_edge) == ({"n": 1}, ())

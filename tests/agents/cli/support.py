@@ -9,7 +9,7 @@ from agents.cli.main import main
 
 #: Options of a run that takes a second.
 TINY = ["--num-inference-steps", "2", "--images-per-iteration", "2", "--lora-rank", "2", "--eval-images", "3"]
-TINY += ["--device", "cpu", "--precision", "float32"]
+TINY += ["--device", "cpu"]
 #: Trains fewer layers, which is faster.
 FEW_LAYERS = ["--target-modules", "attention"]
 #: Files and folders that every finished run has beside its checkpoints.
