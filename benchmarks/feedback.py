@@ -30,10 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from matplotlib.figure import Figure
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
 from agents import DPOK, BestOf, DiffusionDPO, evaluate
 from agents.cli.environments import EVALUATION_BATCH_SIZE, evaluation_rewards
@@ -41,10 +38,8 @@ from agents.common.callbacks import format_seconds
 from agents.common.evaluation import cycle_prompts
 from agents.common.steering import UNSTEERED
 from benchmarks.compare import HERE
-from benchmarks.compare_tables import markdown
-from benchmarks.figures import save, tidy
+from benchmarks.feedback_report import PRETRAINED, rank, report
 from benchmarks.runs import Description, Record, find_records, fresh_processes, sweep_and_report, sweep_options
-from benchmarks.statistics import Interval, mean
 from benchmarks.training_run import summarize
 from dpok_gym.models import load_model
 from dpok_gym.prompts import load_prompts
@@ -52,21 +47,14 @@ from dpok_gym.rewards.preference import LearnedReward, load_comparisons
 from dpok_gym.rewards.preference.fit import Fit, fit
 from dpok_gym.samplers import DenoisingProcess
 from dpok_gym.shapes.captions import parse_prompt
-from dpok_gym.shapes.choices import JUST_NOTICEABLE, QUALITY_WEIGHT, sample_images, utilities
+from dpok_gym.shapes.choices import JUST_NOTICEABLE, sample_images, utilities
 from dpok_gym.shapes.scenes import IMAGE_SIZE
 from dpok_gym.shapes.world import WORLD
 from dpok_gym.utils.files import replacing
 from dpok_gym.vector_env import DenoisingVectorEnv
 
-PRETRAINED = "pre-trained"
-#: The scores of the judge, with the headings of the table and the titles of the panels.
-SCORES = {"aligned": "share fully aligned", "quality": "quality"}
-_COLOURS = ("#D55E00", "#555555", "#0072B2", "#009E73", "#CC79A7")
 #: Images that are drawn at a time for the choices.
 _BATCH = 50
-
-#: The mean of each score, by label and number of choices, for one rate of errors.
-Means = dict[str, dict[int, Interval]]
 
 
 def main() -> None:
@@ -79,7 +67,9 @@ def main() -> None:
     folder = options.out or HERE / "results" / "feedback"
     runs = list(tuning(settings) if options.tune else descriptions(settings))
     file = folder / ("tuning.jsonl" if options.tune else "runs.jsonl")
-    write_report: Callable[[Sequence[Record]], None] = rank if options.tune else partial(report, folder=folder)
+    write_report: Callable[[Sequence[Record]], None] = rank
+    if not options.tune:
+        write_report = partial(report, targets=settings["targets"], folder=folder)
     if not options.report:
         announce(runs, file, settings["seconds"], options.processes)
         draw_all(options.work, settings, sorted({run["seed"] for run in runs}), options.processes)
@@ -287,117 +277,6 @@ def _make_env(description: Description, reward: Any, num_envs: int) -> Denoising
         decode_batch_size=16,
         device="cpu",
     )
-
-
-# -------------------------------------------------------------------------------------------------------------- report
-
-
-def rank(records: Sequence[Record]) -> None:
-    """Prints the runs of the tuning by number of choices, those first whose images the person likes best."""
-    columns = {"liked": ".3f", "aligned": ".2f", "quality": ".2f", "kl": ".0f"}
-    for n_choices in sorted({record["choices"] for record in records}):
-        table = Table("", *columns, title=f"after {n_choices} choices")
-        for record in sorted(records, key=liked, reverse=True):
-            if record["choices"] == n_choices:
-                scores = record["scores"] | {"liked": liked(record)}
-                table.add_row(record["label"], *(f"{scores[name]:{form}}" for name, form in columns.items()))
-        Console(width=120).print(table)
-
-
-def liked(record: Record) -> float:
-    """Returns how much the person, without errors, likes the images of a run on average."""
-    return record["scores"]["alignment"] + QUALITY_WEIGHT * record["scores"]["quality"]
-
-
-def report(records: Sequence[Record], folder: Path) -> None:
-    """Writes and prints a table for each rate of errors, and draws the figure.
-
-    Args:
-        records: of the runs.
-        folder: for the files.
-    """
-    rates = sorted({record["error_rate"] for record in records if record["label"] != PRETRAINED})
-    console, texts = Console(width=180), []
-    for rate in rates:
-        of_rate = [record for record in records if record["error_rate"] == rate or record["label"] == PRETRAINED]
-        cells, headings = make_cells(of_rate)
-        table = Table("", *headings, title=f"{rate:.0%} errors")
-        for name, row in cells.items():
-            table.add_row(name, *row)
-        console.print(table)
-        texts.append(f"## {rate:.0%} errors\n\n{markdown(cells, headings)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text("\n".join(texts), encoding="utf-8")
-    if rates:
-        figure(records, rates, folder / "feedback.png")
-
-
-def make_means(records: Sequence[Record], score: str) -> Means:
-    """Returns the means over the seeds of a score, by label and number of choices, with their intervals."""
-    values: dict[str, dict[int, list[float]]] = {}
-    for record in records:
-        value = record["scores"].get(score, record.get(score))
-        if value is not None:
-            values.setdefault(record["label"], {}).setdefault(record["choices"], []).append(value)
-    return {
-        label: {n: mean(numbers) for n, numbers in sorted(by_choices.items())} for label, by_choices in values.items()
-    }
-
-
-def make_cells(records: Sequence[Record]) -> tuple[dict[str, list[str]], list[str]]:
-    """Returns the cells of a table by label, and the headings of its columns."""
-    columns = {**SCORES, "kl": "KL, nats", "agreement": "agreement of the reward", "seconds": "seconds"}
-    means = {score: make_means(records, score) for score in columns}
-    numbers = sorted({record["choices"] for record in records})
-    cells: dict[str, list[str]] = {}
-    for label in dict.fromkeys(record["label"] for record in records):
-        for n in numbers:
-            row = [means[score].get(label, {}).get(n) for score in columns]
-            if any(row):
-                name = f"{label}, {n}" if n else label
-                cells[name] = [
-                    "" if each is None else f"{each:.3f}" if each.value < 10 else f"{each:.0f}" for each in row
-                ]
-    return cells, list(columns.values())
-
-
-def figure(records: Sequence[Record], rates: Sequence[float], path: Path) -> None:
-    """Draws the scores against the number of choices: a row for each score, a column for each rate of errors.
-
-    Args:
-        records: of the runs.
-        rates: the rates of errors.
-        path: file to write.
-    """
-    drawing = Figure(figsize=(0.6 + 3.4 * len(rates), 0.6 + 2.6 * len(SCORES)), layout="constrained")
-    panels = drawing.subplots(len(SCORES), len(rates), squeeze=False, sharex=True, sharey="row")
-    labels = [label for label in dict.fromkeys(record["label"] for record in records) if label != PRETRAINED]
-    colours = dict(zip(labels, _COLOURS, strict=False))
-    for row, (score, title) in zip(panels, SCORES.items(), strict=True):
-        for axes, rate in zip(row, rates, strict=True):
-            means = make_means([r for r in records if r["error_rate"] == rate or r["label"] == PRETRAINED], score)
-            before = means.get(PRETRAINED, {}).get(0)
-            if before is not None:
-                axes.axhline(before.value, color="#8c8c8c", linestyle=":", label=PRETRAINED)
-            for shift, label in enumerate(labels):
-                by_choices = means.get(label, {})
-                # Side by side, so that the intervals can be told apart.
-                x = np.array(list(by_choices)) * 1.03 ** (shift - (len(labels) - 1) / 2)
-                value, low, high = np.array(list(by_choices.values())).reshape(-1, 3).T
-                axes.plot(x, value, "o-", markersize=4, linewidth=1, color=colours[label], label=label)
-                axes.vlines(x, low, high, color=colours[label], linewidth=1)
-            axes.set_xscale("log")
-            numbers = sorted({record["choices"] for record in records} - {0})
-            axes.set_xticks(numbers, map(str, numbers))
-            axes.minorticks_off()
-            axes.set_title(f"{rate:.0%} errors", fontsize=10)
-            tidy(axes)
-        row[0].set_ylabel(title)
-    for axes in panels[-1]:
-        axes.set_xlabel("choices")
-    handles, names = panels[0, 0].get_legend_handles_labels()
-    drawing.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
-    save(drawing, path)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks import feedback
-from benchmarks.runs import find_records
+from benchmarks import feedback, feedback_report, runs
 from dpok_gym.choices.records import read_choices
 from tests.benchmarks.support import HERE, RESULTS, values
 
@@ -48,7 +47,7 @@ def test_the_settings_were_tuned() -> None:
 def test_the_published_tuning(way: str, n_choices: int, tuned_with: int) -> None:
     """Each way has the settings whose images the person likes best; of those liked equally, the lowest KL."""
     descriptions = list(feedback.tuning(SETTINGS))
-    records = [record for record in find_records(descriptions, RESULTS / "feedback" / "tuning.jsonl") if record]
+    records = [record for record in runs.find_records(descriptions, RESULTS / "feedback" / "tuning.jsonl") if record]
     assert len(records) == len(descriptions)
     of_way = [r for r in records if r["label"].startswith(way) and r["choices"] == tuned_with]
     liked = [r["scores"]["alignment"] + 0.2 * r["scores"]["quality"] for r in of_way]
@@ -63,7 +62,7 @@ def test_the_ranking(capsys: pytest.CaptureFixture[str]) -> None:
         {"label": label, "choices": n, "scores": {"alignment": alignment, "quality": quality, "aligned": 0, "kl": 1}}
         for label, n, alignment, quality in [("a", 50, 0.5, 0.1), ("b", 50, 0.45, 0.9), ("a", 400, 0.6, 0.5)]
     ]
-    feedback.rank(records)
+    feedback_report.rank(records)
     rows = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert [[cell.strip() for cell in row] for row in rows] == [["b", "0.630"], ["a", "0.520"], ["a", "0.700"]]
 
@@ -100,10 +99,10 @@ def test_report(tmp_path: Path) -> None:
     for description in feedback.descriptions(SETTINGS):
         scores = {name: rng.random() for name in ("aligned", "quality", "kl")}
         records.append(description | {"scores": scores, "seconds": 12.0})
-    feedback.report(records, tmp_path)
+    feedback_report.report(records, SETTINGS["targets"], tmp_path)
     parts = (tmp_path / "table.md").read_text().split("## ")[1:]
-    assert [part.partition(" ")[0] for part in parts] == ["5%", "10%", "20%"]
-    (row,) = (line for line in parts[1].split("\n") if line.startswith("| Diffusion-DPO, 200 |"))
+    assert [part.partition(" ")[0] for part in parts] == ["Choices", "5%", "10%", "20%"]
+    (row,) = (line for line in parts[2].split("\n") if line.startswith("| Diffusion-DPO, 200 |"))
     ours = [
         r["scores"]["aligned"]
         for r in records
@@ -111,3 +110,25 @@ def test_report(tmp_path: Path) -> None:
     ]
     assert values(row)[0] == f"{np.mean(ours):.3f}"
     assert (tmp_path / "feedback.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_published_table_is_rebuilt(tmp_path: Path) -> None:
+    """Of the lines of all runs."""
+    folder = RESULTS / "feedback"
+    descriptions = list(feedback.descriptions(SETTINGS))
+    records = [record for record in runs.find_records(descriptions, folder / "runs.jsonl") if record]
+    assert len(records) == len(descriptions)
+    feedback_report.report(records, SETTINGS["targets"], tmp_path)
+    assert (tmp_path / "table.md").read_text() == (folder / "table.md").read_text()
+
+
+def test_the_choices_that_are_needed() -> None:
+    """The fewest ones after which the mean over the seeds is high enough."""
+    records = [
+        {"label": "a", "error_rate": 0.1, "choices": n, "scores": {"aligned": share}}
+        for n, share in [(50, 0.6), (50, 0.7), (100, 0.6), (100, 0.8), (200, 0.9)]
+    ]
+    cells, headings = feedback_report.make_prices({0.1: records}, [0.7, 0.8, 0.95])
+    assert headings == ["70% aligned, 10% errors", "80% aligned, 10% errors", "95% aligned, 10% errors"]
+    assert cells == {"a": ["100", "200", "more than 200"]}
