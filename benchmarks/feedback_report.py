@@ -25,7 +25,6 @@ COLUMNS = {
     "quality": (SCORES["quality"], ".3f"),
     "kl": ("KL, nats", ".1f"),
     "agreement": ("agreement of the reward", ".2f"),
-    "seconds": ("seconds", ".0f"),
 }
 _COLOURS = ("#D55E00", "#0072B2", "#555555", "#009E73", "#CC79A7")
 
