@@ -227,8 +227,8 @@ def run(description: Description, row_file: Path | None = None, *, work: Path) -
     first = 1_000_000 * (seed + 1)
     evaluation = evaluate(agent.policy, evaluation_env, prompts, first, reference=not trains, steering=steering)
     scores = summarize(evaluation)
-    if not trains:  # the bound for the chosen images, as in benchmarks.training_run
-        scores["kl"] = math.log(steering.n_particles) - (steering.n_particles - 1) / steering.n_particles
+    if not trains:  # as in benchmarks.training_run
+        scores["kl"] = steering.kl_bound
     return description | {"scores": scores} | result
 
 

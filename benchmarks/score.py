@@ -141,8 +141,10 @@ def score_policy(env: VectorEnv, act: Callable[[Any], Any], prompts: Sequence[st
 
 
 def make_row(evaluation: Evaluation, task: str, seed: int, **given: Any) -> dict[str, Any]:
-    """Returns the line of a result; ``given`` are method, author, images_used and command."""
-    score, kl = evaluation.mean_reward, float(evaluation.kl.mean())
+    """Returns the line of a result; ``given`` are method, author, images_used, best_of (1 if none) and command."""
+    score, best_of = evaluation.mean_reward, given.get("best_of", 1)
+    # The evaluation has the KL of drawing the images, not that of choosing one of them.
+    kl = BestOf(best_of).kl_bound if best_of > 1 else float(evaluation.kl.mean())
     error = 1.96 * float(np.nanstd(evaluation.reward, ddof=1)) / np.sqrt(len(evaluation))
     return {
         "task": task,
@@ -248,7 +250,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "--out" in words:  # where the line is written does not change it
         del words[words.index("--out") : words.index("--out") + 2]
     command = shlex.join(["python", "-m", "benchmarks.score", *words])
-    given = {"author": options.author, "images_used": options.images_used, "command": command}
+    given = {
+        "author": options.author,
+        "images_used": options.images_used,
+        "best_of": options.best_of,
+        "command": command,
+    }
     row = make_row(evaluation, options.env, options.seed, method=options.method or name, **given)
     add_row(row, options.out)
     console = Console(width=120)

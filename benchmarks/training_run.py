@@ -137,12 +137,10 @@ def evaluate_drawing(
     with scaled_lora(policy, draw.get("lora_scale", 1.0)):
         evaluation = evaluate(policy, env, chosen, seed, reference=reference, steering=steering)
     scores = summarize(evaluation)
-    n = steering.n_particles
     if reference and isinstance(steering, BestOf) and "environment" not in draw:
-        # The KL of the evaluation is that of the sampler, before an image is chosen. This is the bound for the chosen
-        # images, see agents.common.steering.BestOf.
-        scores["kl"] = math.log(n) - (n - 1) / n
-    elif reference or n > 1:  # it is not known
+        # The KL of the evaluation is that of the sampler, before an image is chosen.
+        scores["kl"] = steering.kl_bound
+    elif reference or steering.n_particles > 1:  # it is not known
         del scores["kl"]
     process = env.process
     scores["calls"] = steering.denoiser_calls(process.num_inference_steps)

@@ -14,7 +14,9 @@ from agents.common.policy import DenoisingPolicy
 
 
 class REINFORCE(PolicyGradient):
-    """The plain policy gradient, with one optimiser step in each iteration:
+    """The plain policy gradient, with one optimiser step in each iteration.
+
+    It follows
 
         E[ sum_t  grad log p_theta(x_{t-1} | x_t, z)  (r - b) ],
 

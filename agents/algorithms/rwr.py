@@ -15,7 +15,9 @@ from dpok_gym.utils.validation import check_fraction, check_positive
 
 
 class RWR(ForwardProcess):
-    """Minimises E[ -w log p_theta(x_0 | z) ] over images of the pre-trained model, with the weights of DDPO's Sec. 4.1:
+    """Fine-tunes on images of the pre-trained model, weighted by the exponential of their reward.
+
+    It minimises E[ -w log p_theta(x_0 | z) ] with the weights of DDPO's Sec. 4.1:
 
         w = exp(r / temperature) / Z,     or, sparse,     w = 1 if r is among the best of its prompt, else 0.
 

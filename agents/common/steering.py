@@ -184,6 +184,11 @@ class BestOf(Steering):
         n_particles: k, the images that each one is chosen from, at least 1.
     """
 
+    @property
+    def kl_bound(self) -> float:
+        """The most nats that its images are away from the model's own."""
+        return math.log(self.n_particles) - (self.n_particles - 1) / self.n_particles
+
 
 #: No steering: each image is drawn once.
 UNSTEERED = BestOf(1)

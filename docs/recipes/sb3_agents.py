@@ -1,7 +1,7 @@
 """Stock agents of Stable-Baselines3, PPO and A2C, on a denoising environment.
 
 python docs/recipes/sb3_agents.py --algo ppo
-python docs/recipes/sb3_agents.py --algo ppo --env DPOK-Shapes-Count-v0 --images 2560 --block-size 8
+python docs/recipes/sb3_agents.py --algo ppo --env DPOK-Shapes-v0 --reward jpeg-compressibility --block-size 8
 """
 
 from __future__ import annotations

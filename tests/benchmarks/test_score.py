@@ -1,6 +1,7 @@
 """Scores of tasks: the same images whatever is scored, the rows, and the results file."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (row["method"], row["kl"], row["images"], row["images_used"]) == ("pre-trained", 0, 8, 0)
     assert row["command"].startswith(f"python -m benchmarks.score --env {TASK} --images 8")
     assert f"E[r] - 1.0 KL: {row['score']:.4f}; the best possible: 0.6" in capsys.readouterr().out
+    assert run(tmp_path, "--best-of", "2")["kl"] == round(math.log(2) - 0.5, 3)
     row = run(tmp_path, "--policy", "dpok_gym:reference_policy", "--wrap", "noise", "features", "--author", "me")
     assert (row["method"], row["author"], row["kl"]) == ("dpok_gym:reference_policy", "me", None)
     rows = score.read_rows(tmp_path / "scores.jsonl", TASK)
-    assert len(rows) == 2
-    assert rows[0]["score"] >= rows[1]["score"]
+    assert len(rows) == 3
+    assert rows[0]["score"] >= rows[1]["score"] >= rows[2]["score"]
     assert score.read_rows(tmp_path / "scores.jsonl", "another task") == []
 
 
