@@ -5,7 +5,7 @@ on all 960 transitions, with a LoRA of rank 4 in the attention, 48 transitions t
 float32, where nothing else is said:
 
 - ``floor``: the calls of the denoiser and the decoder, forward and backward, and nothing else;
-- ``dpok-gym``: :class:`agents.DDPO`, and the same in bfloat16, and with ``torch.compile``;
+- ``dpok-gym``: :class:`agents.DDPO`, and the same in bfloat16, with ``torch.compile``, and with both;
 - ``trl``: ``DDPOTrainer`` of TRL 0.19.1, the last version that has it, and the same in bfloat16. It needs an
   environment of its own::
 
@@ -244,6 +244,7 @@ WORKERS: dict[str, Callable[[], Callable[[], Seconds]]] = {
     OURS: dpok_gym,
     OURS + BFLOAT16: lambda: dpok_gym("bfloat16"),
     OURS + COMPILED: lambda: dpok_gym(compiled=True),
+    OURS + BFLOAT16 + COMPILED: lambda: dpok_gym("bfloat16", compiled=True),
     TRL: trl,
     TRL + BFLOAT16: lambda: trl("bf16"),
 }
