@@ -24,8 +24,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import algorithms_figures, algorithms_tables
-from benchmarks.algorithms_tables import COMPONENT, LONG, PRETRAINED
+from benchmarks import algorithms_figures, algorithms_records, algorithms_tables
+from benchmarks.algorithms_records import COMPONENT, LONG, PRETRAINED
 from benchmarks.compare import HERE
 from benchmarks.over_optimisation import over_optimisation
 from benchmarks.runs import Description, Record, key_of, read_records, sweep, sweep_and_report, sweep_options
@@ -33,22 +33,32 @@ from benchmarks.training_run import UNTRAINED
 from benchmarks.tuning import Axis, Change, Outcome, search
 
 EXPLANATION = """\
-Plain means over {n_seeds} seeds, with 95 % bootstrap intervals within tasks. Gain: points of fully aligned images above
-the pre-trained model. The pooled interquartile mean is that of the middle half of all runs of all tasks. KL: of the
-trajectories, in nats per image; for images of the pre-trained model that are chosen among n, the bound
-log n - (n - 1) / n. Positions: the entropy of the layouts that the judge sees in images of one prompt. Pixels: the mean
-distance of two images of one prompt. Reward minus judge: how much more the reward has risen than what the judge says,
-in standard deviations of an image; above 0, the reward is being hacked. Passes: of the denoiser over one image; a
-backward pass counts as two. Seconds: of one core.
+Plain means over {n_seeds} seeds, with 95 % bootstrap intervals within tasks, which are a little too narrow with so
+few seeds. Gain: points of fully aligned images above the pre-trained model. The pooled interquartile mean is that of
+the middle half of all runs of all tasks. KL: of the trajectories, in nats per image; for images of the pre-trained
+model that are chosen among n, the bound log n - (n - 1) / n. Positions: the entropy of the layouts that the judge
+sees in images of one prompt, where each prompt has enough of them. Pixels: the mean distance of two images of one
+prompt. Reward minus judge: how much more the reward has risen than what the judge says, in standard deviations of an
+image of one prompt. The judge's scale ends at 1, so the best of 8 images of the pre-trained model are a little above
+0, too; far above them, the reward is being hacked. Passes: of the denoiser over one image; a backward pass counts as
+two. Seconds: of one core. A run whose weights became NaN counts as 0 aligned images.
 
-In the table of pairs, a difference is bold if a permutation test tells it from noise at 5 %, with Holm's correction for
-all pairs; in brackets is the smallest difference that so many runs would show in four of five comparisons. At equal
-costs: alignment of the images that are drawn in training, when the cheapest method has finished. At equal reward: when
-the images of the training first had the highest reward that all four methods reach.
+A method that needs the reward's gradient has no runs where there is none. So it is left out of the tables over all
+tasks, and the tables over the tasks with a gradient have it.
+
+In the tables of pairs, a difference is bold if a permutation test tells it from noise at 5 %, with Holm's correction
+for all pairs; in brackets is the smallest difference that so many runs would show in four of five comparisons, if it
+were the only comparison. At equal costs: alignment of the images that are drawn in training, when a run had cost as
+much as a run of DPOK; a method that costs less counts with its end. At equal reward: when the images of the training
+first had the reward that is in the middle between the pre-trained model's and the lowest final one of the four
+methods.
 """
 
-#: What a run loses that ruins the images: more than any reward can bring.
+#: What a setting loses that ruins the images: more than any reward can bring.
 _RUINED = 1000.0
+
+#: The batch for which "steps_per_image" counts: the default of the methods that fit a fixed set of images.
+_BATCH = 64
 
 #: The settings that a search has chosen, by the search and the method.
 Tuned = Mapping[tuple[str, str], Change]
@@ -76,7 +86,7 @@ def main() -> None:
 
 
 def descriptions(settings: dict[str, Any], tuned: Tuned) -> Iterator[Description]:
-    """Yields the descriptions of the runs: those of the first seed first, and the long ones in the end.
+    """Yields the descriptions of the runs: those of the first seed and the long ones first, so that each part is there.
 
     Args:
         settings: as in ``algorithms.yaml``.
@@ -87,17 +97,22 @@ def descriptions(settings: dict[str, Any], tuned: Tuned) -> Iterator[Description
         for task in settings["tasks"]:
             for label, draw in settings["untrained"].items():
                 yield describe_untrained(settings, task, label, draw, seed)
-            for label, method in settings["methods"].items():
-                also = {"also": method["also"]} if "also" in method else {}
+            for label in methods_of(settings, task):
+                also = {name: value for name, value in settings["methods"][label].items() if name == "also"}
                 yield describe(settings, task, label, seed, tuned) | also
             if seed < components["seeds"] and task in components["tasks"]:
                 for change_label, change in components["changes"].items():
                     run = describe(settings, task, "DPOK", seed, tuned)
                     yield run | {"label": f"{COMPONENT}{change_label}", "settings": run["settings"] | change}
-    for seed in range(long["seeds"]):
-        for label in settings["methods"]:
-            run = describe(settings, long["task"], label, seed, tuned, long["images"])
-            yield run | {"task": LONG}
+        if seed < long["seeds"]:
+            for label in methods_of(settings, long["task"]):
+                yield describe(settings, long["task"], label, seed, tuned, long["images"]) | {"task": LONG}
+
+
+def methods_of(settings: dict[str, Any], task: str) -> list[str]:
+    """Returns the methods that can learn a task: without those that need a gradient which its reward has not."""
+    has_gradient = settings["tasks"][task].get("gradient", True)
+    return [label for label, method in settings["methods"].items() if has_gradient or "needs_gradient" not in method]
 
 
 def describe(
@@ -114,13 +129,14 @@ def describe(
         images: other budget than the task's.
     """
     of_task = dict(settings["tasks"][task])
-    change = tuned[of_task.pop("tuning"), label]
-    return _complete(settings, of_task, label, seed, change, images) | {"task": task}
+    search = of_task.pop("tuning")
+    return _complete(settings, of_task, search, label, seed, tuned[search, label], images) | {"task": task}
 
 
 def describe_untrained(settings: dict[str, Any], task: str, label: str, draw: dict[str, Any], seed: int) -> Description:
     """Returns the description of images of the pre-trained model, drawn in some way."""
-    of_task = {name: value for name, value in settings["tasks"][task].items() if name not in ("tuning", "settings")}
+    no_drawing = ("tuning", "settings", "gradient")
+    of_task = {name: value for name, value in settings["tasks"][task].items() if name not in no_drawing}
     run = {"task": task, "label": label, "algorithm": UNTRAINED, "seed": seed, "settings": {}, "draw": draw}
     return settings["common"] | of_task | run
 
@@ -128,18 +144,22 @@ def describe_untrained(settings: dict[str, Any], task: str, label: str, draw: di
 def _complete(
     settings: dict[str, Any],
     of_task: dict[str, Any],
+    search: str,
     label: str,
     seed: int,
     change: Change,
     images: int | None = None,
 ) -> Description:
     """Returns a description with all settings of a method, but for the name of its task."""
-    method, of_task = settings["methods"][label], dict(of_task)
-    own = settings["settings"] | of_task.pop("settings", {}) | method["settings"] | change
+    method = settings["methods"][label]
+    own = settings["settings"] | of_task.get("settings", {}) | method["settings"]
+    own |= method.get("by_search", {}).get(search, {}) | change
+    of_task = {name: value for name, value in of_task.items() if name not in ("settings", "gradient")}
     run = settings["common"] | of_task | {"label": label, "algorithm": method["algorithm"], "seed": seed}
     run["images"] = images or run["images"]
-    if "steps_per_image" in method:
-        own = own | {"n_gradient_steps": round(method["steps_per_image"] * run["images"])}
+    if "steps_per_image" in method:  # of 64 images: as many images, whatever the size of a batch is
+        steps = method["steps_per_image"] * run["images"] * _BATCH / own.get("batch_size", _BATCH)
+        own = own | {"n_gradient_steps": round(steps)}
     return run | {"settings": own}
 
 
@@ -160,11 +180,12 @@ def report(records: Sequence[Record], settings: dict[str, Any], folder: Path) ->
         text += f"\n### {title}\n\n{table}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tables.md").write_text(text, encoding="utf-8")
-    trained, untrained = algorithms_tables.trained_labels(records), algorithms_tables.untrained_labels(records)
+    trained, untrained = algorithms_records.trained_labels(records), algorithms_records.untrained_labels(records)
     tasks = [task for task in settings["tasks"] if any(record["task"] == task for record in records)]
     algorithms_figures.gains(records, tasks, [*trained, *untrained], folder / "gains.png")
-    algorithms_figures.frontier(records, tasks, trained, folder / "frontier.png")
-    algorithms_figures.costs(records, settings["shown"]["tasks"], settings["shown"]["labels"], folder / "costs.png")
+    if trained:
+        algorithms_figures.frontier(records, tasks, trained, folder / "frontier.png")
+        algorithms_figures.costs(records, settings["shown"]["tasks"], settings["shown"]["labels"], folder / "costs.png")
     if any(record["task"] == LONG for record in records):
         over_optimisation(records, trained, folder / "over_optimisation.png")
     print(f"{next(iter(tables.values()))}\nall tables and figures: {folder}")
@@ -192,7 +213,7 @@ class Tuning:
         """Returns the descriptions of the runs that the searches need next; none if they are over."""
         self._read()
         for name in self._searches:  # one after the other, as the second builds upon the first
-            needed = [self._describe_pretrained(name)]
+            needed = [self._describe_pretrained(name, seed) for seed in self._rules["seeds"]]
             for label in self._settings["methods"]:
                 needed += [self._describe(name, label, *trial) for trial in self._outcome(name, label).missing]
             needed = [run for run in needed if key_of(run) not in self._records]
@@ -218,7 +239,7 @@ class Tuning:
         """Prints what was tried for each method, the best first."""
         columns = {"reward": ".3f", "aligned": ".2f", "quality": ".3f", "kl": ".1f"}
         for name in self._searches:
-            table = Table("", "settings", "seeds", "score", *columns, "chosen", title=f"search “{name}”")
+            table = Table("", "settings", "seeds", "rank", *columns, "chosen", title=f"search “{name}”")
             for label in self._settings["methods"]:
                 outcome = self._outcome(name, label)
                 tried: dict[str, list[Record]] = {}
@@ -226,13 +247,13 @@ class Tuning:
                     if (record["task"], record["label"]) == (name, label):
                         change = {axis.name: record["settings"][axis.name] for axis in self._axes(name, label)}
                         tried.setdefault(_written(change), []).append(record)
-                for words, records in sorted(tried.items(), key=lambda pair: -self._mean_score(pair[1])):
-                    means = [fmean(record["scores"]["training"][column] for record in records) for column in columns]
+                for words, records in sorted(tried.items(), key=lambda pair: -self._rank(pair[1])):
+                    means = [mean_score(records, column) for column in columns]
                     cells = [format(value, form) for value, form in zip(means, columns.values(), strict=True)]
                     is_chosen = outcome.best is not None and words == _written(outcome.best)
                     edges = "".join(f", {axis} at the edge" for axis in outcome.at_edge)
-                    score = f"{self._mean_score(records):.3f}"
-                    table.add_row(label, words, str(len(records)), score, *cells, f"yes{edges}" if is_chosen else "")
+                    rank = f"{self._rank(records):.3f}"
+                    table.add_row(label, words, str(len(records)), rank, *cells, f"yes{edges}" if is_chosen else "")
                 table.add_section()
             Console(width=160).print(table)
 
@@ -242,9 +263,12 @@ class Tuning:
     def _axes(self, name: str, label: str) -> list[Axis]:
         """Returns the settings that a search tries for a method."""
         chosen = self._searches[name].get("axes")
-        axes = self._settings["methods"][label]["axes"]
+        method, most = self._settings["methods"][label], self._rules["most"]
+        limits = method.get("limits", {})
         return [
-            Axis(axis, values, self._rules["most"]) for axis, values in axes.items() if chosen is None or axis in chosen
+            Axis(axis, values, most, tuple(limits.get(axis, Axis._field_defaults["limits"])))
+            for axis, values in method["axes"].items()
+            if chosen is None or axis in chosen
         ]
 
     def _start(self, name: str, label: str) -> Change:
@@ -257,37 +281,41 @@ class Tuning:
         return {axis: value for axis, value in best.items() if axis not in own}
 
     def _outcome(self, name: str, label: str) -> Outcome:
-        def score(change: Change, seed: int) -> float | None:
-            record = self._records.get(key_of(self._describe(name, label, change, seed)))
-            return None if record is None else self._score(record)
+        def run_of(change: Change, seed: int) -> Record | None:
+            return self._records.get(key_of(self._describe(name, label, change, seed)))
 
-        return search(self._axes(name, label), score, self._rules["seeds"], self._rules["finalists"])
+        return search(self._axes(name, label), run_of, self._rank, self._rules["seeds"], self._rules["finalists"])
 
     def _describe(self, name: str, label: str, change: Change, seed: int) -> Description:
         of_search = {key: value for key, value in self._searches[name].items() if key != "axes"}
-        run = _complete(self._of_tuning(), of_search, label, seed, self._start(name, label) | change)
+        run = _complete(self._of_tuning(), of_search, name, label, seed, self._start(name, label) | change)
         return run | {"task": name}
 
-    def _describe_pretrained(self, name: str) -> Description:
+    def _describe_pretrained(self, name: str, seed: int) -> Description:
         of_search = {key: value for key, value in self._searches[name].items() if key not in ("axes", "settings")}
         run = {"task": name, "label": PRETRAINED, "algorithm": UNTRAINED, "settings": {}, "draw": {}}
-        return self._of_tuning()["common"] | of_search | run | {"seed": self._rules["seeds"][0]}
+        return self._of_tuning()["common"] | of_search | run | {"seed": seed}
 
     def _of_tuning(self) -> dict[str, Any]:
         """Returns the settings, with the budget of the tuning."""
         budget = {name: self._rules[name] for name in ("images", "eval_images")} | {"held_out": False}
         return self._settings | {"common": self._settings["common"] | budget}
 
-    def _score(self, record: Record) -> float:
-        """Returns the reward of a run; a run that ruins the images is below all others."""
-        before = self._records.get(key_of(self._describe_pretrained(record["task"])))
-        scores = record["scores"]["training"]
-        lowest = -math.inf if before is None else before["scores"]["training"]["quality"] - self._rules["quality_loss"]
-        shortfall = max(0.0, lowest - scores["quality"])
-        return scores["reward"] - (_RUINED * (1 + shortfall) if shortfall else 0)
+    def _rank(self, records: Sequence[Record]) -> float:
+        """Returns the mean reward of the runs of a setting; one that ruins the images is below all others."""
+        if any("diverged" in record for record in records):
+            return -math.inf
+        pretrained = [self._describe_pretrained(record["task"], record["seed"]) for record in records]
+        before = [self._records[key_of(run)] for run in pretrained if key_of(run) in self._records]
+        shortfall = 0.0
+        for name, factor in self._rules["limits"].items() if before else ():
+            shortfall += max(0.0, factor * mean_score(before, name) - mean_score(records, name))
+        return mean_score(records, "reward") - (_RUINED * (1 + shortfall) if shortfall else 0)
 
-    def _mean_score(self, records: Sequence[Record]) -> float:
-        return fmean(self._score(record) for record in records)
+
+def mean_score(records: Sequence[Record], name: str) -> float:
+    """Returns the mean of a score over runs, for the prompts of the training; NaN if one has none."""
+    return fmean(record["scores"].get("training", {}).get(name, math.nan) for record in records)
 
 
 def _written(change: Change) -> str:

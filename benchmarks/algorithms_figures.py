@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, MultipleLocator, NullFormatter, StrMethodFormatter
 
-from benchmarks.algorithms_tables import PRETRAINED, numbers_of, passes, runs_of, score
+from benchmarks.algorithms_records import PRETRAINED, numbers_of, passes, runs_of, score
 from benchmarks.figures import (
     BLUE,
     DOTTED,

@@ -6,13 +6,24 @@ A table is a dict of rows, each a list of cells, and the headings of the columns
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import fmean
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.algorithms_curves import claims_table, equal_cost_table
+from benchmarks.algorithms_records import (
+    COMPONENT,
+    PRETRAINED,
+    gains,
+    numbers_by_task,
+    numbers_of,
+    passes,
+    runs_of,
+    score,
+    trained_labels,
+    untrained_labels,
+)
 from benchmarks.compare_tables import markdown
 from benchmarks.runs import Record
 from benchmarks.statistics import (
@@ -23,17 +34,6 @@ from benchmarks.statistics import (
     pooled_interquartile_mean,
     smallest_difference,
 )
-from benchmarks.training_run import UNTRAINED
-from dpok_gym.shapes.choices import QUALITY_WEIGHT
-
-PRETRAINED, LONG, COMPONENT = "pre-trained", "long", "DPOK: "
-#: Permutations of a test: enough for Holm's correction of about a hundred tests.
-_RESAMPLES = 99_999
-#: Points of a curve that are averaged where a curve is read.
-_WINDOW = 3
-
-#: From the label of a method to the numbers of its runs, by task.
-Numbers = dict[str, list[list[float]]]
 
 
 class Column(NamedTuple):
@@ -50,31 +50,6 @@ class Column(NamedTuple):
     has_interval: bool = True
 
 
-def score(name: str, prompts: str = "training", scale: float = 1.0) -> Callable[[Record], float | None]:
-    """Returns a function that reads a score of a run; None if the run has no such score.
-
-    Args:
-        name: of the score, see :func:`benchmarks.training_run.summarize`.
-        prompts: the set of prompts, or the way to draw.
-        scale: factor of the number.
-    """
-
-    def read(record: Record) -> float | None:
-        value = record["scores"].get(prompts, {}).get(name)
-        return None if value is None else scale * value
-
-    return read
-
-
-def passes(costs: Mapping[str, Any]) -> float:
-    """Returns the passes of the denoiser in a training, in images; a backward pass counts as two forward ones.
-
-    Args:
-        costs: a run, or a point of its curve.
-    """
-    return costs["num_function_evaluations"] + 2 * costs["num_gradient_evaluations"]
-
-
 COLUMNS = {
     "aligned, %": Column(score("aligned", scale=100), ".1f"),
     "quality": Column(score("quality"), ".3f"),
@@ -83,28 +58,9 @@ COLUMNS = {
     "positions, nats": Column(score("entropy_of_positions"), ".2f"),
     "pixels": Column(score("diversity"), ".3f"),
     "passes to train, thousands": Column(lambda record: passes(record) / 1000, ".0f", has_interval=False),
-    "passes to draw": Column(lambda record: record["num_function_evaluations_to_draw"], ".0f", has_interval=False),
+    "passes to draw": Column(score("calls"), ".0f", has_interval=False),
     "seconds": Column(lambda record: record["seconds"], ".0f", has_interval=False),
 }
-
-
-def runs_of(records: Sequence[Record], label: str, task: str) -> list[Record]:
-    """Returns the runs of a method on a task, in the order of their seeds."""
-    runs = [record for record in records if (record["label"], record["task"]) == (label, task)]
-    return sorted(runs, key=lambda record: record["seed"])
-
-
-def numbers_of(records: Sequence[Record], label: str, task: str, read: Callable[[Record], float | None]) -> list[float]:
-    """Returns what is read of the runs of a method on a task; runs without it are left out."""
-    values = [read(record) for record in runs_of(records, label, task)]
-    return [value for value in values if value is not None]
-
-
-def numbers_by_task(
-    records: Sequence[Record], label: str, tasks: Sequence[str], read: Callable[[Record], float | None]
-) -> list[list[float]]:
-    """Returns what is read of the runs of a method, for each task; see :func:`numbers_of`."""
-    return [numbers_of(records, label, task, read) for task in tasks]
 
 
 def task_table(records: Sequence[Record], task: str, labels: Sequence[str]) -> str:
@@ -145,7 +101,7 @@ def proxy_minus_judge(record: Record, records: Sequence[Record]) -> float | None
         records: with the runs of the pre-trained model.
     """
     before = runs_of(records, PRETRAINED, record["task"])
-    if not before:
+    if not before or "diverged" in record:
         return None
     rises = []
     for name in ("reward", "judged"):
@@ -157,27 +113,6 @@ def proxy_minus_judge(record: Record, records: Sequence[Record]) -> float | None
 
 
 # ---------------------------------------------------------------------------------------------------- over all tasks
-
-
-def gains(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str], prompts: str = "training") -> Numbers:
-    """Returns how many points of fully aligned images each run is above the pre-trained model's mean.
-
-    Args:
-        records: of the runs.
-        tasks: that count.
-        labels: of the methods; those that miss a task are left out.
-        prompts: the set of prompts.
-    """
-    read = score("aligned", prompts, 100)
-    starts = [fmean(numbers) for numbers in numbers_by_task(records, PRETRAINED, tasks, read)]
-    by_label: Numbers = {}
-    for label in labels:
-        by_task = numbers_by_task(records, label, tasks, read)
-        if all(by_task):
-            by_label[label] = [
-                (np.array(numbers) - start).tolist() for numbers, start in zip(by_task, starts, strict=True)
-            ]
-    return by_label
 
 
 def overview(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]) -> str:
@@ -200,7 +135,7 @@ def overview(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[s
             f"{mean_over_tasks(of_unseen[label]):+.1f}" if label in of_unseen else "",
             f"{np.mean(hacking):+.2f}" if hacking else "",
             f"{np.mean([passes(record) for record in runs]) / 1000:.0f}",
-            f"{np.mean([record['num_function_evaluations_to_draw'] for record in runs]):.0f}",
+            f"{mean_over_tasks(numbers_by_task(records, label, tasks, score('calls'))).value:.0f}",
         ]
     headings = ("gain, points", "pooled interquartile mean", "unseen prompts", "reward minus judge")
     return markdown(rows, [*headings, "passes to train, thousands", "passes to draw"])
@@ -220,7 +155,7 @@ def pairs_table(records: Sequence[Record], tasks: Sequence[str], labels: Sequenc
     """
     by_label = gains(records, tasks, labels)
     pairs = list(itertools.combinations(by_label, 2))
-    p_values = {pair: permutation_test(by_label[pair[0]], by_label[pair[1]], n_resamples=_RESAMPLES) for pair in pairs}
+    p_values = {pair: permutation_test(by_label[pair[0]], by_label[pair[1]]) for pair in pairs}
     corrected = holm(p_values)
     rows: dict[str, list[str]] = {}
     for label in by_label:
@@ -237,60 +172,7 @@ def pairs_table(records: Sequence[Record], tasks: Sequence[str], labels: Sequenc
     return markdown(rows, list(by_label))
 
 
-# ------------------------------------------------------------------------------------------------------ equal budgets
-
-
-def at_cost(record: Record, cost: float, measure: Callable[[Mapping[str, float]], float], name: str) -> float | None:
-    """Returns a score of the images that a run was drawing when it had cost so much; None if it never cost so much.
-
-    It is a mean over the last points of the curve before that.
-
-    Args:
-        record: of a run.
-        cost: in the unit of ``measure``.
-        measure: the cost of a point of the curve.
-        name: of the score.
-    """
-    points = record["curve"]
-    if not points or measure(points[-1]) < cost:
-        return None
-    reached = [point for point in points if measure(point) <= cost]
-    return float(np.mean([point[name] for point in reached[-_WINDOW:]])) if reached else None
-
-
-#: The costs of a point of a curve, by what they are called.
-COSTS: dict[str, Callable[[Mapping[str, float]], float]] = {
-    "images": lambda point: point["images"],
-    "passes": passes,
-    "seconds": lambda point: point["seconds"],
-}
-
-
-def equal_cost_table(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]) -> str:
-    """Returns the alignment of training images at equal costs, as a mean over tasks and seeds.
-
-    On each task the cost is the smallest one that a whole run of some method has: so all have reached it.
-
-    Args:
-        records: of the runs.
-        tasks: that count.
-        labels: of the methods that train.
-    """
-    rows: dict[str, list[str]] = {}
-    complete = [label for label in labels if all(runs_of(records, label, task) for task in tasks)]
-    for label in complete:
-        rows[label] = []
-        for measure in COSTS.values():
-            by_task = []
-            for task in tasks:
-                ends = [measure(run["curve"][-1]) for other in complete for run in runs_of(records, other, task)]
-                values = [at_cost(run, min(ends), measure, "alignment") for run in runs_of(records, label, task)]
-                by_task.append([100 * value for value in values if value is not None])
-            rows[label].append(f"{mean_over_tasks(by_task):.1f}" if all(by_task) else "")
-    return markdown(rows, [f"alignment at equal {name}, %" for name in COSTS])
-
-
-# -------------------------------------------------------------------------------------- components, claims, prompts
+# ----------------------------------------------------------------------------------- components, prompts, drawing
 
 
 def components_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
@@ -317,62 +199,6 @@ def components_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
     for label, row in cells.items():
         rows[label.removeprefix(COMPONENT)] = [*row, f"{corrected[label]:.2f}"]
     return markdown(rows, ["aligned, points", "smallest difference to be seen", "KL, nats", "p, corrected"])
-
-
-def at_reward(record: Record, reward: float, name: str) -> float | None:
-    """Returns a score of a run's training images when their reward first reached a level; None if it never did.
-
-    Args:
-        record: of a run.
-        reward: the level.
-        name: a score of the points, or "judged".
-    """
-    points = record["curve"][:-1]
-    for last in range(_WINDOW, len(points) + 1):
-        window = points[last - _WINDOW : last]
-        if np.mean([point["reward"] for point in window]) >= reward:
-            return float(np.mean([judged(point) if name == "judged" else point[name] for point in window]))
-    return None
-
-
-def judged(point: Mapping[str, float]) -> float:
-    """Returns how much the simulated person likes the images of a point of a curve."""
-    return point["alignment"] + QUALITY_WEIGHT * point["quality"]
-
-
-def claims_table(records: Sequence[Record], tasks: Sequence[str], arms: Sequence[str]) -> str:
-    """Returns what the arms of the paper's two claims are worth at an equal reward.
-
-    On each task the reward is the highest one that all runs of all arms reach in training.
-
-    Args:
-        records: of the runs.
-        tasks: that count.
-        arms: labels: with and without the KL, online and supervised.
-    """
-    rows: dict[str, list[str]] = {}
-    levels = {}
-    for task in tasks:
-        reached = [_highest_reward(run) for arm in arms for run in runs_of(records, arm, task)]
-        if reached and all(runs_of(records, arm, task) for arm in arms):
-            levels[task] = min(reached)
-    for arm in arms:
-        cells = []
-        for name, form in (("alignment", ".3f"), ("quality", ".3f")):
-            by_task = []
-            for task, level in levels.items():
-                values = [at_reward(run, level, name) for run in runs_of(records, arm, task)]
-                by_task.append([value for value in values if value is not None])
-            cells.append(f"{mean_over_tasks(by_task):{form}}" if by_task and all(by_task) else "")
-        ends = numbers_by_task(records, arm, list(levels), score("quality"))
-        rows[arm] = [*cells, f"{mean_over_tasks(ends):.3f}" if ends and all(ends) else ""]
-    return markdown(rows, ["alignment at equal reward", "quality at equal reward", "quality in the end"])
-
-
-def _highest_reward(record: Record) -> float:
-    points = record["curve"][:-1]
-    means = [np.mean([p["reward"] for p in points[k : k + _WINDOW]]) for k in range(len(points) - _WINDOW + 1)]
-    return float(max(means, default=-math.inf))
 
 
 def prompts_table(records: Sequence[Record], task: str, kinds: Sequence[str], labels: Sequence[str]) -> str:
@@ -421,17 +247,6 @@ def _ways(records: Sequence[Record]) -> Iterator[tuple[str, list[str]]]:
     yield from seen.items()
 
 
-def trained_labels(records: Sequence[Record]) -> list[str]:
-    """Returns the methods that train, components left out, in the order of the records."""
-    labels = dict.fromkeys(record["label"] for record in records if record["algorithm"] != UNTRAINED)
-    return [label for label in labels if not label.startswith(COMPONENT)]
-
-
-def untrained_labels(records: Sequence[Record]) -> list[str]:
-    """Returns the ways to draw with the pre-trained model, in the order of the records."""
-    return list(dict.fromkeys(record["label"] for record in records if record["algorithm"] == UNTRAINED))
-
-
 def all_tables(records: Sequence[Record], settings: dict[str, Any]) -> dict[str, str]:
     """Returns all tables by their titles.
 
@@ -443,14 +258,20 @@ def all_tables(records: Sequence[Record], settings: dict[str, Any]) -> dict[str,
     labels = [*trained, *untrained]
     tasks = [task for task in settings["tasks"] if runs_of(records, PRETRAINED, task)]
     complete = [task for task in tasks if any(runs_of(records, label, task) for label in trained)]
-    tables = {
-        "All tasks": overview(records, complete, labels),
-        "Each two methods": pairs_table(records, complete, trained),
-        "At equal costs": equal_cost_table(records, complete, trained),
-        "The paper's two claims": claims_table(records, complete, settings["arms"]),
-        "Components of DPOK": components_table(records, settings["components"]["tasks"]),
-        "Other ways to draw": drawing_table(records, complete),
-    }
+    groups = {"all tasks": complete}
+    groups["the tasks with a gradient"] = [task for task in complete if settings["tasks"][task].get("gradient", True)]
+    single_prompts = [task for task in complete if "splits" not in settings["tasks"][task]]
+    tables: dict[str, str] = {}
+    for name, group in groups.items():
+        if not group:  # the sweep has only begun
+            continue
+        tables[f"Gains over {name}"] = overview(records, group, labels)
+        tables[f"Each two methods over {name}"] = pairs_table(records, group, trained)
+        tables[f"Equal costs over {name}"] = equal_cost_table(records, group, trained, yardstick="DPOK")
+    if complete:
+        tables["The paper's two claims"] = claims_table(records, single_prompts, settings["arms"])
+        tables["Components of DPOK"] = components_table(records, settings["components"]["tasks"])
+        tables["Other ways to draw"] = drawing_table(records, complete)
     for task in tasks:
         tables[f"Task “{task}”"] = task_table(records, task, labels)
         if splits := settings["tasks"][task].get("splits"):

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
-from benchmarks.algorithms_tables import LONG, PRETRAINED, judged, runs_of
+from benchmarks.algorithms_records import LONG, PRETRAINED, judged, runs_of
 from benchmarks.figures import (
     BLUE,
     DOTTED,

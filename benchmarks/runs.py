@@ -10,6 +10,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -30,6 +31,8 @@ _RESULTS = {
     "num_function_evaluations",
     "num_gradient_evaluations",
     "num_function_evaluations_to_draw",
+    "diverged",
+    "made_by",
 }
 
 #: Keys of the lines in results/ by their old names, with those of today.
@@ -119,6 +122,7 @@ def sweep(descriptions: Sequence[Description], file: Path, processes: int, image
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     _drop_cut_off_line(file)
+    made_by = provenance()
     lowest_seed = min(description["seed"] for description in descriptions)
     failures = []
     with fresh_processes(processes) as pool:
@@ -132,7 +136,7 @@ def sweep(descriptions: Sequence[Description], file: Path, processes: int, image
             for future in tqdm(as_completed(names), total=len(names), unit=" runs"):
                 error = future.exception()
                 if error is None:
-                    _append(file, future.result())
+                    _append(file, future.result() | {"made_by": made_by})
                 else:
                     failures.append(f"{names[future]}: {error}")
                     tqdm.write(f"failed: {failures[-1]}")
@@ -141,6 +145,16 @@ def sweep(descriptions: Sequence[Description], file: Path, processes: int, image
             raise
     if failures:
         raise RuntimeError("\n".join(["runs failed; the others are kept:", *failures]))
+
+
+def provenance() -> dict[str, str]:
+    """Returns what made a run: the commit of this repository, which decides the weights too, and the version of torch.
+
+    A commit with "+" had changes.
+    """
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    return {"commit": found.stdout.strip() or "not known", "torch": torch.__version__}
 
 
 def fresh_processes(number: int) -> ProcessPoolExecutor:

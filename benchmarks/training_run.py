@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -45,6 +47,9 @@ UNTRAINED = "untrained"
 #: Images of each evaluation within a supervised fit, which draws none by itself.
 _CURVE_IMAGES = 64
 
+#: Images of a prompt from which the entropy of its scenes can be told.
+_IMAGES_FOR_ENTROPY = 16
+
 #: Images in the row that shows a run.
 _ROW_LENGTH = 8
 
@@ -68,7 +73,7 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
         The description, and ``scores`` (by set of prompts, or way to draw; see :func:`summarize`), ``curve`` (a list of
         points, see :class:`Curve`; the last one is the final evaluation), ``num_function_evaluations``,
         ``num_gradient_evaluations`` and ``seconds`` of the training, and ``num_function_evaluations_to_draw`` one
-        image.
+        image. A run whose weights are no finite numbers any more has ``diverged``: what was wrong, and no scores.
     """
     prompts = _training_prompts(description)
     settings = dict(description["settings"])
@@ -85,26 +90,26 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
     algorithm: Any = load_algorithm(name)
     agent: DenoisingAlgorithm = algorithm(env=env, seed=description["seed"], device="cpu", **settings)
     curve = Curve(_make_env(description, prompts), description["seed"])
-    if trains:
-        agent.learn(description["images"] * agent.process.num_inference_steps, curve)
-    cost = curve.cost()
-    scores = {}
-    for name, texts in _prompts_to_evaluate(description, prompts).items():
-        evaluation, scores[name] = evaluate_drawing(agent.policy, of_env, texts, draw, reference=not trains)
-        if row_file is not None and name == "training":
-            _save_row(evaluation, row_file)
-    for name, way in description.get("also", {}).items():
-        scores[name] = evaluate_drawing(agent.policy, description, prompts.train, way)[1]
-    if trains:
-        curve.add(cost, scores["training"])
-    return description | {
-        "scores": scores,
-        "curve": curve.points,
-        "num_function_evaluations": cost["num_function_evaluations"],
-        "num_gradient_evaluations": cost["num_gradient_evaluations"],
-        "num_function_evaluations_to_draw": scores["training"]["calls"],
-        "seconds": cost["seconds"],
-    }
+    record: dict[str, Any] = {"scores": {}, "curve": curve.points}
+    try:
+        if trains:
+            agent.learn(description["images"] * agent.process.num_inference_steps, curve)
+        cost = curve.cost()
+        for name, texts in _prompts_to_evaluate(description, prompts).items():
+            evaluation, record["scores"][name] = evaluate_drawing(agent.policy, of_env, texts, draw, not trains)
+            if row_file is not None and name == "training":
+                _save_row(evaluation, row_file)
+        for name, way in description.get("also", {}).items():
+            record["scores"][name] = evaluate_drawing(agent.policy, description, prompts.train, way)[1]
+    except ValueError as error:
+        if all(weights.isfinite().all() for weights in agent.policy.denoiser_parameters()):
+            raise
+        record, cost = {"scores": {}, "curve": [], "diverged": str(error)}, curve.cost()
+    else:
+        record["num_function_evaluations_to_draw"] = record["scores"]["training"]["calls"]
+        if trains:
+            curve.add(cost, record["scores"]["training"])
+    return description | record | {name: value for name, value in cost.items() if name != "images"}
 
 
 def evaluate_drawing(
@@ -126,7 +131,8 @@ def evaluate_drawing(
         reference: True for the pre-trained model.
 
     Returns:
-        The evaluation, and its scores: see :func:`summarize`, and ``calls`` of the denoiser for one image.
+        The evaluation, and its scores: see :func:`summarize`; and for one image ``calls`` of the denoiser,
+        ``reward_calls``, and ``seconds`` of the processor.
     """
     options = {name: value for name, value in draw.items() if name not in ("environment", "lora_scale")}
     steering = make_steering(SteeringOptions(**options))
@@ -134,9 +140,10 @@ def evaluate_drawing(
     chosen = cycle_prompts(prompts, description["eval_images"])
     # Far from the seeds that training and the curve use, and the same for all algorithms.
     seed = 1_000_000 * (description["seed"] + 1)
+    started = time.process_time()
     with scaled_lora(policy, draw.get("lora_scale", 1.0)):
         evaluation = evaluate(policy, env, chosen, seed, reference=reference, steering=steering)
-    scores = summarize(evaluation)
+    scores = {"seconds": (time.process_time() - started) / len(chosen)} | summarize(evaluation)
     if reference and isinstance(steering, BestOf) and "environment" not in draw:
         # The KL of the evaluation is that of the sampler, before an image is chosen.
         scores["kl"] = steering.kl_bound
@@ -145,6 +152,7 @@ def evaluate_drawing(
     process = env.process
     scores["calls"] = steering.denoiser_calls(process.num_inference_steps)
     scores["calls"] *= process.model.num_forward_passes(process.config.guidance_scale)
+    scores["reward_calls"] = steering.reward_calls(process.num_inference_steps)
     return evaluation, scores
 
 
@@ -222,22 +230,38 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
     Returns:
         ``aligned`` (share), ``alignment``, ``quality``, ``reward``, ``judged`` (alignment and a fifth of the quality,
         as the simulated person sees an image), ``kl`` (nats of the steps that explore), ``late_drift`` of the others,
-        ``step_kl`` (nats of each step), ``reward_std`` and ``judged_std``, and, if there are two images of a prompt,
-        ``diversity`` (see :func:`~benchmarks.diversity.pixel_diversity`) and the entropies of
-        :func:`~benchmarks.diversity.scene_diversity`.
+        ``step_kl`` (nats of each step), ``reward_std`` and ``judged_std`` (see :func:`spread`), and, if there are two
+        images of a prompt, ``diversity`` (see :func:`~benchmarks.diversity.pixel_diversity`). If there are 16 images of
+        each prompt, it has the entropies of :func:`~benchmarks.diversity.scene_diversity` too.
     """
     means: dict[str, Any] = {"aligned": evaluation.aligned_share}
     for name in WORLD.evaluation_rewards:
         means[name.removeprefix("shapes-")] = evaluation.mean(name)
     alignment, quality = (evaluation.rewards[name] for name in WORLD.evaluation_rewards)
     judged = alignment + QUALITY_WEIGHT * quality
-    means |= {"judged": judged.mean(), "judged_std": judged.std(), "reward_std": evaluation.reward.std()}
+    means |= {"judged": judged.mean(), "judged_std": spread(judged, evaluation.prompts)}
+    means["reward_std"] = spread(evaluation.reward, evaluation.prompts)
     means |= {"reward": evaluation.mean_reward, "kl": evaluation.kl.mean(), "late_drift": evaluation.late_drift}
     means["diversity"] = pixel_diversity(evaluation.images, evaluation.prompts)
-    means |= scene_diversity(evaluation.images, evaluation.prompts)
+    if min(Counter(evaluation.prompts).values()) >= _IMAGES_FOR_ENTROPY:
+        means |= scene_diversity(evaluation.images, evaluation.prompts)
     scores: dict[str, Any] = {name: float(value) for name, value in means.items() if value is not None}
     scores["step_kl"] = [round(float(value), 4) for value in evaluation.step_kl.mean(axis=0)]
     return scores
+
+
+def spread(values: NDArray[Any], prompts: Sequence[str]) -> float:
+    """Computes the standard deviation of numbers within prompts; over all of them, if no prompt has two.
+
+    Args:
+        values: (N,).
+        prompts: N.
+    """
+    names, number = np.unique(prompts, return_inverse=True)
+    if len(names) == len(values):
+        return float(np.std(values))
+    means = np.bincount(number, values) / np.bincount(number)
+    return float(np.sqrt(np.square(values - means[number]).sum() / (len(values) - len(names))))
 
 
 class Curve(BaseCallback):
@@ -247,7 +271,7 @@ class Curve(BaseCallback):
     ``kl`` of the update before them if the algorithm has one. It also has the cost of the training until then:
     ``images``, ``num_function_evaluations``, ``num_gradient_evaluations``, and ``seconds`` of the processor, so that
     other work on the machine does not count. The images are those of each rollout.
-    A supervised fit has no rollouts, so images are drawn for the curve.
+    A supervised fit has no rollouts, so images are drawn for the curve: such a point has ``drawn_for_it``.
 
     Args:
         env: draws the images within fits; neither their time nor their function evaluations count.
@@ -308,7 +332,7 @@ class Curve(BaseCallback):
             # The images are of the model before this rollout's update.
             self.add(self._cost_before_rollout | ({} if kl is None else {"kl": round(kl, 4)}), means)
         else:  # within a supervised fit
-            self.add(self.cost(), self._evaluate())
+            self.add(self.cost() | {"drawn_for_it": True}, self._evaluate())
 
     def _evaluate(self) -> dict[str, Any]:
         """Returns the scores of the model as it is, at no cost."""

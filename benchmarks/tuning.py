@@ -4,19 +4,23 @@ One setting after the other is tried, in the order that is given, with the best 
 values of those after it. Its grid grows at an end as long as the best value is there. Then the best of all that were
 tried run with more seeds.
 
-The search is a function of the scores that there are: it says which runs are missing. So a sweep can stop anywhere, and
+The search is a function of the runs that there are: it says which ones are missing. So a sweep can stop anywhere, and
 the search goes on from the runs that were kept.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 Change = dict[str, Any]
 
-#: From a change of the settings and a seed to its score, the higher the better; None if there is no such run yet.
-Scores = Callable[[Change, int], float | None]
+#: From a change of the settings and a seed to its run; None if there is none yet.
+Runs = Callable[[Change, int], Any]
+
+#: From the runs of one change, with one or more seeds, to its rank: the higher the better.
+Rank = Callable[[Sequence[Any]], float]
 
 
 class Axis(NamedTuple):
@@ -27,11 +31,13 @@ class Axis(NamedTuple):
         values: to begin with, above 0 and ascending, an odd number of at least three. The grid grows by the factor from
             the first one to the second.
         most: largest number of values that are tried.
+        limits: the lowest and the highest value that may be tried.
     """
 
     name: str
     values: Sequence[float]
     most: int
+    limits: tuple[float, float] = (0.0, math.inf)
 
 
 class Outcome(NamedTuple):
@@ -48,15 +54,23 @@ class Outcome(NamedTuple):
     at_edge: tuple[str, ...] = ()
 
 
-def search(axes: Sequence[Axis], scores: Scores, seeds: Sequence[int], n_finalists: int) -> Outcome:
+def search(axes: Sequence[Axis], runs: Runs, rank: Rank, seeds: Sequence[int], n_finalists: int) -> Outcome:
     """Returns which runs are needed next, or which settings are the best.
 
     Args:
         axes: the settings, in the order in which they are searched.
-        scores: of the runs that there are.
+        runs: those that there are.
+        rank: of the runs of one change.
         seeds: the first one is that of the search, the finalists run with all of them.
         n_finalists: number of settings that do.
     """
+
+    def missing(changes: Sequence[Change], seeds: Sequence[int]) -> list[tuple[Change, int]]:
+        return [(change, seed) for change in changes for seed in seeds if runs(change, seed) is None]
+
+    def rank_of(change: Change, seeds: Sequence[int]) -> float:
+        return rank([runs(change, seed) for seed in seeds])
+
     chosen: Change = {axis.name: axis.values[len(axis.values) // 2] for axis in axes}
     tried: list[Change] = []
     at_edge = []
@@ -64,14 +78,15 @@ def search(axes: Sequence[Axis], scores: Scores, seeds: Sequence[int], n_finalis
         grid, factor = list(axis.values), axis.values[1] / axis.values[0]
         while True:
             changes = [chosen | {axis.name: value} for value in grid]
-            missing = [(change, seeds[0]) for change in changes if scores(change, seeds[0]) is None]
-            if missing:
-                return Outcome(missing)
-            best = max(range(len(grid)), key=lambda index: _score(scores, changes[index], seeds[:1]))
+            if needed := missing(changes, seeds[:1]):
+                return Outcome(needed)
+            ranks = [rank_of(change, seeds[:1]) for change in changes]
+            best = ranks.index(max(ranks))
             if 0 < best < len(grid) - 1:
                 break
             further = _scaled(grid[best], 1 / factor if best == 0 else factor)
-            if further in grid:  # no integer is smaller than 1
+            low, high = axis.limits
+            if further in grid or not low <= further <= high:  # no integer is smaller than 1
                 break
             if len(grid) == axis.most:
                 at_edge.append(axis.name)
@@ -79,16 +94,10 @@ def search(axes: Sequence[Axis], scores: Scores, seeds: Sequence[int], n_finalis
             grid = [further, *grid] if best == 0 else [*grid, further]
         tried += [change for change in changes if change not in tried]
         chosen = changes[best]
-    ranked = sorted(tried, key=lambda change: -_score(scores, change, seeds[:1]))[:n_finalists]
-    missing = [(change, seed) for change in ranked for seed in seeds[1:] if scores(change, seed) is None]
-    if missing:
-        return Outcome(missing)
-    return Outcome([], max(ranked, key=lambda change: _score(scores, change, seeds)), tuple(at_edge))
-
-
-def _score(scores: Scores, change: Change, seeds: Sequence[int]) -> float:
-    known = [score for seed in seeds if (score := scores(change, seed)) is not None]
-    return sum(known) / len(known)
+    finalists = sorted(tried, key=lambda change: -rank_of(change, seeds[:1]))[:n_finalists]
+    if needed := missing(finalists, seeds):
+        return Outcome(needed)
+    return Outcome([], max(finalists, key=lambda change: rank_of(change, seeds)), tuple(at_edge))
 
 
 def _scaled(value: float, factor: float) -> float:

@@ -56,3 +56,12 @@ def mean_score(records: list[dict[str, Any]], prompts: str, name: str) -> float:
 def values(line: str) -> list[str]:
     """Returns the cells of a table's line without its label, without intervals."""
     return [cell.strip().partition(" [")[0] for cell in line.strip("| \n").split("|")[1:]]
+
+
+def points(*rewards: float, step: float = 100) -> list[dict[str, float]]:
+    """Returns a curve whose points cost as much as each other; the last one is the evaluation."""
+    curve = []
+    for n, reward in enumerate(rewards):
+        costs = {"images": n * step, "num_function_evaluations": n * step, "num_gradient_evaluations": n * step}
+        curve.append(costs | {"seconds": float(n), "reward": reward, "alignment": reward / 2, "quality": 1 - reward})
+    return curve

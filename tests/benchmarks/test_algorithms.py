@@ -13,9 +13,13 @@ from agents.algorithms.registry import load_algorithm
 from agents.common.arguments import check_arguments
 from benchmarks import algorithms
 from benchmarks.algorithms import PRETRAINED, Tuning
+from benchmarks.prompt_splits import prompt_splits
 from benchmarks.runs import Description
 from benchmarks.sparse_reward import fully_aligned
 from benchmarks.training_run import UNTRAINED
+from dpok_gym import make_reward
+from dpok_gym.prompts import load_prompts
+from dpok_gym.shapes.prompts import unseen_prompts
 from tests.benchmarks.support import HERE
 
 SETTINGS = yaml.safe_load((HERE / "algorithms.yaml").read_text(encoding="utf-8"))
@@ -31,8 +35,9 @@ def find(task: str, label: str, seed: int = 0) -> Description:
 
 def test_every_run_is_described_once() -> None:
     methods, tasks = len(SETTINGS["methods"]), len(SETTINGS["tasks"])
-    n_components = 3 * 2 * len(SETTINGS["components"]["changes"])
-    assert len(RUNS) == 5 * tasks * (methods + len(SETTINGS["untrained"])) + n_components + methods
+    n_components = 4 * 2 * len(SETTINGS["components"]["changes"])
+    n_left_out = 5 * 2  # of DRaFT on the tasks without a gradient
+    assert len(RUNS) == 5 * tasks * (methods + len(SETTINGS["untrained"])) - n_left_out + n_components + methods
     assert len({json.dumps(each, sort_keys=True) for each in RUNS}) == len(RUNS)
 
 
@@ -41,11 +46,16 @@ def test_a_run_has_the_settings_of_its_task_its_method_and_its_search() -> None:
     assert run["environment"] == {"model": "shapes-flow"}
     assert run["settings"]["policy_kwargs"]["target_modules"] == "attention"
     assert run["settings"]["learning_rate"] == 0.5
-    assert (run["images"], run["prompts"]) == (960, "a blue triangle")
+    assert run["settings"]["step_weighting"] == "output"
+    assert "step_weighting" not in find("count", "DPOK", 3)["settings"]
+    assert (run["images"], run["prompts"]) == (768, "a blue triangle")
     assert {*run["also"]} == {"best of 4", "LoRA x 0.7", "LoRA x 1.4"}
     assert "also" not in find("flow", "DDPO")
-    assert find("many", "SFT")["settings"]["n_gradient_steps"] == 600
-    assert find("long", "RWR")["settings"]["n_gradient_steps"] == 6250
+    assert find("many", "SFT")["settings"]["n_gradient_steps"] == 320
+    assert find("long", "RWR")["settings"]["n_gradient_steps"] == 4167
+    tuned = TUNED | {("diffusion", "SFT, no KL"): {"batch_size": 128}}
+    of_large_batches = algorithms.describe(SETTINGS, "many", "SFT, no KL", 0, tuned)["settings"]
+    assert (of_large_batches["batch_size"], of_large_batches["n_gradient_steps"]) == (128, 160)
     assert find("long", "DPOK")["prompts"] == find("count", "DPOK")["prompts"]
     assert find("count", "guidance 2") == SETTINGS["common"] | {
         "prompts": "three green squares",
@@ -56,6 +66,21 @@ def test_a_run_has_the_settings_of_its_task_its_method_and_its_search() -> None:
         "settings": {},
         "draw": {"environment": {"guidance_scale": 2.0}},
     }
+
+
+def test_the_long_runs_come_after_the_first_seed() -> None:
+    seeds = [run["seed"] for run in RUNS]
+    assert seeds == sorted(seeds)
+
+
+@pytest.mark.parametrize("task", SETTINGS["tasks"])
+def test_a_reward_has_a_gradient_or_says_that_it_has_none(task: str) -> None:
+    reward = make_reward(SETTINGS["tasks"][task].get("reward", SETTINGS["common"]["reward"]))
+    if SETTINGS["tasks"][task].get("gradient", True):
+        reward.check_differentiable()
+    else:
+        with pytest.raises(ValueError, match="no gradient"):
+            reward.check_differentiable()
 
 
 def test_a_component_changes_one_thing() -> None:
@@ -98,6 +123,7 @@ def make_runs(tuning: Tuning, reward: Any, quality: Any = lambda run: 0.9) -> li
         with tuning.file.open("a", encoding="utf-8") as file:
             for run in missing:
                 scores = {"reward": reward(run), "quality": quality(run), "aligned": 0.5, "kl": 1.0}
+                scores |= {"judged": 0.8, "entropy_of_positions": 3.0}
                 results = {"scores": {"training": scores}, "seconds": 1.0, "num_gradient_evaluations": 3}
                 file.write(json.dumps(run | results) + "\n")
         made += missing
@@ -108,8 +134,14 @@ def likes_small_rates(run: Description) -> float:
     return -run["settings"].get("learning_rate", 1.0)
 
 
+def unseen_of(task: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(unseen_prompts(load_prompts(task["prompts"]))) if "prompts" in task else ()
+
+
 def test_no_task_has_the_prompt_of_a_search() -> None:
-    prompts = {task.get("prompts") for task in SETTINGS["tasks"].values()}
+    """Nor a set of prompts: they would be tuned on what they are compared with."""
+    prompts = {task.get("prompts") for task in SETTINGS["tasks"].values()}.union(*prompt_splits().values())
+    prompts |= {text for task in SETTINGS["tasks"].values() for text in unseen_of(task)}
     assert prompts.isdisjoint(search["prompts"] for search in SETTINGS["tuning"]["searches"].values())
 
 
@@ -124,8 +156,10 @@ def test_each_method_is_tuned_by_the_same_rules(tmp_path: Path, capsys: pytest.C
     numbers = {}
     for label in SETTINGS["methods"]:
         numbers[label] = [sum((r["task"], r["label"]) == (search, label) for r in made) for search in SEARCHES]
-    # Five values of the rate, five of the other setting, of which one run is the same, and three finalists.
-    assert numbers == {label: [5 + 4 + 6, 5 + 6] for label in SETTINGS["methods"]}
+    # Five values of the rate, five of the other setting, of which one run is the same, and three finalists. The best of
+    # n cannot have n = 1.
+    expected = {label: [5 + 4 + 6, 5 + 6] for label in SETTINGS["methods"]}
+    assert numbers == expected | {"best of n, distilled": [5 + 3 + 6, 5 + 6]}
     chosen = tuning.tuned()
     assert chosen["diffusion", "GRPO"]["learning_rate"] == chosen["flow", "GRPO"]["learning_rate"] == 3.75e-4
     assert chosen["flow", "GRPO"]["kl_coef"] == chosen["diffusion", "GRPO"]["kl_coef"]
@@ -146,6 +180,31 @@ def test_a_setting_that_ruins_the_images_is_not_chosen(tmp_path: Path) -> None:
     tuning = Tuning(SETTINGS, tmp_path / "tuning.jsonl")
     make_runs(tuning, likes_small_rates, quality)
     assert tuning.tuned()["diffusion", "DPOK"]["learning_rate"] == 3e-3
+
+
+def test_a_setting_that_draws_one_layout_is_not_chosen(tmp_path: Path) -> None:
+    tuning = Tuning(SETTINGS, tmp_path / "tuning.jsonl")
+    made = make_runs(tuning, likes_small_rates)
+    records = [json.loads(line) for line in tuning.file.read_text().splitlines()]
+    for record in records:
+        if record["settings"].get("learning_rate", 1) < 3e-3:
+            record["scores"]["training"]["entropy_of_positions"] = 1.0
+    tuning.file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert len(make_runs(tuning, likes_small_rates)) < len(made)
+    assert tuning.tuned()["diffusion", "DPOK"]["learning_rate"] == 3e-3
+
+
+def test_a_setting_that_diverges_is_not_chosen(tmp_path: Path) -> None:
+    tuning = Tuning(SETTINGS, tmp_path / "tuning.jsonl")
+    make_runs(tuning, likes_small_rates)
+    records = [json.loads(line) for line in tuning.file.read_text().splitlines()]
+    for record in records:
+        if record["settings"].get("learning_rate", 1) < 1.5e-3:
+            record |= {"scores": {}, "diverged": "the image is not finite"}
+    tuning.file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    make_runs(tuning, likes_small_rates)
+    assert tuning.tuned()["diffusion", "DPOK"]["learning_rate"] == 1.5e-3
+    tuning.show()
 
 
 def test_the_search_goes_on_from_the_runs_that_are_there(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from benchmarks import algorithms_figures, figures
-from benchmarks.algorithms_tables import PRETRAINED
+from benchmarks.algorithms_records import PRETRAINED
 from benchmarks.runs import Record
 from benchmarks.training_run import UNTRAINED
 from tests.agents.cli.support import check_texts

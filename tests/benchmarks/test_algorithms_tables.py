@@ -1,16 +1,17 @@
 """The tables of the comparison: what is computed from the runs, and what is shown."""
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
-from benchmarks import algorithms, algorithms_tables
-from benchmarks.algorithms_tables import PRETRAINED
+from benchmarks import algorithms, algorithms_records, algorithms_tables
+from benchmarks.algorithms_records import PRETRAINED
 from benchmarks.runs import Record
 from benchmarks.training_run import UNTRAINED
-from tests.benchmarks.support import HERE, values
+from tests.benchmarks.support import HERE, points, values
 
 SETTINGS = yaml.safe_load((HERE / "algorithms.yaml").read_text(encoding="utf-8"))
 TASKS = ("one", "two")
@@ -33,15 +34,6 @@ def record(task: str, label: str, seed: int, aligned: float, **changes: Any) -> 
     return run | results | {"scores": {"training": scores}, "num_function_evaluations_to_draw": 10} | changes
 
 
-def points(*rewards: float, step: float = 100) -> list[dict[str, float]]:
-    """Returns a curve whose points cost as much as each other; the last one is the evaluation."""
-    curve = []
-    for n, reward in enumerate(rewards):
-        costs = {"images": n * step, "num_function_evaluations": n * step, "num_gradient_evaluations": n * step}
-        curve.append(costs | {"seconds": float(n), "reward": reward, "alignment": reward / 2, "quality": 1 - reward})
-    return curve
-
-
 def test_a_row_of_a_task() -> None:
     records = [record("one", PRETRAINED, 0, 0.5)] + [record("one", "ours", seed, 0.7 + seed / 10) for seed in (1, 0)]
     records[1]["scores"]["training"]["judged"] = 0.5
@@ -58,12 +50,13 @@ def test_gains_are_above_the_pretrained_model() -> None:
     records = [record(task, PRETRAINED, seed, 0.4) for task in TASKS for seed in (0, 1)]
     records += [record("one", "ours", 0, 0.5), record("one", "ours", 1, 0.7), record("two", "ours", 0, 0.3)]
     records += [record("one", "half", 0, 0.5)]
-    by_label = algorithms_tables.gains(records, TASKS, ["ours", "half", PRETRAINED])
+    records[-3] |= {"diverged": "nan", "scores": {}}  # the seed of 0.7: no image is aligned
+    by_label = algorithms_records.gains(records, TASKS, ["ours", "half", PRETRAINED])
     assert by_label.keys() == {"ours", PRETRAINED}  # the other one has no run on a task
-    np.testing.assert_allclose(by_label["ours"][0], [10, 30])
+    np.testing.assert_allclose(by_label["ours"][0], [10, -40])
     np.testing.assert_allclose(by_label["ours"][1], [-10])
     row = algorithms_tables.overview(records, TASKS, ["ours"]).splitlines()[2]
-    assert values(row)[0] == "+5.0"
+    assert values(row)[0] == "-12.5"
 
 
 def test_a_difference_that_can_be_told_from_noise_is_bold() -> None:
@@ -76,36 +69,6 @@ def test_a_difference_that_can_be_told_from_noise_is_bold() -> None:
     good, same, bad = algorithms_tables.pairs_table(records, TASKS, ["good", "same", "bad"]).splitlines()[2:]
     assert good.count("**") == same.count("**") == 2
     assert bad.count("**-") == 2
-
-
-def test_equal_costs() -> None:
-    """The run that costs less for an image is compared where the dear one has ended."""
-    cheap, dear = points(0, 0.2, 0.4, 0.6, 0.8, 1.0), points(0, 0.5, 1.0)
-    for n, point in enumerate(dear):
-        point |= {"num_gradient_evaluations": 400.0 * n, "seconds": 2.0 * n}
-    records = [record("one", "cheap", 0, 1, curve=cheap), record("one", "dear", 0, 1, curve=dear)]
-    rows = algorithms_tables.equal_cost_table(records, ["one"], ["cheap", "dear"]).splitlines()[2:]
-    # At 200 images, at 1500 passes and at 4 seconds; the mean over the last three points until then.
-    assert values(rows[0]) == ["10.0", "40.0", "30.0"]
-    assert values(rows[1])[0] == "25.0"
-
-
-def test_a_run_that_is_not_so_long_has_no_score() -> None:
-    run = record("one", "ours", 0, 1, curve=points(0.1, 0.2))
-    assert algorithms_tables.at_cost(run, 101, algorithms_tables.COSTS["images"], "reward") is None
-    assert algorithms_tables.at_cost(run, 100, algorithms_tables.COSTS["images"], "reward") == pytest.approx(0.15)
-
-
-def test_equal_rewards() -> None:
-    """The level is the highest that all runs reach, as means of three points; the evaluation does not count."""
-    records = [
-        record("one", "fast", 0, 1, curve=points(0.0, 0.3, 0.6, 0.9, 0.9, 0.9, 0.0)),
-        record("one", "slow", 0, 1, curve=points(0.0, 0.2, 0.4, 0.6, 1.0)),
-    ]
-    assert algorithms_tables.at_reward(records[0], 0.4, "quality") == pytest.approx(1 - 0.6)
-    assert algorithms_tables.at_reward(records[1], 0.41, "quality") is None
-    rows = algorithms_tables.claims_table(records, ["one"], ["fast", "slow"]).splitlines()[2:]
-    assert [values(row)[:2] for row in rows] == [["0.300", "0.400"], ["0.200", "0.600"]]
 
 
 def test_components_are_compared_with_the_same_seeds() -> None:
@@ -130,18 +93,36 @@ def test_the_report(tmp_path: Any) -> None:
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in names)
     text = (tmp_path / "tables.md").read_text()
     titles = [line.removeprefix("### ") for line in text.splitlines() if line.startswith("### ")]
-    assert titles[:6] == [
-        "All tasks",
-        "Each two methods",
-        "At equal costs",
+    assert titles[:9] == [
+        *(f"{what} over all tasks" for what in ("Gains", "Each two methods", "Equal costs")),
+        *(f"{what} over the tasks with a gradient" for what in ("Gains", "Each two methods", "Equal costs")),
         "The paper's two claims",
         "Components of DPOK",
         "Other ways to draw",
     ]
-    assert len(titles) == 6 + len(SETTINGS["tasks"]) + 1
+    assert len(titles) == 9 + len(SETTINGS["tasks"]) + 1
     parts = dict(zip(titles, text.split("\n### ")[1:], strict=True))
     n_labels = len(SETTINGS["methods"]) + len(SETTINGS["untrained"])
     assert parts["Task “flow”"].count("\n| ") == n_labels + 2
+    # DRaFT has no runs where the reward has no gradient.
+    assert parts["Task “sparse”"].count("\n| ") == n_labels + 1
+    for what in ("Gains", "Each two methods", "Equal costs"):
+        assert "| DRaFT |" not in parts[f"{what} over all tasks"]
+        assert "| DRaFT |" in parts[f"{what} over the tasks with a gradient"]
     assert parts["Components of DPOK"].count("\n| ") == len(SETTINGS["components"]["changes"]) + 2
     assert parts["Kinds of prompts of “many”"].count("\n| ") == n_labels + 2
     assert parts["Other ways to draw"].count("\n| DPOK") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 9, 40])
+def test_the_report_of_a_few_runs(n: int, tmp_path: Any) -> None:
+    """A sweep that is interrupted reports what there is."""
+    tuned: Any = {(search, label): {} for search in ("diffusion", "flow") for label in SETTINGS["methods"]}
+    records = []
+    for description in itertools.islice(algorithms.descriptions(SETTINGS, tuned), n):
+        run = record(description["task"], description["label"], description["seed"], 0.5)
+        curve = [] if description["algorithm"] == UNTRAINED else points(0.1, 0.2, 0.3)
+        records.append(run | description | {"curve": curve})
+    algorithms.report(records, SETTINGS, tmp_path)
+    assert "### Task “count”" in (tmp_path / "tables.md").read_text()

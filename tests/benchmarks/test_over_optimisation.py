@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks import over_optimisation as module
-from benchmarks.algorithms_tables import LONG, PRETRAINED
+from benchmarks.algorithms_records import LONG, PRETRAINED
 from benchmarks.over_optimisation import learnt_from, over_optimisation
 from benchmarks.runs import Record
 from benchmarks.training_run import UNTRAINED

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -18,13 +19,13 @@ def run(axes: list[Axis], truth: Callable[[dict[str, Any], int], float], n_final
     """Makes the runs that a search asks for until it is over; returns its outcome and the runs."""
     made: dict[tuple, float] = {}
 
-    def scores(change: dict[str, Any], seed: int) -> float | None:
+    def runs(change: dict[str, Any], seed: int) -> float | None:
         return made.get((*sorted(change.items()), seed))
 
-    while (outcome := search(axes, scores, SEEDS, n_finalists)).missing:
+    while (outcome := search(axes, runs, fmean, SEEDS, n_finalists)).missing:
         assert outcome.best is None
         for change, seed in outcome.missing:
-            assert scores(change, seed) is None
+            assert runs(change, seed) is None
             made[(*sorted(change.items()), seed)] = truth(change, seed)
     return outcome, list(made)
 
@@ -75,3 +76,13 @@ def test_integers_stay_integers() -> None:
     outcome, made = run([axis], lambda change, seed: -abs(change["n"] - 1), n_finalists=1)
     assert sorted({dict(key[:-1])["n"] for key in made}) == [1, 2, 4, 8, 16]
     assert (outcome.best, outcome.at_edge) == ({"n": 1}, ())
+
+
+def test_a_grid_stays_within_its_limits() -> None:
+    """What cannot be tried is no edge of the search."""
+    axis = Axis("n", [4, 8, 16], 6, (2, 16))
+    outcome, made = run([axis], lambda change, seed: -abs(change["n"] - 1), n_finalists=1)
+    assert sorted({dict(key[:-1])["n"] for key in made}) == [2, 4, 8, 16]
+    assert (outcome.best, outcome.at_edge) == ({"n": 2}, ())
+    outcome, made = run([axis], lambda change, seed: change["n"], n_finalists=1)
+    assert (outcome.best, outcome.at_edge) == ({"n": 16}, ())

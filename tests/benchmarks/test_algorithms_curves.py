@@ -1,0 +1,59 @@
+"""The curves of the comparison, read at equal costs and at equal rewards."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks.algorithms_curves import COSTS, at_cost, at_reward, claims_table, equal_cost_table, smoothed
+from benchmarks.algorithms_records import PRETRAINED
+from benchmarks.runs import Record
+from tests.benchmarks.support import points, values
+
+
+def record(label: str, curve: list[dict[str, Any]], reward: float = 0.0) -> Record:
+    scores = {"training": {"reward": reward, "quality": 0.7}}
+    return {"task": "one", "label": label, "seed": 0, "curve": curve, "scores": scores}
+
+
+def test_equal_costs() -> None:
+    """Each method when it had cost as much as a run of the yardstick; the end of one that costs less."""
+    cheap, dear = points(0, 0.2, 0.4, 0.6, 0.8, 1.0), points(0, 0.5, 1.0)
+    for n, point in enumerate(dear):
+        point |= {"num_gradient_evaluations": 400.0 * n, "seconds": 2.0 * n}
+    records = [record("cheap", cheap), record("dear", dear), record("none", [])]
+    rows = equal_cost_table(records, ["one"], ["cheap", "dear", "none"], "dear").splitlines()[2:]
+    # 200 images, 1800 passes and 4 seconds. A pass of the cheap one costs 3 an image: it has ended at 1500.
+    assert [values(row) for row in rows] == [["10.0", "50.0", "30.0"], ["50.0", "50.0", "50.0"]]
+
+
+def test_the_score_at_a_cost() -> None:
+    run = record("ours", points(0.1, 0.2, 0.6, 0.9))
+    assert at_cost(run, 150, COSTS["images"], "reward") == pytest.approx(0.15)
+    assert at_cost(run, 299, COSTS["images"], "reward") == pytest.approx(0.3)
+    assert at_cost(run, 300, COSTS["images"], "reward") == at_cost(run, 999, COSTS["images"], "reward") == 0.9
+    assert at_cost(run, -1, COSTS["images"], "reward") is None
+    assert at_cost(record("ours", []), 1, COSTS["images"], "reward") is None
+
+
+def test_points_of_a_fit_are_not_averaged() -> None:
+    """Those before it, of the model that draws the images, are."""
+    curve = points(0.2, 0.4, 0.6, 0.8)
+    curve[2]["drawn_for_it"] = curve[3]["drawn_for_it"] = True
+    assert smoothed(curve, "reward") == pytest.approx([0.2, 0.3, 0.6, 0.8])
+
+
+def test_equal_rewards() -> None:
+    """The level is in the middle between the pre-trained model's reward and the lowest final one of the arms."""
+    records = [
+        record(PRETRAINED, [], 0.2),
+        record("fast", points(0.0, 0.3, 0.9, 0.9, 0.0), 0.9),
+        record("slow", points(0.0, 0.2, 0.4, 0.4, 1.0), 0.4),
+    ]
+    # Means of three: 0, 0.15, 0.4, 0.7 and 0, 0.1, 0.2, 0.33. So the level 0.3 is between two points.
+    assert at_reward(records[1], 0.3, "quality") == pytest.approx(0.7)
+    assert at_reward(records[1], 0.3, "reward") == pytest.approx(0.3)
+    assert at_reward(records[2], 0.35, "quality") is None
+    assert at_reward(records[2], -1, "quality") == 1
+    rows = claims_table(records, ["one"], ["fast", "slow"]).splitlines()[2:]
+    assert [values(row) for row in rows] == [["0.150", "0.700", "1 of 1", "0.700"]] * 2
+    assert values(claims_table(records[1:], ["one"], ["fast"]).splitlines()[2])[:2] == ["", ""]
