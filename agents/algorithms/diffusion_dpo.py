@@ -66,15 +66,15 @@ class DiffusionDPO(DenoisingAlgorithm):
         sdpo: scale the loser's gradient so that the winner's error cannot rise.
         sdpo_mu: share of its own gradient that the winner keeps at least, in [0, 1]; 0 only forbids that its error
             rises. The authors train with 0.6 to 0.9.
-        group_size: images in a row that are drawn for the same prompt, at least 2; larger groups have clearer pairs,
-            and fewer. Without ``choices`` only.
+        group_size: images in a row that are drawn for the same prompt, at least 2; it divides ``images_per_iteration``.
+            Larger groups have clearer pairs, and fewer. Without ``choices`` only.
         n_gradient_steps: optimiser steps in all, at least 1. With ``choices`` only.
         steps_per_iteration: optimiser steps between two rows of the log, and without ``choices`` between two drawings;
             at least 1.
         batch_size: pairs in an optimiser step, at least 1; None for as many as there are.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or an iteration without ``choices`` has no whole number of groups.
     """
 
     def __init__(
@@ -104,6 +104,12 @@ class DiffusionDPO(DenoisingAlgorithm):
         #: Of the choices that the training began with; None before it began.
         self._digest: str | None = None
         super().__init__(policy, env, batch_size=batch_size, **kwargs)
+
+    def check_setup(self) -> None:
+        """Checks that an iteration has whole groups, if it draws images: the rows of a rollout give the groups."""
+        super().check_setup()
+        if self.draws_images:
+            self.check_whole_groups()
 
     def prepare(self) -> str:
         """Reads the choices; errors as :func:`agents.common.pairs.read_pairs`, and if they are not those of before."""

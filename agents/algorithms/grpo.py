@@ -66,13 +66,7 @@ class GRPO(PolicyGradient):
     def check_setup(self) -> None:
         """Checks that an iteration has whole groups."""
         super().check_setup()
-        n_images = self.images_per_iteration or self.n_envs
-        # Half a group would go on in the next iteration, with images of another policy.
-        if n_images % self.group_size:
-            raise ValueError(
-                f"the {n_images} images of an iteration cannot be split into groups of {self.group_size}; choose a "
-                "group_size that divides images_per_iteration (or n_envs, if that is None)"
-            )
+        self.check_whole_groups()
 
     def initial_noise_of(self, images: range) -> list[int] | None:
         """Images that share x_T start from that of the first one of them."""

@@ -329,6 +329,20 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
                 "use dtype='bfloat16'"
             )
 
+    def check_whole_groups(self) -> None:
+        """Checks that an iteration has whole groups, for algorithms that compare the images of a group.
+
+        Raises:
+            ValueError: if it has not.
+        """
+        n_images = self.images_per_iteration or self.n_envs
+        # Half a group would go on in the next iteration, with images of another policy.
+        if n_images % self.group_size:
+            raise ValueError(
+                f"the {n_images} images of an iteration cannot be split into groups of {self.group_size}; choose a "
+                "group_size that divides images_per_iteration (or n_envs, if that is None)"
+            )
+
     def set_env(self, env: GymEnv | VectorEnv, force_reset: bool = True) -> None:
         """Puts the agent on another environment, which must sample as the one it was made for."""
         wrapped = self._wrap_env(env, self.verbose)

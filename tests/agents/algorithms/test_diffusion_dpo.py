@@ -405,9 +405,14 @@ def test_bad_arguments(make_agent: MakeAgent) -> None:
         ({"n_gradient_steps": 0}, "n_gradient_steps must be an integer of at least 1"),
         ({"steps_per_iteration": 0}, "steps_per_iteration must be an integer of at least 1"),
         ({"choices": " "}, "the file of choices must be a path that is not blank"),
+        ({"group_size": 3}, "the 4 images of an iteration cannot be split into groups of 3; choose a group_size that"),
     ):
         with pytest.raises(ValueError, match=message):
             make_agent(NAME, **kwargs)
+
+
+def test_choices_need_no_whole_groups(make_agent: MakeAgent, choices: Path) -> None:
+    assert make_agent(NAME, choices=choices, group_size=3).images_per_iteration % 3
 
 
 # --- Where it goes
