@@ -28,6 +28,9 @@ from dpok_gym.utils.validation import (
     check_positive,
 )
 
+#: An adapted ``kl_coef`` stays within this factor of the one of the beginning, on both sides.
+_KL_COEF_RANGE = 1e4
+
 
 class DPOK(PolicyGradient):
     """Online policy gradient on the denoising steps, regularised towards the pre-trained model.
@@ -66,8 +69,8 @@ class DPOK(PolicyGradient):
         kl_placement: "loss" adds the KL of each transition to the loss (the paper; it drops a term of the gradient);
             "reward" also charges the exact KL of later steps that explore to the earlier actions that led there, which
             is the full gradient of Eq. 8 over these steps.
-        target_kl: nats per image that ``kl_coef`` is adapted to hold, over the steps that explore. None leaves
-            ``kl_coef`` as it is. See :meth:`_adapt_kl_coef`.
+        target_kl: nats per image that ``kl_coef`` is adapted to hold, over the steps that explore; within a factor of
+            1e4 of the given ``kl_coef``. None leaves ``kl_coef`` as it is. See :meth:`_adapt_kl_coef`.
         use_critic: take V, which a critic learns, as the baseline.
         critic_kind: "reward" rewards the image that the denoiser predicts, and learns how far to trust that from a few
             images (:class:`~agents.common.critic.RewardCritic`). It costs a decoding and a reward for each image at the
@@ -263,11 +266,14 @@ class DPOK(PolicyGradient):
 
         As in Ziegler et al. (2019, Sec. 2.2), but multiplicative: at the optimum, a KL is proportional to 1 / beta^2.
         It falls slowly, because the KL needs many iterations to grow. A target beyond what the reward leads to is not
-        reached.
+        reached: then beta stays at 1e-4 of the one of the beginning, from which it can come back. It grows to 1e4 times
+        that one at most.
         """
         kl = self.mean_metrics().get("kl_to_reference")
         if kl is not None:  # no image may have had a valid reward
-            self.kl_coef *= min(max((kl / target) ** 0.5, 0.9), 4 / 3)
+            adapted = self.kl_coef * min(max((kl / target) ** 0.5, 0.9), 4 / 3)
+            lowest, highest = self.initial_kl_coef / _KL_COEF_RANGE, self.initial_kl_coef * _KL_COEF_RANGE
+            self.kl_coef = min(max(adapted, lowest), highest)
         self.logger.record("train/kl_coef", self.kl_coef)
 
     def _update_learning_rate(self, optimizers: Any) -> None:

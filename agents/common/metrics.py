@@ -142,7 +142,8 @@ METRICS: dict[str, Metric] = {
     "train/kl_coef": Metric(
         "The weight of the KL, if `target_kl` adapts it.",
         "reward per nat",
-        "It settles. If it falls all the time, the reward does not lead as far as the target.",
+        "It settles. If it falls to 1e-4 of its first value and stays there, the reward does not lead as far as the "
+        "target.",
     ),
     # How the updates go.
     "train/policy_gradient_loss": Metric(

@@ -208,6 +208,18 @@ def test_target_kl_adapts_the_coefficient(make_agent: MakeAgent) -> None:
         assert agent.kl_coef == pytest.approx(0.1 * factor)
 
 
+def test_a_target_that_is_never_reached_leaves_the_coefficient_in_bounds(make_agent: MakeAgent) -> None:
+    """Or the steps that are held would weigh infinitely, and the way back would be as long as the way there."""
+    agent = make_agent("DPOK", kl_coef=0.1, target_kl=2.0)
+    listen(agent)
+    for kl, bound in ((0.0, 1e-5), (1e9, 1e3)):
+        agent._metrics = {"kl_to_reference": [torch.tensor([kl])]}
+        for _ in range(1000):
+            agent._adapt_kl_coef(2.0)
+        assert agent.kl_coef == pytest.approx(bound)
+        assert agent.kl_coef * agent.held_coef == pytest.approx(0.1)
+
+
 @pytest.mark.slow
 def test_a_state_keeps_the_adapted_coefficient(make_agent: MakeAgent) -> None:
     """An agent without a target takes its own coefficient instead."""
