@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from agents.algorithms.policy_gradient import PolicyGradient
+from agents.common.advantages import divisor
 from agents.common.buffer import Transitions
 from agents.common.losses import Metrics, score_function_loss
 from agents.common.policy import DenoisingPolicy
@@ -80,14 +81,16 @@ class DDPO(PolicyGradient):
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             latest = [*self.latest_rewards.get(prompt, []), reward]
             self.latest_rewards[prompt] = latest[-self.statistics_size :]
-        means, stds = torch.zeros_like(rewards), torch.zeros_like(rewards)
+        values = rewards.double()  # in float32, the mean of equal rewards is not exactly theirs
+        means, stds = torch.zeros_like(values), torch.zeros_like(values)
         for index, prompt in enumerate(prompts):
-            latest_of_prompt = torch.tensor(self.latest_rewards[prompt]).to(rewards)
+            latest_of_prompt = torch.tensor(self.latest_rewards[prompt]).to(values)
             # A few rewards tell little about a prompt's mean and spread.
-            known = latest_of_prompt if len(latest_of_prompt) >= self.min_count else rewards
+            known = latest_of_prompt if len(latest_of_prompt) >= self.min_count else values
             means[index], stds[index] = known.mean(), known.std(correction=0)
-        # One outlier must not decide the update; 1e-6 is for prompts whose rewards are all equal.
-        return ((rewards - means) / (stds + 1e-6)).clamp(-self.advantage_clip, self.advantage_clip)
+        advantages = (values - means) / divisor(stds, means)
+        # One outlier must not decide the update.
+        return advantages.clamp(-self.advantage_clip, self.advantage_clip).to(rewards)
 
     def algorithm_state(self) -> dict[str, Any]:
         """Adds the latest rewards of each prompt."""

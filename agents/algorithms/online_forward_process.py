@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from agents.common import losses
+from agents.common.advantages import divisor
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.buffer import number_groups, split_evenly, within
 from agents.common.losses import Metrics
@@ -142,10 +143,10 @@ class OnlineForwardProcess(DenoisingAlgorithm):
         Returns:
             (n,) in [-1, 1].
         """
-        groups = number_groups(prompts).to(rewards.device)
-        centred = rewards - (groups.bincount(rewards) / groups.bincount())[groups].to(rewards)
-        scale = self.advantage_clip * rewards.std(correction=0)
-        return (centred / (scale + 1e-8)).clamp(-1, 1)
+        groups, values = number_groups(prompts).to(rewards.device), rewards.double()
+        centred = values - (groups.bincount(values) / groups.bincount())[groups]
+        scale = self.advantage_clip * divisor(values.std(correction=0), values.mean())
+        return (centred / scale).clamp(-1, 1).to(rewards)
 
     def reference_penalty(self, batch: NoisyImages, output: Tensor) -> tuple[Tensor, Metrics]:
         """kl_coef || output - output_pre ||^2 of an output (B, C, h, w), (B,); a weight of 0 costs no pass."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from agents.common.normalization import NEGLIGIBLE
+
 
 def generalized_advantages(
     rewards: Tensor, values: Tensor, gamma: float = 1.0, gae_lambda: float = 1.0
@@ -60,12 +62,26 @@ def standardize_in_groups(rewards: Tensor, groups: Tensor, std_of_group: bool = 
     Returns:
         (N,).
     """
-    members = _membership(groups, rewards)
+    values = rewards.double()  # in float32, the mean of equal rewards is not exactly theirs
+    members = _membership(groups, values)
     size = members.sum(dim=0)
-    centred = rewards - members @ (rewards @ members / size)
-    variance = centred.square() @ members / size
-    std = members @ variance.sqrt() if std_of_group else rewards.std(correction=0)
-    return centred / (std + 1e-6)
+    mean = members @ (values @ members / size)
+    centred = values - mean
+    if std_of_group:
+        std = members @ (centred.square() @ members / size).sqrt()
+    else:
+        mean, std = values.mean(), values.std(correction=0)
+    return (centred / divisor(std, mean)).to(rewards)
+
+
+def divisor(std: Tensor, mean: Tensor) -> Tensor:
+    """The standard deviation that rewards are divided by; 1 where it is the rounding of equal rewards in float32.
+
+    Args:
+        std: of some rewards, any shape.
+        mean: of the same rewards, the same shape.
+    """
+    return std.where(std > NEGLIGIBLE * mean.abs(), 1.0)
 
 
 def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:

@@ -29,6 +29,15 @@ def test_standardises_by_prompt(make_agent: MakeAgent) -> None:
     assert agent.latest_rewards["a"] == [2.0, 1.0, 3.0, 7.0]
 
 
+@pytest.mark.parametrize("n", [8, 24])
+def test_equal_rewards_have_no_advantage(n: int, make_agent: MakeAgent) -> None:
+    """Nor has a prompt of which too few rewards are known: the mean in float32 would be a little off."""
+    agent = make_agent("DDPO-IS")
+    advantages = agent.image_advantages(torch.full((n,), 21.37), ["a rabbit"] * n, torch.arange(n))
+    assert advantages.dtype == torch.float32
+    assert advantages.tolist() == [0.0] * n
+
+
 @pytest.mark.slow
 def test_statistics_are_those_of_the_images_drawn(make_agent: MakeAgent) -> None:
     agent = make_agent("DDPO-IS", statistics_size=3, min_count=1)

@@ -74,7 +74,7 @@ def test_advantages_by_hand(make_agent: MakeAgent) -> None:
     agent.advantage_clip = 0.1
     assert agent.advantages(rewards, ["a", "a", "b", "b"]).tolist() == [-1.0, 1.0, -1.0, 1.0]
     assert agent.advantages(rewards, ["a", "b", "c", "d"]).tolist() == [0.0] * 4  # each alone
-    assert agent.advantages(torch.ones(2), ["a", "a"]).tolist() == [0.0, 0.0]
+    assert agent.advantages(torch.full((24,), 21.37), ["a"] * 24).tolist() == [0.0] * 24
 
 
 def test_a_group_has_one_prompt(make_env: MakeEnv, make_agent: MakeAgent) -> None:

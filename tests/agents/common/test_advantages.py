@@ -113,6 +113,21 @@ def test_a_group_without_differences_has_no_advantage() -> None:
     assert standardize_in_groups(rewards, torch.tensor([1, 1, 4])).tolist() == [0.0] * 3
 
 
+@pytest.mark.parametrize("std_of_group", [True, False])
+@pytest.mark.parametrize("value", [0.3, 21.37, 1000.7])
+def test_equal_rewards_are_not_scaled_up(value: float, std_of_group: bool) -> None:
+    """Their mean in float32 is a little off; and so may be one of them, which the same image got in another batch."""
+    rewards, groups = torch.full((24,), value), torch.zeros(24, dtype=torch.int64)
+    assert standardize_in_groups(rewards, groups, std_of_group).tolist() == [0.0] * 24
+    rewards[5] = torch.nextafter(rewards[5], torch.tensor(torch.inf))
+    assert standardize_in_groups(rewards, groups, std_of_group).abs().max() < 1e-6 * value
+
+
+def test_small_differences_of_small_rewards_count() -> None:
+    rewards, groups = torch.tensor([1e-9, 3e-9]), torch.tensor([0, 0])
+    assert standardize_in_groups(rewards, groups).tolist() == pytest.approx([-1.0, 1.0])
+
+
 def test_leave_one_out_by_hand() -> None:
     rewards = tensor([1.0, 10.0, 3.0, 30.0, 5.0, 7.0])
     groups = torch.tensor([0, 1, 0, 1, 0, 2])
