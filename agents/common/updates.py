@@ -81,7 +81,7 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
 
     @contextmanager
     def optimizer_step(self) -> Iterator[None]:
-        """Around the backward passes of a batch: sets gradients to zero before, clips and takes the step after."""
+        """Around calls of :meth:`backward`, which add up: no gradient before; clips it and takes the step after."""
         self.policy.optimizer.zero_grad()
         yield
         if self.anchor_coef:
@@ -94,17 +94,22 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
         self._n_updates += 1
 
     def backward(self, batch: Batch) -> None:
-        """Adds up the gradient of the batch's mean loss, one micro-batch at a time.
+        """Adds the gradient of the batch's mean loss to that of earlier calls, one micro-batch at a time.
 
         With several ranks it is the share that this one has of the gradient; :meth:`optimizer_step` adds the shares.
         """
+        trained = [value for group in self.policy.optimizer.param_groups for value in group["params"]]
+        earlier = [value.grad for value in trained]
 
         def attempt(micro_batch_size: int) -> list[Metrics]:
-            self.policy.optimizer.zero_grad()  # again, as memory may have run out in the middle
+            self.policy.optimizer.zero_grad()  # to None, also after an attempt that ran out of memory in the middle
             return self._add_gradient(self.loss, batch, micro_batch_size)
 
         for metrics in self._micro_batches.run(attempt, len(batch)):
             self.log_metrics(metrics)
+        for value, before in zip(trained, earlier, strict=True):
+            if before is not None:
+                value.grad = before if value.grad is None else before.add_(value.grad)
 
     def anchor_loss(self, batch: NoisyImages) -> tuple[Tensor, Metrics]:
         """coef || output - target ||^2 of each noisy image of the pre-trained model, (B,)."""

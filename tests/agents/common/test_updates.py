@@ -1,12 +1,46 @@
 """An update in micro-batches that fit into memory; tests of the algorithms check the steps themselves."""
 
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from agents import DPOK
+from tests.agents.common.support import collect
+
+
+def test_backward_passes_of_one_step_add_up(make_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if one of them runs out of memory in its middle, and begins again with smaller micro-batches."""
+    agent = make_agent(use_critic=False, micro_batch_size="auto")
+    buffer, agent._metrics = collect(agent), defaultdict(list)
+    buffer.advantages = agent.advantages(buffer)
+    first, second = buffer.batches(6, np.random.default_rng(0))
+
+    def gradient(*batches: Any) -> Tensor:
+        agent.policy.optimizer.zero_grad()
+        for batch in batches:
+            agent.backward(batch)
+        return torch.cat([value.grad.flatten() for value in agent.policy.denoiser_parameters()])
+
+    expected = gradient(first) + gradient(second)
+    torch.testing.assert_close(gradient(first, second), expected)
+    loss, sizes = agent.loss, list[int]()
+
+    def limited(part: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        sizes.append(len(part))
+        if len(part) > 3 or len(sizes) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss(part)
+
+    monkeypatch.setattr(agent, "loss", limited)
+    with pytest.warns(UserWarning, match="memory ran out"):
+        in_parts = gradient(first, second)
+    assert sizes == [6, 3, 3, 3, 3, 2, 2, 2]
+    torch.testing.assert_close(in_parts, expected)
 
 
 @pytest.mark.slow
