@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from agents.common import losses
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.losses import Metrics
-from agents.common.matching import draw_noise
+from agents.common.matching import choose_batch, draw_noise
 from agents.common.monitor import TrainingWarning
 from agents.common.pairs import NoisyPairs, Pairs, add_noise_to_pairs, best_and_worst, read_pairs
 from agents.common.policy import DenoisingPolicy
@@ -71,7 +71,8 @@ class DiffusionDPO(DenoisingAlgorithm):
         n_gradient_steps: optimiser steps in all, at least 1. With ``choices`` only.
         steps_per_iteration: optimiser steps between two rows of the log, and without ``choices`` between two drawings;
             at least 1.
-        batch_size: pairs in an optimiser step, at least 1; None for as many as there are.
+        batch_size: pairs of an optimiser step, chosen at random, so that one may come twice; at least 1. None for all
+            there are, each once.
 
     Raises:
         ValueError: if an argument is out of range, or an iteration without ``choices`` has no whole number of groups.
@@ -149,7 +150,8 @@ class DiffusionDPO(DenoisingAlgorithm):
         total, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, name, progress_bar)
         callback.on_training_start(locals(), globals())
         while not self.is_done(total):
-            self._fit_iteration(callback, log_interval, 2 * self._n_steps_now * self._pairs_in_batch(self.pairs()))
+            n_pairs = self._n_steps_now * (self.batch_size or len(self.pairs()))
+            self._fit_iteration(callback, log_interval, 2 * n_pairs)
         callback.on_training_end()
         return self
 
@@ -170,7 +172,7 @@ class DiffusionDPO(DenoisingAlgorithm):
                 self._update_current_progress_remaining(self.n_fitted + 1, self.n_gradient_steps)
                 self._update_learning_rate(self.policy.optimizer)
             rng = make_generator(self.run_seed, Purpose.FIT, self._n_updates)
-            chosen = rng.integers(len(pairs), size=self._pairs_in_batch(pairs)).tolist()
+            chosen = choose_batch(len(pairs), self.batch_size, rng)
             step, noise = draw_noise(self.process, len(chosen), rng)
             batch = add_noise_to_pairs(self.process, pairs, chosen, step, noise)
             with self.optimizer_step():
@@ -180,9 +182,6 @@ class DiffusionDPO(DenoisingAlgorithm):
     def _n_steps_now(self) -> int:
         left = self.steps_per_iteration if self.draws_images else self.n_gradient_steps - self.n_fitted
         return min(self.steps_per_iteration, left)
-
-    def _pairs_in_batch(self, pairs: Pairs) -> int:
-        return self.batch_size or len(pairs)
 
     def loss(self, batch: NoisyPairs) -> tuple[Tensor, Metrics]:
         """-log sigmoid( beta / 2 [ (e_pre - e)_w - (e_pre - e)_l ] ) of each pair, (B,)."""

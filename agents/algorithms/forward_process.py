@@ -17,7 +17,7 @@ from agents.common import losses
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.buffer import TrajectoryBuffer
 from agents.common.losses import Metrics
-from agents.common.matching import NoisyImages, add_noise, draw_noise, encode_distinct
+from agents.common.matching import NoisyImages, add_noise, choose_batch, draw_noise, encode_distinct
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
 from dpok_gym.samplers import Transition
@@ -38,7 +38,8 @@ class ForwardProcess(DenoisingAlgorithm):
         policy: "DenoisingPolicy", or a subclass of it.
         env: a denoising environment, see :class:`~agents.common.algorithm.DenoisingAlgorithm`.
         n_gradient_steps: optimiser steps in all, at least 1.
-        batch_size: images of an optimiser step, at least 1; None for all there are.
+        batch_size: images of an optimiser step, chosen at random, so that one may come twice; at least 1. None for all
+            there are, each once.
         log_every: optimiser steps that the means in the log go over, at least 1.
     """
 
@@ -112,12 +113,11 @@ class ForwardProcess(DenoisingAlgorithm):
         # Weights first: an image of weight 0 is never put into a batch.
         weights = self._checked_weights()
         rows = self.rows_to_fit(weights)
-        batch_size = self.batch_size or len(rows)
         for _ in range(min(self.log_every, self.n_gradient_steps - self.n_fitted)):
             self._update_current_progress_remaining(self.n_fitted + 1, self.n_gradient_steps)
             self._update_learning_rate(self.policy.optimizer)
             rng = make_generator(self.run_seed, Purpose.FIT, self._n_updates)
-            chosen = rows[torch.from_numpy(rng.integers(len(rows), size=batch_size)).to(rows.device)]
+            chosen = rows[choose_batch(len(rows), self.batch_size, rng)]
             prompts = [self.image_prompts[row] for row in chosen.tolist()]
             step, noise = draw_noise(self.process, len(chosen), rng)
             latents, conditioning = self.image_latents[chosen], encode_distinct(self.process, prompts)

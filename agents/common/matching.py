@@ -87,6 +87,11 @@ def encode_distinct(process: DenoisingProcess, prompts: Sequence[str]) -> tuple[
     return index, process.encode(distinct)
 
 
+def choose_batch(n: int, batch_size: int | None, rng: np.random.Generator) -> list[int]:
+    """Chooses ``batch_size`` of n elements, each at random; None for each element once, in random order."""
+    return (rng.permutation(n) if batch_size is None else rng.integers(n, size=batch_size)).tolist()
+
+
 def draw_noise(process: DenoisingProcess, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Draws random denoising steps, all equally likely, (n,) int64, and eps ~ N(0, I), (n, C, h, w)."""
     step = rng.integers(len(process.table), size=n)

@@ -248,6 +248,14 @@ def test_the_files_pairs(make_agent: MakeAgent, tmp_path: Path) -> None:
     assert agent.prepare() == "2 choices between 3 images, for 2 prompts; no image is drawn in training"
 
 
+def test_without_a_batch_size_each_pair_comes_once(make_agent: MakeAgent, choices: Path) -> None:
+    agent = make_agent(NAME, choices=choices, batch_size=None)
+    batch, pairs = take_batches(agent)[0], agent.pairs()
+    winners = pairs.latents[pairs.rows[:, 0]]
+    order = [int((winners == each).flatten(1).all(1).nonzero()) for each in batch.latents[:, 0]]
+    assert sorted(order) == list(range(len(pairs)))
+
+
 def test_images_of_another_size_are_fitted(make_agent: MakeAgent, tmp_path: Path) -> None:
     small = write_choices(tmp_path / "small", PROMPTS, 1, size=(16, 16))
     wide = write_choices(tmp_path / "wide", PROMPTS, 1, size=(64, 32), flat=True)

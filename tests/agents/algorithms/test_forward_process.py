@@ -77,6 +77,14 @@ def test_a_batch_has_the_prompts_of_its_images(make_agent: MakeAgent) -> None:
         )
 
 
+def test_without_a_batch_size_each_image_comes_once(make_agent: MakeAgent) -> None:
+    agent = make_agent("RWR", batch_size=None, n_gradient_steps=2, log_every=2)
+    orders = []
+    for batch in take_batches(agent):
+        orders.append([int((agent.image_latents == x).flatten(1).all(1).nonzero()) for x in batch.latents])
+    assert [sorted(order) for order in orders] == [list(range(N))] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORWARD_PROCESSES)
 def test_learns_without_guidance(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
