@@ -165,8 +165,9 @@ _PUBLISHED_MODEL = Preset(
     },
 )
 
-#: Dimensions of a latent of Stable Diffusion 1.x, 2.1-base at 512 pixels: the papers' limits are per dimension.
-_SD_DIMENSIONS = 4 * 64 * 64
+#: Dimensions of a latent at 512 pixels, of Stable Diffusion 1.x and 2.1-base, and of 3.5: the papers' limits are per
+#: dimension, and ours in nats of the whole latent.
+_SD_DIMENSIONS, _SD35_DIMENSIONS = 4 * 64 * 64, 16 * 64 * 64
 
 #: Fan et al. 2023, single prompt, where the settings are known. Both this and the code's settings draw 10 images and
 #: take 5 optimiser steps in an iteration. The code keeps the last two iterations in its buffer and draws each minibatch
@@ -257,10 +258,11 @@ _DANCE_GRPO = Preset(
     only=("grpo",),
 )
 
-#: Liu et al. 2025: config/base.py and config/grpo.py (general_ocr_sd3) of their code. Their model is a flow-matching
-#: one; the settings hold for any. Its timestep_fraction of 0.99 trains on the first 9 of 10 steps.
+#: Liu et al. 2025: config/base.py and config/grpo.py (general_ocr_sd3) of their code, for Stable Diffusion 3.5 medium
+#: at 512 pixels. A latent of another size needs a clip_range in proportion to it. Their timestep_fraction of 0.99
+#: trains on the first 9 of 10 steps.
 _FLOW_GRPO = Preset(
-    description="the settings of Flow-GRPO's code",
+    description="the settings of Flow-GRPO's code for Stable Diffusion 3.5 at 512 pixels",
     images=115_200,
     env_kwargs={"num_inference_steps": 10, "guidance_scale": 4.5},
     common={
@@ -270,7 +272,7 @@ _FLOW_GRPO = Preset(
         "skip_last_steps": 1,
         "batch_size": 48 * 24 * 9 // 2,  # 2 optimiser steps in an iteration
         "learning_rate": 3e-4,
-        "clip_range": 1e-4 * _SD_DIMENSIONS,
+        "clip_range": 1e-4 * _SD35_DIMENSIONS,
         "advantage_clip": 5.0,
         "kl_coef": 0.04,
         "max_grad_norm": 1.0,

@@ -99,16 +99,17 @@ def test_settings_of_the_paper(preset: str, make_env: MakeEnv) -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "name", "updates"), [("ddpo", "ddpo", 4), ("dance-grpo", "grpo", 2), ("flow-grpo", "grpo", 2)]
+    ("preset", "name", "updates", "dimensions"),
+    [("ddpo", "ddpo", 4, 16_384), ("dance-grpo", "grpo", 2, 16_384), ("flow-grpo", "grpo", 2, 65_536)],
 )
-def test_optimiser_steps_of_the_published_codes(preset: str, name: str, updates: int) -> None:
+def test_optimiser_steps_of_the_published_codes(preset: str, name: str, updates: int, dimensions: int) -> None:
     kwargs = PRESETS[preset].algorithm_kwargs(name)
     trained = PRESETS[preset].env_kwargs["num_inference_steps"] - kwargs.get("skip_last_steps", 0)
     transitions = kwargs["images_per_iteration"] * trained
     assert even_sizes(transitions, kwargs["batch_size"]) == [transitions // updates] * updates
     assert kwargs["images_per_iteration"] % kwargs.get("group_size", 1) == 0
-    # 1e-4 in each dimension of a latent of Stable Diffusion.
-    assert kwargs["clip_range"] == pytest.approx(1.6384)
+    # 1e-4 in each dimension of a latent at 512 pixels, of Stable Diffusion 1.4 or 3.5.
+    assert kwargs["clip_range"] == pytest.approx(1e-4 * dimensions)
 
 
 #: The learning rate of a LoRA in public codes is 1e-5 (DPOK) to 3e-4 (TRL's DDPO, Flow-GRPO, AWM).
