@@ -197,7 +197,7 @@ class PolicyGradient(DenoisingAlgorithm):
             std: (B,).
 
         Returns:
-            (B,) in units of the reward, and metrics.
+            (B,) in units of the reward; and metrics, those of the ratio for the steps with a weight only.
         """
         loss, metrics = losses.policy_gradient_loss(
             batch.actions,
@@ -209,7 +209,10 @@ class PolicyGradient(DenoisingAlgorithm):
             self.clip_type,
             self.ratio,
         )
-        loss = self.step_weights[batch.step] * loss
+        weights = self.step_weights[batch.step]
+        # The ratios of steps that are left out are huge, as these have hardly any noise, and nothing is learned there.
+        metrics = {name: values[weights > 0] for name, values in metrics.items()}
+        loss = weights * loss
         metrics["policy_gradient_loss"] = batch.weight * loss.detach() / self.loss_scale
         return loss, metrics
 

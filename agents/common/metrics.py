@@ -152,13 +152,14 @@ METRICS: dict[str, Metric] = {
         "Near 0, on both sides of it. It does not have to fall.",
     ),
     "train/clip_fraction": Metric(
-        "Share of the steps whose importance ratio was clipped or left out, as the policy had moved too far.",
+        "Share of the trained steps whose importance ratio was clipped or left out, as the policy had moved too far.",
         _SHARE,
         f"Below 0.3. Above {CLIPPED}, a warning comes: the learning rate is too large, or an iteration has too many "
         "optimiser steps.",
     ),
     "train/mean_ratio": Metric(
-        "Mean importance ratio: the probability of a step under the new policy, divided by that under the old one.",
+        "Mean importance ratio of the trained steps: the probability of a step under the new policy, divided by that "
+        "under the old one.",
         _NONE,
         "Close to 1: 0.9 to 1.1.",
     ),

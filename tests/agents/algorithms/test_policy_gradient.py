@@ -15,6 +15,7 @@ from torch import Tensor
 
 from agents import PolicyGradient
 from agents.common.buffer import TrajectoryBuffer
+from agents.common.losses import importance_ratio
 from agents.common.normalization import RunningStatistics
 from dpok_gym import DenoisingVectorEnv
 from tests.agents.algorithms.support import (
@@ -80,6 +81,18 @@ def test_clip_range_is_in_nats_of_the_whole_latent(make_agent: MakeAgent) -> Non
     bound = math.exp(0.05)
     expected = -torch.minimum(batch.advantages * whole, batch.advantages * whole.clamp(1 / bound, bound))
     torch.testing.assert_close(losses["joint"] * DIMS, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_log_has_the_ratios_of_trained_steps_only(make_agent: MakeAgent) -> None:
+    agent = make_agent("DPOK, late steps held")  # the last two of three
+    batch = whole_batch(agent)
+    change(agent, 0.03)
+    _, metrics = agent.loss(batch)
+    mean, std = agent.policy.transition(batch.state)
+    log_ratio, _ = importance_ratio(batch.actions, mean, batch.old_means, std, agent.ratio)
+    torch.testing.assert_close(metrics["mean_ratio"], log_ratio[batch.step == 0].exp())
+    assert len(metrics["clip_fraction"]) == N
 
 
 @pytest.mark.slow
