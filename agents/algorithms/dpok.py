@@ -187,6 +187,7 @@ class DPOK(PolicyGradient):
         mean, std = self.policy.transition(batch.state)
         policy_loss, metrics = self.policy_gradient_loss(batch, mean, std)
         loss = self.reward_weight * policy_loss
+        metrics["policy_gradient_loss"] *= self.reward_weight
         # A weight of 0 needs no pre-trained model, which would cost a pass of the denoiser.
         if self.kl_coef:
             penalty, kl_metrics = self.kl_loss(batch, mean, std)

@@ -147,7 +147,7 @@ METRICS: dict[str, Metric] = {
     ),
     # How the updates go.
     "train/policy_gradient_loss": Metric(
-        "The first term of the loss, -A rho. Its value means little: its gradient is what counts.",
+        "The first term of the loss, -A rho with its weights. Its value means little: its gradient is what counts.",
         "that of the loss",
         "Near 0, on both sides of it. It does not have to fall.",
     ),

@@ -127,6 +127,15 @@ def test_both_terms_have_their_weights(make_agent: MakeAgent) -> None:
     torch.testing.assert_close(both, 2 * reward + 3 * kl, rtol=1e-4, atol=1e-6)
 
 
+@torch.no_grad()
+def test_the_logged_policy_gradient_is_the_first_term(make_agent: MakeAgent) -> None:
+    agent = make_agent("DPOK", reward_weight=2.0, kl_coef=0.0, target_kl=None)
+    batch = whole_batch(agent)
+    change(agent, 0.05)
+    loss, metrics = agent.loss(batch)
+    torch.testing.assert_close(metrics["policy_gradient_loss"], loss)
+
+
 @pytest.mark.slow
 def test_without_a_kl_the_reference_is_not_asked(make_agent: MakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
     agent = make_agent("DPOK", kl_coef=0.0, target_kl=None)
