@@ -421,13 +421,14 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
         They are drawn again when the agent goes on.
         """
         assert self.ep_info_buffer is not None  # learn() has made it
-        before = self.num_timesteps, self.ep_info_buffer.copy(), deepcopy(self.reward_normalizer)
+        before, statistics = (self.num_timesteps, self.ep_info_buffer.copy()), deepcopy(self.algorithm_state())
         iteration = self.iteration
         try:
             yield
         finally:
             if self.iteration == iteration:
-                self.num_timesteps, self.ep_info_buffer, self.reward_normalizer = before
+                self.num_timesteps, self.ep_info_buffer = before
+                self.load_algorithm_state(statistics)
 
     def _finish_iteration(self, log_interval: int) -> None:
         self.iteration += 1

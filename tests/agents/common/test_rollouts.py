@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -232,21 +233,23 @@ def test_an_error_in_an_iteration(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [DPOK, DDPO])
 def test_an_interrupt_in_an_update_counts_no_images(
-    make_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    algorithm: type[DPOK | DDPO], make_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    agent = make_agent(normalize_rewards=True)
+    """Nor their rewards: the images are drawn again, and no statistics see one of them twice."""
+    agent = make_agent(algorithm=algorithm, normalize_rewards=True)
     agent.learn(UPDATE)
-    statistics = agent.reward_normalizer.state_dict()
+    statistics = deepcopy(agent.algorithm_state())
 
-    def interrupted() -> None:
+    def interrupted(batch: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(agent, "train", interrupted)
+    monkeypatch.setattr(agent, "backward", interrupted)  # the advantages are computed by then
     with pytest.raises(KeyboardInterrupt):
         agent.learn(UPDATE, reset_num_timesteps=False)
     assert (agent.iteration, agent.images_drawn, agent.num_timesteps) == (1, N, UPDATE)
-    assert agent.reward_normalizer.state_dict() == statistics  # they have seen no image twice
+    assert agent.algorithm_state() == statistics
 
 
 def assert_goes_on(agent: DDPO, n_whole: int, other: DDPO) -> None:
