@@ -65,7 +65,7 @@ class DiffusionDPO(DenoisingAlgorithm):
         beta: above 0; a larger one stays nearer to the pre-trained model. It goes with the size of a latent, see above.
         sdpo: scale the loser's gradient so that the winner's error cannot rise.
         sdpo_mu: share of its own gradient that the winner keeps at least, in [0, 1]; 0 only forbids that its error
-            rises. The authors train with 0.6 to 0.9.
+            rises. The authors train with 0.6 to 0.9. With ``sdpo`` only.
         group_size: images in a row that are drawn for the same prompt, at least 2; it divides ``images_per_iteration``.
             Larger groups have clearer pairs, and fewer. Without ``choices`` only.
         n_gradient_steps: optimiser steps in all, at least 1. With ``choices`` only.
@@ -97,6 +97,8 @@ class DiffusionDPO(DenoisingAlgorithm):
         self.beta = check_positive("beta", beta)
         self.sdpo = sdpo
         self.sdpo_mu = check_fraction("sdpo_mu", sdpo_mu)
+        if sdpo_mu and not sdpo:
+            raise ValueError(f"sdpo_mu={sdpo_mu} has no effect without the safeguard: set sdpo=True, or leave it out")
         self.group_size = check_integer("group_size", group_size, minimum=2)
         self.n_gradient_steps = check_integer("n_gradient_steps", n_gradient_steps)
         self.steps_per_iteration = check_integer("steps_per_iteration", steps_per_iteration)

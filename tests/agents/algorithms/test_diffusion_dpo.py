@@ -409,6 +409,7 @@ def test_bad_arguments(make_agent: MakeAgent) -> None:
     for kwargs, message in (
         ({"beta": 0.0}, "beta must be a number above 0"),
         ({"sdpo_mu": 1.5}, r"sdpo_mu must lie in \[0, 1\]"),
+        ({"sdpo_mu": 0.9}, "sdpo_mu=0.9 has no effect without the safeguard: set sdpo=True"),
         ({"group_size": 1}, "group_size must be an integer of at least 2"),
         ({"n_gradient_steps": 0}, "n_gradient_steps must be an integer of at least 1"),
         ({"steps_per_iteration": 0}, "steps_per_iteration must be an integer of at least 1"),
