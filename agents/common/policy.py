@@ -75,7 +75,8 @@ class DenoisingPolicy(ActorCriticPolicy):
             algorithm's. None for :data:`DEFAULT_OPTIMIZER_KWARGS`, which suit AdamW.
         use_critic: add a critic; the algorithm decides.
         critic_kind: "network" or "reward"; the algorithm decides.
-        critic_kwargs: arguments of :class:`~agents.common.critic.RewardCritic`, such as ``{"look_fraction": 0.2}``.
+        critic_kwargs: arguments of :class:`~agents.common.critic.RewardCritic` but for the process, such as
+            ``{"look_fraction": 0.2}``; without effect if there is no such critic.
         keep_old: keep an old policy; the algorithm decides.
 
     Attributes:
@@ -171,12 +172,15 @@ class DenoisingPolicy(ActorCriticPolicy):
             )
         self.old = SlowCopy(self._named_denoiser_parameters()) if keep_old else None
         self.critic: ValueNetwork | RewardCritic | None = None
-        if use_critic and check_choice("critic_kind", critic_kind, "network", "reward") == "network":
+        check_choice("critic_kind", critic_kind, "network", "reward")
+        # Checked without such a critic too: presets give them to all algorithms.
+        of_critic = [name for name in inspect.signature(RewardCritic).parameters if name != "process"]
+        check_names("argument in critic_kwargs", critic_kwargs or {}, of_critic)
+        if use_critic and critic_kind == "network":
             shape, width = self.model.latent_shape, self.model.text_width
             self.critic = ValueNetwork(shape, width, process.num_inference_steps, critic_hidden)
             self.critic.to(self.model.device)
         elif use_critic:
-            check_names("argument of RewardCritic", critic_kwargs or {}, inspect.signature(RewardCritic).parameters)
             self.critic = RewardCritic(process, **critic_kwargs or {})
         # Two groups, so that the critic can have a learning rate of its own.
         groups: list[dict[str, Any]] = [{"params": self.denoiser_parameters()}]
@@ -381,8 +385,18 @@ class DenoisingPolicy(ActorCriticPolicy):
         return self._observed_values(obs, state, mean), log_prob, entropy
 
     def get_distribution(self, obs: PyTorchObs) -> DiagGaussianDistribution:
-        """Returns the Gaussian over the flattened next latent."""
-        mean, std = self.transition(self.state_of(obs))
+        """Returns the Gaussian over the flattened next latent.
+
+        Raises:
+            ValueError: if a state's denoising step adds no noise.
+        """
+        state = self.state_of(obs)
+        mean, std = self.transition(state)
+        if not std.all():
+            raise ValueError(
+                f"denoising step {int(state.step[std == 0][0])} adds no noise, so its action has no distribution: ask "
+                "predict() for it, or sample with noise at each step (eta above 0, no sde_steps)"
+            )
         flat = mean.flatten(1)
         return DiagGaussianDistribution(flat.shape[1]).proba_distribution(flat, std.log()[:, None].expand_as(flat))
 

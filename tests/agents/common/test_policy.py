@@ -265,6 +265,26 @@ def test_log_probabilities_are_those_of_a_gaussian(
     torch.testing.assert_close(distribution.mode(), mean.flatten(1))
 
 
+def test_a_step_without_noise_has_no_distribution(
+    tiny_sd_folder: Path, make_policy: Callable[..., DenoisingPolicy]
+) -> None:
+    process = make_process(tiny_sd_folder, T, eta=0.0)
+    policy, state = make_policy(process), observed_states(process, N)
+    with pytest.raises(ValueError, match=r"denoising step 0 adds no noise, so its action has no distribution: ask pre"):
+        policy.get_distribution(observe(state))
+
+
+@pytest.mark.parametrize("critic", [{"use_critic": False}, {"critic_kind": "network"}, {"critic_kind": "reward"}])
+@pytest.mark.parametrize("name", ["loook_fraction", "process"])
+def test_names_of_the_critics_arguments(
+    name: str, critic: dict[str, Any], process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy]
+) -> None:
+    with pytest.raises(
+        ValueError, match=f"unknown argument in critic_kwargs '{name}'; .*here are: forgetting, look_fr"
+    ):
+        make_policy(process, critic_kwargs={name: 0.2}, **critic)
+
+
 def test_observations_are_read_as_states(
     process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy]
 ) -> None:
