@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -160,6 +161,12 @@ class DiffusionDPO(DenoisingAlgorithm):
     def is_done(self, total_timesteps: int) -> bool:
         """Returns whether all images are drawn, or with ``choices`` all optimiser steps taken."""
         return super().is_done(total_timesteps) if self.draws_images else self.n_fitted >= self.n_gradient_steps
+
+    def count_optimizer_steps(self, total_images: int) -> int:
+        """Returns the optimiser steps of a training: those of its iterations, or with ``choices`` all it is to take."""
+        if not self.draws_images:
+            return self.n_gradient_steps
+        return self.steps_per_iteration * math.ceil(total_images / (self.images_per_iteration or self.n_envs))
 
     @property
     def n_fitted(self) -> int:

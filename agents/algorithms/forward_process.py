@@ -103,6 +103,10 @@ class ForwardProcess(DenoisingAlgorithm):
         """Returns whether all images are drawn and all optimiser steps taken."""
         return super().is_done(total_timesteps) and self.n_fitted >= self.n_gradient_steps
 
+    def count_optimizer_steps(self, total_images: int) -> int:
+        """Returns the optimiser steps of a training, which are as many for any number of images."""
+        return self.n_gradient_steps
+
     @property
     def n_fitted(self) -> int:
         """Optimiser steps taken on the images there are."""

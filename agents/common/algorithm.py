@@ -480,6 +480,10 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
         """Returns whether ``learn`` has nothing left to do for these denoising steps in all."""
         return self.num_timesteps >= total_timesteps
 
+    def count_optimizer_steps(self, total_images: int) -> int | None:
+        """Returns the optimiser steps of a training of so many images; None if each image takes its share of them."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """Returns all that going on exactly needs: ``{"tensors": {group: {name: tensor}}, "state": JSON-able}``."""
         return get_state(self)

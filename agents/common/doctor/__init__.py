@@ -95,14 +95,16 @@ def _try_learning(trial: Trial, total_images: int, eval_images: int) -> Iterator
     with restored(agent):
         yield from check_step(trial, batch)
     agent.policy.optimizer.state.clear()
+    before = agent._n_updates
     with learning:
         trial.update()
+    n_steps = agent._n_updates - before
     yield check_length(trial)
     yield check_reward_change(rewards, _rewards(trial, trial.redraw()))
     with side_by_side:
         trial.draw_side_by_side()
     yield check_memory(device, max(drawing.peak, side_by_side.peak), learning.peak)
-    yield check_throughput(agent, len(trial.buffer), drawing, learning, total_images, eval_images)
+    yield check_throughput(agent, len(trial.buffer), n_steps, drawing, learning, total_images, eval_images)
 
 
 def _rewards(trial: Trial, latents: Tensor) -> Tensor | None:

@@ -64,26 +64,35 @@ def check_memory(device: torch.device, rollout: int, update: int) -> Finding:
 
 
 def check_throughput(
-    agent: DenoisingAlgorithm, n_images: int, rollout: Meter, update: Meter, total_images: int, eval_images: int
+    agent: DenoisingAlgorithm,
+    n_images: int,
+    n_steps: int,
+    rollout: Meter,
+    update: Meter,
+    total_images: int,
+    eval_images: int,
 ) -> Finding:
     """Tells how long the whole training will take.
 
     Args:
         agent: the agent.
         n_images: images that were drawn and learned from.
+        n_steps: optimiser steps of their update.
         rollout: around their drawing.
         update: around their update.
-        total_images: images of the whole training.
+        total_images: images of the whole training, if it draws any.
         eval_images: images of each of the two evaluations; 0 if there is none.
     """
     drawing, learning = rollout.seconds / n_images, update.seconds / n_images
     seconds = total_images * (drawing + learning)
     speed = f"draws {1 / drawing:.3g} and learns from {1 / learning:.3g} images per second"
-    log_every = getattr(agent, "log_every", None)  # of an algorithm that fits images drawn before
-    if log_every is not None:
-        of_step = update.seconds / log_every
-        seconds = total_images * drawing + agent.n_gradient_steps * of_step  # type: ignore[attr-defined]
+    what = f"{total_images:,} images"
+    total_steps = agent.count_optimizer_steps(total_images)
+    if total_steps is not None:
+        of_step = update.seconds / n_steps
+        seconds = total_images * drawing * agent.draws_images + total_steps * of_step
         speed = f"draws {1 / drawing:.3g} images and takes {1 / of_step:.3g} optimiser steps per second"
+        what = what if agent.draws_images else f"{total_steps:,} optimiser steps"
     # The second evaluation asks the pre-trained model too, for the KL.
     evaluation = (
         f", and about {format_seconds(3 * eval_images * drawing)} for the two evaluations" if eval_images else ""
@@ -91,7 +100,7 @@ def check_throughput(
     return Finding(
         "throughput",
         "ok",
-        f"{speed}: about {format_seconds(seconds)} for {total_images:,} images{evaluation}",
+        f"{speed}: about {format_seconds(seconds)} for {what}{evaluation}",
         "as long as you want to wait",
         "fewer num_inference_steps, guidance_scale=1, a smaller timestep_fraction or fewer images take less time",
     )
