@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpok_gym.judging import MAX_PIXELS
 from dpok_gym.rewards import Reward, make_reward
 from dpok_gym.vector_env import DenoisingVectorEnv
 
@@ -73,13 +74,22 @@ class HeldOutReward:
         """Returns the weighted rewards of images, (n, K) float64.
 
         Args:
-            images: (n, H, W, 3) uint8.
+            images: (n, H, W, 3) uint8; there may be none.
             prompts: their n prompts.
         """
+        parts = [torch.zeros(0, len(self.names), dtype=torch.float64)]
+        # In full precision, all images of an evaluation would need gigabytes.
+        size = max(1, MAX_PIXELS // math.prod(images.shape[1:3]))
+        for first in range(0, len(images), size):
+            rows = slice(first, first + size)
+            parts.append(self._score(images[rows], list(prompts[rows])))
+        return torch.cat(parts)
+
+    def _score(self, images: NDArray[np.uint8], prompts: list[str]) -> Tensor:
         if self._reward is None:
             return torch.zeros(len(images), 0, dtype=torch.float64)
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-        by_name = self._reward.components(pixels, list(prompts))
+        by_name = self._reward.components(pixels, prompts)
         columns = []
         for name in self.names:
             weighted = self._reward.weigh({name: by_name[name]}).values()

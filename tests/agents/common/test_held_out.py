@@ -81,6 +81,30 @@ def test_scores(make_env: Callable[..., Any]) -> None:
     assert HeldOutReward(None, make_env()).score(images, prompts).shape == (20, 0)
 
 
+def test_no_images_have_no_scores(make_env: Callable[..., Any]) -> None:
+    """A rank has none of an evaluation of fewer images than there are ranks; a reward cannot be asked about none."""
+    scorer = HeldOutReward({redness: 1.0, blueness: 1.0}, make_env())
+    assert scorer.score(np.zeros((0, 16, 16, 3), np.uint8), []).shape == (0, 2)
+
+
+def test_few_images_are_in_full_precision_at_a_time(
+    make_env: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    sizes: list[int] = []
+
+    def spy(images: Tensor, prompts: list[str]) -> Tensor:
+        assert len(prompts) == len(images)
+        sizes.append(len(images))
+        return redness(images, prompts)
+
+    scorer = HeldOutReward(spy, make_env())
+    whole = scorer.score(images, ["a"] * 5)
+    monkeypatch.setattr("agents.common.held_out.MAX_PIXELS", 2 * 16 * 16)
+    assert_same(scorer.score(images, ["a"] * 5), whole)
+    assert sizes == [5, 2, 2, 1]
+
+
 def test_the_judge_tells_how_many_are_fully_aligned() -> None:
     """If it is not trained on, whatever its weight is."""
     arguments: dict[str, Any] = {"num_inference_steps": 1, "device": "cpu"}
