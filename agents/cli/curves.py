@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from agents.cli.plots import ALIGNED, FAINT, INK, KL, REWARD, save
 from agents.common.evaluation import Evaluation
 from agents.common.metrics import METRICS
+from agents.common.monitor import HELD_OUT
 from agents.common.rollouts import shorten_names
 from dpok_gym.choices.agreement import wilson_interval
 
-_ALIGNED_SHARE, _HELD_OUT = "rollout/aligned_share", "rollout/held_out_reward"
+_ALIGNED_SHARE = "rollout/aligned_share"
 #: Losses of a fit, in rows of the log that are of no rollout, with their labels.
 _FIT_LOSSES = {
     "train/denoising_loss": "denoising loss",
@@ -126,13 +127,9 @@ def _panels(
         if name.startswith("rollout/") and name not in METRICS:  # a component of the reward
             component = name.removeprefix("rollout/")
             panels.append(_reward_panel(component, "trained on", points(f"rollout/{component}"), before, after))
-    # The log has short names, and no name for a single one.
-    columns = {f"held_out/{short}": name for short, name in zip(shorten_names(list(held_out)), held_out, strict=True)}
-    if len(held_out) == 1:
-        columns = {_HELD_OUT: held_out[0]}
-    for column, name in columns.items():
-        if column in names:
-            panels.append(_reward_panel(name, "not trained on", points(column), before, after))
+    for short, name in zip(shorten_names(list(held_out)), held_out, strict=True):  # the log has short names
+        if f"{HELD_OUT}{short}" in names:
+            panels.append(_reward_panel(name, "not trained on", points(f"{HELD_OUT}{short}"), before, after))
     losses = [name for name in _FIT_LOSSES if any(name in row and "rollout/images" not in row for row in rows)]
     if losses:
         fitted = [

@@ -433,7 +433,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
     def _finish_iteration(self, log_interval: int) -> None:
         self.iteration += 1
         self.images_drawn += len(self.rollout_buffer)
-        for text in self.monitor.add(self.iteration, self.logger.name_to_value):
+        for text in self.monitor.add(self.iteration, self.logger.name_to_value, self.held_out.unwanted):
             if distributed.is_main():
                 warnings.warn(text, TrainingWarning, stacklevel=3)
         if log_interval and self.iteration % log_interval == 0:

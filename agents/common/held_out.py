@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from agents.common.monitor import HELD_OUT
+from agents.common.rollouts import shorten_names
 from dpok_gym.judging import MAX_PIXELS
 from dpok_gym.rewards import Reward, make_reward
 from dpok_gym.vector_env import DenoisingVectorEnv
@@ -35,6 +37,8 @@ class HeldOutReward:
 
     Attributes:
         names: the rewards in it, K of them.
+        columns: of the log, for the mean of each.
+        unwanted: those of the columns whose weight is not above 0: a fall of these is no bad sign.
         description: one line for people: which rewards these are, or why there is none.
 
     Raises:
@@ -45,6 +49,11 @@ class HeldOutReward:
         chosen, why_none = choose(env) if isinstance(spec, str) and spec == "auto" else (spec, "")
         self._reward: Reward | None = None if chosen is None else make_reward(chosen, "mask")
         self.names = [] if self._reward is None else self._reward.names
+        self.columns = [f"{HELD_OUT}{name}" for name in shorten_names(self.names)]
+        weights = {} if self._reward is None else self._reward.weights
+        self.unwanted = {
+            column for column, name in zip(self.columns, self.names, strict=True) if not weights[name] > 0
+        }
         alignment = env.world.alignment_reward if env.world is not None else None
         self._alignment = alignment if alignment in self.names and alignment not in env.reward.names else None
         self.description = f"held-out reward: {', '.join(self.names) or 'none' + why_none}"
@@ -59,7 +68,7 @@ class HeldOutReward:
             n_all: N.
 
         Returns:
-            (n, K) float64, the weighted rewards; nan for images that were not chosen, or whose reward is not finite.
+            (n, K) float64, see :meth:`score`; nan for images that were not chosen, or whose reward is not finite.
         """
         scores = torch.full((len(images), len(self.names)), math.nan, dtype=torch.float64)
         if self._reward is None:
@@ -71,7 +80,9 @@ class HeldOutReward:
         return scores
 
     def score(self, images: NDArray[np.uint8], prompts: Sequence[str]) -> Tensor:
-        """Returns the weighted rewards of images, (n, K) float64.
+        """Returns the rewards of images, (n, K) float64, raw: before normalisation and weighting.
+
+        A reward of several components counts with their sum.
 
         Args:
             images: (n, H, W, 3) uint8; there may be none.
@@ -90,22 +101,24 @@ class HeldOutReward:
             return torch.zeros(len(images), 0, dtype=torch.float64)
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
         by_name = self._reward.components(pixels, prompts)
-        columns = []
-        for name in self.names:
-            weighted = self._reward.weigh({name: by_name[name]}).values()
-            columns.append(torch.stack([values.double() for values in weighted]).sum(dim=0))
-        return torch.stack(columns, dim=1)
+        parts = [torch.stack(list(by_name[name].values())).double().sum(dim=0) for name in self.names]
+        return torch.stack(parts, dim=1)
+
+    def total(self, scores: Tensor) -> Tensor:
+        """Returns the weighted sum of raw rewards (N, K), (N,)."""
+        assert self._reward is not None
+        by_name = {name: {name: values} for name, values in zip(self.names, scores.T, strict=True)}
+        return torch.stack(list(self._reward.weigh(by_name).values())).sum(dim=0)
 
     def aligned_share(self, scores: Tensor) -> float | None:
         """Returns the share of fully aligned images among scored ones; None if the judge is none of these rewards.
 
         Args:
-            scores: (N, K) float64, what a call returned.
+            scores: (N, K), what a call returned.
         """
-        if self._reward is None or self._alignment is None:
+        if self._alignment is None:
             return None
-        (full,) = self._reward.weigh({self._alignment: {self._alignment: torch.ones(1)}}).values()
-        return (scores[:, self.names.index(self._alignment)].float() == full.float()).double().mean().item()
+        return (scores[:, self.names.index(self._alignment)] == 1).double().mean().item()
 
 
 def chosen_images(n: int) -> set[int]:

@@ -48,15 +48,15 @@ METRICS: dict[str, Metric] = {
         "It rises, or stays, while the total rises. A component that falls is what the others are bought with.",
     ),
     "rollout/held_out_reward": Metric(
-        "Mean of a reward that is not trained on, of at most 16 of the images.",
+        "Mean of a reward that is not trained on, of at most 16 of the images: the weighted sum of its parts.",
         "that of the held-out reward",
         "It rises with the training reward. If it falls while the training reward rises, the model pleases the reward "
         "alone (reward hacking).",
     ),
     f"held_out/{NAME}": Metric(
-        "Mean of one part of the held-out reward, weighted, if it has several.",
-        "that of the held-out reward",
-        "As the held-out reward.",
+        "Mean of one part of the held-out reward, by its name, before it is weighted, as evaluations have it.",
+        "that of the part",
+        "As the held-out reward, unless its weight is below 0.",
     ),
     "rollout/aligned_share": Metric(
         "Share of the images that show all of their prompt and nothing else, by the judge of an embedded world.",

@@ -8,7 +8,7 @@ noise of one iteration raises no alarm.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,15 +74,18 @@ class Monitor:
         self.rows: list[dict[str, float]] = []
         self.warned: dict[str, str] = {}
 
-    def add(self, iteration: int, logged: Mapping[str, Any]) -> list[str]:
+    def add(self, iteration: int, logged: Mapping[str, Any], unwanted: Collection[str] = ()) -> list[str]:
         """Takes in a row of the log; returns what is new to warn of.
 
         Args:
             iteration: its number, counted from 1.
-            logged: by column; other columns than :data:`COLUMNS`, and values that are not finite, are left out.
+            logged: by column; other columns than :data:`COLUMNS` and parts of a held-out reward, and values that are
+                not finite, are left out.
+            unwanted: parts of a held-out reward that are not meant to rise, and are left out too.
         """
         # Plain floats, which a checkpoint keeps as JSON.
-        row = {name: float(logged[name]) for name in logged if name in COLUMNS or name.startswith(HELD_OUT)}
+        parts = {name for name in logged if name.startswith(HELD_OUT)} - {*unwanted}
+        row = {name: float(logged[name]) for name in logged if name in COLUMNS or name in parts}
         self.rows.append({name: value for name, value in row.items() if math.isfinite(value)})
         if len(self.rows) > FIRST_ROWS + LATEST_ROWS:
             del self.rows[FIRST_ROWS]

@@ -106,13 +106,12 @@ def _record_images(agent: DenoisingAlgorithm, prompts: Sequence[str], seen: Tens
     held_out = seen[:, : len(names)].double()
     held_out = held_out[held_out.isfinite().all(dim=1)]
     if names and len(held_out):
-        agent.logger.record("rollout/held_out_reward", held_out.sum(dim=1).mean().item())
+        agent.logger.record("rollout/held_out_reward", agent.held_out.total(held_out).mean().item())
+        for column, mean in zip(agent.held_out.columns, held_out.mean(dim=0).tolist(), strict=True):
+            agent.logger.record(column, mean)
         share = agent.held_out.aligned_share(held_out)
         if share is not None:
             agent.logger.record("rollout/aligned_share", share)
-        if len(names) > 1:
-            for name, mean in zip(shorten_names(names), held_out.mean(dim=0).tolist(), strict=True):
-                agent.logger.record(f"held_out/{name}", mean)
 
 
 def _draw_images(

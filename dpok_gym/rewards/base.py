@@ -77,6 +77,11 @@ class Reward:
         return list(self._parts)
 
     @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each function in the sum."""
+        return {name: part.weight for name, part in self._parts.items()}
+
+    @property
     def functions(self) -> dict[str, RewardFunction]:
         """The functions of the sum, by name."""
         return {name: part.function for name, part in self._parts.items()}

@@ -84,7 +84,7 @@ def test_the_evaluations_stand_apart(tmp_path, figures):
 
 def test_what_says_how_rewards_differ_has_no_panel(tmp_path, figures):
     columns = ["held_out_reward", "alignment", "total_reward", "reward_std", "equal_share"]
-    rows = _rows([f"rollout/{name}" for name in columns])
+    rows = _rows([*(f"rollout/{name}" for name in columns), "held_out/beauty"])
     rows[0]["images/brightness"] = 0.5
     learning_curve(rows, tmp_path / "curve.png", held_out=["beauty"])
     assert [axes.get_ylabel() for axes in figures[0].axes] == [
@@ -95,8 +95,8 @@ def test_what_says_how_rewards_differ_has_no_panel(tmp_path, figures):
 
 @pytest.mark.parametrize("names", [["taste"], ["alignment", "taste"]])
 def test_a_held_out_reward_has_its_levels(tmp_path, figures, names):
-    """Under its own name, also where the log has none for it."""
-    columns = ["rollout/held_out_reward"] if len(names) == 1 else [f"held_out/{name}" for name in names]
+    """Raw, as the curve is: the weighted sum has no panel."""
+    columns = ["rollout/held_out_reward", *(f"held_out/{name}" for name in names)]
     before, after = _evaluation([1, 0], 0.0), _evaluation([1, 1], 3.0)
     learning_curve(_rows(columns), tmp_path / "curve.png", "", before, after, names)
     panels = {axes.get_ylabel().split("\n")[0]: axes for axes in figures[0].axes}

@@ -106,12 +106,12 @@ def test_few_images_are_in_full_precision_at_a_time(
 
 
 def test_the_judge_tells_how_many_are_fully_aligned() -> None:
-    """If it is not trained on, whatever its weight is."""
+    """If it is not trained on."""
     arguments: dict[str, Any] = {"num_inference_steps": 1, "device": "cpu"}
     env = DenoisingVectorEnv(1, reward="jpeg-compressibility", **arguments)
     scorer = HeldOutReward({"shapes-quality": 1.0, "shapes-alignment": 0.3}, env)
-    scores = torch.tensor([[0.9, 0.3], [0.1, 0.15], [0.5, 0.3], [0.5, 0.0]], dtype=torch.float64)
-    assert scorer.aligned_share(scores.float().double()) == 0.5
+    scores = torch.tensor([[0.9, 1.0], [0.1, 0.5], [0.5, 1.0], [0.5, 0.0]], dtype=torch.float64)
+    assert scorer.aligned_share(scores) == 0.5
     assert HeldOutReward("shapes-quality", env).aligned_share(scores[:, :1]) is None
     trained_on = DenoisingVectorEnv(1, reward="shapes-alignment", **arguments)
     assert HeldOutReward("shapes-alignment", trained_on).aligned_share(scores[:, 1:]) is None
@@ -122,8 +122,23 @@ def test_a_sum_has_a_column_for_each_reward(make_agent: Callable[..., Any]) -> N
     rows = listen(agent)
     agent.learn(12)
     parts = [rows[0][f"held_out/{name}"] for name in ("redness", "blueness", "colours")]
-    assert sum(parts) == pytest.approx(rows[0]["rollout/held_out_reward"])
-    assert parts[1] < 0
+    assert min(parts) > 0  # raw
+    weighted = np.array([2.0, -1.0, 0.5]) @ parts
+    assert weighted == pytest.approx(rows[0]["rollout/held_out_reward"])
+    assert agent.held_out.unwanted == {"held_out/blueness"}
+
+
+def test_weights_change_the_sum_alone(make_agent: Callable[..., Any], make_env: Callable[..., Any]) -> None:
+    """So the curve of the log and the levels of the evaluations are the same number."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    light, heavy = (HeldOutReward({redness: weight}, make_env()) for weight in (0.5, 4.0))
+    scores = light.score(images, ["a"] * 3)
+    assert_same(heavy.score(images, ["a"] * 3), scores)
+    assert_same(heavy.total(scores), 4 * scores[:, 0])
+    agent = make_agent(held_out_reward={redness: 0.5})
+    rows = listen(agent)
+    agent.learn(12)
+    assert rows[0]["rollout/held_out_reward"] == pytest.approx(0.5 * rows[0]["held_out/redness"])
 
 
 def test_an_image_without_a_finite_score_is_left_out(
@@ -142,7 +157,7 @@ def test_it_is_logged_and_learned_from_by_nobody(make_agent: Callable[..., Any])
         agent.learn(24)
     assert_same(snapshot(with_one), snapshot(without))
     extra = logs[0][1].keys() - logs[1][1].keys()
-    assert extra == {"rollout/held_out_reward"}
+    assert extra == {"rollout/held_out_reward", "held_out/blueness"}
 
 
 def test_it_is_made_before_anything_is_drawn(make_agent: Callable[..., Any]) -> None:

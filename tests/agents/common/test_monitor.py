@@ -89,6 +89,13 @@ def test_a_part_of_the_held_out_reward_that_falls() -> None:
     assert "while held_out/quality fell by" in warning
 
 
+def test_a_part_that_is_meant_to_fall() -> None:
+    watching = Monitor()
+    for number, row in enumerate(history(35, **{"held_out/quality": (0.7, -0.5, 0.1)})):
+        watching.add(number + 1, row, unwanted={"held_out/quality"})
+    assert watching.warned == {}
+
+
 def test_a_held_out_reward_that_rises_first_and_then_falls() -> None:
     rows = history(30, **{"rollout/held_out_reward": (0.3, 0.5, 0.2)})
     assert watch(rows) == {}
