@@ -36,7 +36,7 @@ SILENCE = 30.0
 #: Seconds that a rank has for saving once another one has ended.
 GRACE = 20.0
 _BEAT = 2.0
-_FAILED = "dpok/failed"
+_FAILED = "failed"
 
 #: Bytes that this rank has put into exchanges so far, for benchmarks.
 bytes_given = 0
@@ -256,7 +256,10 @@ class _Watch(threading.Thread):
         self._rank, self._n_ranks, self._next = rank, n_ranks, (rank + 1) % n_ranks
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # A connection of its own: that of torch may be waiting.
-        self._store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=SILENCE))
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=SILENCE))
+        # torchrun keeps its store when it starts the ranks again, and what ended them before must not end them again.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"dpok/{attempt}", store)
         #: Whether this process goes on after another rank has ended.
         self.spares = False
         self._over = threading.Event()
@@ -268,8 +271,8 @@ class _Watch(threading.Thread):
         while not self._over.wait(_BEAT):
             try:
                 with self._lock:
-                    self._store.set(f"dpok/beat/{self._rank}", str(beat))
-                    neighbour = f"dpok/beat/{self._next}"
+                    self._store.set(f"beat/{self._rank}", str(beat))
+                    neighbour = f"beat/{self._next}"
                     latest = self._store.get(neighbour) if self._store.check([neighbour]) else b""
                     failure = self._failure()
             except RuntimeError:  # torch's, when the process that holds the store has ended
@@ -316,7 +319,7 @@ class _Watch(threading.Thread):
         self.join()
 
     def _beats(self) -> list[bytes]:
-        names = [f"dpok/beat/{rank}" for rank in range(self._n_ranks)]
+        names = [f"beat/{rank}" for rank in range(self._n_ranks)]
         with self._lock:
             return [self._store.get(name) if self._store.check([name]) else b"" for name in names]
 

@@ -7,10 +7,12 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from agents.common import distributed
@@ -102,6 +104,29 @@ def test_a_rank_that_dies_ends_the_others(tiny_sd_folder: Path, tmp_path: Path, 
         assert process.returncode != 0
         if rank != 1:
             assert re.search(message, errors), errors
+
+
+@pytest.fixture
+def make_watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], distributed._Watch]]:
+    """Makes the watch of rank 0 of two, in an attempt of the launcher, whose store goes on."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+
+    def make(attempt: int) -> distributed._Watch:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        return distributed._Watch(0, 2)
+
+    yield make
+    del store
+
+
+def test_the_failure_of_an_attempt_does_not_end_the_next_one(make_watch: Callable[[int], distributed._Watch]) -> None:
+    first = make_watch(0)
+    first.report("ZeroDivisionError: the reward is broken")
+    assert "rank 0 ended with ZeroDivisionError" in first._failure()
+    assert "ZeroDivisionError" in make_watch(0)._failure()  # the other ranks of the attempt hear of it
+    assert make_watch(1)._failure() == ""
 
 
 def test_a_single_process_is_all_there_is() -> None:
