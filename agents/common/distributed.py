@@ -269,6 +269,7 @@ class _Watch(threading.Thread):
         """Signs and looks, until one of the ranks has failed or :meth:`stop` is called."""
         heard, heard_at, beat = b"", time.monotonic(), 0
         while not self._over.wait(_BEAT):
+            latest = heard
             try:
                 with self._lock:
                     self._store.set(f"beat/{self._rank}", str(beat))

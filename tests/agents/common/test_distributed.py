@@ -129,6 +129,28 @@ def test_the_failure_of_an_attempt_does_not_end_the_next_one(make_watch: Callabl
     assert make_watch(1)._failure() == ""
 
 
+def test_a_store_that_is_gone_at_once_ends_the_rank(
+    make_watch: Callable[[int], distributed._Watch],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Gone:
+        def set(self, *words: str) -> None:
+            raise dist.DistNetworkError("the connection was closed")
+
+    def end(status: int) -> None:
+        raise SystemExit(status)
+
+    watch = make_watch(0)
+    monkeypatch.setattr(watch, "_store", Gone())
+    monkeypatch.setattr(distributed, "_BEAT", 0.01)
+    monkeypatch.setattr(distributed, "GRACE", 0.01)
+    monkeypatch.setattr(distributed.os, "_exit", end)
+    with pytest.raises(SystemExit):
+        watch.run()
+    assert "the launcher or rank 0 has ended" in capsys.readouterr().err
+
+
 def test_a_single_process_is_all_there_is() -> None:
     values = torch.arange(6.0)
     assert (distributed.count(), distributed.index(), distributed.is_main()) == (1, 0, True)
