@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,16 +155,15 @@ class DenoisingPolicy(ActorCriticPolicy):
             "keep_old": keep_old,
         }
         self._make_trainable(rank, target_modules, lora)
+        self.gradient_checkpointing = self._is_checkpointing = False  # while the precision is measured
         self.precision: Precision = faster_precision(self) if precision == "auto" else precision
         self.gradient_checkpointing = gradient_checkpointing is True
         if gradient_checkpointing == "auto":
             from agents.common.memory import asks_for_checkpointing  # diffusers takes seconds to import
 
             self.gradient_checkpointing = asks_for_checkpointing(self)
-        if self.gradient_checkpointing:
-            network: Any = self.denoiser or self.model.denoiser
-            # Only where the precision asks for it: other people's networks may take no function.
-            network.enable_gradient_checkpointing(*[checkpoint] * (self.precision == "bfloat16"))
+        with self._checkpointing():  # now, as a network may refuse
+            pass
         if keep_old and is_sharded(self.denoiser):
             raise ValueError(
                 "this algorithm keeps a copy of its old weights, which it cannot of a denoiser that is trained as a "
@@ -264,12 +263,31 @@ class DenoisingPolicy(ActorCriticPolicy):
 
     @contextmanager
     def adapter_enabled(self, enabled: bool = True) -> Iterator[None]:
-        """Within the block the denoiser is the trained one, in backward passes too; with False, the reference."""
-        if self.lora is None:
-            yield  # a denoiser of its own needs no switch
-            return
-        with self.lora.enabled() if enabled else self.lora.disabled():
+        """Within the block the denoiser is the trained one, in backward passes too; with False, the reference.
+
+        Its gradient checkpointing is this policy's.
+        """
+        # A denoiser of its own needs no switch.
+        switched = nullcontext() if self.lora is None else self.lora.enabled() if enabled else self.lora.disabled()
+        with switched, self._checkpointing():
             yield
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Within the block the denoiser checkpoints gradients if this policy asks for it: others may share it."""
+        # The outermost block holds: its backward passes compute as the calls in it did.
+        if not self.gradient_checkpointing or self._is_checkpointing or not torch.is_grad_enabled():
+            yield
+            return
+        network: Any = self.denoiser or self.model.denoiser
+        # Only where the precision asks for it: other people's networks may take no function.
+        network.enable_gradient_checkpointing(*[checkpoint] * (self.precision == "bfloat16"))
+        self._is_checkpointing = True
+        try:
+            yield
+        finally:
+            network.disable_gradient_checkpointing()
+            self._is_checkpointing = False
 
     @contextmanager
     def old_weights(self) -> Iterator[None]:

@@ -120,8 +120,6 @@ def test_a_rehearsal_takes_what_the_real_passes_take(
     with LiveMemory(model.vae.parameters()) as counted, torch.no_grad():
         process.model.decode(state.latents)
     assert rehearsal.decode(3) == pytest.approx(counted.peak, rel=0.08)
-    if checkpoints:
-        model.denoiser.disable_gradient_checkpointing()
 
 
 @pytest.mark.slow
@@ -152,14 +150,11 @@ def test_checkpointing_where_memory_asks_for_it(
     monkeypatch: pytest.MonkeyPatch,
     free: int | None,
     expected: bool,
-    fresh_models: Callable[[], None],
 ) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
     policy = make_policy(make_process(tiny_sd_folder), gradient_checkpointing="auto", max_batch_size=1)
     assert policy.gradient_checkpointing is expected
-    assert policy.model.denoiser.is_gradient_checkpointing is expected
     assert policy._get_constructor_parameters()["gradient_checkpointing"] == "auto"
-    fresh_models()
 
 
 def test_a_model_of_another_kind_needs_no_checkpointing(make_policy: Callable[..., DenoisingPolicy]) -> None:

@@ -463,7 +463,7 @@ def test_gradient_checkpointing_changes_no_number(
     lora_rank: int,
 ) -> None:
     policies = [make_policy(process, lora_rank=lora_rank)]
-    fresh_models()  # or the plain one would be checkpointed too
+    fresh_models()  # or both would be counted
     policies.append(make_policy(make_process(tiny_sd_folder, T), lora_rank=lora_rank, gradient_checkpointing=True))
     policies[1].load_state_dict(perturb(policies[0]).state_dict())
     state = observed_states(process, N)
@@ -483,6 +483,21 @@ def test_gradient_checkpointing_changes_no_number(
     assert gradients[0].any()
     torch.testing.assert_close(gradients[1], gradients[0])
     assert calls == [1, 2]
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_gradient_checkpointing_is_each_policys_own(
+    process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy], lora_rank: int
+) -> None:
+    """Policies that share a denoiser do not switch it on or off for each other."""
+    policies = [make_policy(process, lora_rank=lora_rank, gradient_checkpointing=on) for on in (True, False)]
+    for policy in (*policies, *policies):
+        network: Any = policy.denoiser or policy.model.denoiser
+        with policy.adapter_enabled():
+            with policy.adapter_enabled(), policy.adapter_enabled(False):
+                assert network.is_gradient_checkpointing is policy.gradient_checkpointing
+            assert network.is_gradient_checkpointing is policy.gradient_checkpointing
+        assert not network.is_gradient_checkpointing
 
 
 # --- What is kept
