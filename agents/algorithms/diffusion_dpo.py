@@ -79,6 +79,8 @@ class DiffusionDPO(DenoisingAlgorithm):
         ValueError: if an argument is out of range, or an iteration without ``choices`` has no whole number of groups.
     """
 
+    states_of_an_element = 2
+
     def __init__(
         self,
         policy: str | type[DenoisingPolicy] = "DenoisingPolicy",

@@ -51,7 +51,7 @@ _NOT_SETTINGS = (
     "device",
 )
 #: Arguments of a policy that the algorithm sets, or that a text cannot express.
-_NOT_POLICY_SETTINGS = ("use_sde", "use_critic", "critic_kind", "keep_old", "optimizer_class")
+_NOT_POLICY_SETTINGS = ("use_sde", "use_critic", "critic_kind", "keep_old", "micro_batch_size", "optimizer_class")
 
 
 #: An evaluation holds all of its images in memory.

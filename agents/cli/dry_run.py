@@ -248,7 +248,7 @@ def _phases(config: Config, rehearsal: Rehearsal, free: int | None) -> dict[str,
     n = _micro_batch(config)
     checkpoints = policy["gradient_checkpointing"]
     if checkpoints == "auto":
-        checkpoints = rehearsal.needs_checkpointing(policy["max_batch_size"], free)
+        checkpoints = rehearsal.needs_checkpointing(n, free)
     how = "with" if checkpoints else "without"
     at_a_time = policy["max_batch_size"]
     at_a_time = min(config.n_envs, at_a_time if isinstance(at_a_time, int) else config.n_envs)
@@ -269,7 +269,7 @@ def _learns_guided(config: Config) -> bool:
 def _micro_batch(config: Config) -> int:
     """Returns the latents of a forward and backward pass; for "auto", which takes what fits, those of an element."""
     algo = config.algo_kwargs
-    of_element = 2 if issubclass(load_algorithm(config.algo), DiffusionDPO) else 1  # a pair
+    of_element = load_algorithm(config.algo).states_of_an_element
     size = algo["micro_batch_size"]
     if size == "auto":
         return of_element

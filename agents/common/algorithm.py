@@ -123,6 +123,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
     use_critic: bool = False
     #: Whether the policy keeps a copy of its weights that follows them slowly.
     keep_old: bool = False
+    #: States that an element of a batch has: two for a pair.
+    states_of_an_element: int = 1
     #: Whether a training draws images. If not, all that it learns from is in a file.
     draws_images: bool = True
     #: Which critic, see :class:`~agents.common.policy.DenoisingPolicy`.
@@ -275,6 +277,7 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
                     "use_critic": self.use_critic,
                     "critic_kind": self.critic_kind,
                     "keep_old": self.keep_old,
+                    "micro_batch_size": self.states_of_a_pass,
                     **self.policy_kwargs,
                 },
             )
@@ -297,6 +300,15 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
         if self.env is None:
             raise ValueError("the agent has no environment: give it one with set_env()")
         return find_denoising_env(self.env)
+
+    @property
+    def states_of_a_pass(self) -> int:
+        """The most states that a gradient goes through at a time; those of an element if memory decides on that."""
+        if self.micro_batch_size == "auto":
+            return self.states_of_an_element
+        assert self.images_per_iteration is not None
+        sizes = [size for size in (self.micro_batch_size, self.batch_size) if size is not None]
+        return self.states_of_an_element * min(sizes, default=self.images_per_iteration * self.n_steps)
 
     @property
     def held_out(self) -> HeldOutReward:

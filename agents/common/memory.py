@@ -277,16 +277,16 @@ class Rehearsal:
                 found.append(Blocks(name, len(used), parameters, sum(kept[block] for block in used)))
         return found
 
-    def needs_checkpointing(self, n: Any, free: int | None) -> bool:
+    def needs_checkpointing(self, n: int, free: int | None) -> bool:
         """Returns whether updates need gradient checkpointing to fit beside the networks.
 
         Half of the free memory is left for the images of the rollouts and for decoding.
 
         Args:
-            n: elements of a micro-batch; 1 if it is no number.
+            n: states of a micro-batch.
             free: bytes; None if that is not known.
         """
-        needed = self.update(n if isinstance(n, int) else 1, False) + N_COPIES * size_of(self.trained)
+        needed = self.update(n, False) + N_COPIES * size_of(self.trained)
         return free is None or 2 * needed > free
 
     @torch.no_grad()
@@ -361,8 +361,6 @@ def free_memory(device: torch.device) -> int | None:
 def asks_for_checkpointing(policy: DenoisingPolicy) -> bool:
     """Returns whether the updates of a policy need gradient checkpointing to fit into the memory that is free.
 
-    A micro-batch is taken to be as large as the policy's ``max_batch_size``.
-
     Args:
         policy: with its networks on their device. If they are no pipeline of diffusers, the answer is no.
     """
@@ -380,7 +378,7 @@ def asks_for_checkpointing(policy: DenoisingPolicy) -> bool:
         guidance_gradient=policy.guidance_gradient,
         autocast=policy.precision == "bfloat16",
     )
-    return rehearsal.needs_checkpointing(settings["max_batch_size"], free_memory(model.device))
+    return rehearsal.needs_checkpointing(settings["micro_batch_size"], free_memory(model.device))
 
 
 def with_margin(counted: int, device: str) -> int:

@@ -69,6 +69,8 @@ class DenoisingPolicy(ActorCriticPolicy):
             :func:`agents.common.memory.asks_for_checkpointing`. No number changes.
         max_batch_size: most states in one call of the denoiser when no gradient is needed, at least 1; None for no
             limit, "auto" for as many as fit into memory.
+        micro_batch_size: states that a gradient goes through at a time, at least 1, which ``gradient_checkpointing``
+            "auto" reckons with; the algorithm decides.
         critic_hidden: width of the layers of the critic "network", at least 1.
         optimizer_class: a torch optimiser.
         optimizer_kwargs: arguments of the optimiser, such as ``{"weight_decay": 0.01}``; the learning rate is the
@@ -101,6 +103,7 @@ class DenoisingPolicy(ActorCriticPolicy):
         precision: Precision | Literal["auto"] = "float32",
         gradient_checkpointing: bool | Literal["auto"] = False,
         max_batch_size: int | Literal["auto"] | None = 64,
+        micro_batch_size: int = 1,
         critic_hidden: int = 256,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
@@ -148,6 +151,7 @@ class DenoisingPolicy(ActorCriticPolicy):
             "precision": precision,
             "gradient_checkpointing": gradient_checkpointing,
             "max_batch_size": max_batch_size,
+            "micro_batch_size": check_integer("micro_batch_size", micro_batch_size),
             "critic_hidden": critic_hidden,
             "use_critic": use_critic,
             "critic_kind": critic_kind,

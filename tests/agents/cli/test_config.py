@@ -56,7 +56,7 @@ def test_every_argument_of_the_classes_is_in_the_config():
     assert config.env_kwargs.keys() == named - {"num_envs", "render_mode", "autoreset_mode", "predicted_info", "device"}
     policy = inspect.signature(DenoisingPolicy).parameters
     optional = {name for name, argument in policy.items() if argument.default is not argument.empty}
-    left_out = {"use_sde", "use_critic", "critic_kind", "keep_old", "optimizer_class"}
+    left_out = {"use_sde", "use_critic", "critic_kind", "keep_old", "micro_batch_size", "optimizer_class"}
     assert config.policy_kwargs.keys() == optional - left_out
 
 

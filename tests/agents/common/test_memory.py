@@ -157,6 +157,24 @@ def test_checkpointing_where_memory_asks_for_it(
     assert policy._get_constructor_parameters()["gradient_checkpointing"] == "auto"
 
 
+@pytest.mark.parametrize(
+    ("micro_batch_size", "batch_size", "expected"), [(3, None, 3), (128, 2, 2), ("auto", 2, 1), (None, None, 4 * 3)]
+)
+def test_checkpointing_is_reckoned_with_the_micro_batch_of_updates(
+    make_agent: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    micro_batch_size: int | str | None,
+    batch_size: int | None,
+    expected: int,
+) -> None:
+    """The states of a rollout, ``max_batch_size``, need no gradient."""
+    asked: list[int] = []
+    monkeypatch.setattr(Rehearsal, "needs_checkpointing", lambda self, n, free: asked.append(n))
+    policy = {"gradient_checkpointing": "auto", "max_batch_size": 7}
+    make_agent(micro_batch_size=micro_batch_size, batch_size=batch_size, policy_kwargs=policy)
+    assert asked == [expected]
+
+
 def test_a_model_of_another_kind_needs_no_checkpointing(make_policy: Callable[..., DenoisingPolicy]) -> None:
     process = DenoisingProcess(load_model("mixture", "cpu"), num_inference_steps=3)
     assert make_policy(process, gradient_checkpointing="auto").gradient_checkpointing is False
