@@ -153,8 +153,10 @@ class Run:
             say(self.console, f"{self._total()} images will be drawn, in whole iterations")
         policy = self.agent.policy
         if policy.settings["precision"] == "auto":
-            speed = f"bfloat16 is {bfloat16_speedup(policy):.2f} times as fast as float32 here"
-            say(self.console, f"the denoiser runs in {policy.precision} ({speed})")
+            why = "as the run began"
+            if self._checkpoint is None:
+                why = f"bfloat16 is {bfloat16_speedup(policy):.2f} times as fast as float32 here"
+            say(self.console, f"the denoiser runs in {policy.precision} ({why})")
         if self._checkpoint is None:
             # It may be of an earlier run with other settings, which was killed before its first checkpoint.
             (self.folder / EVALUATION_BEFORE).unlink(missing_ok=True)

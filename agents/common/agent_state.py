@@ -11,7 +11,7 @@ from torch import Tensor
 from dpok_gym.samplers import SamplerConfig
 from dpok_gym.utils.sharding import load_whole, whole
 from dpok_gym.utils.tensors import flatten_optimizer, load_optimizer
-from dpok_gym.utils.validation import MAX_SEED, check_integer
+from dpok_gym.utils.validation import MAX_SEED, check_choice, check_integer
 
 if TYPE_CHECKING:
     from agents.common.algorithm import DenoisingAlgorithm
@@ -42,6 +42,7 @@ def get_state(agent: DenoisingAlgorithm) -> dict[str, Any]:
     state = {
         "algorithm": type(agent).__name__,
         "sampler": agent.sampler_config.to_dict(),
+        "precision": policy.precision,
         "run_seed": agent.run_seed,
         "iteration": agent.iteration,
         "images_drawn": agent.images_drawn,
@@ -68,12 +69,13 @@ def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
     """Puts back what :func:`get_state` returned.
 
     Raises:
-        ValueError: if it is of another algorithm, sampler or network, or a counter is no number.
+        ValueError: if it is of another algorithm, sampler or network, a counter is no number, or the precision none.
     """
     tensors, state = saved["tensors"], saved["state"]
     check_algorithm(type(agent), state)
     assert agent.sampler_config is not None
     SamplerConfig.from_dict(state["sampler"]).check_equal(agent.sampler_config)
+    check_choice("precision", state["precision"], "float32", "bfloat16")
     check_integer("run_seed", state["run_seed"], minimum=0, maximum=MAX_SEED)
     for counter in ("iteration", "images_drawn", "num_timesteps", "n_updates"):
         check_integer(counter, state[counter], minimum=0, maximum=_MAX_COUNTER)
@@ -95,6 +97,8 @@ def set_state(agent: DenoisingAlgorithm, saved: Mapping[str, Any]) -> None:
     except RuntimeError as error:  # torch's, for tensors of other names or shapes
         raise ValueError(f"the state is of a network of another build: {error}") from error
     load_optimizer(policy.optimizer, tensors["optimizer"])
+    if policy.settings["precision"] == "auto":  # as it began: here the other one may be faster
+        policy.precision = state["precision"]
     agent.run_seed = state["run_seed"]
     agent.iteration = state["iteration"]
     agent.images_drawn = state["images_drawn"]

@@ -62,8 +62,8 @@ class DenoisingPolicy(ActorCriticPolicy):
         target_modules: layers that get a LoRA: "attention" is usual for large models; "all" has convolutions and
             feed-forward layers too, which small models need; or ends of layer names.
         precision: "float32", or "bfloat16" for the denoiser's calls, or "auto" for the one that is faster on this
-            device, see :func:`agents.common.precision.faster_precision`. The trained weights and the transitions stay
-            float32.
+            device, see :func:`agents.common.precision.faster_precision`; a training that goes on keeps the one that it
+            began with. The trained weights and the transitions stay float32.
         gradient_checkpointing: compute parts of the denoiser again in the backward pass instead of keeping all of it:
             about a third slower, for a fraction of the memory. "auto" does so if memory asks for it, see
             :func:`agents.common.memory.asks_for_checkpointing`. No number changes.

@@ -110,6 +110,25 @@ def test_auto_takes_what_is_faster(
     assert make_policy(policy.process).precision == "float32"
 
 
+def test_a_training_goes_on_in_the_precision_that_it_began_in(
+    make_agent: Callable[..., Any], speedup: Callable[[float], None], fresh_models: Callable[[], None]
+) -> None:
+    speedup(2.0)
+    state = make_agent(policy_kwargs={"precision": "auto"}).state_dict()
+    fresh_models()  # as in another process, which measures anew
+    speedup(0.5)
+    agent = make_agent(policy_kwargs={"precision": "auto"})
+    assert agent.policy.precision == "float32"
+    agent.load_state_dict(state)
+    assert agent.policy.precision == agent.state_dict()["state"]["precision"] == "bfloat16"
+    asked_for = make_agent(policy_kwargs={"precision": "float32"})
+    asked_for.load_state_dict(state)
+    assert asked_for.policy.precision == "float32"
+    state["state"]["precision"] = "float8"
+    with pytest.raises(ValueError, match="precision must be one of 'float32', 'bfloat16'"):
+        agent.load_state_dict(state)
+
+
 def test_ranks_agree(
     make_policy: Callable[..., DenoisingPolicy], speedup: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
