@@ -12,6 +12,7 @@ from torch import Tensor
 from agents import DPOK
 from agents.common.buffer import TrajectoryBuffer
 from agents.common.critic import MAX_LATENT_DIMS, Regression, RewardCritic, ValueNetwork
+from agents.common.memory import LiveMemory
 from dpok_gym import DenoisingVectorEnv
 from dpok_gym.prompts import prompt_to_bytes
 from tests.agents.common.support import PROMPTS, collect, perturb
@@ -142,6 +143,30 @@ def test_it_forgets_old_rollouts(critic: RewardCritic) -> None:
         kept.append(buffer.returns[buffer.valid].clone())
     assert torch.equal(critic.state_dict()["returns"], torch.cat(kept[2:]))
     assert critic.state_dict()["age"].tolist() == [1] * 30 + [0] * 29
+
+
+def test_it_keeps_a_bounded_number_of_images(critic: RewardCritic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest: the memory of the regression grows with the square of their number."""
+    monkeypatch.setattr("agents.common.critic.MAX_IMAGES", 40)
+    buffer = make_buffer(critic)
+    returns = []
+    for seed in range(2):
+        fill(buffer, critic, seed, slope=1.0)
+        critic.values(buffer)
+        critic.fit(buffer)
+        returns.append(buffer.returns.clone())
+    state = critic.state_dict()
+    assert torch.equal(state["returns"], torch.cat(returns)[-40:])
+    assert {len(values) for values in state.values()} == {40}
+    assert critic.values(buffer).isfinite().all()
+
+
+def test_the_memory_of_the_regression() -> None:
+    m = 500
+    inputs = torch.randn(m, 3), torch.randn(m, 3), torch.randn(20, 8)[torch.arange(m) % 20]
+    with LiveMemory(inputs) as memory:
+        Regression(*inputs, torch.ones(m).double(), 4.0)
+    assert 15 * m**2 < memory.peak < 30 * m**2  # the docstrings have 25
 
 
 def test_its_state_is_all_that_it_learned(critic: RewardCritic) -> None:
