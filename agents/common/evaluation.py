@@ -162,7 +162,8 @@ def evaluate(
 
     Raises:
         TypeError: if the policy is no DenoisingPolicy, or ``steering`` no method of steering.
-        ValueError: if there are no prompts, or the environment samples in another way.
+        ValueError: if there are no prompts, the environment samples in another way, or ``steering`` copies particles
+            and no step has noise.
     """
     if not isinstance(policy, DenoisingPolicy):
         raise TypeError(
@@ -202,7 +203,7 @@ def sample_images(
 
     Raises:
         TypeError: if ``steering`` is no method of steering.
-        ValueError: if there are no prompts, or one cannot be read.
+        ValueError: if there are no prompts, one cannot be read, or ``steering`` copies particles and no step has noise.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not len(prompts):
         raise ValueError(f"the prompts to evaluate on are a list of texts; give at least one, not {shorten(prompts)}")
@@ -211,6 +212,11 @@ def sample_images(
     check_integer("seed", seed, minimum=0, maximum=2**62)
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError(f"the prompts to evaluate on must be texts, got {shorten(prompts)}")
+    if any(map(steering.is_due, range(process.num_inference_steps))) and not process.table.stochastic.any():
+        raise ValueError(
+            f"{type(steering).__name__} copies promising particles, and only noise makes copies different images: no "
+            f"step of this sampler draws any, so use BestOf({steering.n_particles}), or a sampler with noise"
+        )
     env = find_denoising_env(env)
     process.model.check_prompts(prompts)
     parts, size = [], max(env.num_envs // steering.n_particles, 1)

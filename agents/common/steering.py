@@ -231,7 +231,8 @@ class FKSteering(_Resampling):
     Attributes:
         n_particles: k, at least 2 to have an effect. The paper uses 4 to 8; the cost grows with it.
         temperature: above 0, in units of the reward; 1 / lambda in the paper, which has 1/10 for ImageReward. A small
-            one follows the reward closely and makes all particles descendants of one; inf changes nothing.
+            one follows the reward closely and makes all particles descendants of one. inf prefers none on the way:
+            with ``choice`` "draw" nothing changes, with "best" it is best-of-k.
         resample_every: denoising steps from one choice to the next, at least 1. The paper looks every 20 of 100.
             Rarely costs fewer rewards and keeps the particles more different.
         potential: "difference" weighs by how much the value has risen; "max" by the best value so far, each time again,

@@ -412,6 +412,19 @@ def test_the_kl_is_that_of_the_images_own_path(policy: Any, make_env: Callable[.
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", [FKSteering, SVDD])
+def test_without_noise_only_finished_images_are_chosen_from(
+    make_env: Callable[..., Any], method: type[Steering]
+) -> None:
+    """Copies would be the same image in the end, for k times the work."""
+    env = make_env(4, eta=0.0)
+    with pytest.raises(ValueError, match=rf"{method.__name__} copies .* so use BestOf\(4\)"):
+        sample_images(env.process, env, [PROMPTS[0]], 0, steering=method(4))
+    windowed = make_env(4, sde_steps=(1, 1))
+    for sampler, steering in ((env, method(1)), (env, BestOf(4)), (windowed, method(4))):
+        assert len(sample_images(sampler.process, sampler, [PROMPTS[0]], 0, steering=steering)) == 1
+
+
 def test_masked_images_lose(make_env: Callable[..., Any]) -> None:
     env = make_env(4, reward=every_other_fails, non_finite="mask", decode_batch_size=4)
     for steering in (BestOf(2), FKSteering(2, 0.01), SVDD(2)):
