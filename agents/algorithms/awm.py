@@ -92,11 +92,8 @@ class AWM(OnlineForwardProcess):
     def noisy_images(self) -> NoisyImages:
         """Adds the score of the policy that drew the images, before any step is taken."""
         images = super().noisy_images()
-        old_log_prob = images.weight.clone()
-        if len(images):  # a rank may have no image with a valid reward
-            output = self.policy.predict_output(images.state, guidance_scale=1.0)
-            old_log_prob = self.log_prob(images, output)
-        return ScoredImages(**vars(images), old_log_prob=old_log_prob)
+        output = self.policy.predict_output(images.state, guidance_scale=1.0)
+        return ScoredImages(**vars(images), old_log_prob=self.log_prob(images, output))
 
     def loss(self, batch: ScoredImages) -> tuple[Tensor, Metrics]:
         """-A rho + ema_coef || v - v_ema ||^2 + kl_coef || v - v_pre ||^2 of each noisy image, (B,)."""

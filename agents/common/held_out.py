@@ -51,9 +51,7 @@ class HeldOutReward:
         self.names = [] if self._reward is None else self._reward.names
         self.columns = [f"{HELD_OUT}{name}" for name in shorten_names(self.names)]
         weights = {} if self._reward is None else self._reward.weights
-        self.unwanted = {
-            column for column, name in zip(self.columns, self.names, strict=True) if not weights[name] > 0
-        }
+        self.unwanted = {column for column, name in zip(self.columns, self.names, strict=True) if not weights[name] > 0}
         alignment = env.world.alignment_reward if env.world is not None else None
         self._alignment = alignment if alignment in self.names and alignment not in env.reward.names else None
         self.description = f"held-out reward: {', '.join(self.names) or 'none' + why_none}"

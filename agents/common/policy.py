@@ -18,6 +18,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
+from agents.common import distributed
 from agents.common.critic import CriticKind, RewardCritic, ValueNetwork
 from agents.common.model_card import lora_notes
 from agents.common.precision import Precision, checkpoint, faster_precision, in_precision
@@ -168,6 +169,11 @@ class DenoisingPolicy(ActorCriticPolicy):
             self.gradient_checkpointing = asks_for_checkpointing(self)
         with self._checkpointing():  # now, as a network may refuse
             pass
+        if self._batch_size.is_automatic and is_sharded(self.model.denoiser):
+            raise ValueError(
+                "the ranks call a denoiser that is spread over them together, so none can choose its own "
+                "max_batch_size: give a number"
+            )
         if keep_old and is_sharded(self.denoiser):
             raise ValueError(
                 "this algorithm keeps a copy of its old weights, which it cannot of a denoiser that is trained as a "
@@ -309,10 +315,16 @@ class DenoisingPolicy(ActorCriticPolicy):
         """The denoiser's output for B states, (B, C, h, w) float32.
 
         Args:
-            state: B states.
+            state: B states; there may be none.
             reference: whether to ask the pre-trained model.
             guidance_scale: None for the process's own; 1 for no guidance.
         """
+        n = len(state.latents)
+        if is_sharded(self.model.denoiser) and not torch.is_grad_enabled():
+            # The ranks call it together, hence equally often. With gradients, their micro-batches are as many.
+            state = state.padded(distributed.largest(n))
+        if not len(state.latents):
+            return state.latents
         # A policy with a LoRA has no denoiser of its own: the adapter's switch decides which model answers.
         denoiser = None if reference else self.denoiser
 
@@ -323,7 +335,7 @@ class DenoisingPolicy(ActorCriticPolicy):
             # With gradients the caller has chosen the micro-batch; without, memory alone sets the limit.
             if torch.is_grad_enabled():
                 return predict(slice(None))
-            return self._batch_size.map(predict, len(state.latents))
+            return self._batch_size.map(predict, len(state.latents))[:n]
 
     def transition(self, state: State, reference: bool = False) -> tuple[Tensor, Tensor]:
         """Mean (B, C, h, w) and std (B,) of p(x_{t-1} | x_t, z), float32.

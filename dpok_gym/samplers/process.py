@@ -53,6 +53,15 @@ class State:
         conditioning = {name: values[rows] for name, values in self.conditioning.items()}
         return State(self.latents[rows], self.step[rows], conditioning)
 
+    def padded(self, n: int) -> State:
+        """Returns these states, and after them as many of zeros as are missing to ``n``."""
+
+        def pad(values: Tensor) -> Tensor:
+            return torch.cat([values, values.new_zeros(n - len(values), *values.shape[1:])])
+
+        conditioning = {name: pad(values) for name, values in self.conditioning.items()}
+        return State(pad(self.latents), pad(self.step), conditioning)
+
 
 @dataclass(frozen=True)
 class DenoisingStep:

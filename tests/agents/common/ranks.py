@@ -26,6 +26,7 @@ N, ITERATIONS = 8, 3
 CHANGES: dict[str, dict[str, Any]] = {
     "": {},
     "sharded": {"shard": True, "micro_batch_size": 2},
+    "sharded, one at a time": {"shard": True, "micro_batch_size": 2, "max_batch_size": 1},
     "sharded, whole": {"shard": True, "lora_rank": 0, "micro_batch_size": 2},
 }
 
@@ -38,7 +39,14 @@ class SomeFail(Brightness):
         return rewards.masked_fill((rewards * 1e4).long() % 4 == 0, torch.nan)
 
 
-def make(name: str, model: str | Path, lora_rank: int = 2, shard: bool = False, **changes: Any) -> DenoisingAlgorithm:
+def make(
+    name: str,
+    model: str | Path,
+    lora_rank: int = 2,
+    shard: bool = False,
+    max_batch_size: int | None = 64,
+    **changes: Any,
+) -> DenoisingAlgorithm:
     """Returns an agent on a fresh copy of the model."""
     clear_model_cache()
     env = DenoisingVectorEnv(
@@ -55,6 +63,7 @@ def make(name: str, model: str | Path, lora_rank: int = 2, shard: bool = False, 
     # A larger eps than the default: Adam divides by the gradient's own size, so at 1e-15 the sign of a gradient that is
     # 0 but for rounding would decide on a whole step.
     network = {"lora_rank": lora_rank, "critic_hidden": 16, "optimizer_kwargs": {"weight_decay": 0.0, "eps": 1e-4}}
+    network["max_batch_size"] = max_batch_size
     settings: dict[str, Any] = {"learning_rate": 1e-3, "seed": 0, "device": "cpu", "images_per_iteration": N}
     settings |= {"anchor_coef": 0.1, "anchor_images": 5, "held_out_reward": Brightness()}
     settings |= {"max_kl": 1e6} if name == "DRaFT" else {"normalize_rewards": True}

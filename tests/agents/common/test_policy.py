@@ -485,6 +485,32 @@ def test_gradient_checkpointing_changes_no_number(
     assert calls == [1, 2]
 
 
+@pytest.mark.parametrize("n", [0, 1, N])
+def test_ranks_call_a_denoiser_that_is_spread_over_them_equally_often(
+    process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy], monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    """Without a gradient too, of which another rank has 2 N + 1 states here."""
+    policy = make_policy(process, max_batch_size=2)
+    state = observed_states(process, N)[:n]
+    sizes: list[int] = []
+    predict = process.predict
+
+    def spy(state: State, *settings: Any) -> Tensor:
+        sizes.append(len(state.latents))
+        return predict(state, *settings)
+
+    with torch.no_grad():
+        expected = policy.predict_output(state)
+        assert expected.shape == state.latents.shape
+        monkeypatch.setattr(process, "predict", spy)
+        monkeypatch.setattr("agents.common.policy.is_sharded", lambda network: True)
+        monkeypatch.setattr("agents.common.distributed.largest", lambda number: 2 * N + 1)
+        torch.testing.assert_close(policy.predict_output(state), expected)
+    assert sizes == [2] * N + [1]
+    with pytest.raises(ValueError, match="none can choose its own max_batch_size"):
+        make_policy(process, max_batch_size="auto")
+
+
 @pytest.mark.parametrize("lora_rank", [4, 0])
 def test_gradient_checkpointing_is_each_policys_own(
     process: DenoisingProcess, make_policy: Callable[..., DenoisingPolicy], lora_rank: int
