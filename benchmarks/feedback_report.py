@@ -158,8 +158,8 @@ def figure(of_rates: dict[float, list[Record]], path: Path) -> None:
     n_seeds = describe_seeds([record | {"task": (record["choices"], record["error_rate"])} for record in records])
     explain(
         drawing,
-        f"The judge's scores of {records[0]['eval_images']} images of “{records[0]['prompt']}”, after learning from the "
-        f"choices of a simulated person who errs in a share of them. Means over {n_seeds} seeds, with 95 % bootstrap "
+        f"The judge's scores of {records[0]['eval_images']} images of “{records[0]['prompt']}”, after learning from "
+        f"the choices of a simulated person who errs in a share of them. Means over {n_seeds} seeds, with 95 % bootstrap "
         "intervals. DPOK follows a reward that is fitted to the choices; best of 4: that reward chooses among four "
         "images of the pre-trained model; Diffusion-DPO learns from the choices themselves.",
     )
