@@ -159,8 +159,9 @@ def figure(of_rates: dict[float, list[Record]], path: Path) -> None:
     explain(
         drawing,
         f"The judge's scores of {records[0]['eval_images']} images of “{records[0]['prompt']}”, after learning from "
-        f"the choices of a simulated person who errs in a share of them. Means over {n_seeds} seeds, with 95 % bootstrap "
-        "intervals. DPOK follows a reward that is fitted to the choices; best of 4: that reward chooses among four "
-        "images of the pre-trained model; Diffusion-DPO learns from the choices themselves.",
+        "the choices of a simulated person who errs in a share of them. Means over "
+        f"{n_seeds} seeds, with 95 % bootstrap intervals. DPOK follows a reward that is fitted to the choices; best of "
+        "4: that reward chooses among four images of the pre-trained model; Diffusion-DPO learns from the choices "
+        "themselves.",
     )
     save(drawing, path)
