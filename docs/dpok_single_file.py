@@ -3,7 +3,7 @@
 DPOK (Fan et al., NeurIPS 2023, https://arxiv.org/abs/2305.16381) fine-tunes a text-to-image diffusion model with a
 reward. Here the model is the small embedded one, the prompt is "three green squares", and the reward is a judge that
 looks at the finished image. Task, settings and random numbers are those of ``dpok train``:
-``tests/docs/test_dpok_single_file.py`` shows that losses and weights equal the library's. About 10 minutes on a laptop:
+``tests/docs/test_dpok_single_file.py`` shows that losses and weights equal the library's. Six minutes on one core:
 
     python docs/dpok_single_file.py --seed 0 --out before_after.png
 
