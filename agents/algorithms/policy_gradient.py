@@ -199,20 +199,20 @@ class PolicyGradient(DenoisingAlgorithm):
         Returns:
             (B,) in units of the reward; and metrics, those of the ratio for the steps with a weight only.
         """
-        loss, metrics = losses.policy_gradient_loss(
-            batch.actions,
-            mean,
-            batch.old_means,
-            std,
-            batch.advantages,
+        weights = self.step_weights[batch.step]
+        # Steps that are left out have hardly any noise. So their ratios are huge, and infinity times 0 is no number.
+        trained = weights > 0
+        of_trained, metrics = losses.policy_gradient_loss(
+            batch.actions[trained],
+            mean[trained],
+            batch.old_means[trained],
+            std[trained],
+            batch.advantages[trained],
             self.clip_range,
             self.clip_type,
             self.ratio,
         )
-        weights = self.step_weights[batch.step]
-        # The ratios of steps that are left out are huge, as these have hardly any noise, and nothing is learned there.
-        metrics = {name: values[weights > 0] for name, values in metrics.items()}
-        loss = weights * loss
+        loss = torch.zeros_like(weights).masked_scatter(trained, weights[trained] * of_trained)
         metrics["policy_gradient_loss"] = batch.weight * loss.detach() / self.loss_scale
         return loss, metrics
 

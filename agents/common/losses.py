@@ -50,7 +50,7 @@ def importance_ratio(
         return log_ratio, 1
     if ratio == "centred":
         log_ratio = log_ratio + diffusion.kl_divergence(mean, old_mean, std)
-    dims = actions[0].numel()
+    dims = actions.shape[1:].numel()
     return log_ratio / dims, dims
 
 

@@ -95,6 +95,24 @@ def test_the_log_has_the_ratios_of_trained_steps_only(make_agent: MakeAgent) -> 
     assert len(metrics["clip_fraction"]) == N
 
 
+def test_a_step_that_is_left_out_may_have_an_infinite_ratio(make_agent: MakeAgent) -> None:
+    """As a step with hardly any noise has, whose mean has moved towards the action."""
+    agent = make_agent("DPOK, late steps held")  # the last two of three
+    agent.ratio = "joint"
+    batch = whole_batch(agent)
+    left_out = batch.step > 0
+    mean, std = (values.detach() for values in agent.policy.transition(batch.state))
+    mean[left_out] = batch.actions[left_out]
+    batch.old_means[left_out] -= 9
+    batch.advantages[left_out] = -1
+    loss, _ = agent.policy_gradient_loss(batch, mean.requires_grad_(), std)
+    loss.sum().backward()
+    assert mean.grad is not None
+    assert loss[left_out].eq(0).all()
+    assert loss.isfinite().all()
+    assert mean.grad.isfinite().all()
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_clip_types(make_agent: MakeAgent) -> None:
