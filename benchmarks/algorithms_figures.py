@@ -122,7 +122,7 @@ def gains(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]
         axes.tick_params(axis="y", length=0, labelsize=8.5)
     panels[0].set_ylim(max(rows.values()) + 0.5, -0.5)
     panels[0].set_yticks(list(rows.values()), list(rows))
-    lowest = min(100 * record["scores"]["training"]["aligned"] for record in shown)
+    lowest = min(_ALIGNED(record) or 0 for record in shown)
     panels[0].set_xlim(20 * math.floor(lowest / 20) - 3, 103)
     panels[0].xaxis.set_major_locator(MultipleLocator(20))
     name_x(panels, columns, "fully aligned images, %")
@@ -248,7 +248,7 @@ def frontier(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[s
     shown: list[Record] = []
     for axes, task in zip(panels, tasks, strict=True):
         for label in labels:
-            runs = [run for run in runs_of(records, label, task) if "kl" in run["scores"]["training"]]
+            runs = [run for run in runs_of(records, label, task) if score("kl")(run) is not None]
             if runs:
                 x, y = numbers_of(runs, label, task, score("kl")), numbers_of(runs, label, task, _ALIGNED)
                 _mark(axes, x, y, _style(label))

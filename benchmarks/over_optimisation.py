@@ -54,7 +54,8 @@ def over_optimisation(records: Sequence[Record], labels: Sequence[str], path: Pa
     Raises:
         ValueError: if there are no runs of the pre-trained model with the prompts and the reward of a long run.
     """
-    by_label = {label: runs for label in labels if (runs := runs_of(records, label, LONG))}
+    finished = [record for record in records if "diverged" not in record]
+    by_label = {label: runs for label in labels if (runs := runs_of(finished, label, LONG))}
     columns = min(4, len(by_label))
     figure, panels = make_panels(len(by_label), columns, (10, 1.9), sharex=True, sharey=True)
     has_fit = False
