@@ -76,27 +76,29 @@ def record(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("n_images", "batch_size", "learning_rate", "n_updates"),
+    ("changes", "n_updates"),
     [
-        pytest.param(64, 64, 3e-3, 3, id="the settings of dpok train"),
-        pytest.param(4, 20, 3e-2, 4, id="two iterations of few images, with long steps"),
+        pytest.param({}, 3, id="the settings of dpok train"),
+        pytest.param(
+            {"images_per_iteration": 4, "batch_size": 20, "learning_rate": 3e-2, "clip_range": 1e-4},
+            4,
+            id="two iterations of few images, with long steps",
+        ),
     ],
 )
 def test_losses_updates_and_evaluation_are_those_of_the_library(
     single: ModuleType,
-    n_images: int,
-    batch_size: int,
-    learning_rate: float,
+    changes: dict[str, float],
     n_updates: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     env = gymnasium.make_vec("DPOK-Shapes-v0", num_envs=64, **PRESET.env_kwargs)
-    changes = {"images_per_iteration": n_images, "batch_size": batch_size, "learning_rate": learning_rate}
     agent = DPOK(env=env, seed=SEED, held_out_reward=None, **PRESET.algorithm_kwargs("dpok") | changes)
     assert agent.policy.lora is not None
     n_steps = PRESET.images * agent.process.num_inference_steps
     expected = record(monkeypatch, agent, "loss", agent.policy.lora.state_dict, lambda: agent.learn(n_steps), n_updates)
-    assert agent.mean_metrics()["clip_fraction"] > 0  # so the trust region is compared too
+    if "clip_range" in changes:
+        assert agent.mean_metrics()["clip_fraction"] > 0  # so the trust region is compared too
 
     for name, value in changes.items():
         monkeypatch.setattr(single, name.upper(), value)

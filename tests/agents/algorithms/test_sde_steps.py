@@ -73,7 +73,7 @@ def check_first_update(agent: Any, stochastic: list[bool]) -> None:
         assert loss.isfinite().all()
         assert all(value.isfinite().all() for value in metrics.values())
         if "mean_ratio" in metrics:
-            torch.testing.assert_close(metrics["mean_ratio"], torch.ones(len(batch)), rtol=0, atol=1e-6)
+            torch.testing.assert_close(metrics["mean_ratio"], torch.ones_like(metrics["mean_ratio"]), rtol=0, atol=1e-6)
         if agent.kl_coef:
             assert metrics["kl_to_reference"].abs().max() < 1e-6
         found = gradient(agent, batch)
