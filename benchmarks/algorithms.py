@@ -41,7 +41,7 @@ sees in images of one prompt, where each prompt has enough of them. Pixels: the 
 prompt. Reward minus judge: how much more the reward has risen than what the judge says, in standard deviations of an
 image of one prompt. The judge's scale ends at 1, so the best of 8 images of the pre-trained model are a little above
 0, too; far above them, the reward is being hacked. Passes: of the denoiser over one image; a backward pass counts as
-two. Seconds: of one core. A run whose weights became NaN counts as 0 aligned images.
+two. Seconds: of one core. A run whose images became NaN counts as 0 aligned ones.
 
 A method that needs the reward's gradient has no runs where there is none. So it is left out of the tables over all
 tasks, and the tables over the tasks with a gradient have it.
@@ -266,7 +266,7 @@ class Tuning:
         method, most = self._settings["methods"][label], self._rules["most"]
         limits = method.get("limits", {})
         return [
-            Axis(axis, values, most, tuple(limits.get(axis, Axis._field_defaults["limits"])))
+            Axis(axis, values, most, tuple(limits.get(axis, (0, math.inf))))
             for axis, values in method["axes"].items()
             if chosen is None or axis in chosen
         ]

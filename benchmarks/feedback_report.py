@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compare_tables import markdown
-from benchmarks.figures import describe_seeds, explain, save, tidy
+from benchmarks.figures import explain, save, tidy
 from benchmarks.runs import Record
 from benchmarks.statistics import Interval, mean
 from dpok_gym.shapes.choices import QUALITY_WEIGHT
@@ -154,8 +154,8 @@ def figure(of_rates: dict[float, list[Record]], path: Path) -> None:
         axes.set_xlabel("choices")
     handles, names = panels[0, 0].get_legend_handles_labels()
     drawing.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
-    records = [record for of_rate in of_rates.values() for record in of_rate if record["label"] != PRETRAINED]
-    n_seeds = describe_seeds([record | {"task": (record["choices"], record["error_rate"])} for record in records])
+    records = [record for of_rate in of_rates.values() for record in of_rate]
+    n_seeds = len({record["seed"] for record in records})
     explain(
         drawing,
         f"The judge's scores of {records[0]['eval_images']} images of “{records[0]['prompt']}”, after learning from "

@@ -37,7 +37,7 @@ class Axis(NamedTuple):
     name: str
     values: Sequence[float]
     most: int
-    limits: tuple[float, float] = (0.0, math.inf)
+    limits: tuple[float, float] = (0, math.inf)
 
 
 class Outcome(NamedTuple):

@@ -169,7 +169,7 @@ def test_the_first_ratios_are_exactly_1_in_half_precision(
     # Half of the steps, of which those that explore have a ratio; without a KL, half of those that explore.
     found = torch.cat(ratios).tolist()
     assert found == [1.0] * len(found)
-    assert len(found) == n if name == "ddpo" else n / 2 < len(found) < 2 * n
+    assert len(found) == n or (name != "ddpo" and n / 2 < len(found) < 2 * n)
     assert agent.latest_metrics.get("kl_to_reference", 0.0) == 0
     assert agent.latest_metrics["clip_fraction"] == 0
     assert agent.latest_metrics["grad_norm"] > 0
