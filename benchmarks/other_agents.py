@@ -136,6 +136,7 @@ def dpok(trains: bool = True, **changes: Any) -> Runner:
     return run
 
 
+LORA = "Stable-Baselines3, PPO, LoRA"
 ALL_NUMBERS = "Stable-Baselines3, PPO, all numbers of the noise"
 AGENTS: dict[str, Runner] = {
     "pre-trained": dpok(trains=False),
@@ -149,7 +150,7 @@ AGENTS: dict[str, Runner] = {
     "Stable-Baselines3, PPO, bytes": recipe("sb3_agents", bytes_of_prompt=True, algo="ppo"),
     ALL_NUMBERS: recipe("sb3_agents", block_size=1, algo="ppo"),
     "Stable-Baselines3, PPO, ResidualActorPolicy": residual_actor,
-    "Stable-Baselines3, PPO, LoRA": lora_policy,
+    LORA: lora_policy,
 }
 
 
@@ -160,6 +161,8 @@ def make_descriptions(options: argparse.Namespace) -> Iterator[Description]:
             for label in options.agents:
                 if label == ALL_NUMBERS and BENCHMARK_TASKS[name].block_size == 1:
                     continue  # it is the agent without this change
+                if label == LORA and name == "mixture":
+                    continue  # its network has no layers for a LoRA
                 sizes = {"images": options.images, "eval_images": options.eval_images}
                 yield {"task": name, "label": label, **sizes, "seed": seed}
 

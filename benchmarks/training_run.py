@@ -29,6 +29,7 @@ from agents.common.steering import BestOf
 from benchmarks.diversity import pixel_diversity, scene_diversity
 from benchmarks.prompt_splits import prompts_of
 from dpok_gym.prompts import PromptSet, load_prompts
+from dpok_gym.rewards import NonFiniteError
 from dpok_gym.shapes.choices import QUALITY_WEIGHT
 from dpok_gym.shapes.prompts import unseen_prompts
 from dpok_gym.shapes.world import WORLD
@@ -101,9 +102,7 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
                 _save_row(evaluation, row_file)
         for name, way in description.get("also", {}).items():
             record["scores"][name] = evaluate_drawing(agent.policy, description, prompts.train, way)[1]
-    except ValueError as error:
-        if "not finite" not in str(error):  # an image, see dpok_gym.rewards.base.Reward
-            raise
+    except NonFiniteError as error:
         record, cost = {"scores": {}, "curve": [], "diverged": str(error)}, curve.cost()
     else:
         record["num_function_evaluations_to_draw"] = record["scores"]["training"]["calls"]

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from dpok_gym.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from dpok_gym.rewards.base import NonFiniteError as NonFiniteError
     from dpok_gym.rewards.base import Reward as Reward
     from dpok_gym.rewards.base import RewardBatch as RewardBatch
     from dpok_gym.rewards.make import check_reward as check_reward
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "NonFiniteError": "base",
         "RemoteReward": "remote.client",
         "Reward": "base",
         "RewardBatch": "base",

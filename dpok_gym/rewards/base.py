@@ -20,6 +20,10 @@ from dpok_gym.utils.validation import check_choice
 Components = dict[str, dict[str, Tensor]]
 
 
+class NonFiniteError(ValueError):
+    """An image or a reward is infinite or NaN: the model has diverged, or a reward function has a defect."""
+
+
 class RewardBatch(NamedTuple):
     """The rewards of a batch of images. All tensors are (B,), on the CPU.
 
@@ -95,8 +99,8 @@ class Reward:
 
         Raises:
             TypeError: if the images are not a floating-point tensor, or a function returns something that is no tensor.
-            ValueError: if a shape is wrong, two components have the same name, or (unless such images are masked)
-                an image or a reward is not finite.
+            ValueError: if a shape is wrong, or two components have the same name.
+            NonFiniteError: if an image or a reward is not finite, and such images are not masked.
         """
         return self.combine(self.components(images, prompts), prompts)
 
@@ -137,7 +141,8 @@ class Reward:
             prompts: the B prompts, for error messages.
 
         Raises:
-            ValueError: if a reward is not finite (unless such images are masked), or as :meth:`weigh` does.
+            NonFiniteError: if a reward is not finite, and such images are not masked.
+            ValueError: as :meth:`weigh` does.
         """
         components: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
@@ -225,13 +230,13 @@ class Reward:
             expected: (B,) bool, only these values must be finite; None for all of them.
 
         Raises:
-            ValueError: if a value that must be finite is not, and such images are not masked.
+            NonFiniteError: if a value that must be finite is not, and such images are not masked.
         """
         finite = values.isfinite()
         wrong = ~finite if expected is None else ~finite & expected
         rows = wrong.nonzero().flatten().tolist()
         if rows and self.non_finite == "error":
-            raise ValueError(
+            raise NonFiniteError(
                 f"{what} for the prompt {prompts[rows[0]]!r} is not finite ({values[rows[0]].item()}; "
                 f"{len(rows)} of {len(prompts)} in the batch); mend its cause, or leave such images out with "
                 f"non_finite='mask'"

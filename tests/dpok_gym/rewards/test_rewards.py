@@ -260,7 +260,7 @@ def test_bad_images(bad_images, error, message):
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_a_non_finite_reward_names_reward_and_prompt(images, number):
-    with pytest.raises(ValueError, match=f"reward 'sharp' for the prompt 'a dog' is not finite \\({number}; 1 of 2"):
+    with pytest.raises(rewards.NonFiniteError, match=f"reward 'sharp' for the prompt 'a dog' is not finite \\({number}; 1 of 2"):
         make_reward(returning({"bright": [1.0, 2.0], "sharp": [1.0, number]}))(images, PROMPTS)
 
 
@@ -289,7 +289,7 @@ def test_a_broken_image_has_no_reward(images):
         assert images.isfinite().all()
         return torch.ones(len(prompts))
 
-    with pytest.raises(ValueError, match="the image for the prompt 'a cat' is not finite"):
+    with pytest.raises(rewards.NonFiniteError, match="the image for the prompt 'a cat' is not finite"):
         make_reward(needs_finite)(images, PROMPTS)
     batch = make_reward(needs_finite, non_finite="mask")(images, PROMPTS)
     assert batch.total.tolist() == [0.0, 1.0]
