@@ -106,7 +106,8 @@ def descriptions(settings: dict[str, Any], tuned: Tuned) -> Iterator[Description
                     yield run | {"label": f"{COMPONENT}{change_label}", "settings": run["settings"] | change}
         if seed < long["seeds"]:
             for label in methods_of(settings, long["task"]):
-                yield describe(settings, long["task"], label, seed, tuned, long["images"]) | {"task": LONG}
+                if label not in long["without"]:
+                    yield describe(settings, long["task"], label, seed, tuned, long["images"]) | {"task": LONG}
 
 
 def methods_of(settings: dict[str, Any], task: str) -> list[str]:

@@ -260,7 +260,9 @@ def test_bad_images(bad_images, error, message):
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_a_non_finite_reward_names_reward_and_prompt(images, number):
-    with pytest.raises(rewards.NonFiniteError, match=f"reward 'sharp' for the prompt 'a dog' is not finite \\({number}; 1 of 2"):
+    with pytest.raises(
+        rewards.NonFiniteError, match=f"reward 'sharp' for the prompt 'a dog' is not finite \\({number}; 1 of 2"
+    ):
         make_reward(returning({"bright": [1.0, 2.0], "sharp": [1.0, number]}))(images, PROMPTS)
 
 
