@@ -68,8 +68,16 @@ def main() -> None:
     """Makes the runs that are missing, and reports."""
     parser = sweep_options(__doc__, HERE / "algorithms.yaml")
     parser.add_argument("--tune", action="store_true", help="search the settings instead, and show what was tried")
+    smaller = parser.add_argument_group("a smaller comparison", "without the components and the long runs")
+    smaller.add_argument("--tasks", nargs="+", help="only these tasks")
+    smaller.add_argument("--methods", nargs="+", help="only these methods, beside what needs no training")
+    smaller.add_argument("--seeds", type=int, help="only so many seeds")
     options = parser.parse_args()
     settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
+    try:
+        settings = choose(settings, options.tasks, options.methods, options.seeds)
+    except ValueError as error:
+        parser.error(str(error))
     folder = options.out or HERE / "results" / "algorithms"
     tuning = Tuning(settings, folder / "tuning.jsonl")
     if options.tune:
@@ -83,6 +91,41 @@ def main() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def choose(
+    settings: dict[str, Any],
+    tasks: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    seeds: int | None = None,
+) -> dict[str, Any]:
+    """Returns the settings of a smaller comparison, which has no components and no long runs; its runs are the same.
+
+    Args:
+        settings: as in ``algorithms.yaml``.
+        tasks: names of the tasks; None for all.
+        methods: names of the methods; None for all.
+        seeds: number of seeds; None for all.
+
+    Raises:
+        ValueError: if there is no such task or method.
+    """
+    if tasks is None and methods is None and seeds is None:
+        return settings
+    smaller = settings | {"seeds": settings["seeds"] if seeds is None else seeds}
+    for part, names in (("tasks", tasks), ("methods", methods)):
+        chosen = list(settings[part]) if names is None else names
+        if unknown := [name for name in chosen if name not in settings[part]]:
+            raise ValueError(f"there are no {part} {', '.join(unknown)}; there are {', '.join(settings[part])}")
+        smaller[part] = {name: value for name, value in settings[part].items() if name in chosen}
+    used = [task["tuning"] for task in smaller["tasks"].values()]
+    searches = list(settings["tuning"]["searches"].items())
+    last = max(number for number, (name, _) in enumerate(searches) if name in used)
+    smaller["tuning"] = settings["tuning"] | {"searches": dict(searches[: last + 1])}  # one builds upon another
+    smaller["shown"] = {"tasks": list(smaller["tasks"])[:2], "labels": list(smaller["methods"])}
+    for part in ("components", "long"):
+        smaller[part] = settings[part] | {"seeds": 0}
+    return smaller
 
 
 def descriptions(settings: dict[str, Any], tuned: Tuned) -> Iterator[Description]:

@@ -69,6 +69,20 @@ def test_a_run_has_the_settings_of_its_task_its_method_and_its_search() -> None:
     }
 
 
+def test_a_smaller_comparison_has_some_of_the_same_runs(tmp_path: Path) -> None:
+    assert algorithms.choose(SETTINGS) is SETTINGS
+    smaller = algorithms.choose(SETTINGS, ["sparse"], ["GRPO", "DRaFT"], 2)
+    runs = list(algorithms.descriptions(smaller, TUNED))
+    assert all(run in RUNS for run in runs)
+    assert {run["label"] for run in runs} == {"GRPO", *SETTINGS["untrained"]}  # DRaFT needs a gradient
+    assert len(runs) == 2 * (1 + len(SETTINGS["untrained"]))
+    searched = {(run["task"], run["label"]) for run in Tuning(smaller, tmp_path / "tuning.jsonl").missing()}
+    assert searched == {("diffusion", label) for label in ("GRPO", "DRaFT", PRETRAINED)}
+    assert list(algorithms.choose(SETTINGS, ["flow"])["tuning"]["searches"]) == ["diffusion", "flow"]
+    with pytest.raises(ValueError, match="no methods ddpo; there are DPOK, "):
+        algorithms.choose(SETTINGS, methods=["ddpo"])
+
+
 def test_the_long_runs_come_after_the_first_seed() -> None:
     seeds = [run["seed"] for run in RUNS]
     assert seeds == sorted(seeds)
