@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import other_agents
 from benchmarks.other_agents import AGENTS, ALL_NUMBERS, LORA
+from tests.benchmarks.support import RESULTS
 
 
 def test_a_run_is_scored_on_the_same_images_whatever_it_trains_with() -> None:
@@ -40,3 +41,10 @@ def test_the_runs() -> None:
     runs = list(other_agents.make_descriptions(options))
     assert len(runs) == 66 == 3 * (2 * len(AGENTS) - 2)
     assert not [run for run in runs if run["task"] == "mixture" and run["label"] in (ALL_NUMBERS, LORA)]
+
+
+def test_the_published_table_is_that_of_the_published_runs(tmp_path: Path) -> None:
+    folder = RESULTS / "other_agents"
+    (tmp_path / "runs.jsonl").write_bytes((folder / "runs.jsonl").read_bytes())
+    other_agents.main(["--report", "--out", str(tmp_path)])
+    assert (tmp_path / "table.md").read_text() == (folder / "table.md").read_text()
