@@ -31,6 +31,7 @@ from benchmarks.over_optimisation import over_optimisation
 from benchmarks.runs import Description, Record, key_of, read_records, sweep, sweep_and_report, sweep_options
 from benchmarks.training_run import UNTRAINED
 from benchmarks.tuning import Axis, Change, Outcome, search
+from dpok_gym.utils.validation import check_integer
 
 EXPLANATION = """\
 Plain means over {n_seeds} seeds, with 95 % bootstrap intervals within tasks, which are a little too narrow with so
@@ -105,23 +106,22 @@ def choose(
         settings: as in ``algorithms.yaml``.
         tasks: names of the tasks; None for all.
         methods: names of the methods; None for all.
-        seeds: number of seeds; None for all.
+        seeds: number of seeds, at least 1; None for all.
 
     Raises:
-        ValueError: if there is no such task or method.
+        ValueError: if there is no such task or method, or no seed.
     """
     if tasks is None and methods is None and seeds is None:
         return settings
-    smaller = settings | {"seeds": settings["seeds"] if seeds is None else seeds}
+    smaller = settings | {"seeds": settings["seeds"] if seeds is None else check_integer("seeds", seeds)}
     for part, names in (("tasks", tasks), ("methods", methods)):
         chosen = list(settings[part]) if names is None else names
         if unknown := [name for name in chosen if name not in settings[part]]:
             raise ValueError(f"there are no {part} {', '.join(unknown)}; there are {', '.join(settings[part])}")
         smaller[part] = {name: value for name, value in settings[part].items() if name in chosen}
-    used = [task["tuning"] for task in smaller["tasks"].values()]
-    searches = list(settings["tuning"]["searches"].items())
-    last = max(number for number, (name, _) in enumerate(searches) if name in used)
-    smaller["tuning"] = settings["tuning"] | {"searches": dict(searches[: last + 1])}  # one builds upon another
+    searches = settings["tuning"]["searches"]
+    last = max(list(searches).index(task["tuning"]) for task in smaller["tasks"].values())
+    smaller["tuning"] = settings["tuning"] | {"searches": dict(list(searches.items())[: last + 1])}  # one needs another
     smaller["shown"] = {"tasks": list(smaller["tasks"])[:2], "labels": list(smaller["methods"])}
     for part in ("components", "long"):
         smaller[part] = settings[part] | {"seeds": 0}

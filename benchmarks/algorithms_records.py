@@ -1,4 +1,4 @@
-"""What the runs of :mod:`benchmarks.algorithms` say: their scores and costs, by method and task."""
+"""Scores and costs of the runs of :mod:`benchmarks.algorithms`, by method and task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often a person agrees with themselves, and what that says about the best reward."""
+"""The agreement of a person with themselves, and the bound that it sets for a reward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people choose between: pairs of images, which a folder keeps as ``pairs.json`` and ``images/``.
+"""Pairs of images that people choose from; a folder keeps them as ``pairs.json`` and ``images/``.
 
 The folder holds copies of the images, so it can be moved, and given to others.
 """

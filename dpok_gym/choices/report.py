@@ -1,4 +1,4 @@
-"""What choices say about the people who made them, and about the models whose images they saw.
+"""A report of choices: about the people who made them, and about the models whose images they saw.
 
 Letters used for shapes: N comparisons, K sources.
 """

@@ -81,6 +81,8 @@ def test_a_smaller_comparison_has_some_of_the_same_runs(tmp_path: Path) -> None:
     assert list(algorithms.choose(SETTINGS, ["flow"])["tuning"]["searches"]) == ["diffusion", "flow"]
     with pytest.raises(ValueError, match="no methods ddpo; there are DPOK, "):
         algorithms.choose(SETTINGS, methods=["ddpo"])
+    with pytest.raises(ValueError, match="seeds must be"):
+        algorithms.choose(SETTINGS, seeds=0)
 
 
 def test_the_long_runs_come_after_the_first_seed() -> None:

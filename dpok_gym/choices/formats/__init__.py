@@ -33,7 +33,7 @@ FILE_NAME = "choices.jsonl"
 
 @dataclass
 class Tally:
-    """What an import read, or an export wrote.
+    """The result of an import or an export, in numbers.
 
     Attributes:
         choices: number of choices, ties and skips included.

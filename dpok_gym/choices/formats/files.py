@@ -1,4 +1,4 @@
-"""What the formats share: rows of JSON and Parquet files, and images.
+"""Parts that the formats share: rows of JSON and Parquet files, and images.
 
 The files are other people's. No path in them is trusted, and the size of what is read is bounded.
 """
