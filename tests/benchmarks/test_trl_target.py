@@ -1,6 +1,7 @@
 """Two libraries to the same target: how a run is followed, and what is printed."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import trl_target
-from benchmarks.trl_target import OURS, RATES, Rate
+from benchmarks.trl_target import OURS, RATES, TRL, Rate
 
 RATE = Rate(1e-3, 640)
 
@@ -55,27 +56,31 @@ def test_a_worker_that_fails(python: Callable[..., Path]) -> None:
 def test_the_fastest_rate_runs_with_the_other_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And no run is made twice."""
-    made = []
+    """No run is made twice, and TRL has four times the slowest of our runs at our fastest rate."""
+    made: list[tuple[str, float, int]] = []
+    limits: dict[str, set[float]] = {OURS: set(), TRL: set()}
 
     def pretend(python: Path, library: str, rate: Rate, seed: int, limit: float) -> dict[str, Any]:
-        made.append((rate.learning_rate, seed))
-        reached = rate.learning_rate != 1.5e-3  # which would be the fastest
-        return {
-            "images": 64,
-            "seconds": 5.0 if not reached else 1 / rate.learning_rate,
-            "aligned": 1,
-            "reached": reached,
-        }
+        made.append((library, rate.learning_rate, seed))
+        limits[library].add(limit)
+        # The lowest rates would be the fastest, but do not reach the target. Each seed adds some time.
+        reached = rate != RATES[library][0]
+        seconds = (1 / rate.learning_rate if reached else 5.0) + seed / 10
+        return {"images": 64, "seconds": seconds, "aligned": 1, "reached": reached}
 
     monkeypatch.setattr(trl_target, "follow", pretend)
-    rates = [rate.learning_rate for rate in RATES[OURS]]
     out = tmp_path / "runs.json"
     for _ in range(2):
-        trl_target.main(["--out", str(out)])
-    assert made == [*((rate, 100) for rate in rates), *((max(rates), seed) for seed in (0, 1, 2))]
-    assert len(json.loads(out.read_text())) == 7
-    assert capsys.readouterr().out.count(f"│ {OURS} ") == 2 * 7
+        trl_target.main(["--out", str(out), "--trl", "python"])
+    for library in (OURS, TRL):
+        rates = [rate.learning_rate for rate in RATES[library]]
+        expected = [*((rate, 100) for rate in rates), *((max(rates), seed) for seed in (0, 1, 2))]
+        assert [run[1:] for run in made if run[0] == library] == expected
+    assert limits[OURS] == {math.inf}
+    assert list(limits[TRL]) == pytest.approx([4 * (1 / 1.2e-2 + 10)])
+    assert len(json.loads(out.read_text())) == 14
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"│ {library} ") == 2 * 7 for library in (OURS, TRL))
 
 
 @pytest.mark.slow
