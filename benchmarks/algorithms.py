@@ -26,9 +26,8 @@ from rich.table import Table
 
 from benchmarks import algorithms_figures, algorithms_records, algorithms_tables
 from benchmarks.algorithms_records import COMPONENT, LONG, PRETRAINED
-from benchmarks.compare import HERE
 from benchmarks.over_optimisation import over_optimisation
-from benchmarks.runs import Description, Record, key_of, read_records, sweep, sweep_and_report, sweep_options
+from benchmarks.runs import HERE, Description, Record, key_of, read_records, sweep, sweep_and_report, sweep_options
 from benchmarks.training_run import UNTRAINED
 from benchmarks.tuning import Axis, Change, Outcome, search
 from dpok_gym.utils.validation import check_integer

@@ -8,7 +8,7 @@ from statistics import fmean
 import numpy as np
 
 from benchmarks.algorithms_records import PRETRAINED, numbers_by_task, numbers_of, passes, runs_of, score
-from benchmarks.compare_tables import markdown
+from benchmarks.markdown import markdown
 from benchmarks.runs import Record
 from benchmarks.statistics import mean_over_tasks
 

@@ -24,7 +24,7 @@ from benchmarks.algorithms_records import (
     trained_labels,
     untrained_labels,
 )
-from benchmarks.compare_tables import markdown
+from benchmarks.markdown import markdown
 from benchmarks.runs import Record
 from benchmarks.statistics import (
     holm,

@@ -18,10 +18,8 @@ from rich.table import Table
 
 from benchmarks import compare_figures, figures
 from benchmarks.compare_tables import COLUMNS, list_labels, list_tasks, make_rows, make_text, rank
-from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
+from benchmarks.runs import HERE, Description, Record, sweep_and_report, sweep_options
 from benchmarks.training_run import REJECTION, prompts_of_row
-
-HERE = Path(__file__).parent
 
 
 def main() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.markdown import markdown
 from benchmarks.runs import Record
 from benchmarks.statistics import Interval, improvement, interquartile_mean, probability_of_improvement
 
@@ -178,18 +179,6 @@ def _improvements(records: Sequence[Record], labels: Sequence[str], tasks: Seque
             cell = "" if other == label else f"{probability_of_improvement(ours, theirs).value:.2f}"
             rows[label].append(cell)
     return markdown(rows, list(complete))
-
-
-def markdown(rows: dict[str, list[str]], headings: Iterable[str]) -> str:
-    """Returns a table in Markdown, whose first column has no heading.
-
-    Args:
-        rows: the cells of each row, by the text of the first column.
-        headings: of the other columns.
-    """
-    headings = ["", *headings]
-    lines = [headings, ["---"] * len(headings), *([label, *cells] for label, cells in rows.items())]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def rank(records: Sequence[Record], shared: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ The judge decides the choices, and scores all images in the end; nothing is trai
 untrained network, as ``dpok fit-reward`` does: the shipped ``shapes-preference`` has learned from 18,000 choices of
 this person.
 
-The choices are kept in ``--work``, and each run is one line of ``runs.jsonl``, as those of :mod:`benchmarks.compare`:
-an interrupted sweep continues where it stopped, and ``--report`` makes no runs. ``--tune`` makes the runs by which the
+The choices are kept in ``--work``, and each run is one line of ``runs.jsonl`` (:mod:`benchmarks.runs`): an
+interrupted sweep continues where it stopped, and ``--report`` makes no runs. ``--tune`` makes the runs by which the
 settings were chosen, on choices of another seed, and ranks them.
 """
 
@@ -37,9 +37,8 @@ from agents.cli.environments import EVALUATION_BATCH_SIZE, evaluation_rewards
 from agents.common.callbacks import format_seconds
 from agents.common.evaluation import cycle_prompts
 from agents.common.steering import UNSTEERED
-from benchmarks.compare import HERE
 from benchmarks.feedback_report import PRETRAINED, rank, report
-from benchmarks.runs import Description, Record, find_records, fresh_processes, sweep_and_report, sweep_options
+from benchmarks.runs import HERE, Description, Record, find_records, fresh_processes, sweep_and_report, sweep_options
 from benchmarks.training_run import summarize
 from dpok_gym.models import load_model
 from dpok_gym.prompts import load_prompts

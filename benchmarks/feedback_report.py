@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare_tables import markdown
 from benchmarks.figures import explain, save, tidy
+from benchmarks.markdown import markdown
 from benchmarks.runs import Record
 from benchmarks.statistics import Interval, mean
 from dpok_gym.shapes.choices import QUALITY_WEIGHT

@@ -3,7 +3,7 @@
 The embedded flow-matching model draws with each kernel and noise level of ``flow_noise.yaml``, before training and
 after the same number of images of DPOK. Before training the noise costs image quality, beside the sampler without noise
 ("ode"). In training it is what there is to learn from. One seed is made again with a smaller learning rate. The runs
-are kept as those of :mod:`benchmarks.compare`; ``--report`` makes none.
+are kept, see :mod:`benchmarks.runs`; ``--report`` makes none.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import HERE
-from benchmarks.compare_tables import markdown
 from benchmarks.figures import save, tidy
-from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
+from benchmarks.markdown import markdown
+from benchmarks.runs import HERE, Description, Record, sweep_and_report, sweep_options
 from benchmarks.statistics import Interval, mean
 from benchmarks.training_run import REJECTION
 

@@ -1,7 +1,7 @@
 """The effect of KL regularisation in online RL and in supervised fine-tuning: ``python -m benchmarks.kl_analysis``.
 
 It trains with several strengths of each kind of regularisation (``kl_analysis.yaml``), and shows reward, alignment and
-quality against the KL that was reached. The runs are kept as those of :mod:`benchmarks.compare`; ``--report`` makes
+quality against the KL that was reached. The runs are kept, see :mod:`benchmarks.runs`; ``--report`` makes
 none. :mod:`benchmarks.kl_bound` measures the KL of the finished images, of which the KL shown here is a bound.
 """
 
@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import HERE, describe
-from benchmarks.compare_tables import markdown
+from benchmarks.compare import describe
 from benchmarks.figures import LEVEL, grid, label_points, save, scale_kl, tidy
-from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
+from benchmarks.markdown import markdown
+from benchmarks.runs import HERE, Description, Record, sweep_and_report, sweep_options
 from benchmarks.statistics import Interval, improvement, interquartile_mean
 from benchmarks.training_run import prompts_of_row
 

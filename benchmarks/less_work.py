@@ -2,7 +2,7 @@
 
 The default run is made again with one setting changed, for each line of ``less_work.yaml``. For each it prints the
 images and the seconds of one core until the latest images of the training are good enough, and the scores in the end.
-The runs are kept as those of :mod:`benchmarks.compare`; ``--report`` makes none.
+The runs are kept, see :mod:`benchmarks.runs`; ``--report`` makes none.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import HERE
-from benchmarks.compare_tables import markdown
-from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
+from benchmarks.markdown import markdown
+from benchmarks.runs import HERE, Description, Record, sweep_and_report, sweep_options
 from benchmarks.statistics import mean
 
 COLUMNS = ("reached by", "images", "seconds", "of the seconds", "in the end: aligned", "quality", "KL, nats", "seconds")

@@ -31,7 +31,7 @@ from agents.algorithms.presets import PRESETS
 from agents.algorithms.registry import load_algorithm
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
 from agents.common.policy import DenoisingPolicy
-from benchmarks.compare_tables import markdown
+from benchmarks.markdown import markdown
 from benchmarks.runs import Description, Record, sweep_and_report, sweep_options
 from benchmarks.score import score_policy
 from benchmarks.statistics import mean

@@ -22,6 +22,9 @@ from tqdm import tqdm
 
 from benchmarks.training_run import run
 
+#: Folder of the benchmarks, with their settings; their results are in ``results``.
+HERE = Path(__file__).parent
+
 #: Keys of a record that are no part of its run's description.
 _RESULTS = {
     "scores",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from benchmarks import compare
+from benchmarks.runs import HERE
 
-HERE = Path(compare.__file__).parent
 RESULTS = HERE / "results"
 SETTINGS = yaml.safe_load((HERE / "compare.yaml").read_text(encoding="utf-8"))
 KL_SETTINGS = yaml.safe_load((HERE / "kl_analysis.yaml").read_text(encoding="utf-8"))

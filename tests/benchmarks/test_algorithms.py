@@ -14,13 +14,12 @@ from agents.common.arguments import check_arguments
 from benchmarks import algorithms
 from benchmarks.algorithms import PRETRAINED, Tuning
 from benchmarks.prompt_splits import prompt_splits
-from benchmarks.runs import Description
+from benchmarks.runs import HERE, Description
 from benchmarks.sparse_reward import fully_aligned
 from benchmarks.training_run import UNTRAINED
 from dpok_gym import make_reward
 from dpok_gym.prompts import load_prompts
 from dpok_gym.shapes.prompts import unseen_prompts
-from tests.benchmarks.support import HERE
 
 SETTINGS = yaml.safe_load((HERE / "algorithms.yaml").read_text(encoding="utf-8"))
 SEARCHES = ("diffusion", "flow")

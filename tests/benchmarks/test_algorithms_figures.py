@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 
 from benchmarks import algorithms_figures, figures
 from benchmarks.algorithms_records import PRETRAINED
-from benchmarks.runs import Record
+from benchmarks.runs import HERE, Record
 from benchmarks.training_run import UNTRAINED
 from tests.agents.cli.support import check_texts
-from tests.benchmarks.support import HERE
 
 SETTINGS = yaml.safe_load((HERE / "algorithms.yaml").read_text(encoding="utf-8"))
 TASKS = ("one", "two", "three")

@@ -9,9 +9,9 @@ import yaml
 
 from benchmarks import algorithms, algorithms_records, algorithms_tables
 from benchmarks.algorithms_records import PRETRAINED
-from benchmarks.runs import Record
+from benchmarks.runs import HERE, Record
 from benchmarks.training_run import UNTRAINED
-from tests.benchmarks.support import HERE, points, values
+from tests.benchmarks.support import points, values
 
 SETTINGS = yaml.safe_load((HERE / "algorithms.yaml").read_text(encoding="utf-8"))
 TASKS = ("one", "two")

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from benchmarks import feedback, feedback_report, runs
+from benchmarks.runs import HERE
 from dpok_gym.choices.records import read_choices
-from tests.benchmarks.support import HERE, RESULTS, values
+from tests.benchmarks.support import RESULTS, values
 
 SETTINGS = yaml.safe_load((HERE / "feedback.yaml").read_text(encoding="utf-8"))
 COMMON = SETTINGS["common"] | {"num_inference_steps": 1, "eval_images": 2}

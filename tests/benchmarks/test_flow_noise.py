@@ -8,8 +8,9 @@ import yaml
 
 from benchmarks import flow_noise, runs
 from benchmarks.flow_noise import COLUMNS
+from benchmarks.runs import HERE
 from dpok_gym.samplers.flow_matching import KERNELS
-from tests.benchmarks.support import HERE, RESULTS, fake_records, mean_score, values
+from tests.benchmarks.support import RESULTS, fake_records, mean_score, values
 
 SETTINGS = yaml.safe_load((HERE / "flow_noise.yaml").read_text(encoding="utf-8"))
 

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from benchmarks import less_work
-from benchmarks.runs import find_records
-from tests.benchmarks.support import HERE, RESULTS
+from benchmarks.runs import HERE, find_records
+from tests.benchmarks.support import RESULTS
 
 SETTINGS = yaml.safe_load((HERE / "less_work.yaml").read_text(encoding="utf-8"))
 
