@@ -23,7 +23,7 @@ from benchmarks.figures import save, tidy
 from benchmarks.markdown import markdown
 from benchmarks.runs import HERE, Description, Record, sweep_and_report, sweep_options
 from benchmarks.statistics import Interval, mean
-from benchmarks.training_run import REJECTION
+from benchmarks.training_run import UNTRAINED
 
 BEFORE, AFTER, SLOWER = "before", "after", "slower"
 #: The columns of a table: heading, when the score is taken, its name, its format.
@@ -66,7 +66,7 @@ def descriptions(settings: dict[str, Any]) -> Iterator[Description]:
                     environment = {"model": "shapes-flow", "sampler": sampler, "eta": eta}
                     run = {"num_inference_steps": n_steps, "environment": environment, "seed": seed}
                     run = settings["common"] | run | {"task": f"{n_steps} steps", "label": label(sampler, eta)}
-                    yield run | {"algorithm": REJECTION, "settings": {"n": 1}}
+                    yield run | {"algorithm": UNTRAINED, "settings": {}}
                     if sampler == "ode":
                         continue
                     run |= {"algorithm": settings["algorithm"], "settings": settings["settings"]}
@@ -122,7 +122,7 @@ def make_rows(records: Sequence[Record], n_steps: int, learning_rate: float) -> 
     rows: Rows = {}
 
     def moment(record: Record) -> str:
-        if record["algorithm"] == REJECTION:
+        if record["algorithm"] == UNTRAINED:
             return BEFORE
         return AFTER if record["settings"]["learning_rate"] == learning_rate else SLOWER
 

@@ -21,12 +21,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import describe
 from benchmarks.figures import LEVEL, grid, label_points, save, scale_kl, tidy
 from benchmarks.markdown import markdown
 from benchmarks.runs import HERE, Description, Record, sweep_and_report, sweep_options
 from benchmarks.statistics import Interval, improvement, interquartile_mean
-from benchmarks.training_run import prompts_of_row
+from benchmarks.training_run import UNTRAINED, prompts_of_row
 
 
 class Score(NamedTuple):
@@ -87,15 +86,19 @@ def main() -> None:
 
 def descriptions(settings: dict[str, Any]) -> list[Description]:
     """Returns the descriptions of the runs of ``kl_analysis.yaml``, those of the first seed first."""
-    shared = yaml.safe_load((HERE / "compare.yaml").read_text(encoding="utf-8"))
     runs = []
     for seed in range(settings["seeds"]):
         for name, family in settings["families"].items():
             ((argument, values),) = family["values"].items()
+            method = settings["methods"][family["method"]]
             for value in values:
+                run = settings["common"] | {"task": settings["task"], "label": _label(name, value), "seed": seed}
+                run |= {"algorithm": method["algorithm"], "family": name, "value": value}
                 changes = family.get("fixed", {}) | {argument: value}
-                run = describe(shared, settings["task"], family["label"], seed, changes)
-                runs.append(run | settings["common"] | {"label": _label(name, value), "family": name, "value": value})
+                if method["algorithm"] == UNTRAINED:
+                    runs.append(run | {"settings": {}, "draw": changes})
+                else:
+                    runs.append(run | {"settings": settings["settings"] | method["settings"] | changes})
     return runs
 
 
