@@ -116,11 +116,14 @@ def show(seconds: dict[str, list[Seconds]]) -> None:
         cells = [f"{own[part]:.2f}" for part in ("rollout", "update")]
         table.add_row(name, *cells, f"{N_IMAGES / own['both']:.2f}", ratios, f"{first:.1f}")
     Console(width=120).print(table)
-    if OURS + COMPILED in seconds:
-        compiled, eager = (_medians(seconds[name])["both"] for name in (OURS + COMPILED, OURS))
-        lost = sum(seconds[OURS + COMPILED][0].values()) - sum(seconds[OURS][0].values())
-        print(f"torch.compile: {lost:.0f} s at first, {eager - compiled:+.2f} s an iteration", end="")
-        print(f": even after {lost / (eager - compiled):.0f} iterations" if eager > compiled else ": never even")
+    for name in (OURS, OURS + BFLOAT16):
+        if name + COMPILED not in seconds:
+            continue
+        compiled, eager = seconds[name + COMPILED], seconds[name]
+        lost = sum(compiled[0].values()) - sum(eager[0].values())
+        won = _medians(eager)["both"] - _medians(compiled)["both"]
+        print(f"{name}{COMPILED}: {lost:.0f} s more at first, {won:.2f} s less in each iteration after it", end="")
+        print(f": even after {lost / won:.0f} iterations" if won > 0 else ": never even")
 
 
 def _medians(iterations: list[Seconds]) -> Seconds:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import side_by_side
-from benchmarks.side_by_side import FLOOR, OURS
+from benchmarks.runs import HERE
+from benchmarks.side_by_side import BFLOAT16, COMPILED, FLOOR, OURS, TRL
+from tests.benchmarks.support import RESULTS, values
 
 
 @pytest.fixture
@@ -58,3 +60,37 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         "2.00, 1.00, 1.33",
         "7.0",
     ]
+
+
+def test_when_compiling_is_even(capsys: pytest.CaptureFixture[str]) -> None:
+    eager = [{"rollout": 2.0, "update": 2.0}] * 2
+    compiled = [{"rollout": 10.0, "update": 6.0}, {"rollout": 1.0, "update": 1.0}]
+    names = (OURS, OURS + BFLOAT16)
+    side_by_side.show({FLOOR: eager, **dict.fromkeys(names, eager), names[0] + COMPILED: compiled})
+    printed = capsys.readouterr().out
+    assert printed.count("12 s more at first, 2.00 s less in each iteration after it: even after 6") == 1
+    side_by_side.show({FLOOR: eager, **dict.fromkeys(names, compiled), names[1] + COMPILED: eager})
+    assert capsys.readouterr().out.count("never even") == 1
+
+
+def test_the_published_table() -> None:
+    seconds = json.loads((RESULTS / "side_by_side.json").read_text(encoding="utf-8"))
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    rows = {
+        "plain torch, nothing but the networks": FLOOR,
+        "here": OURS,
+        "here, bfloat16": OURS + BFLOAT16,
+        "here, compiled": OURS + COMPILED,
+        "here, bfloat16 and compiled": OURS + BFLOAT16 + COMPILED,
+        "TRL": TRL,
+        "TRL, bfloat16": TRL + BFLOAT16,
+    }
+    assert set(rows.values()) == set(seconds)
+    medians = {name: side_by_side._medians(each) for name, each in seconds.items()}
+    for label, name in rows.items():
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {label} | "))
+        own = medians[name]
+        speed = side_by_side.N_IMAGES / own["both"]
+        cells = [f"{own['rollout']:.2f}", f"{own['update']:.2f}", f"{speed:.1f}"]
+        cells += ["1" if name == TRL else f"{medians[TRL]['both'] / own['both']:.2f}"]
+        assert values(line) == [*cells, f"{sum(seconds[name][0].values()):.1f}"]

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks import trl_target
-from benchmarks.trl_target import OURS, RATES, TRL, Rate
+from benchmarks.runs import HERE
+from benchmarks.trl_target import OURS, RATES, TRL, TUNING_SEED, Rate
+from tests.benchmarks.support import RESULTS, values
 
 RATE = Rate(1e-3, 640)
 
@@ -81,6 +83,29 @@ def test_the_fastest_rate_runs_with_the_other_seeds(
     assert len(json.loads(out.read_text())) == 14
     printed = capsys.readouterr().out
     assert all(printed.count(f"│ {library} ") == 2 * 7 for library in (OURS, TRL))
+
+
+@pytest.mark.parametrize(("label", "library"), [("here", OURS), ("TRL", TRL)])
+def test_the_published_table(label: str, library: str) -> None:
+    runs = json.loads((RESULTS / "trl_target.json").read_text(encoding="utf-8"))
+    runs = [run for run in runs if run["library"] == library]
+    page = (HERE / "README.md").read_text(encoding="utf-8").splitlines()
+    chosen = next(run["learning_rate"] for run in runs if run["seed"] != TUNING_SEED)
+    groups = {
+        "seeds 0 to 2": [run for run in runs if run["seed"] != TUNING_SEED],
+        "the other rates": [run for run in runs if run["learning_rate"] != chosen],
+    }
+    for name, group in groups.items():
+        (line,) = (line for line in page if line.startswith(f"| {label}, {name} | "))
+        rates, images, seconds, aligned = values(line)
+        assert rates == ", ".join(dict.fromkeys(f"{run['learning_rate']:g}" for run in group))
+        assert aligned == ", ".join(f"{100 * run['aligned']:.0f}" for run in group)
+        for cell, numbers in (
+            (images, [f"{run['images']:,}" for run in group]),
+            (seconds, [f"{run['seconds']:.0f}" for run in group]),
+        ):
+            assert cell.count("not in") == sum(not run["reached"] for run in group)
+            assert cell.replace("not in ", "") == ", ".join(numbers)
 
 
 @pytest.mark.slow
