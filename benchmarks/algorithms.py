@@ -128,7 +128,7 @@ def choose(
 
 
 def descriptions(settings: dict[str, Any], tuned: Tuned) -> Iterator[Description]:
-    """Yields the descriptions of the runs: those of the first seed and the long ones first, so that each part is there.
+    """Yields the descriptions of the runs: seed after seed, and the long ones at the end.
 
     Args:
         settings: as in ``algorithms.yaml``.
@@ -146,16 +146,20 @@ def descriptions(settings: dict[str, Any], tuned: Tuned) -> Iterator[Description
                 for change_label, change in components["changes"].items():
                     run = describe(settings, task, "DPOK", seed, tuned)
                     yield run | {"label": f"{COMPONENT}{change_label}", "settings": run["settings"] | change}
-        if seed < long["seeds"]:
-            for label in methods_of(settings, long["task"]):
-                if label not in long["without"]:
-                    yield describe(settings, long["task"], label, seed, tuned, long["images"]) | {"task": LONG}
+    for seed in range(long["seeds"]):
+        for label in methods_of(settings, long["task"]):
+            if label not in long["without"]:
+                yield describe(settings, long["task"], label, seed, tuned, long["images"]) | {"task": LONG}
 
 
 def methods_of(settings: dict[str, Any], task: str) -> list[str]:
-    """Returns the methods that can learn a task: without those that need a gradient which its reward has not."""
+    """Returns the methods that run on a task: without those that need a gradient which its reward has not."""
     has_gradient = settings["tasks"][task].get("gradient", True)
-    return [label for label, method in settings["methods"].items() if has_gradient or "needs_gradient" not in method]
+    return [
+        label
+        for label, method in settings["methods"].items()
+        if task in method.get("tasks", [task]) and (has_gradient or "needs_gradient" not in method)
+    ]
 
 
 def describe(
@@ -257,7 +261,7 @@ class Tuning:
         self._read()
         for name in self._searches:  # one after the other, as the second builds upon the first
             needed = [self._describe_pretrained(name, seed) for seed in self._rules["seeds"]]
-            for label in self._settings["methods"]:
+            for label in self._labels(name):
                 needed += [self._describe(name, label, *trial) for trial in self._outcome(name, label).missing]
             needed = [run for run in needed if key_of(run) not in self._records]
             if needed:
@@ -274,7 +278,7 @@ class Tuning:
             raise ValueError("the searches for settings are not over: run the command with --tune first")
         chosen = {}
         for name in self._searches:
-            for label in self._settings["methods"]:
+            for label in self._labels(name):
                 chosen[name, label] = self._start(name, label) | (self._outcome(name, label).best or {})
         return chosen
 
@@ -283,7 +287,7 @@ class Tuning:
         columns = {"reward": ".3f", "aligned": ".2f", "quality": ".3f", "kl": ".1f"}
         for name in self._searches:
             table = Table("", "settings", "seeds", "rank", *columns, "chosen", title=f"search “{name}”")
-            for label in self._settings["methods"]:
+            for label in self._labels(name):
                 outcome = self._outcome(name, label)
                 tried: dict[str, list[Record]] = {}
                 for record in self._records.values():
@@ -302,6 +306,16 @@ class Tuning:
 
     def _read(self) -> None:
         self._records = {key_of(record): record for record in read_records(self.file)}
+
+    def _labels(self, name: str) -> list[str]:
+        """Returns the methods that run on a task for which a search counts; a later search builds upon the first."""
+        of_searches = list(self._searches)[list(self._searches).index(name) :]
+        tasks = [task for task, value in self._settings["tasks"].items() if value["tuning"] in of_searches]
+        return [
+            label
+            for label in self._settings["methods"]
+            if any(label in methods_of(self._settings, task) for task in tasks)
+        ]
 
     def _axes(self, name: str, label: str) -> list[Axis]:
         """Returns the settings that a search tries for a method."""
