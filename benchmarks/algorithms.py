@@ -44,7 +44,8 @@ image of one prompt. The judge's scale ends at 1, so the best of 8 images of the
 two. Seconds: of one core. A run whose images became NaN counts as 0 aligned ones.
 
 A method that needs the reward's gradient has no runs where there is none. So it is left out of the tables over all
-tasks, and the tables over the tasks with a gradient have it.
+tasks, and the tables over the tasks with a gradient have it. Two variants without a KL run on three tasks only: the
+table of the paper's two claims has them, and those of the three tasks.
 
 In the tables of pairs, a difference is bold if a permutation test tells it from noise at 5 %, with Holm's correction
 for all pairs; in brackets is the smallest difference that so many runs would show in four of five comparisons, if it
