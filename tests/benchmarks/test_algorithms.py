@@ -73,7 +73,7 @@ def test_a_smaller_comparison_has_some_of_the_same_runs(tmp_path: Path) -> None:
     smaller = algorithms.choose(SETTINGS, ["sparse"], ["GRPO", "DRaFT"], 2)
     runs = list(algorithms.descriptions(smaller, TUNED))
     assert all(run in RUNS for run in runs)
-    assert {run["label"] for run in runs} == {"GRPO", *SETTINGS["untrained"]}  # DRaFT needs a gradient: it has no search
+    assert {run["label"] for run in runs} == {"GRPO", *SETTINGS["untrained"]}  # DRaFT needs a gradient
     assert len(runs) == 2 * (1 + len(SETTINGS["untrained"]))
     searched = {(run["task"], run["label"]) for run in Tuning(smaller, tmp_path / "tuning.jsonl").missing()}
     assert searched == {("diffusion", label) for label in ("GRPO", PRETRAINED)}
