@@ -15,6 +15,9 @@ from benchmarks.statistics import mean_over_tasks
 #: Rollouts that are averaged where a curve is read.
 _WINDOW = 3
 
+#: The scores of a point that are read.
+_SCORES = ("reward", "alignment", "quality")
+
 Point = Mapping[str, float]
 Cost = Callable[[Point], float]
 
@@ -43,23 +46,25 @@ def smoothed(points: Sequence[Point], name: str) -> list[float]:
 
 
 def at_cost(record: Record, cost: float, measure: Cost, name: str) -> float | None:
-    """Returns a score of the images that a run was drawing when it had cost so much.
+    """Returns a score of the images that a run was drawing when it had cost so much, interpolated between two points.
 
-    A run that costs less counts with its final evaluation. The result is None if there is no curve.
+    A run that costs less counts with its final evaluation. The result is None if there is no curve, and 0 if the run
+    has diverged: it draws nothing.
 
     Args:
         record: of a run.
         cost: in the unit of ``measure``.
         measure: the cost of a point of the curve.
-        name: of the score.
+        name: of the score, 0 or more.
     """
+    if "diverged" in record:
+        return 0.0
     if not record["curve"]:
         return None
-    *points, final = record["curve"]
-    if measure(final) <= cost:
-        return final[name]
-    reached = [point for point in points if measure(point) <= cost]
-    return smoothed(reached, name)[-1] if reached else None
+    curve = record["curve"]
+    if measure(curve[-1]) <= cost:
+        return curve[-1][name]
+    return float(np.interp(cost, [measure(point) for point in curve], [point[name] for point in curve]))
 
 
 def equal_cost_table(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str], yardstick: str) -> str:
@@ -87,18 +92,24 @@ def equal_cost_table(records: Sequence[Record], tasks: Sequence[str], labels: Se
     return markdown(rows, [f"alignment at equal {name}, %" for name in COSTS])
 
 
-def at_reward(record: Record, reward: float, name: str) -> float | None:
-    """Returns a score of a run's training images when their reward first reached a level; None if it never did.
+def at_reward(record: Record, reward: float, name: str, start: Point) -> float | None:
+    """Returns a score of a run's images when their reward first reached a level; None if it never did.
 
-    It is interpolated between two points of the curve.
+    The curve is that of the pre-trained model, of the images of the training, smoothed, and of the final evaluation. It
+    is interpolated between two points.
 
     Args:
         record: of a run.
         reward: the level.
         name: a score of the points.
+        start: the means of the pre-trained model.
     """
-    points = record["curve"][:-1]
-    rewards, values = smoothed(points, "reward"), smoothed(points, name)
+    if not record["curve"]:
+        return None
+    *points, final = record["curve"]
+    of_fit = [point for point in points if "drawn_for_it" in point]  # those before a fit are of the pre-trained model
+    points = [start, *(of_fit or points[1:])]
+    rewards, values = ([*smoothed(points, score), final[score]] for score in ("reward", name))
     for place, high in enumerate(rewards):
         if high >= reward:
             if place == 0:
@@ -119,23 +130,26 @@ def claims_table(records: Sequence[Record], tasks: Sequence[str], arms: Sequence
         tasks: that count.
         arms: labels: with and without the KL, online and supervised.
     """
-    levels = {}
+    levels, starts = {}, {}
     for task in tasks:
         ends = [numbers_of(records, arm, task, score("reward")) for arm in arms]
-        start = numbers_of(records, PRETRAINED, task, score("reward"))
-        if start and all(ends):
-            levels[task] = (fmean(start) + min(map(fmean, ends))) / 2
+        before = {name: numbers_of(records, PRETRAINED, task, score(name)) for name in _SCORES}
+        if all(before.values()) and all(ends):
+            starts[task] = {name: fmean(numbers) for name, numbers in before.items()}
+            levels[task] = (starts[task]["reward"] + min(map(fmean, ends))) / 2
     rows = {}
     for arm in arms:
         cells = []
         for name in ("alignment", "quality"):
             by_task = []
             for task, level in levels.items():
-                values = [at_reward(run, level, name) for run in runs_of(records, arm, task)]
+                values = [at_reward(run, level, name, starts[task]) for run in runs_of(records, arm, task)]
                 by_task.append([value for value in values if value is not None])
             cells.append(f"{mean_over_tasks(by_task):.3f}" if by_task and all(by_task) else "")
         reached = [
-            at_reward(run, level, "reward") for task, level in levels.items() for run in runs_of(records, arm, task)
+            at_reward(run, level, "reward", starts[task])
+            for task, level in levels.items()
+            for run in runs_of(records, arm, task)
         ]
         cells.append(f"{sum(value is not None for value in reached)} of {len(reached)}")
         ends = numbers_by_task(records, arm, list(levels), score("quality"))

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, MultipleLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from benchmarks.algorithms_records import PRETRAINED, numbers_of, passes, runs_of, score
 from benchmarks.figures import (
@@ -35,6 +35,7 @@ from benchmarks.figures import (
     make_panels,
     name_x,
     save,
+    scale_kl,
     smooth,
     tidy,
 )
@@ -257,13 +258,11 @@ def frontier(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[s
         before = numbers_of(records, PRETRAINED, task, _ALIGNED)
         if before:
             axes.axhline(float(np.mean(before)), **DOTTED)
-        axes.set_xscale("log")
         axes.set_title(task, fontsize=10)
         axes.set_ylabel("fully aligned, %")
         axes.margins(x=0.08, y=0.12)
         tidy(axes)
-    panels[0].xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
-    panels[0].xaxis.set_minor_formatter(NullFormatter())
+    scale_kl(panels[0], 1)  # all have one axis; a run may be at 0
     name_x(panels, columns, "KL to the pre-trained model, nats per image")
     handles = [_handle(label, _style(label)) for label in labels if label in {run["label"] for run in shown}]
     handles.append(Line2D([], [], label="pre-trained, mean (its KL is 0)", **DOTTED))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
 from typing import Any
-
-import numpy as np
 
 from benchmarks.runs import Record
 from benchmarks.training_run import UNTRAINED
@@ -85,7 +82,9 @@ def untrained_labels(records: Sequence[Record]) -> list[str]:
 
 
 def gains(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str], prompts: str = "training") -> Numbers:
-    """Returns how many points of fully aligned images each run is above the pre-trained model's mean.
+    """Returns how many points of fully aligned images each run is above the pre-trained model with the same seed.
+
+    Both are evaluated with the same noise, so what it adds to both does not count.
 
     Args:
         records: of the runs.
@@ -94,12 +93,13 @@ def gains(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]
         prompts: the set of prompts.
     """
     read = score("aligned", prompts, 100)
-    starts = [fmean(numbers) for numbers in numbers_by_task(records, PRETRAINED, tasks, read)]
     by_label: Numbers = {}
     for label in labels:
-        by_task = numbers_by_task(records, label, tasks, read)
+        by_task = []
+        for task in tasks:
+            starts = {run["seed"]: read(run) for run in runs_of(records, PRETRAINED, task)}
+            pairs = [(read(run), starts.get(run["seed"])) for run in runs_of(records, label, task)]
+            by_task.append([end - start for end, start in pairs if end is not None and start is not None])
         if all(by_task):
-            by_label[label] = [
-                (np.array(numbers) - start).tolist() for numbers, start in zip(by_task, starts, strict=True)
-            ]
+            by_label[label] = by_task
     return by_label

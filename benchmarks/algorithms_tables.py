@@ -55,6 +55,7 @@ COLUMNS = {
     "quality": Column(score("quality"), ".3f"),
     "reward": Column(score("reward"), ".2f"),
     "KL, nats": Column(score("kl"), ".1f"),
+    "late drift": Column(score("late_drift"), ".2f", has_interval=False),
     "positions, nats": Column(score("entropy_of_positions"), ".2f"),
     "pixels": Column(score("diversity"), ".3f"),
     "passes to train, thousands": Column(lambda record: passes(record) / 1000, ".0f", has_interval=False),
@@ -137,7 +138,7 @@ def overview(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[s
             f"{np.mean([passes(record) for record in runs]) / 1000:.0f}",
             f"{mean_over_tasks(numbers_by_task(records, label, tasks, score('calls'))).value:.0f}",
         ]
-    headings = ("gain, points", "pooled interquartile mean", "unseen prompts", "reward minus judge")
+    headings = ("gain, points", "pooled interquartile mean", "gain, unseen prompts", "reward minus judge")
     return markdown(rows, [*headings, "passes to train, thousands", "passes to draw"])
 
 
@@ -183,16 +184,13 @@ def components_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
         tasks: on which components were changed.
     """
     labels = list(dict.fromkeys(r["label"] for r in records if r["label"].startswith(COMPONENT)))
-    seeds = {record["seed"] for record in records if record["label"] in labels}
-    compared = [record for record in records if record["seed"] in seeds]
+    by_label = gains(records, tasks, ["DPOK", *labels])
+    theirs = by_label.pop("DPOK", None)
     rows = {}
     p_values, cells = {}, {}
-    for label in labels:
-        ours, theirs = (numbers_by_task(compared, name, tasks, score("aligned", scale=100)) for name in (label, "DPOK"))
-        if not (all(ours) and all(theirs)):
-            continue
+    for label, ours in by_label.items() if theirs else ():
         p_values[label] = permutation_test(ours, theirs)
-        kl = numbers_by_task(compared, label, tasks, score("kl"))
+        kl = numbers_by_task(records, label, tasks, score("kl"))
         difference = mean_over_tasks(ours).value - mean_over_tasks(theirs).value
         cells[label] = [f"{difference:+.1f}", f"{smallest_difference(ours, theirs):.1f}", f"{mean_over_tasks(kl):.1f}"]
     corrected = holm(p_values) if p_values else {}

@@ -2,7 +2,7 @@
 
 ===============  ============================================================================================
 ``training``     120 prompts of three categories: all colours and numbers that are not held out, and 43 pairs
-``objects``      40 prompts of the same categories, about objects that :mod:`dpok_gym.shapes.prompts` holds out
+``objects``      40 prompts of the same categories, about combinations that :mod:`dpok_gym.shapes.prompts` holds out
 ``category``     40 prompts of the fourth category, such as "a red circle above a blue square"
 ``paraphrases``  the 43 pairs of the training in the other order
 ===============  ============================================================================================

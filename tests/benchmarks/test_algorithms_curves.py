@@ -23,16 +23,16 @@ def test_equal_costs() -> None:
     records = [record("cheap", cheap), record("dear", dear), record("none", [])]
     rows = equal_cost_table(records, ["one"], ["cheap", "dear", "none"], "dear").splitlines()[2:]
     # 200 images, 1800 passes and 4 seconds. A pass of the cheap one costs 3 an image: it has ended at 1500.
-    assert [values(row) for row in rows] == [["10.0", "50.0", "30.0"], ["50.0", "50.0", "50.0"]]
+    assert [values(row) for row in rows] == [["20.0", "50.0", "40.0"], ["50.0", "50.0", "50.0"]]
 
 
 def test_the_score_at_a_cost() -> None:
     run = record("ours", points(0.1, 0.2, 0.6, 0.9))
-    assert at_cost(run, 150, COSTS["images"], "reward") == pytest.approx(0.15)
-    assert at_cost(run, 299, COSTS["images"], "reward") == pytest.approx(0.3)
+    assert at_cost(run, 150, COSTS["images"], "reward") == pytest.approx(0.4)
+    assert at_cost(run, 299, COSTS["images"], "reward") == pytest.approx(0.897)  # no jump at the end
     assert at_cost(run, 300, COSTS["images"], "reward") == at_cost(run, 999, COSTS["images"], "reward") == 0.9
-    assert at_cost(run, -1, COSTS["images"], "reward") is None
     assert at_cost(record("ours", []), 1, COSTS["images"], "reward") is None
+    assert at_cost(record("ours", []) | {"diverged": "nan"}, 1, COSTS["images"], "alignment") == 0
 
 
 def test_points_of_a_fit_are_not_averaged() -> None:
@@ -49,11 +49,32 @@ def test_equal_rewards() -> None:
         record("fast", points(0.0, 0.3, 0.9, 0.9, 0.0), 0.9),
         record("slow", points(0.0, 0.2, 0.4, 0.4, 1.0), 0.4),
     ]
-    # Means of three: 0, 0.15, 0.4, 0.7 and 0, 0.1, 0.2, 0.33. So the level 0.3 is between two points.
-    assert at_reward(records[1], 0.3, "quality") == pytest.approx(0.7)
-    assert at_reward(records[1], 0.3, "reward") == pytest.approx(0.3)
-    assert at_reward(records[2], 0.35, "quality") is None
-    assert at_reward(records[2], -1, "quality") == 1
+    start = {"reward": 0.0, "alignment": 0.0, "quality": 1.0}
+    # Means of three: 0, 0.15, 0.4, 0.7 and 0, 0.1, 0.2, 0.33, and the end. So the level 0.3 is between two points.
+    assert at_reward(records[1], 0.3, "quality", start) == pytest.approx(0.7)
+    assert at_reward(records[1], 0.3, "reward", start) == pytest.approx(0.3)
+    assert at_reward(records[2], 0.9, "quality", start) == pytest.approx(1 - 0.9, abs=0.1)
+    assert at_reward(records[2], 1.1, "quality", start) is None
+    assert at_reward(records[2], -1, "quality", start) == 1
+    assert at_reward(records[0], 0.3, "quality", start) is None
+
+
+def test_the_draws_before_a_fit_are_of_the_pretrained_model() -> None:
+    """However high the reward of one of them is."""
+    curve = points(0.0, 5.0, 0.2, 0.4)
+    curve[2]["drawn_for_it"] = True
+    start = {"reward": 0.0, "alignment": 0.0, "quality": 1.0}
+    assert at_reward(record("fit", curve), 0.3, "reward", start) == pytest.approx(0.3)
+    assert at_reward(record("fit", curve), 0.1, "quality", start) == pytest.approx(0.9)
+
+
+def test_the_claims() -> None:
+    records = [
+        record(PRETRAINED, [], 0.2),
+        record("fast", points(0.0, 0.3, 0.9, 0.9, 0.9), 0.9),
+        record("slow", points(0.0, 0.2, 0.4, 0.4, 0.4), 0.4),
+    ]
+    records[0]["scores"]["training"] |= {"alignment": 0.1, "quality": 0.8}
     rows = claims_table(records, ["one"], ["fast", "slow"]).splitlines()[2:]
     assert [values(row) for row in rows] == [["0.150", "0.700", "1 of 1", "0.700"]] * 2
     assert values(claims_table(records[1:], ["one"], ["fast"]).splitlines()[2])[:2] == ["", ""]

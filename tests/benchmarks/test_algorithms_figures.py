@@ -164,7 +164,7 @@ def test_frontier(records: list[Record], draw: Callable[..., Any]) -> None:
     panels = [axes for axes in figure.axes if axes.get_visible()]
     assert [axes.get_title() for axes in panels] == list(TASKS)
     for axes, task in zip(panels, TASKS, strict=True):
-        assert axes.get_xscale() == "log"
+        assert axes.get_xscale() == "symlog"
         for label, places, mean in zip(trained, dots(axes), markers(axes), strict=True):
             expected = scores_of(records, task, label, "kl"), 100 * np.array(scores_of(records, task, label))
             np.testing.assert_allclose(np.transpose(places), expected)

@@ -175,3 +175,15 @@ def test_smallest_difference_is_seen_with_a_power_of_80_percent() -> None:
     difference = ours.mean(axis=(0, 2)) - theirs.mean(axis=(0, 2))
     error = np.sqrt(((ours.var(axis=2, ddof=1) + theirs.var(axis=2, ddof=1)) / 20).sum(axis=0)) / 3
     assert (np.abs(difference) > 1.96 * error).mean() == pytest.approx(0.8, abs=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_tasks", "coverage"), [(1, 0.84), (6, 0.90)])
+def test_intervals_of_five_runs_are_too_narrow(n_tasks: int, coverage: float) -> None:
+    """As the tables of the comparison say."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(1000):
+        interval = mean_over_tasks(rng.normal(size=(n_tasks, 5)))
+        held += interval.low <= 0 <= interval.high
+    assert held / 1000 == pytest.approx(coverage, abs=0.03)
