@@ -185,7 +185,7 @@ def components_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
     """
     labels = list(dict.fromkeys(r["label"] for r in records if r["label"].startswith(COMPONENT)))
     by_label = gains(records, tasks, ["DPOK", *labels])
-    theirs = by_label.pop("DPOK", None)
+    theirs = by_label.pop("DPOK", [])
     rows = {}
     p_values, cells = {}, {}
     for label, ours in by_label.items() if theirs else ():
