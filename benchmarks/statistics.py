@@ -104,18 +104,6 @@ def pooled_interquartile_mean(by_task: Sequence[ArrayLike]) -> Interval:
     return _interval(by_task, statistic)
 
 
-def interquartile_band(curves: ArrayLike) -> tuple[Numbers, Numbers, Numbers]:
-    """Computes the interquartile mean at each point of curves.
-
-    Args:
-        curves: (seeds, points).
-
-    Returns:
-        The mean and both ends of its interval, (points,) each.
-    """
-    return _bounds([np.asarray(curves).T], _middle)
-
-
 def improvement(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike]) -> Interval:
     """Computes how far the interquartile mean of our runs is above that of theirs.
 
@@ -134,27 +122,6 @@ def improvement(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike]) -> Inter
 
 def _middle(sample: Numbers, axis: int) -> Numbers:
     return np.asarray(trim_mean(sample, 0.25, axis=axis))
-
-
-def probability_of_improvement(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike]) -> Interval:
-    """Computes the probability that a run of ours is better than one of theirs, as a mean over tasks.
-
-    Ties count half.
-
-    Args:
-        ours: for each task the runs' numbers, one for each seed.
-        theirs: the same of the other algorithm, for the same tasks.
-    """
-
-    def statistic(*samples: Numbers, axis: int = -1) -> Numbers:
-        half = len(samples) // 2
-        shares = []
-        for one, other in zip(samples[:half], samples[half:], strict=True):
-            difference = one[..., :, None] - other[..., None, :]  # of each run of ours and each of theirs
-            shares.append(((difference > 0) + 0.5 * (difference == 0)).mean(axis=(-2, -1)))
-        return np.mean(shares, axis=0)
-
-    return _interval([*ours, *theirs], statistic)
 
 
 def permutation_test(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike], *, n_resamples: int = 9_999) -> float:

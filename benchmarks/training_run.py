@@ -39,9 +39,6 @@ if TYPE_CHECKING:
     from agents.common.algorithm import DenoisingAlgorithm
     from agents.common.policy import DenoisingPolicy
 
-#: The "algorithm" of runs without training: the best of n images of the pre-trained model.
-REJECTION = "rejection"
-
 #: The "algorithm" of runs without training, however they draw.
 UNTRAINED = "untrained"
 
@@ -59,7 +56,7 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
     """Trains and evaluates.
 
     Args:
-        description: ``algorithm`` (a registered name, :data:`UNTRAINED`, or :data:`REJECTION`), ``settings`` of it,
+        description: ``algorithm`` (a registered name, or :data:`UNTRAINED`), ``settings`` of it,
             ``prompts``, ``reward`` ({name: weight}), ``images`` (the budget), ``n_envs``, ``num_inference_steps``,
             ``eval_images``, ``held_out`` (True to evaluate on unseen prompts too), ``seed``; and perhaps
 
@@ -79,12 +76,10 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
     prompts = _training_prompts(description)
     settings = dict(description["settings"])
     n_envs = settings.pop("n_envs", description["n_envs"])
-    trains = description["algorithm"] not in (REJECTION, UNTRAINED)
+    trains = description["algorithm"] != UNTRAINED
     # Without training, an untrained agent gives access to the pre-trained model; SFT takes steps without noise too.
     name = description["algorithm"] if trains else "sft"
     draw = description.get("draw", {})
-    if description["algorithm"] == REJECTION:
-        draw = {"steering": "best-of", "n_particles": settings.pop("n")}
     environment = description.get("environment", {}) | draw.get("environment", {})
     of_env = description | {"environment": environment}
     env = _make_env(of_env, prompts, n_envs)

@@ -61,8 +61,11 @@ def test_a_grid_has_the_ticks_of_the_judge(tmp_path: Path, monkeypatch: pytest.M
     rows: dict[str, Any] = {}
     monkeypatch.setattr(figures.plots, "image_rows", lambda found, *_: rows.update(found))
     prompts = ["three green squares"] * 8
-    figures.grid(RESULTS / "compare_quick", "count", ["DPOK", "pre-trained", "none"], prompts, tmp_path / "a.png")
-    assert {label: aligned.sum() for label, (_, aligned) in rows.items()} == {"DPOK": 7, "pre-trained": 7}
+    label = "DPOK, KL in the loss, 0.02"
+    figures.grid(RESULTS / "kl_analysis", "count", [label, "none"], prompts, tmp_path / "a.png")
+    assert list(rows) == [label]
+    # The first image and the sixth have red in the squares.
+    assert rows[label][1].tolist() == [False, True, True, True, True, False, True, True]
 
 
 def test_labels_of_points_do_not_overlap() -> None:

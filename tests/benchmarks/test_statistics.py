@@ -8,13 +8,11 @@ from benchmarks import statistics
 from benchmarks.statistics import (
     holm,
     improvement,
-    interquartile_band,
     interquartile_mean,
     mean_band,
     mean_over_tasks,
     permutation_test,
     pooled_interquartile_mean,
-    probability_of_improvement,
     smallest_difference,
 )
 
@@ -32,14 +30,6 @@ def test_interquartile_mean() -> None:
     assert mean.low < mean.value < mean.high
     assert f"{mean:.2f}" == f"1.75 [{mean.low:.2f}, {mean.high:.2f}]"
     assert f"{interquartile_mean([[0.5]]):.2f}" == "0.50"  # one run has no interval
-
-
-def test_interquartile_band() -> None:
-    curves = np.random.default_rng(0).normal([0, 10, 20], size=(5, 3))
-    band = interquartile_band(curves)
-    points = [interquartile_mean([column]) for column in curves.T]
-    np.testing.assert_allclose(np.array(band), np.array(points).T)
-    assert np.isnan(interquartile_band(curves[:1])[1:]).all()
 
 
 def test_mean_band() -> None:
@@ -65,13 +55,6 @@ def test_improvement() -> None:
     assert difference.value == np.mean([1.0, 0.5])
     assert difference.low < difference.value < difference.high
     assert improvement(theirs, ours).value == -difference.value
-
-
-def test_probability_of_improvement() -> None:
-    probability = probability_of_improvement([[3.0, 1.0], [5.0, 5.0]], [[2.0, 0.0], [5.0, 6.0]])
-    assert probability.value == np.mean([3 / 4, 1 / 4])
-    assert probability.low <= probability.value <= probability.high
-    assert probability_of_improvement([[1.0, 2.0]], [[0.0, 0.5]])[:3] == (1.0, 1.0, 1.0)
 
 
 def test_mean_over_tasks() -> None:
