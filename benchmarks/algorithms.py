@@ -26,9 +26,10 @@ from rich.table import Table
 
 from benchmarks import algorithms_figures, algorithms_records, algorithms_tables
 from benchmarks.algorithms_records import COMPONENT, LONG, PRETRAINED
+from benchmarks.figures import grid
 from benchmarks.over_optimisation import over_optimisation
 from benchmarks.runs import HERE, Description, Record, key_of, read_records, sweep, sweep_and_report, sweep_options
-from benchmarks.training_run import UNTRAINED
+from benchmarks.training_run import UNTRAINED, prompts_of_row
 from benchmarks.tuning import Axis, Change, Outcome, search
 from dpok_gym.utils.validation import check_integer
 
@@ -217,7 +218,7 @@ def report(records: Sequence[Record], settings: dict[str, Any], folder: Path) ->
     Args:
         records: of the runs.
         settings: as in ``algorithms.yaml``.
-        folder: for the files; it has the rows of images.
+        folder: for the files; it has the rows of images already.
     """
     order = [*settings["methods"], *settings["untrained"]]
     records = sorted(records, key=lambda record: order.index(record["label"].partition(": ")[0]))
@@ -236,6 +237,11 @@ def report(records: Sequence[Record], settings: dict[str, Any], folder: Path) ->
         algorithms_figures.costs(records, settings["shown"]["tasks"], settings["shown"]["labels"], folder / "costs.png")
     if any(record["task"] == LONG for record in records):
         over_optimisation(records, trained, folder / "over_optimisation.png")
+    for task in (*settings["shown"]["tasks"], LONG):
+        of_task = [record for record in records if record["task"] == task]
+        if of_task:
+            shown = [PRETRAINED, *settings["shown"]["labels"]]
+            grid(folder, task, shown, prompts_of_row(of_task[0]), folder / f"grid-{task}.png")
     print(f"{next(iter(tables.values()))}\nall tables and figures: {folder}")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from benchmarks import algorithms, algorithms_records, algorithms_tables
 from benchmarks.algorithms_records import PRETRAINED
@@ -91,9 +92,13 @@ def test_the_report(tmp_path: Any) -> None:
     for run in records:
         if (run["label"], run["seed"]) == ("DDPO", 0):
             run |= {"diverged": "the image is not finite", "scores": {}, "curve": []}
+    (tmp_path / "images").mkdir()
+    for task in ("many", "long"):  # the rows of white images of two runs
+        Image.new("RGB", (8 * 64, 64), "white").save(tmp_path / "images" / f"{task}-DPOK.png")
     algorithms.report(records, settings, tmp_path)
-    names = ("gains", "frontier", "costs", "over_optimisation")
+    names = ("gains", "frontier", "costs", "over_optimisation", "grid-many", "grid-long")
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in names)
+    assert not (tmp_path / "grid-count.png").exists()
     text = (tmp_path / "tables.md").read_text()
     titles = [line.removeprefix("### ") for line in text.splitlines() if line.startswith("### ")]
     assert titles[:9] == [
