@@ -333,13 +333,26 @@ def _revision() -> str:
     return done.stdout.strip() or "main"
 
 
-def file(path: str) -> str:
+def file(path: str, heading: str = "") -> str:
     """Returns a Markdown file of the repository, without its title, for a page in a folder of ``docs/``.
 
     Args:
         path: of the file, from the root of the repository.
+        heading: of the part that is wanted, which ends at the next heading; all parts if there is none.
+
+    Raises:
+        ValueError: if the file has no such heading.
     """
     source = ROOT / path.strip()
+    text = source.read_text(encoding="utf-8")
+    if heading:
+        _, *parts = re.split(r"^#+ (.+)\n", text, flags=re.MULTILINE)
+        by_heading = dict(zip(parts[::2], parts[1::2], strict=True))
+        if heading not in by_heading:
+            raise ValueError(f"{path} has no part {heading!r}; there are {', '.join(by_heading)}")
+        text = by_heading[heading]
+    else:
+        text = text.partition("\n")[2]
 
     def relink(link: re.Match[str]) -> str:
         target, hash_, anchor = link[2].partition("#")
@@ -351,7 +364,7 @@ def file(path: str) -> str:
         kind = "tree" if (ROOT / found).is_dir() else "blob"
         return f"{link[1]}({REPOSITORY}/{kind}/main/{found.as_posix()}{hash_}{anchor})"
 
-    return re.sub(r"(!?\[[^\]]*\])\(([^)\s]+)\)", relink, source.read_text(encoding="utf-8").partition("\n")[2])
+    return re.sub(r"(!?\[[^\]]*\])\(([^)\s]+)\)", relink, text)
 
 
 def notebooks() -> str:

@@ -113,3 +113,11 @@ def test_links_of_a_file_of_the_repository_lead_on() -> None:
     inside = re.findall(r"\]\((\.\./[^)#]+\.md)", text)
     assert inside
     assert all((ROOT / "docs" / "reference" / link).is_file() for link in inside)
+
+
+def test_a_part_of_a_file_of_the_repository() -> None:
+    part = GENERATORS["file"]("benchmarks/README.md", "Beside TRL")
+    assert "side_by_side" in part
+    assert "\n## " not in part
+    with pytest.raises(ValueError, match="has no part 'Poems'; there are Results, "):
+        expand("<!-- generate: file benchmarks/README.md|Poems -->")
