@@ -1,4 +1,4 @@
-"""The algorithms side by side, second edition: ``python -m benchmarks.algorithms``.
+"""The algorithms side by side: ``python -m benchmarks.algorithms``.
 
 It has three parts, all described in ``algorithms.yaml``:
 
@@ -8,7 +8,7 @@ It has three parts, all described in ``algorithms.yaml``:
 - DPOK runs with one component changed at a time.
 
 Each run is one line of ``runs.jsonl`` or ``tuning.jsonl``, so a sweep of many hours can stop anywhere, and the same
-command goes on. ``--report`` makes no runs.
+command goes on. A folder without a search of its own has the published settings. ``--report`` makes no runs.
 """
 
 from __future__ import annotations
@@ -80,8 +80,10 @@ def main() -> None:
         settings = choose(settings, options.tasks, options.methods, options.seeds)
     except ValueError as error:
         parser.error(str(error))
-    folder = options.out or HERE / "results" / "algorithms"
-    tuning = Tuning(settings, folder / "tuning.jsonl")
+    published = HERE / "results" / "algorithms"
+    folder = options.out or published
+    has_own = options.tune or (folder / "tuning.jsonl").is_file()
+    tuning = Tuning(settings, (folder if has_own else published) / "tuning.jsonl")
     if options.tune:
         while not options.report and (missing := tuning.missing()):
             sweep(missing, tuning.file, options.processes, images=False)
