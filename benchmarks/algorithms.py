@@ -26,7 +26,9 @@ from rich.table import Table
 
 from benchmarks import algorithms_figures, algorithms_records, algorithms_tables
 from benchmarks.algorithms_records import COMPONENT, LONG, PRETRAINED
+from benchmarks.checksums import write_checksums
 from benchmarks.figures import grid
+from benchmarks.markdown import markdown
 from benchmarks.over_optimisation import over_optimisation
 from benchmarks.runs import HERE, Description, Record, key_of, read_records, sweep, sweep_and_report, sweep_options
 from benchmarks.training_run import UNTRAINED, prompts_of_row
@@ -55,6 +57,9 @@ much as a run of DPOK; a method that costs less counts with its end. At equal re
 first had the reward that is in the middle between the pre-trained model's and the lowest final one of the four
 methods.
 """
+
+#: The models and the learned reward of the embedded worlds that the runs use.
+WEIGHTS = sorted((HERE.parent / "dpok_gym" / "shapes").rglob("*.safetensors"))
 
 #: What a setting loses that ruins the images: more than any reward can bring.
 _RUINED = 1000.0
@@ -90,7 +95,7 @@ def main() -> None:
         tuning.show()
         return
     runs = list(descriptions(settings, tuning.tuned()))
-    write = partial(report, settings=settings, folder=folder)
+    write = partial(report, settings=settings, folder=folder, tuning=tuning)
     sweep_and_report(runs, folder / "runs.jsonl", options, write)
 
 
@@ -214,23 +219,25 @@ def _complete(
     return run | {"settings": own}
 
 
-def report(records: Sequence[Record], settings: dict[str, Any], folder: Path) -> None:
+def report(records: Sequence[Record], settings: dict[str, Any], folder: Path, tuning: Tuning) -> None:
     """Writes and prints the tables, and draws the figures.
 
     Args:
         records: of the runs.
         settings: as in ``algorithms.yaml``.
         folder: for the files; it has the rows of images already.
+        tuning: has chosen the settings.
     """
     order = [*settings["methods"], *settings["untrained"]]
     records = sorted(records, key=lambda record: order.index(record["label"].partition(": ")[0]))
     seeds = sorted({record["seed"] for record in records})
     text = EXPLANATION.format(n_seeds=len(seeds))
     tables = algorithms_tables.all_tables(records, settings)
-    for title, table in tables.items():
+    for title, table in (tables | {"Settings that were chosen": tuning.table()}).items():
         text += f"\n### {title}\n\n{table}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tables.md").write_text(text, encoding="utf-8")
+    write_checksums([*WEIGHTS, *(folder / name for name in ("runs.jsonl", "tuning.jsonl"))], folder / "SHA256SUMS")
     trained, untrained = algorithms_records.trained_labels(records), algorithms_records.untrained_labels(records)
     tasks = [task for task in settings["tasks"] if any(record["task"] == task for record in records)]
     algorithms_figures.gains(records, tasks, [*trained, *untrained], folder / "gains.png")
@@ -298,20 +305,40 @@ class Tuning:
             table = Table("", "settings", "seeds", "rank", *columns, "chosen", title=f"search “{name}”")
             for label in self._labels(name):
                 outcome = self._outcome(name, label)
-                tried: dict[str, list[Record]] = {}
-                for record in self._records.values():
-                    if (record["task"], record["label"]) == (name, label):
-                        change = {axis.name: record["settings"][axis.name] for axis in self._axes(name, label)}
-                        tried.setdefault(_written(change), []).append(record)
-                for words, records in sorted(tried.items(), key=lambda pair: -self._rank(pair[1])):
+                tried = self._tried(name, label).items()
+                for words, records in sorted(tried, key=lambda pair: -self._rank(pair[1])):
                     means = [mean_score(records, column) for column in columns]
                     cells = [format(value, form) for value, form in zip(means, columns.values(), strict=True)]
                     is_chosen = outcome.best is not None and words == _written(outcome.best)
-                    edges = "".join(f", {axis} at the edge" for axis in outcome.at_edge)
                     rank = f"{self._rank(records):.3f}"
-                    table.add_row(label, words, str(len(records)), rank, *cells, f"yes{edges}" if is_chosen else "")
+                    chosen = f"yes{_edges(outcome)}" if is_chosen else ""
+                    table.add_row(label, words, str(len(records)), rank, *cells, chosen)
                 table.add_section()
             Console(width=160).print(table)
+
+    def table(self) -> str:
+        """Returns the settings that the searches have chosen, in Markdown."""
+        rows: dict[str, list[str]] = {}
+        for label in self._settings["methods"]:
+            cells, n_tried = [], 0
+            for name in self._searches:
+                if label in self._labels(name):
+                    outcome = self._outcome(name, label)
+                    cells.append(_written(outcome.best or {}) + _edges(outcome))
+                    n_tried += len(self._tried(name, label))
+                else:
+                    cells.append("")
+            rows[label] = [*cells, str(n_tried)]
+        return markdown(rows, [*(f"search “{name}”" for name in self._searches), "settings tried"])
+
+    def _tried(self, name: str, label: str) -> dict[str, list[Record]]:
+        """Returns the runs of a search for a method, by what it tried."""
+        tried: dict[str, list[Record]] = {}
+        for record in self._records.values():
+            if (record["task"], record["label"]) == (name, label):
+                change = {axis.name: record["settings"][axis.name] for axis in self._axes(name, label)}
+                tried.setdefault(_written(change), []).append(record)
+        return tried
 
     def _read(self) -> None:
         self._records = {key_of(record): record for record in read_records(self.file)}
@@ -386,6 +413,10 @@ def mean_score(records: Sequence[Record], name: str) -> float:
 
 def _written(change: Change) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in change.items())
+
+
+def _edges(outcome: Outcome) -> str:
+    return "".join(f", {axis} at the edge" for axis in outcome.at_edge)
 
 
 if __name__ == "__main__":

@@ -189,6 +189,13 @@ def test_each_method_is_tuned_by_the_same_rules(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert "learning_rate at the edge" in printed
     assert printed.count(" yes") == len(chosen) == 2 * len(SETTINGS["methods"]) - 2
+    rows = tuning.table().splitlines()[2:]
+    assert len(rows) == len(SETTINGS["methods"])
+    rate = "learning_rate 0.000375"
+    kl = f"kl_coef {chosen['diffusion', 'GRPO']['kl_coef']:g}"
+    edge = "learning_rate at the edge"
+    assert f"| GRPO | {rate}, {kl}, {edge}, kl_coef at the edge | {rate}, {edge} | 14 |" in rows
+    assert next(row for row in rows if row.startswith("| SFT, no KL |")).endswith("|  | 9 |")
 
 
 def test_a_setting_that_ruins_the_images_is_not_chosen(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from benchmarks import algorithms, algorithms_records, algorithms_tables
+from benchmarks.algorithms import Tuning
 from benchmarks.algorithms_records import PRETRAINED
 from benchmarks.runs import HERE, Record
 from benchmarks.training_run import UNTRAINED
@@ -95,7 +96,7 @@ def test_the_report(tmp_path: Any) -> None:
     (tmp_path / "images").mkdir()
     for task in ("many", "long"):  # the rows of white images of two runs
         Image.new("RGB", (8 * 64, 64), "white").save(tmp_path / "images" / f"{task}-DPOK.png")
-    algorithms.report(records, settings, tmp_path)
+    algorithms.report(records, settings, tmp_path, Tuning(settings, tmp_path / "tuning.jsonl"))
     names = ("gains", "frontier", "costs", "over_optimisation", "grid-many", "grid-long")
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in names)
     assert not (tmp_path / "grid-count.png").exists()
@@ -108,7 +109,9 @@ def test_the_report(tmp_path: Any) -> None:
         "Components of DPOK",
         "Other ways to draw",
     ]
-    assert len(titles) == 9 + len(SETTINGS["tasks"]) + 1
+    assert len(titles) == 9 + len(SETTINGS["tasks"]) + 2
+    assert titles[-1] == "Settings that were chosen"
+    assert "/shapes/weights/unet/diffusion_pytorch_model.safetensors" in (tmp_path / "SHA256SUMS").read_text()
     parts = dict(zip(titles, text.split("\n### ")[1:], strict=True))
     n_labels = len(SETTINGS["methods"]) + len(SETTINGS["untrained"])
     assert parts["Task “count”"].count("\n| ") == n_labels + 2
@@ -133,5 +136,5 @@ def test_the_report_of_a_few_runs(n: int, tmp_path: Any) -> None:
         run = record(description["task"], description["label"], description["seed"], 0.5)
         curve = [] if description["algorithm"] == UNTRAINED else points(0.1, 0.2, 0.3)
         records.append(run | description | {"curve": curve})
-    algorithms.report(records, SETTINGS, tmp_path)
+    algorithms.report(records, SETTINGS, tmp_path, Tuning(SETTINGS, tmp_path / "tuning.jsonl"))
     assert "### Task “count”" in (tmp_path / "tables.md").read_text()
