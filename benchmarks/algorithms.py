@@ -377,7 +377,8 @@ class Tuning:
         def run_of(change: Change, seed: int) -> Record | None:
             return self._records.get(key_of(self._describe(name, label, change, seed)))
 
-        return search(self._axes(name, label), run_of, self._rank, self._rules["seeds"], self._rules["finalists"])
+        rules = self._rules
+        return search(self._axes(name, label), run_of, self._rank, rules["seeds"], rules["finalists"], -_RUINED / 2)
 
     def _describe(self, name: str, label: str, change: Change, seed: int) -> Description:
         of_search = {key: value for key, value in self._searches[name].items() if key != "axes"}
@@ -397,6 +398,8 @@ class Tuning:
     def _rank(self, records: Sequence[Record]) -> float:
         """Returns the mean reward of the runs of a setting; one that ruins the images is below all others."""
         if any("diverged" in record for record in records):
+            return -math.inf
+        if any(record["scores"]["training"]["kl"] == 0 for record in records):  # it went back to where it began
             return -math.inf
         pretrained = [self._describe_pretrained(record["task"], record["seed"]) for record in records]
         before = [self._records[key_of(run)] for run in pretrained if key_of(run) in self._records]

@@ -63,6 +63,7 @@ class Style(NamedTuple):
 STYLES = {
     "DPOK": Style(BLUE),
     "DPOK, critic": Style(BLUE, "s", "--"),
+    "DPOK, published": Style(BLUE, "D", "-."),
     "DPOK, no KL": Style(BLUE, "^", ":"),
     "DDPO": Style(ORANGE),
     "REINFORCE": Style(ORANGE, "s", "--"),

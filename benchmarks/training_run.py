@@ -11,7 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,17 +88,20 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
     curve = Curve(_make_env(description, prompts), description["seed"])
     record: dict[str, Any] = {"scores": {}, "curve": curve.points}
     try:
-        if trains:
-            agent.learn(description["images"] * agent.process.num_inference_steps, curve)
-        cost = curve.cost()
+        try:
+            if trains:
+                agent.learn(description["images"] * agent.process.num_inference_steps, curve)
+        finally:
+            cost = curve.cost()
         for name, texts in _prompts_to_evaluate(description, prompts).items():
             evaluation, record["scores"][name] = evaluate_drawing(agent.policy, of_env, texts, draw, not trains)
             if row_file is not None and name == "training":
                 _save_row(evaluation, row_file)
         for name, way in description.get("also", {}).items():
-            record["scores"][name] = evaluate_drawing(agent.policy, description, prompts.train, way)[1]
+            with suppress(NonFiniteError):  # then this way has no scores
+                record["scores"][name] = evaluate_drawing(agent.policy, description, prompts.train, way)[1]
     except NonFiniteError as error:
-        record, cost = {"scores": {}, "curve": [], "diverged": str(error)}, curve.cost()
+        record = {"scores": {}, "curve": [], "diverged": str(error)}
     else:
         record["num_function_evaluations_to_draw"] = record["scores"]["training"]["calls"]
         if trains:

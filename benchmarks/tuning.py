@@ -54,7 +54,14 @@ class Outcome(NamedTuple):
     at_edge: tuple[str, ...] = ()
 
 
-def search(axes: Sequence[Axis], runs: Runs, rank: Rank, seeds: Sequence[int], n_finalists: int) -> Outcome:
+def search(
+    axes: Sequence[Axis],
+    runs: Runs,
+    rank: Rank,
+    seeds: Sequence[int],
+    n_finalists: int,
+    acceptable: float = -math.inf,
+) -> Outcome:
     """Returns which runs are needed next, or which settings are the best.
 
     Args:
@@ -63,6 +70,7 @@ def search(axes: Sequence[Axis], runs: Runs, rank: Rank, seeds: Sequence[int], n
         rank: of the runs of one change.
         seeds: the first one is that of the search, the finalists run with all of them.
         n_finalists: number of settings that do.
+        acceptable: lowest rank that may be chosen. While no finalist has it, the next best setting becomes one, too.
     """
 
     def missing(changes: Sequence[Change], seeds: Sequence[int]) -> list[tuple[Change, int]]:
@@ -73,7 +81,7 @@ def search(axes: Sequence[Axis], runs: Runs, rank: Rank, seeds: Sequence[int], n
 
     chosen: Change = {axis.name: axis.values[len(axis.values) // 2] for axis in axes}
     tried: list[Change] = []
-    at_edge = []
+    grids: dict[str, list[float]] = {}
     for axis in axes:
         grid, factor = list(axis.values), axis.values[1] / axis.values[0]
         while True:
@@ -89,15 +97,31 @@ def search(axes: Sequence[Axis], runs: Runs, rank: Rank, seeds: Sequence[int], n
             if further in grid or not low <= further <= high:  # no integer is smaller than 1
                 break
             if len(grid) == axis.most:
-                at_edge.append(axis.name)
                 break
             grid = [further, *grid] if best == 0 else [*grid, further]
         tried += [change for change in changes if change not in tried]
-        chosen = changes[best]
-    finalists = sorted(tried, key=lambda change: -rank_of(change, seeds[:1]))[:n_finalists]
-    if needed := missing(finalists, seeds):
-        return Outcome(needed)
-    return Outcome([], max(finalists, key=lambda change: rank_of(change, seeds)), tuple(at_edge))
+        chosen, grids[axis.name] = changes[best], grid
+    tried.sort(key=lambda change: -rank_of(change, seeds[:1]))
+    for n in range(min(n_finalists, len(tried)), len(tried) + 1):
+        finalists = tried[:n]
+        if needed := missing(finalists, seeds):
+            return Outcome(needed)
+        final = max(finalists, key=lambda change: rank_of(change, seeds))
+        if rank_of(final, seeds) >= acceptable:
+            break
+    return Outcome(
+        [], final, tuple(axis.name for axis in axes if _is_at_edge(final[axis.name], grids[axis.name], axis))
+    )
+
+
+def _is_at_edge(value: float, grid: Sequence[float], axis: Axis) -> bool:
+    """Returns whether a value is at an end of its grid, and a better one may be beyond: no limit is there."""
+    factor = axis.values[1] / axis.values[0]
+    beyond = {grid[0]: 1 / factor, grid[-1]: factor}.get(value)
+    if beyond is None:
+        return False
+    further = _scaled(value, beyond)
+    return further not in grid and axis.limits[0] <= further <= axis.limits[1]
 
 
 def _scaled(value: float, factor: float) -> float:

@@ -36,7 +36,7 @@ def test_every_run_is_described_once() -> None:
     methods, tasks = len(SETTINGS["methods"]), len(SETTINGS["tasks"])
     n_components = 3 * 2 * len(SETTINGS["components"]["changes"])
     n_long = methods - len(SETTINGS["long"]["without"])
-    n_left_out = 5 * (2 + 2 * 3)  # of DRaFT on the tasks without a gradient, and of two variants on three tasks
+    n_left_out = 5 * (2 + 3 * 3)  # of DRaFT on the tasks without a gradient, and of three variants on three tasks
     assert len(RUNS) == 5 * tasks * (methods + len(SETTINGS["untrained"])) - n_left_out + n_components + n_long
     assert len({json.dumps(each, sort_keys=True) for each in RUNS}) == len(RUNS)
 
@@ -51,6 +51,7 @@ def test_a_run_has_the_settings_of_its_task_its_method_and_its_search() -> None:
     assert (run["images"], run["prompts"]) == (512, "a blue triangle")
     assert {*run["also"]} == {"best of 4", "LoRA x 0.7", "LoRA x 1.4"}
     assert "also" not in find("flow", "DDPO")
+    assert find("flow", "SFT")["settings"]["policy_kwargs"]["target_modules"] == "all"
     assert find("many", "SFT")["settings"]["n_gradient_steps"] == 213
     assert find("long", "RWR")["settings"]["n_gradient_steps"] == 4167
     tuned = TUNED | {("diffusion", "SFT, no KL"): {"batch_size": 128}}
@@ -91,6 +92,7 @@ def test_the_long_runs_come_last() -> None:
 
 
 def test_a_method_runs_on_the_tasks_that_it_names() -> None:
+    assert {run["task"] for run in RUNS if run["label"] == "DPOK, published"} == {"count", "location", "many"}
     for label in ("DPOK, no KL", "SFT, no KL"):
         runs = [run for run in RUNS if run["label"] == label and run["task"] != "long"]
         assert {run["task"] for run in runs} == {"count", "location", "pair"}
@@ -179,7 +181,7 @@ def test_each_method_is_tuned_by_the_same_rules(tmp_path: Path, capsys: pytest.C
     for label in SETTINGS["methods"]:
         numbers[label] = [sum((r["task"], r["label"]) == (search, label) for r in made) for search in SEARCHES]
     # Five values of the rate, five of the other setting, of which one run is the same, and two finalists. The best of
-    # n cannot have n = 1, and two methods have no task of the second search.
+    # n cannot have n = 1, and three methods have no task of the second search.
     expected = {label: [5 + 4 + 4, 0 if "tasks" in method else 5 + 4] for label, method in SETTINGS["methods"].items()}
     assert numbers == expected | {"best of n, distilled": [5 + 3 + 4, 5 + 4]}
     chosen = tuning.tuned()
@@ -188,13 +190,13 @@ def test_each_method_is_tuned_by_the_same_rules(tmp_path: Path, capsys: pytest.C
     tuning.show()
     printed = capsys.readouterr().out
     assert "learning_rate at the edge" in printed
-    assert printed.count(" yes") == len(chosen) == 2 * len(SETTINGS["methods"]) - 2
+    assert printed.count(" yes") == len(chosen) == 2 * len(SETTINGS["methods"]) - 3
     rows = tuning.table().splitlines()[2:]
     assert len(rows) == len(SETTINGS["methods"])
     rate = "learning_rate 0.000375"
     kl = f"kl_coef {chosen['diffusion', 'GRPO']['kl_coef']:g}"
     edge = "learning_rate at the edge"
-    assert f"| GRPO | {rate}, {kl}, {edge}, kl_coef at the edge | {rate}, {edge} | 14 |" in rows
+    assert f"| GRPO | {rate}, {kl}, {edge} | {rate}, {edge} | 14 |" in rows
     assert next(row for row in rows if row.startswith("| SFT, no KL |")).endswith("|  | 9 |")
 
 
@@ -234,6 +236,19 @@ def test_a_setting_that_diverges_is_not_chosen(tmp_path: Path) -> None:
     make_runs(tuning, likes_small_rates)
     assert tuning.tuned()["diffusion", "DPOK"]["learning_rate"] == 1.5e-3
     tuning.show()
+
+
+def test_a_setting_that_goes_back_to_where_it_began_is_not_chosen(tmp_path: Path) -> None:
+    """As DRaFT does, if its first update is too far from the pre-trained model: that keeps all limits."""
+    tuning = Tuning(SETTINGS, tmp_path / "tuning.jsonl")
+    make_runs(tuning, likes_small_rates)
+    records = [json.loads(line) for line in tuning.file.read_text().splitlines()]
+    for record in records:
+        if record["settings"].get("learning_rate", 1) < 1.5e-3:
+            record["scores"]["training"]["kl"] = 0.0
+    tuning.file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    make_runs(tuning, likes_small_rates)
+    assert tuning.tuned()["diffusion", "DPOK"]["learning_rate"] == 1.5e-3
 
 
 def test_the_search_goes_on_from_the_runs_that_are_there(tmp_path: Path) -> None:

@@ -15,14 +15,19 @@ PRICE = Axis("kl_coef", [0.01, 0.02, 0.04], 4)
 SEEDS = (100, 101, 102)
 
 
-def run(axes: list[Axis], truth: Callable[[dict[str, Any], int], float], n_finalists: int = 2) -> tuple[Outcome, list]:
+def run(
+    axes: list[Axis],
+    truth: Callable[[dict[str, Any], int], float],
+    n_finalists: int = 2,
+    acceptable: float = -math.inf,
+) -> tuple[Outcome, list]:
     """Makes the runs that a search asks for until it is over; returns its outcome and the runs."""
     made: dict[tuple, float] = {}
 
     def runs(change: dict[str, Any], seed: int) -> float | None:
         return made.get((*sorted(change.items()), seed))
 
-    while (outcome := search(axes, runs, fmean, SEEDS, n_finalists)).missing:
+    while (outcome := search(axes, runs, fmean, SEEDS, n_finalists, acceptable)).missing:
         assert outcome.best is None
         for change, seed in outcome.missing:
             assert runs(change, seed) is None
@@ -69,6 +74,18 @@ def test_more_seeds_decide_between_the_finalists() -> None:
     assert outcome.best == {"learning_rate": 9e-3}
     assert len(made) == 3 + 2 * 2
     assert run([RATE], truth, n_finalists=1)[0].best == {"learning_rate": 3e-3}
+
+
+def test_there_are_more_finalists_until_one_is_acceptable() -> None:
+    def truth(change: dict[str, Any], seed: int) -> float:
+        best = {1e-3: 1.0, 3e-3: 3.0, 9e-3: 2.0}[change["learning_rate"]]
+        return -100.0 if best > 1 and seed != SEEDS[0] else best
+
+    assert run([RATE], truth)[0].best == {"learning_rate": 3e-3}
+    outcome, made = run([RATE], truth, acceptable=-10.0)
+    assert (outcome.best, len(made)) == ({"learning_rate": 1e-3}, 3 * 3)
+    assert outcome.at_edge == ("learning_rate",)  # nothing below it was tried
+    assert run([RATE], lambda *_: -100.0, acceptable=-10.0)[0].best is not None
 
 
 def test_integers_stay_integers() -> None:
