@@ -5,6 +5,7 @@ Letters used for shapes: B images, K denoising steps, C x h x w a latent.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,9 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from agents.common import distributed
 from agents.common.algorithm import DenoisingAlgorithm
 from agents.common.buffer import Batch, select, split_evenly, within
 from agents.common.losses import Metrics
+from agents.common.monitor import TrainingWarning
 from agents.common.policy import DenoisingPolicy
 from agents.common.randomness import Purpose, make_generator
 from dpok_gym import diffusion
@@ -170,10 +173,13 @@ class DRaFT(DenoisingAlgorithm):
             return True
         self.policy.old.restore()
         self.has_spent_kl = True
-        self.logger.warn(
-            f"the KL to the pre-trained model is {kl.mean():.3g} nats, above max_kl={max_kl:.3g}: training ends here, "
-            "with the weights of the iteration before"
-        )
+        if distributed.is_main():
+            warnings.warn(
+                f"the KL to the pre-trained model is {kl.mean():.3g} nats, above max_kl={max_kl:.3g}: training ends "
+                "here, with the weights of the iteration before",
+                TrainingWarning,
+                stacklevel=2,
+            )
         return False
 
     def loss(self, batch: TrajectoryEnds) -> tuple[Tensor, Metrics]:

@@ -121,7 +121,9 @@ METRICS: dict[str, Metric] = {
         f"Above {LARGE_KL:.0f}, a warning comes: look at the images.",
     ),
     "train/kl_of_last_steps": Metric(
-        "The same KL of the steps that DRaFT learns through.", "nats per image, at least 0", "As the KL above."
+        "The KL of the steps that DRaFT learns through, whether they explore or not.",
+        "nats per image, at least 0",
+        "The last two steps have hardly any noise, so it is far above the KL there.",
     ),
     "train/late_output_mse": Metric(
         "How much the denoiser's output has moved at the steps that explore nothing: the mean squared difference to "
