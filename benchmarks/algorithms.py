@@ -41,18 +41,18 @@ five seeds these are too narrow: of normal runs, an interval of one task holds t
 one of six tasks in 90 %. Gain: points of fully aligned images above the pre-trained model with the same seed, which is
 evaluated with the same noise; on unseen prompts, of the tasks with one prompt. The pooled interquartile mean is that of
 the middle half of all runs of all tasks. KL: of the trajectories, over the steps that explore, in nats per image; for
-images of the pre-trained model that are chosen among n, the bound log n - (n - 1) / n. Late drift: the root mean square
-difference of the two networks' outputs at the other steps, the last two of ten, whose outputs have a spread of 1.
-Positions: the entropy of the layouts that the judge
-sees in images of one prompt, where each prompt has enough of them. Pixels: the mean distance of two images of one
-prompt. Reward minus judge: how much more the reward has risen than what the judge says, in standard deviations of an
-image of one prompt. The judge's scale ends at 1, so the best of 8 images of the pre-trained model are a little above
-0, too; far above them, the reward is being hacked. Passes: of the denoiser over one image; a backward pass counts as
+images of the pre-trained model that are chosen among n, the bound log n - (n - 1) / n. Late drift: how far the outputs
+of the denoiser have moved at the last steps, which do not explore (root mean square). Positions: the entropy of the
+layouts that the judge sees in images of one prompt, where each prompt has enough of them. Pixels: the mean distance of
+two images of one prompt. Reward minus judge: how much more the reward has risen than what the judge says, in standard
+deviations of an image of one prompt. The judge's scale ends at 1, so the best of 8 images of the pre-trained model are
+a little above 0, too; far above them, the reward is being hacked. Passes: of the denoiser over one image; a backward pass counts as
 two. Seconds: of one core. A run whose images became NaN counts as 0 aligned ones.
 
 A method that needs the reward's gradient has no runs where there is none. So it is left out of the tables over all
-tasks, and the tables over the tasks with a gradient have it. Two variants without a KL run on three tasks only: the
-table of the paper's two claims has them, and those of the three tasks.
+tasks, and the tables over the tasks with a gradient have it. Three variants run on three tasks only, so only the tables
+of these tasks have them: DPOK as published, and the two without a KL, which are in the table of the paper's two claims,
+too.
 
 In the tables of pairs, a difference is bold if a permutation test tells it from noise at 5 %, with Holm's correction
 for all pairs; in brackets is the smallest difference that so many runs would show in four of five comparisons, if it

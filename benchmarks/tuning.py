@@ -83,22 +83,17 @@ def search(
     tried: list[Change] = []
     grids: dict[str, list[float]] = {}
     for axis in axes:
-        grid, factor = list(axis.values), axis.values[1] / axis.values[0]
+        grid = list(axis.values)
         while True:
             changes = [chosen | {axis.name: value} for value in grid]
             if needed := missing(changes, seeds[:1]):
                 return Outcome(needed)
             ranks = [rank_of(change, seeds[:1]) for change in changes]
             best = ranks.index(max(ranks))
-            if 0 < best < len(grid) - 1:
+            further = _beyond(grid[best], grid, axis)
+            if further is None or len(grid) == axis.most:
                 break
-            further = _scaled(grid[best], 1 / factor if best == 0 else factor)
-            low, high = axis.limits
-            if further in grid or not low <= further <= high:  # no integer is smaller than 1
-                break
-            if len(grid) == axis.most:
-                break
-            grid = [further, *grid] if best == 0 else [*grid, further]
+            grid = sorted([*grid, further])
         tried += [change for change in changes if change not in tried]
         chosen, grids[axis.name] = changes[best], grid
     tried.sort(key=lambda change: -rank_of(change, seeds[:1]))
@@ -109,19 +104,19 @@ def search(
         final = max(finalists, key=lambda change: rank_of(change, seeds))
         if rank_of(final, seeds) >= acceptable:
             break
-    return Outcome(
-        [], final, tuple(axis.name for axis in axes if _is_at_edge(final[axis.name], grids[axis.name], axis))
-    )
+    at_edge = (axis.name for axis in axes if _beyond(final[axis.name], grids[axis.name], axis) is not None)
+    return Outcome([], final, tuple(at_edge))
 
 
-def _is_at_edge(value: float, grid: Sequence[float], axis: Axis) -> bool:
-    """Returns whether a value is at an end of its grid, and a better one may be beyond: no limit is there."""
+def _beyond(value: float, grid: Sequence[float], axis: Axis) -> float | None:
+    """Returns the value outside a grid next to one at its end; None for other ones, or beyond a limit."""
     factor = axis.values[1] / axis.values[0]
-    beyond = {grid[0]: 1 / factor, grid[-1]: factor}.get(value)
-    if beyond is None:
-        return False
-    further = _scaled(value, beyond)
-    return further not in grid and axis.limits[0] <= further <= axis.limits[1]
+    factors = {grid[0]: 1 / factor, grid[-1]: factor}
+    if value not in factors:
+        return None
+    further = _scaled(value, factors[value])
+    low, high = axis.limits
+    return further if further not in grid and low <= further <= high else None  # no integer is smaller than 1
 
 
 def _scaled(value: float, factor: float) -> float:

@@ -123,7 +123,7 @@ METRICS: dict[str, Metric] = {
     "train/kl_of_last_steps": Metric(
         "The KL of the steps that DRaFT learns through, whether they explore or not.",
         "nats per image, at least 0",
-        "The last two steps have hardly any noise, so it is far above the KL there.",
+        "The last two steps have hardly any noise, so their KL is far above that of the others.",
     ),
     "train/late_output_mse": Metric(
         "How much the denoiser's output has moved at the steps that explore nothing: the mean squared difference to "

@@ -213,42 +213,35 @@ def test_a_setting_that_ruins_the_images_is_not_chosen(tmp_path: Path) -> None:
     assert tuning.tuned()["diffusion", "DPOK"]["learning_rate"] == 3e-3
 
 
+def change_runs_below(tuning: Tuning, rate: float, changes: dict[str, Any]) -> None:
+    """Changes the scores of the runs with small rates; a change named "diverged" is of the run itself."""
+    records = [json.loads(line) for line in tuning.file.read_text().splitlines()]
+    for record in records:
+        if record["settings"].get("learning_rate", 1) < rate:
+            if "diverged" in changes:
+                record |= {"scores": {}} | changes
+            else:
+                record["scores"]["training"] |= changes
+    tuning.file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
 def test_a_setting_that_draws_one_layout_is_not_chosen(tmp_path: Path) -> None:
     tuning = Tuning(SETTINGS, tmp_path / "tuning.jsonl")
     made = make_runs(tuning, likes_small_rates)
-    records = [json.loads(line) for line in tuning.file.read_text().splitlines()]
-    for record in records:
-        if record["settings"].get("learning_rate", 1) < 3e-3:
-            record["scores"]["training"]["entropy_of_positions"] = 1.0
-    tuning.file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    change_runs_below(tuning, 3e-3, {"entropy_of_positions": 1.0})
     assert len(make_runs(tuning, likes_small_rates)) < len(made)
     assert tuning.tuned()["diffusion", "DPOK"]["learning_rate"] == 3e-3
 
 
-def test_a_setting_that_diverges_is_not_chosen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{"diverged": "the image is not finite"}, {"kl": 0.0}])
+def test_a_setting_without_a_trained_model_is_not_chosen(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Nor one that goes back to where it began, as DRaFT does if its first update is too far: that keeps all limits."""
     tuning = Tuning(SETTINGS, tmp_path / "tuning.jsonl")
     make_runs(tuning, likes_small_rates)
-    records = [json.loads(line) for line in tuning.file.read_text().splitlines()]
-    for record in records:
-        if record["settings"].get("learning_rate", 1) < 1.5e-3:
-            record |= {"scores": {}, "diverged": "the image is not finite"}
-    tuning.file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    change_runs_below(tuning, 1.5e-3, changes)
     make_runs(tuning, likes_small_rates)
     assert tuning.tuned()["diffusion", "DPOK"]["learning_rate"] == 1.5e-3
     tuning.show()
-
-
-def test_a_setting_that_goes_back_to_where_it_began_is_not_chosen(tmp_path: Path) -> None:
-    """As DRaFT does, if its first update is too far from the pre-trained model: that keeps all limits."""
-    tuning = Tuning(SETTINGS, tmp_path / "tuning.jsonl")
-    make_runs(tuning, likes_small_rates)
-    records = [json.loads(line) for line in tuning.file.read_text().splitlines()]
-    for record in records:
-        if record["settings"].get("learning_rate", 1) < 1.5e-3:
-            record["scores"]["training"]["kl"] = 0.0
-    tuning.file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    make_runs(tuning, likes_small_rates)
-    assert tuning.tuned()["diffusion", "DPOK"]["learning_rate"] == 1.5e-3
 
 
 def test_the_search_goes_on_from_the_runs_that_are_there(tmp_path: Path) -> None:

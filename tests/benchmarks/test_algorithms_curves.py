@@ -43,7 +43,6 @@ def test_points_of_a_fit_are_not_averaged() -> None:
 
 
 def test_equal_rewards() -> None:
-    """The level is in the middle between the pre-trained model's reward and the lowest final one of the arms."""
     records = [
         record(PRETRAINED, [], 0.2),
         record("fast", points(0.0, 0.3, 0.9, 0.9, 0.0), 0.9),
@@ -53,7 +52,7 @@ def test_equal_rewards() -> None:
     # Means of three: 0, 0.15, 0.4, 0.7 and 0, 0.1, 0.2, 0.33, and the end. So the level 0.3 is between two points.
     assert at_reward(records[1], 0.3, "quality", start) == pytest.approx(0.7)
     assert at_reward(records[1], 0.3, "reward", start) == pytest.approx(0.3)
-    assert at_reward(records[2], 0.9, "quality", start) == pytest.approx(1 - 0.9, abs=0.1)
+    assert at_reward(records[2], 0.9, "quality", start) == pytest.approx(0.1)
     assert at_reward(records[2], 1.1, "quality", start) is None
     assert at_reward(records[2], -1, "quality", start) == 1
     assert at_reward(records[0], 0.3, "quality", start) is None
@@ -69,6 +68,7 @@ def test_the_draws_before_a_fit_are_of_the_pretrained_model() -> None:
 
 
 def test_the_claims() -> None:
+    """The level is in the middle between the pre-trained model's reward and the lowest final one of the arms."""
     records = [
         record(PRETRAINED, [], 0.2),
         record("fast", points(0.0, 0.3, 0.9, 0.9, 0.9), 0.9),
