@@ -46,8 +46,8 @@ of the denoiser have moved at the last steps, which do not explore (root mean sq
 layouts that the judge sees in images of one prompt, where each prompt has enough of them. Pixels: the mean distance of
 two images of one prompt. Reward minus judge: how much more the reward has risen than what the judge says, in standard
 deviations of an image of one prompt. The judge's scale ends at 1, so the best of 8 images of the pre-trained model are
-a little above 0, too; far above them, the reward is being hacked. Passes: of the denoiser over one image; a backward pass counts as
-two. Seconds: of one core. A run whose images became NaN counts as 0 aligned ones.
+a little above 0, too; far above them, the reward is being hacked. Passes: of the denoiser over one image; a backward
+pass counts as two. Seconds: of one core. A run whose images became NaN counts as 0 aligned ones.
 
 A method that needs the reward's gradient has no runs where there is none. So it is left out of the tables over all
 tasks, and the tables over the tasks with a gradient have it. Three variants run on three tasks only, so only the tables

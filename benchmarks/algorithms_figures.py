@@ -262,7 +262,7 @@ def frontier(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[s
         axes.set_ylabel("fully aligned, %")
         axes.margins(x=0.08, y=0.12)
         tidy(axes)
-    scale_kl(panels[0], 1)  # all have one axis; a run may be at 0
+    scale_kl(panels[-1], 1)  # all share it; a run may be at 0
     name_x(panels, columns, "KL to the pre-trained model, nats per image")
     handles = [_handle(label, _style(label)) for label in labels if label in {run["label"] for run in shown}]
     handles.append(Line2D([], [], label="pre-trained, mean (its KL is 0)", **DOTTED))

@@ -165,6 +165,7 @@ def test_frontier(records: list[Record], draw: Callable[..., Any]) -> None:
     assert [axes.get_title() for axes in panels] == list(TASKS)
     for axes, task in zip(panels, TASKS, strict=True):
         assert axes.get_xscale() == "symlog"
+        assert axes.get_xlabel() in ("", "KL to the pre-trained model, nats per image")
         for label, places, mean in zip(trained, dots(axes), markers(axes), strict=True):
             expected = scores_of(records, task, label, "kl"), 100 * np.array(scores_of(records, task, label))
             np.testing.assert_allclose(np.transpose(places), expected)
