@@ -117,6 +117,7 @@ def test_without_javascript(folder, browser):
     with serving(folder) as (_, address), visiting(browser, address, java_script_enabled=False) as page:
         for name in ["The left image is better", "tie", "undo", "both bad", "skip", "The right image is better"]:
             page.get_by_role("button", name=name).click()
+        wait_for(page, 4)  # a page that is still on its way cannot be reloaded
         page.reload()  # asks the same again, and answers nothing
         wait_for(page, 4)
         for _ in range(3):
