@@ -2,7 +2,7 @@
 
 One setting after the other is tried, in the order that is given, with the best values of those before it and the middle
 values of those after it. Its grid grows at an end as long as the best value is there. Then the best of all that were
-tried run with more seeds.
+tried run with more seeds. If the winner has a value at an end of its grid, the next value runs with all seeds as well.
 
 The search is a function of the runs that there are: it says which ones are missing. So a sweep can stop anywhere, and
 the search goes on from the runs that were kept.
@@ -97,15 +97,22 @@ def search(
         tried += [change for change in changes if change not in tried]
         chosen, grids[axis.name] = changes[best], grid
     tried.sort(key=lambda change: -rank_of(change, seeds[:1]))
-    for n in range(min(n_finalists, len(tried)), len(tried) + 1):
-        finalists = tried[:n]
+    finalists, others = tried[:n_finalists], tried[n_finalists:]
+    while True:
         if needed := missing(finalists, seeds):
             return Outcome(needed)
         final = max(finalists, key=lambda change: rank_of(change, seeds))
-        if rank_of(final, seeds) >= acceptable:
-            break
-    at_edge = (axis.name for axis in axes if _beyond(final[axis.name], grids[axis.name], axis) is not None)
-    return Outcome([], final, tuple(at_edge))
+        if others and rank_of(final, seeds) < acceptable:
+            finalists.append(others.pop(0))
+            continue
+        ends = [(axis, _beyond(final[axis.name], grids[axis.name], axis)) for axis in axes]
+        at_edge = {axis.name: further for axis, further in ends if further is not None}
+        open_ends = [axis.name for axis in axes if axis.name in at_edge and len(grids[axis.name]) < axis.most]
+        if not open_ends:
+            return Outcome([], final, tuple(at_edge))
+        for name in open_ends:  # more seeds have moved the best value to an end
+            finalists.append(final | {name: at_edge[name]})
+            grids[name] = sorted([*grids[name], at_edge[name]])
 
 
 def _beyond(value: float, grid: Sequence[float], axis: Axis) -> float | None:

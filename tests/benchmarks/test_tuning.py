@@ -72,20 +72,30 @@ def test_more_seeds_decide_between_the_finalists() -> None:
 
     outcome, made = run([RATE], truth)
     assert outcome.best == {"learning_rate": 9e-3}
-    assert len(made) == 3 + 2 * 2
+    assert len(made) == 3 + 2 * 2 + 3  # the winner is at the end of the grid, so the value above it runs as well
     assert run([RATE], truth, n_finalists=1)[0].best == {"learning_rate": 3e-3}
 
 
 def test_there_are_more_finalists_until_one_is_acceptable() -> None:
     def truth(change: dict[str, Any], seed: int) -> float:
-        best = {1e-3: 1.0, 3e-3: 3.0, 9e-3: 2.0}[change["learning_rate"]]
+        best = {1e-3: 1.0, 3e-3: 3.0, 9e-3: 2.0}.get(change["learning_rate"], 0.0)
         return -100.0 if best > 1 and seed != SEEDS[0] else best
 
     assert run([RATE], truth)[0].best == {"learning_rate": 3e-3}
     outcome, made = run([RATE], truth, acceptable=-10.0)
-    assert (outcome.best, len(made)) == ({"learning_rate": 1e-3}, 3 * 3)
-    assert outcome.at_edge == ("learning_rate",)  # nothing below it was tried
+    # The last one is at the end of the grid, so the value below it runs as well.
+    assert (outcome.best, len(made)) == ({"learning_rate": 1e-3}, 4 * 3)
     assert run([RATE], lambda *_: -100.0, acceptable=-10.0)[0].best is not None
+
+
+@pytest.mark.parametrize(("most", "tried", "best"), [(3, [1, 2, 4], 4), (4, [1, 2, 4, 8], 8), (9, [1, 2, 4, 8, 16], 8)])
+def test_a_grid_grows_if_more_seeds_move_the_best_value_to_its_end(most: int, tried: list[int], best: int) -> None:
+    def truth(change: dict[str, Any], seed: int) -> float:
+        return -abs(math.log2(change["n"] / (2.5 if seed == SEEDS[0] else 8)))
+
+    outcome, made = run([Axis("n", [1, 2, 4], most)], truth)
+    assert sorted({dict(key[:-1])["n"] for key in made}) == tried
+    assert outcome == Outcome([], {"n": best}, ("n",) if best == tried[-1] else ())
 
 
 def test_integers_stay_integers() -> None:
