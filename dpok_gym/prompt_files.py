@@ -85,7 +85,7 @@ def _read_json(content: str) -> Entries:
         for text, fields in data.items():
             if not isinstance(fields, dict):
                 raise ValueError(f"the prompt {text!r} must have an object of fields, such as {{}}, not {fields!r}")
-        return [(text, _read_weight(fields, text), 0) for text, fields in data.items()]
+        return [(text, _read_weight(_lower(fields), text), 0) for text, fields in data.items()]
     if isinstance(data, list):
         return [_read_entry(entry, 0) if isinstance(entry, dict) else (entry, 1.0, 0) for entry in data]
     raise ValueError("it is neither an object with the prompts as its keys nor a list of prompts")
@@ -144,13 +144,17 @@ def _read_rows(rows: Sequence[tuple[int, list[str]]], advice: str) -> Entries:
 
 
 def _read_entry(fields: Mapping[str, Any], line: int) -> tuple[str, float, int]:
-    lower = {key.lower().strip(): value for key, value in fields.items()}
+    lower = _lower(fields)
     for name in _PROMPT_FIELDS:
         if name in lower:
             return lower[name], _read_weight(lower, lower[name]), line
     fields_here, wanted = (", ".join(map(repr, names)) for names in (lower, _PROMPT_FIELDS))
     where = f"line {line}: " if line else ""
     raise ValueError(f"{where}none of the fields {fields_here} is named {wanted}; name the one with the prompts so")
+
+
+def _lower(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.lower().strip(): value for key, value in fields.items()}
 
 
 def _read_weight(fields: Mapping[str, Any], text: Any) -> float:

@@ -217,7 +217,8 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
         self._judge = ImageJudge(self.model, self.reward, decode_batch_size, self.reward_workers)
         if self.model.device.type != "cpu":
             if len(self.prompts.train) <= MIN_PROMPTS_KEPT:  # a longer list is encoded as its prompts are drawn
-                self.model.encode(self.prompts.train)
+                for prompt in self.prompts.train:  # one at a time: all of them at once may not fit beside the encoders
+                    self.model.encode([prompt])
             self.model.offload_text_encoder()  # its memory is better used for images
 
         self._make_spaces()
@@ -452,9 +453,9 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
         Returns:
             The observation, the rewards (n,), the ends of episodes (n,), and one info for each environment.
         """
-        moves = np.ones(self.num_envs, bool) if where is None else where
+        is_stepping = np.ones(self.num_envs, bool) if where is None else where
         n_steps = self.process.num_inference_steps
-        if not self.running[moves].all():
+        if not self.running[is_stepping].all():
             raise gymnasium.error.ResetNeeded("the episode has not begun or is over: call reset() before step()")
         try:
             actions = np.array(actions, np.float32)
@@ -465,13 +466,13 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
                 f"an action is the next latent x_(t-1), of shape {self._latents.shape[1:]}: expected an array of shape "
                 f"{self._latents.shape} for {self.num_envs} environment(s), got {actions.shape}"
             )
-        if not np.isfinite(actions[moves]).all():
+        if not np.isfinite(actions[is_stepping]).all():
             raise ValueError("the action holds NaN or infinity: the policy has diverged, or its input was broken")
-        rewards, infos = self._compare_with_reference(actions, moves)
-        self._latents[moves] = actions[moves]
-        self._steps += moves
+        rewards, infos = self._compare_with_reference(actions, is_stepping)
+        self._latents[is_stepping] = actions[is_stepping]
+        self._steps += is_stepping
         self._reference = None
-        ended = moves & (self._steps == n_steps)
+        ended = is_stepping & (self._steps == n_steps)
         rows = np.flatnonzero(ended).tolist()
         if rows:  # only now are images decoded: noisy latents have no reward
             texts = [self._texts[i] for i in rows]
@@ -479,26 +480,27 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
             rewards[rows] += outcome.rewards.total.double().numpy()
             for k, (i, text) in enumerate(zip(rows, texts, strict=True)):
                 infos[i] |= make_info(outcome, k, text)
-        self._add_predicted(infos, np.flatnonzero(moves))
+        self._add_predicted(infos, np.flatnonzero(is_stepping))
         self._show()
         return self._observe(), rewards, ended, infos
 
     @torch.no_grad()
     def _compare_with_reference(
-        self, actions: NDArray[np.float32], moves: NDArray[np.bool_]
+        self, actions: NDArray[np.float32], is_stepping: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float64], list[dict[str, Any]]]:
         """Returns beta log p_pre of actions (n, C, h, w) as rewards (n,), and the infos of the pre-trained model."""
         rewards, infos = np.zeros(self.num_envs), [{} for _ in self._texts]  # type: ignore[var-annotated]
-        if not moves.any() or not (self.reference_info or self.reference_log_prob_coef):
+        if not is_stepping.any() or not (self.reference_info or self.reference_log_prob_coef):
             return rewards, infos
         mean, std = self.reference_transition()
         # A density over many dimensions is a large number, so float32 would lose its last digits.
         action = torch.as_tensor(actions, device=mean.device).double()
         log_prob = diffusion.log_prob(action, mean.double(), std.double()).cpu().numpy()
-        rewards[moves] += self.reference_log_prob_coef * log_prob[moves]  # added to 0, so a reward is never -0.0
+        # Added to 0, so that a reward is never -0.0.
+        rewards[is_stepping] += self.reference_log_prob_coef * log_prob[is_stepping]
         if self.reference_info:
             means, stds = mean.cpu().numpy(), std.cpu().numpy()
-            for i in np.flatnonzero(moves).tolist():
+            for i in np.flatnonzero(is_stepping).tolist():
                 infos[i] = {
                     "reference_mean": means[i].copy(),
                     "reference_std": float(stds[i]),
@@ -586,7 +588,7 @@ class DenoisingVectorEnv(MadeById, VectorEnv[Observation, NDArray[np.float32], N
         """Decodes finished latents and computes the rewards of the images.
 
         Args:
-            latents: (B, C, h, w) x_0, for any B.
+            latents: (B, C, h, w) x_0, for any B of at least 1.
             prompts: the B prompts that the images were made for.
 
         Raises:

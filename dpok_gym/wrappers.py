@@ -142,14 +142,20 @@ def _take_noise(
     generators: Sequence[np.random.Generator],
 ) -> NDArray[np.float32]:
     """Returns the next latents x_{t-1} = mean + std * noise, (n, C, h, w), for actions (n, C, h / b, w / b)."""
-    mean, std = batch.reference_transition()
     noise = np.asarray(actions, np.float32)
-    expected = (len(mean), *_block_shape(batch, layer.block_size))
+    expected = (batch.num_envs, *_block_shape(batch, layer.block_size))
     if noise.shape != expected:
         raise ValueError(f"expected noise of shape {expected}, got {noise.shape}")
+    latents = np.zeros((batch.num_envs, *batch.model.latent_shape), np.float32)
+    running = batch.running
+    if not running.any():  # every episode is over, and autoreset uses no action
+        return latents
+    mean, std = batch.reference_transition()
     noise = _unsquash(noise) if layer.squashed else noise
     if layer.block_size > 1:
-        fine = np.stack([generator.standard_normal(mean.shape[1:], np.float32) for generator in generators])
+        fine = latents
+        for i in np.flatnonzero(running):  # the others draw nothing, as an environment alone does not
+            fine[i] = generators[i].standard_normal(fine.shape[1:], np.float32)
         noise = _replace_block_means(fine, noise)
     return diffusion.sample(mean, std, torch.as_tensor(noise, device=mean.device)).cpu().numpy()
 
@@ -242,10 +248,10 @@ class VectorNoiseAction(VectorActionWrapper):
 
     def step(self, actions: NDArray[np.float32]) -> Any:
         """Takes standardised noises (n, C, h / b, w / b); errors as :meth:`NoiseAction.step`."""
-        moves = self._batch.running  # an action at an episode's end, which autoreset may ask for, is not used
+        running = self._batch.running  # an action at an episode's end, which autoreset may ask for, is not used
         observation, rewards, *rest = super().step(actions)
         if self.squashed and self._batch.reference_log_prob_coef:
-            rewards = rewards + self._batch.reference_log_prob_coef * np.where(moves, _log_slope(actions), 0.0)
+            rewards = rewards + self._batch.reference_log_prob_coef * np.where(running, _log_slope(actions), 0.0)
         return observation, rewards, *rest
 
     def actions(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:

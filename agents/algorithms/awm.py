@@ -108,7 +108,7 @@ class AWM(OnlineForwardProcess):
         log_ratio = log_ratio.detach()
         metrics |= {
             "policy_gradient_loss": policy_loss.detach(),
-            "mean_ratio": log_ratio.exp(),
+            "mean_ratio": losses.density_ratio(log_ratio),
             "clip_fraction": (log_ratio.abs() > self.clip_range).float(),
         }
         return policy_loss + penalty, metrics

@@ -38,7 +38,8 @@ class GRPO(PolicyGradient):
             With the latter, prompts whose images are all alike count for less.
         advantage_clip: largest advantage, in standard deviations, above 0; 5 in both codes.
         kl_coef: beta, weight of the KL to the pre-trained model per nat, at least 0, beside advantages that are
-            standardised; Flow-GRPO has 0.01 to 0.04 by the reward, DanceGRPO 0. 0 saves the pre-trained model's pass.
+            standardised; Flow-GRPO has 0.01 to 0.04, depending on the reward, and DanceGRPO 0. 0 saves the pre-trained
+            model's pass.
 
     Raises:
         ValueError: if an argument is out of range, or an iteration has no whole number of groups.

@@ -147,9 +147,9 @@ class Config:
         try:
             values = read_yaml(path)
         except ValueError as error:
-            raise ValueError(f"the config of the run is damaged: {error}; mend it, or train anew") from error
+            raise ValueError(f"the config of the run is damaged: {error}; fix it, or train anew") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{path} is damaged: it is no mapping of keys to values; mend it, or train anew")
+            raise ValueError(f"{path} is damaged: it is no mapping of keys to values; fix it, or train anew")
         known = [field.name for field in fields(cls)]
         # All keys must be there: a default that changes in a later version must not change an old run.
         check_names(f"key of {path}", values, known)

@@ -27,7 +27,7 @@ _ALIGNED_SHARE = "rollout/aligned_share"
 #: Losses of a fit, in rows of the log that are of no rollout, with their labels.
 _FIT_LOSSES = {
     "train/denoising_loss": "denoising loss",
-    "train/preference_loss": "preference loss\n(a coin has 0.69)",
+    "train/preference_loss": "preference loss\n(guessing gives 0.69)",
 }
 
 #: Points of a curve: x and y.

@@ -77,14 +77,13 @@ def resolve_environment(options: DrawingOptions, config: Config | None) -> tuple
 
 @contextmanager
 def fine_tuned(
-    env: DenoisingVectorEnv, lora: Path | None, run_folder: Path | None, *, trust: bool, dtype: str | None
+    env: DenoisingVectorEnv, lora: Path | None, *, trust: bool, dtype: str | None
 ) -> Iterator[Transition | None]:
     """Lets the environment's model draw as fine-tuned in the block.
 
     Args:
         env: the environment.
-        lora: file or folder of a LoRA; None for the pre-trained model.
-        run_folder: the run that the LoRA is of; None if it is of none.
+        lora: file or folder of a LoRA, or a checkpoint that has the whole denoiser; None for the pre-trained model.
         trust: whether a LoRA that is a pickle is read.
         dtype: the precision that was asked for.
 
@@ -92,18 +91,18 @@ def fine_tuned(
         The transition for :func:`agents.common.evaluation.sample_images`; None for the process's own.
 
     Raises:
-        FileNotFoundError: if there is no LoRA, and no denoiser in the run's newest checkpoint.
+        FileNotFoundError: if there is neither.
         ValueError: if it is of another model.
     """
+    from agents.common.checkpoint import DENOISER
     from dpok_gym.models.lora import LoRA
 
     if lora is None:
         yield None
-    # A run with --lora-rank 0 has no LoRA; its denoiser is in its checkpoints.
-    elif run_folder is not None and lora == run_folder / "lora" and not lora.is_dir():
+    elif (lora / DENOISER).is_file():  # a checkpoint of a run with --lora-rank 0
         if dtype:
             raise ValueError("a run that trained the whole denoiser draws in its own precision; leave out --dtype")
-        yield partial(env.process.transition, denoiser=_load_denoiser(run_folder, env))
+        yield partial(env.process.transition, denoiser=_load_denoiser(lora / DENOISER, env))
     else:
         model = env.process.model
         allow_pickle = trust or model.options.get("allow_pickle", False)
@@ -116,21 +115,11 @@ def no_reward(images: Tensor, prompts: list[str]) -> Tensor:
     return images.new_zeros(len(prompts))
 
 
-def _load_denoiser(run_folder: Path, env: DenoisingVectorEnv) -> nn.Module:
-    """Returns the denoiser of a run's newest checkpoint.
-
-    Raises:
-        FileNotFoundError: if there is no checkpoint, or none with a denoiser.
-    """
-    from agents.common.checkpoint import find_checkpoint
+def _load_denoiser(path: Path, env: DenoisingVectorEnv) -> nn.Module:
+    """Returns the denoiser of a checkpoint's file."""
     from dpok_gym.models.lora import reference_copy
     from dpok_gym.utils.reading import read_tensors
 
-    path = find_checkpoint(run_folder) / "denoiser.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{run_folder} has neither a LoRA nor a {path.name}; resume it with: dpok train --resume --out {run_folder}"
-        )
     # A copy, because other environments share the model's own denoiser.
     denoiser = reference_copy(env.process.model.denoiser)
     try:

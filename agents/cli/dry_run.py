@@ -273,8 +273,9 @@ def _micro_batch(config: Config) -> int:
     size = algo["micro_batch_size"]
     if size == "auto":
         return of_element
-    largest = algo["batch_size"] or size
-    return of_element * min(size or largest, largest or size)
+    n_images = algo["images_per_iteration"] or config.n_envs
+    sizes = [each for each in (size, algo["batch_size"]) if each is not None]
+    return of_element * min(sizes, default=n_images * config.env_kwargs["num_inference_steps"])
 
 
 def _keeps_old(algorithm: type, algo: Mapping[str, Any]) -> bool:

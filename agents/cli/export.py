@@ -12,8 +12,6 @@ import tyro
 from agents.cli.arguments import UsageError, default_hint, parse_options
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from agents.cli.config import Config
     from agents.common.model_card import Training
     from dpok_gym.models.lora_files import Ranks
@@ -75,19 +73,14 @@ def run(options: Export) -> int:
 
 def _write_lora(options: Export, config: Config, folder: Path) -> tuple[Training, Ranks]:
     """Writes the LoRA of a run, for which no model is loaded; returns what the card tells, and the ranks."""
-    from agents.cli.run_folder import LORA, describe_run
-    from agents.common.checkpoint import find_checkpoint, list_checkpoints
+    from agents.cli.run_folder import describe_run, find_weights
+    from agents.common.checkpoint import DENOISER
     from agents.common.model_card import hub_id, noted_sampling
     from dpok_gym.models.lora_files import FILE_NAME, Ranks, read_saved, write_diffusers, write_kohya, write_peft
 
-    # The newest checkpoint is at least as new as the folder of the LoRA, but may have been removed.
-    last = find_checkpoint(options.run) if list_checkpoints(options.run) else options.run / LORA
-    if not (last / FILE_NAME).is_file():
-        if (last / "denoiser.safetensors").is_file():
-            raise UsageError(
-                "the run trained the whole denoiser (--lora-rank 0), which is no LoRA: use --format merged"
-            )
-        raise FileNotFoundError(f"{options.run} has no LoRA yet; go on with: dpok train --resume --out {options.run}")
+    last = find_weights(options.run)
+    if (last / DENOISER).is_file():
+        raise UsageError("the run trained the whole denoiser (--lora-rank 0), which is no LoRA: use --format merged")
     saved = read_saved(last / FILE_NAME)
     training = describe_run(options.run, config, noted_sampling(saved.notes))
     if options.format == "diffusers":
@@ -106,17 +99,14 @@ def _write_lora(options: Export, config: Config, folder: Path) -> tuple[Training
 
 def _write_merged(options: Export, config: Config, folder: Path) -> tuple[Training, None]:
     """Writes the run's model, with what was learned in its weights; returns what the card tells."""
+    from agents.cli.drawing import no_reward
     from agents.cli.run_folder import load_agent
 
     if options.model is not None and not options.model.exists():
         raise FileNotFoundError(f"there is no folder {options.model}; --model is the folder of the run's model")
     changes = {} if options.model is None else {"model": str(options.model)}
     # Nothing is scored, and a reward may be a large network. Weights in half precision would lose small changes.
-    env = config.make_env(1, device=options.device, reward=_no_reward, dtype="float32", **changes)
+    env = config.make_env(1, device=options.device, reward=no_reward, dtype="float32", **changes)
     agent = load_agent(options.run, config, env, options.device)
     agent.save_pretrained(folder)
     return agent.training, None
-
-
-def _no_reward(images: Tensor, prompts: list[str]) -> Tensor:
-    return images.new_zeros(len(prompts))

@@ -28,7 +28,7 @@ class ImportChoices:
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Folder to write; it must not hold choices already."""
     images: Annotated[Path | None, default_hint("FOLDER", "that of the file, or the folder to read")] = None
-    """Folder that the paths of images begin at."""
+    """Folder that the paths of the images are relative to."""
 
 
 def parse(argv: Sequence[str]) -> ImportChoices:

@@ -15,7 +15,7 @@ from PIL import Image
 from agents.cli.config import Config
 from agents.cli.drawing import DrawingOptions, fine_tuned, no_reward, resolve_environment
 from agents.cli.environments import EVALUATION_BATCH_SIZE, make_env
-from agents.cli.run_folder import LORA, describe_run
+from agents.cli.run_folder import describe_run, find_weights
 from agents.common.evaluation import sample_images
 from agents.common.model_card import public_name
 from dpok_gym.choices.pairs import IMAGES, Pair, begin, hash_file, is_complete, write_pairs
@@ -156,8 +156,8 @@ def _make_env(options: DrawingOptions, source: Source, prompts: PromptSet, n_env
 def _fine_tuned(
     env: DenoisingVectorEnv, source: Source, options: DrawingOptions, trust: bool
 ) -> AbstractContextManager[Transition | None]:
-    lora = source.run / LORA if source.run else None
-    return fine_tuned(env, lora, source.run, trust=trust, dtype=options.dtype)
+    lora = find_weights(source.run) if source.run else None
+    return fine_tuned(env, lora, trust=trust, dtype=options.dtype)
 
 
 def _origin(source: Source, env: DenoisingVectorEnv) -> dict[str, Any]:

@@ -102,6 +102,8 @@ class Run:
         is_evaluated = distributed.any_of(distributed.is_main() and self._is_evaluated())
         if self.agent.is_done(self._total_timesteps()) and is_evaluated:
             advice = "ask for more with --images" if self.agent.draws_images else "train anew, in another --out"
+            if getattr(self.agent, "has_spent_kl", False):
+                advice = "it has spent its --max-kl, so train anew with a larger one, in another --out"
             raise ValueError(f"the run in {folder} is complete, after {self._done}; {advice}")
 
     def _load(self, checkpoint: Path) -> float:
@@ -166,7 +168,7 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
         log = self.folder / LOG
         rows = self._restore_log(log)
-        remove_samples(self.folder / SAMPLES, self.agent.iteration, self.config.checkpointing_steps)
+        remove_samples(self.folder / SAMPLES, self.agent.iteration)
         remove_leftovers(self.folder)
         remove_later_checkpoints(self.folder, self.agent)
         if self._checkpoint is not None:  # which may be in another folder

@@ -59,12 +59,26 @@ def load_run(
     return load_agent(folder, config, config.make_env(config.n_envs, device=device, **changes), device)
 
 
+def find_weights(folder: Path) -> Path:
+    """Returns the folder with the newest weights of a run: its newest checkpoint, or else its LoRA.
+
+    The checkpoint is at least as new as the LoRA, which is written at the end, but it may have been removed.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    if not list_checkpoints(folder) and (folder / LORA).is_dir():
+        return folder / LORA
+    return find_checkpoint(folder)
+
+
 def load_agent(folder: Path, config: Config, env: DenoisingVectorEnv, device: str) -> DenoisingAlgorithm:
     """Returns the agent of a run's newest checkpoint, in an environment with the run's model and sampler."""
     checkpoint = find_checkpoint(folder)
     agent = make_agent(config, env, checkpoint, device)
     load_checkpoint(agent, checkpoint)
     agent._training = describe_run(folder, config, sampling_of(agent.process))
+    agent._training_iteration = agent.iteration
     return agent
 
 

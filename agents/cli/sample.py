@@ -54,6 +54,7 @@ def run(options: Sample) -> int:
 
     from agents.cli import plots
     from agents.cli.config import FILE_NAME, Config
+    from agents.cli.run_folder import find_weights
     from agents.cli.tables import say
     from agents.common.evaluation import sample_images
     from agents.common.steering import UNSTEERED
@@ -75,10 +76,10 @@ def run(options: Sample) -> int:
         # The option may name a run folder, or the LoRA's folder in it. Both know the run's model and sampler.
         holders = [folder for folder in (lora, lora.parent) if (folder / FILE_NAME).is_file()]
         run_folder = holders[0] if holders else None
-        lora = lora / "lora" if run_folder == lora else lora
+        lora = find_weights(lora) if run_folder == lora else lora
     config = None if run_folder is None else Config.read(run_folder, options.trust)
     env = _make_env(options, config, steering)
-    with fine_tuned(env, lora, run_folder, trust=options.trust, dtype=options.draw.dtype) as transition:
+    with fine_tuned(env, lora, trust=options.trust, dtype=options.draw.dtype) as transition:
         # Image k has the seed of the options plus k, so it is the same for any number of images.
         prompts = [options.prompt] * options.n
         evaluation = sample_images(env.process, env, prompts, options.seed, transition, steering=steering)

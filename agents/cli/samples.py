@@ -54,16 +54,15 @@ def list_samples(folder: Path) -> list[Sample]:
     return sorted(samples, key=lambda sample: sample.iteration)
 
 
-def remove_samples(folder: Path, iteration: int, every: int) -> None:
+def remove_samples(folder: Path, iteration: int) -> None:
     """Removes the rows that a resumed run draws again, and the last row of a run that is to go on further.
 
     Args:
         folder: of the rows.
         iteration: that the run goes on from.
-        every: iterations between two rows.
     """
     for sample in list_samples(folder):
-        if sample.iteration >= iteration or sample.iteration % every:
+        if sample.iteration >= iteration:
             sample.path.unlink()
 
 

@@ -78,7 +78,7 @@ def score_rows(scores: Mapping[str, Any], from_choices: bool) -> Iterator[tuple[
         name = f"reward - {objective['nat_price']:g} KL (the best possible is {objective['optimum']:.3f})"
         yield name, f"{objective['before']:.3f}", f"{objective['after']:.3f}"
         regret_before = objective["optimum"] - objective["before"]
-        yield "regret: what is missing to the best", f"{regret_before:.3f}", f"{objective['regret']:.3f}"
+        yield "regret: distance to the best possible value", f"{regret_before:.3f}", f"{objective['regret']:.3f}"
     yield "KL to pre-trained, nats per image", "0", f"{scores['kl_to_pretrained']:.2f}"
     yield "drift of the steps without exploration", "0", f"{scores['late_drift']:.3f}"
 

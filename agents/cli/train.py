@@ -38,12 +38,12 @@ from agents.cli.config import (
 from agents.cli.environments import environment_class
 from agents.cli.recipe import Recipe
 from agents.cli.run import Run
-from agents.cli.run_folder import LOG, LORA, SUMMARY
+from agents.cli.run_folder import LOG, SUMMARY, find_weights
 from agents.cli.signals import SIGNALS, exit_code
 from agents.cli.tables import say
 from agents.common import distributed
 from agents.common.arguments import describe_arguments
-from agents.common.checkpoint import find_checkpoint, list_checkpoints
+from agents.common.checkpoint import DENOISER, find_checkpoint, list_checkpoints
 from agents.common.policy import DenoisingPolicy
 from dpok_gym.models.lora_files import find_lora_file
 from dpok_gym.registration import DEFAULT_ENVIRONMENT, ENVIRONMENTS
@@ -309,7 +309,9 @@ def _find_lora(config: Config) -> Config:
         return config
     path = check_path("--lora", config.policy_kwargs["lora"])
     if (path / FILE_NAME).is_file():  # the folder of a run
-        path = path / LORA
+        path = find_weights(path)
+        if (path / DENOISER).is_file():
+            raise ValueError("--lora names a run that trained the whole denoiser (--lora-rank 0), which has no LoRA")
     return replace(config, policy_kwargs=config.policy_kwargs | {"lora": str(find_lora_file(path).absolute())})
 
 

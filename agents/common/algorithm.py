@@ -170,7 +170,8 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
             # Gymnasium's own vectorisation would run a model for each environment.
             n_envs = DEFAULT_N_ENVS if n_envs is None else check_integer("n_envs", n_envs)
             try:
-                env = gymnasium.make_vec(env, num_envs=n_envs, vectorization_mode="vector_entry_point")
+                placed: dict[str, Any] = {} if str(device) == "auto" else {"device": str(device)}
+                env = gymnasium.make_vec(env, num_envs=n_envs, vectorization_mode="vector_entry_point", **placed)
             except gymnasium.error.Error as error:
                 raise ValueError(f"there is no environment {env!r}: {error}") from error
         elif env is not None and n_envs is not None:
@@ -407,6 +408,12 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
         return self.held_out.description
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        # The prompts follow the numbers of the images, which go on; a loaded agent may have another group_size.
+        if self.images_drawn % self.group_size:
+            raise ValueError(
+                f"the {self.images_drawn} images drawn so far are no whole groups of {self.group_size}: take a "
+                "group_size that divides them, such as that of the training before"
+            )
         self.prepare()
         return super()._setup_learn(*args, **kwargs)
 

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from agents.common.algorithm import DenoisingAlgorithm
 
 TRAINER_STATE = "trainer_state.json"
+#: The file of a denoiser whose weights are all trained.
+DENOISER = "denoiser.safetensors"
 
 #: Endings of a folder that is being written, and of one that is being removed.
 _PART, _OLD = ".part", ".old"

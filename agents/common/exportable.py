@@ -19,9 +19,11 @@ class Exportable:
     policy: DenoisingPolicy
     process: DenoisingProcess
     images_drawn: int
+    iteration: int
 
-    #: The training of the run that the agent was loaded from; :func:`agents.load_run` sets it.
+    #: The training of the run that the agent was loaded from, and its iteration; :func:`agents.load_run` sets them.
     _training: Training | None = None
+    _training_iteration: int = 0
 
     def save_lora(self, folder: str | pathlib.Path) -> pathlib.Path:
         """Writes the LoRA as diffusers' ``load_lora_weights(folder)`` reads it; returns the file's path."""
@@ -33,9 +35,11 @@ class Exportable:
         known = self._training
         if known is None:
             return Training.of(self)  # type: ignore[arg-type]  # every agent is a DenoisingAlgorithm
-        if known.images == self.images_drawn:
+        if self._training_iteration == self.iteration:
             return known
-        return replace(known, images=self.images_drawn, scores={}, figures=())  # these are of the agent before
+        now = Training.of(self)  # type: ignore[arg-type]
+        # The scores and the figures are of the agent before.
+        return replace(known, images=now.images, optimizer_steps=now.optimizer_steps, scores={}, figures=())
 
     def push_to_hub(
         self,

@@ -18,6 +18,9 @@ ClipType = Literal["ppo", "clamp", "kl"]
 #: "joint": rho. "per-dimension": rho^(1/D). "centred": (rho exp(KL))^(1/D), see :func:`importance_ratio`.
 Ratio = Literal["joint", "per-dimension", "centred"]
 
+#: The largest log-ratio that counts, see :func:`density_ratio`.
+MAX_LOG_RATIO = 20.0
+
 #: What an update logs: tensors (B,) by name.
 Metrics = dict[str, Tensor]
 
@@ -54,6 +57,15 @@ def importance_ratio(
     return log_ratio / dims, dims
 
 
+def density_ratio(log_ratio: Tensor) -> Tensor:
+    """rho = exp(log_ratio), (B,), which stays at exp(20) above that, without a gradient.
+
+    The exponential of 89 is infinite in float32. A transition that has moved so far would make all weights NaN, even
+    where it is clipped: its gradient is then 0 times infinity.
+    """
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+
+
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float, clip_type: ClipType = "ppo") -> Tensor:
     """The policy gradient with a clipped importance ratio rho = exp(log_ratio).
 
@@ -73,10 +85,10 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float, 
     """
     check_choice("clip_type", clip_type, "ppo", "clamp")
     # Where the clamp is active, its gradient is 0.
-    clipped = advantages * log_ratio.clamp(-clip_range, clip_range).exp()
+    clipped = advantages * density_ratio(log_ratio.clamp(-clip_range, clip_range))
     if clip_type == "clamp":
         return -clipped
-    return -torch.minimum(advantages * log_ratio.exp(), clipped)
+    return -torch.minimum(advantages * density_ratio(log_ratio), clipped)
 
 
 def policy_gradient_loss(
@@ -112,13 +124,13 @@ def policy_gradient_loss(
     if clip_type == "kl":
         distance = diffusion.kl_divergence(mean.detach(), old_mean, std)
         is_clipped = (distance > clip_range) & (advantages * log_ratio.detach() > 0)
-        loss = (-advantages * log_ratio.exp()).masked_fill(is_clipped, 0)
+        loss = (-advantages * density_ratio(log_ratio)).masked_fill(is_clipped, 0)
     else:
         # clip_range is in nats of the latent, and log_ratio perhaps in nats per dimension.
         is_clipped = log_ratio.detach().abs() > clip_range / dims
         loss = clipped_surrogate(log_ratio, advantages, clip_range / dims, clip_type)
     # An average over D dimensions has 1/D of the gradient of the sum, which is that of the log-density.
-    return dims * loss, {"mean_ratio": log_ratio.detach().exp(), "clip_fraction": is_clipped.float()}
+    return dims * loss, {"mean_ratio": density_ratio(log_ratio.detach()), "clip_fraction": is_clipped.float()}
 
 
 def score_function_loss(actions: Tensor, mean: Tensor, std: Tensor, advantages: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ _ANY = "It says nothing about health."
 METRICS: dict[str, Metric] = {
     # The images of an iteration, and their rewards.
     "rollout/total_reward": Metric(
-        "Mean reward of the iteration's images: the weighted sum of all components, as it is trained on.",
+        "Mean reward of the iteration's images: the weighted sum of all components. `normalize_rewards` changes "
+        "what is trained on, and not this.",
         _REWARD,
         "It rises over tens of iterations, and goes up and down between two of them. If it does not rise, see the "
         "guide about that.",
@@ -45,7 +46,7 @@ METRICS: dict[str, Metric] = {
     f"rollout/{NAME}": Metric(
         "Mean of one component of the reward, by its name, before it is weighted.",
         "that of the component",
-        "It rises, or stays, while the total rises. A component that falls is what the others are bought with.",
+        "It rises, or stays, while the total rises. If one falls, the others rise at its expense.",
     ),
     "rollout/held_out_reward": Metric(
         "Mean of a reward that is not trained on, of at most 16 of the images: the weighted sum of its parts.",
@@ -160,10 +161,11 @@ METRICS: dict[str, Metric] = {
         "optimiser steps.",
     ),
     "train/mean_ratio": Metric(
-        "Mean importance ratio of the trained steps: the probability of a step under the new policy, divided by that "
-        "under the old one.",
+        'Mean importance ratio of the trained steps, in the form that the argument `ratio` chooses. "joint" is the '
+        "probability of a step under the new policy, divided by that under the old one. The others are roots of it, of "
+        "the order of the dimensions of a latent.",
         _NONE,
-        "Close to 1: 0.9 to 1.1.",
+        'Close to 1: 0.9 to 1.1 for "joint". Roots are always near 1, so look at `train/clip_fraction` instead.',
     ),
     "train/grad_norm": Metric(
         "Norm of the denoiser's gradient, before it is cut to `max_grad_norm`.",
@@ -180,7 +182,7 @@ METRICS: dict[str, Metric] = {
     ),
     "train/n_updates": Metric("Optimiser steps taken since the training began.", "steps", _ANY),
     "train/anchor_loss": Metric(
-        "The anchor's loss: `anchor_coef` times the denoising loss on images of the pre-trained model.",
+        "The anchor's loss, before `anchor_coef`: the denoising loss on images of the pre-trained model.",
         "squared units of the denoiser's output, at least 0",
         "It stays near its first value. A rise says that the model forgets.",
     ),

@@ -387,12 +387,14 @@ def _scores(training: Training) -> str:
         return ""
     label = "reward trained on" if training.choices is None else "reward (not trained on)"
     rows = [(label, scores["reward_before"], scores["reward_after"])]
-    for name, before in scores.get("rewards_before", {}).items():
-        rows.append((f"`{public_name(name)}`", before, scores["rewards_after"].get(name)))
+    before = scores.get("rewards_before", {})  # of an older run with other rewards, perhaps
+    for name, after in scores.get("rewards_after", {}).items():
+        rows.append((f"`{public_name(name)}`", before.get(name), after))
     if scores.get("aligned_before") is not None:
         rows.insert(0, ("share of fully aligned images", scores["aligned_before"], scores["aligned_after"]))
     lines = [f"## Results\n\nMeans of {scores['eval_images']} images.\n", "| | before | after |", "|---|---|---|"]
-    lines += [f"| {name} | {before:.3f} | {after:.3f} |" for name, before, after in rows]
+    for name, *numbers in rows:
+        lines.append(f"| {name} | {' | '.join('' if number is None else f'{number:.3f}' for number in numbers)} |")
     lines.append(f"| KL to the base model, nats per image | 0 | {scores['kl_to_pretrained']:.2f} |")
     return "\n".join(lines)
 

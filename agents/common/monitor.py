@@ -111,7 +111,8 @@ def reward_hacking(rows: Sequence[Row]) -> str | None:
     parts = dict.fromkeys(name for row in rows for name in row if name.startswith(HELD_OUT))
     for name in ("rollout/held_out_reward", *parts):
         both = [row for row in rows if name in row and "rollout/total_reward" in row]
-        for latest in (both, both[len(both) // 2 :]):
+        half = both[len(both) // 2 :]
+        for latest, when in ((both, "since the training began"), (half, f"in the last {len(half)} iterations")):
             if len(latest) < TREND:
                 break
             rise, rise_by_chance, _ = _trend(_column(latest, "rollout/total_reward"))
@@ -119,7 +120,7 @@ def reward_hacking(rows: Sequence[Row]) -> str | None:
             rises = rise > 0 and rise_by_chance < RISE_BY_CHANCE
             if rises and -change > HELD_OUT_FALL * noise and by_chance < FALL_BY_CHANCE:
                 return (
-                    f"in the last {len(latest)} iterations the training reward rose by {rise:.3g} while "
+                    f"{when} the training reward rose by {rise:.3g} while "
                     f"{name.removeprefix('rollout/')} fell by {-change:.3g}: the model learns to please its reward "
                     "alone. Look at the images; take the checkpoint before it, hold the model nearer to the "
                     "pre-trained one (a larger kl_coef), or add the held-out reward to the training"

@@ -22,6 +22,7 @@ from agents.common.buffer import Batch
 from agents.common.losses import Metrics
 from agents.common.matching import NoisyImages
 from agents.common.policy import DenoisingPolicy
+from dpok_gym.rewards import NonFiniteError
 from dpok_gym.utils.batching import BatchSize
 from dpok_gym.utils.sharding import is_sharded, whole
 
@@ -81,15 +82,24 @@ class UpdatingAlgorithm(OnPolicyAlgorithm):
 
     @contextmanager
     def optimizer_step(self) -> Iterator[None]:
-        """Around calls of :meth:`backward`, which add up: no gradient before; clips it and takes the step after."""
+        """Around calls of :meth:`backward`, which add up: no gradient before; clips it and takes the step after.
+
+        Raises:
+            NonFiniteError: if the gradient is infinite or NaN; no step is taken.
+        """
         self.policy.optimizer.zero_grad()
         yield
         if self.anchor_coef:
             self._add_anchor_gradient()
         distributed.sum_gradients(self.policy.denoiser_parameters())
         # Only the denoiser's: the critic learns by itself, and its gradients must not shrink the policy's.
-        norm = nn.utils.clip_grad_norm_(self.policy.denoiser_parameters(), self.max_grad_norm)
-        self.log_metrics({"grad_norm": whole(norm)})
+        norm = whole(nn.utils.clip_grad_norm_(self.policy.denoiser_parameters(), self.max_grad_norm))
+        if not norm.isfinite():  # the step would make all weights NaN
+            raise NonFiniteError(
+                "the gradient is infinite or NaN, so this step was not taken and the weights are those of the step "
+                "before: take a smaller learning_rate, another ratio (see clip_fraction in the log), or float32"
+            )
+        self.log_metrics({"grad_norm": norm})
         self.policy.optimizer.step()
         self._n_updates += 1
 

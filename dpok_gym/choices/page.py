@@ -177,7 +177,7 @@ def make_app(session: Session, *, token: str | None = None, allowed_hosts: Seque
         return show("message.html", error.status_code, title="That did not work", text=known)
 
     async def on_write_error(request: Request, error: Exception) -> Response:
-        return show("message.html", 507, title="Your answer was not saved", text=f"{error}. Mend this, and go back.")
+        return show("message.html", 507, title="Your answer was not saved", text=f"{error}. Fix this, and go back.")
 
     return Starlette(
         routes=[

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,7 +128,7 @@ def _read(folder: Path) -> dict[str, Any]:
     content = read_json(folder / FILE_NAME)
     is_known = isinstance(content, dict) and content.get("version") == VERSION
     if not is_known or not isinstance(content.get("settings"), dict) or not isinstance(content.get("pairs"), list):
-        raise ValueError(f"{folder / FILE_NAME} is none of this version of dpok; choose another --out")
+        raise ValueError(f"{folder / FILE_NAME} was not written by this version of dpok; choose another --out")
     return content
 
 
@@ -229,7 +230,7 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             lines = enumerate(text.split("\n"), 1)
             rows = [(line, parse_json(content, f"line {line}")) for line, content in lines if content.strip()]
         else:
-            reader = csv.DictReader(text.splitlines(), strict=True)
+            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
             rows = [(reader.line_num, row) for row in reader]
         for line, row in rows:
             if not isinstance(row, dict) or None in row:

@@ -6,7 +6,8 @@ Only the first three fields are needed. ``images`` are paths relative to the fil
 image and 1 for the second; null says that none was preferred, and ``reason`` says why. ``dpok label`` writes all fields
 of :class:`Choice`, with ``version``, the number of this form. A line may have further fields.
 
-A file only grows. Who takes a choice back adds a line ``{"undo": "<id>"}``, and the choice with that id counts no more.
+A file only grows. To take a choice back, a line ``{"undo": "<id>"}`` is added, and the choice with that id counts no
+more.
 """
 
 from __future__ import annotations

@@ -71,14 +71,14 @@ def optimal_transition(
     process = copy.copy(process)
     spacing = _COARSE[process.model.latent_shape[-1]]
     x, _ = _grid(process, spacing)
-    moves = {_number(process, each): _solve(process, each, reward, beta, spacing)[2] for each in prompts.train}
+    best_means_of = {_number(process, each): _solve(process, each, reward, beta, spacing)[2] for each in prompts.train}
 
     def transition(state: State) -> tuple[Tensor, Tensor]:
         mean, std = process.transition(state)
         points = mean.double().cpu().numpy().reshape(len(mean), -1)  # (B, d)
         places = np.stack([state.step.cpu().numpy(), state.conditioning["mixture"].cpu().numpy()], axis=1)
         for step, number in np.unique(places, axis=0).tolist():
-            best = moves[number][step]
+            best = best_means_of[number][step]
             if best is not None:
                 rows = (places == (step, number)).all(axis=1)
                 moved = [interpolate(x, best[..., axis], points[rows]) for axis in range(best.shape[-1])]
@@ -134,14 +134,14 @@ def _solve(
     """
     x, points, value = _begin(process, prompt, reward, spacing)
     means = _means_on_grid(process, prompt, points)
-    moves: list[Array | None] = []
+    found: list[Array | None] = []
     for mean, std in zip(means[::-1], process.table.std.double().cpu().numpy()[::-1], strict=True):
         best = None
         if std:
-            value, best = best_moves(x, smoothed(x, value, std), std, beta)
-        moves.append(best)
+            value, best = best_means(x, smoothed(x, value, std), std, beta)
+        found.append(best)
         value = interpolate(x, value, mean)
-    return points, value, moves[::-1]
+    return points, value, found[::-1]
 
 
 def policy_value(
@@ -239,7 +239,7 @@ def smoothed(x: Array, value: Array, std: float) -> Array:
     return value
 
 
-def best_moves(x: Array, expected: Array, std: float, beta: float) -> tuple[Array, Array]:
+def best_means(x: Array, expected: Array, std: float, beta: float) -> tuple[Array, Array]:
     """Finds max_m F(m) - beta ||m - m_0||^2 / (2 std^2), for each m_0 on the grid.
 
     Args:

@@ -187,6 +187,8 @@ class TextToImageModel(ABC):
     ) -> TextToImageModel:
         """Returns a model with the same networks, not a copy of them, and notes the arguments in its ``options``.
 
+        What an earlier call has set stays, where an argument has its default.
+
         Args:
             image_size: as for :meth:`configured`.
             negative_prompt: as for :meth:`configured`.
@@ -214,16 +216,16 @@ class TextToImageModel(ABC):
         if not given:
             return self
         model = copy.copy(self)
+        model.options = self.options | given
         # A cache of its own: with another size XL's conditioning differs, and a prompt may be too long for one only.
         model._conditioning = ConditioningCache(CONDITIONING_CACHE_BYTES, MIN_PROMPTS_KEPT)
-        model.long_prompts = long_prompts
+        model.long_prompts = model.options.get("long_prompts", "error")
         if timestep_spacing is not None:
             model.scheduler_config = with_spacing(self.scheduler_config, timestep_spacing)
         if true_cfg_scale != 1:
             model = model.with_true_cfg(true_cfg_scale)
         if image_size is not None or negative_prompt is not None:
-            model = model.configured(image_size, negative_prompt)
-        model.options = self.options | given
+            model = model.configured(image_size, model.options.get("negative_prompt"))
         return model
 
     def find_long(self, prompts: Sequence[str]) -> Iterator[tuple[int, str]]:
@@ -381,7 +383,7 @@ class TextToImageModel(ABC):
         raise ValueError(f"the model {self.name!r} has no encoder for images; use a model with an autoencoder")
 
     def to_pipeline(self, denoiser: nn.Module | None = None) -> DiffusionPipeline:
-        """Returns a diffusers pipeline around the model's networks, with a DDIM scheduler.
+        """Returns a diffusers pipeline around the model's networks, with the scheduler of its family.
 
         Args:
             denoiser: a fine-tuned network to use in place of the model's own.

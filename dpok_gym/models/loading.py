@@ -115,9 +115,10 @@ def load_model(
 
     Args:
         name_or_path: a registered name (:func:`dpok_gym.models.list_models`), a local diffusers folder, a single-file
-            checkpoint (``.safetensors``), or a hub id; of Stable Diffusion 1.x, 2.x or XL. ``"module:factory"`` is a
-            function that makes a model, as in :func:`dpok_gym.models.register_model`; such a model takes an image size
-            and a negative prompt if its class does, and none of the further arguments.
+            checkpoint (``.safetensors``), or a hub id; of Stable Diffusion 1.x, 2.x, XL or 3, FLUX.1, FLUX.2,
+            PixArt-Sigma or Sana. ``"module:factory"`` is a function that makes a model, as in
+            :func:`dpok_gym.models.register_model`; such a model takes an image size and a negative prompt if its class
+            does, and none of the further arguments.
         device: "auto" (a GPU if there is one), or any torch device.
         dtype: of the networks' weights: "float32", "bfloat16" or "float16".
         image_size: pixels of a side, or (height, width); None for the size that the model was trained with.
@@ -126,8 +127,7 @@ def load_model(
             network: at least 1, with a second forward pass; 1 is none. A negative prompt needs it there.
         long_prompts: what becomes of a prompt with more tokens than the text encoder reads: "error", or "truncate" to
             leave out its end, as diffusers' pipelines do.
-        timestep_spacing: of DDIM's steps: "leading", as in the published Stable Diffusion models, or "trailing", which
-            begins at the last training timestep; None for that of the model's scheduler.
+        timestep_spacing: of the denoising steps, see :meth:`TextToImageModel.with_options`.
         revision: branch, tag or commit of a hub id.
         variant: of the weight files, such as "fp16"; None takes the plain ones, or the only variant that a folder has.
         allow_pickle: whether weights that are no safetensors may be read.

@@ -79,13 +79,20 @@ class LoRA:
             with warnings.catch_warnings():  # peft warns that there is another LoRA, which is intended here
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
                 inject_adapter_in_model(config, network, self.name)
-        except ValueError as error:
+        except Exception as error:
+            _known_layers.pop(network, None)  # peft may have changed some layers before it refused one
+            _remove(network, self.name)
+            _switch(before)
+            for value in trainable:
+                value.requires_grad_(True)
+            endings = tuple(f".{name}" for name in target_modules)
+            if any(f".{name}".endswith(endings) for name, _ in network.named_modules()):
+                raise ValueError(f"a LoRA cannot change one of the layers {list(target_modules)}: {error}") from error
             raise ValueError(
                 f"no layer of the denoiser ends in any of {list(target_modules)}; the usual lists are in "
                 "model.lora_layers"
             ) from error
-        finally:
-            _known_layers.pop(network, None)  # some layers are new
+        _known_layers.pop(network, None)  # some layers are new
         self._network = network
         marker = f".{self.name}."
         self.parameters = {name: value for name, value in network.named_parameters() if marker in name}
@@ -233,13 +240,17 @@ def _without_adapters(network: nn.Module) -> nn.Module:
 def _remove_forgotten(network: nn.Module) -> None:
     names = _forgotten.get(network, [])
     while names:
-        name = names.pop()
-        for layer in _layers(network):
-            others = [active for active in layer.active_adapters if active != name]
-            # Switched off first: peft would switch on another LoRA in place of one that it deletes.
-            _switch([(layer, others, not layer.disable_adapters)])
-            layer.delete_adapter(name)
-        del network.peft_config[name]  # type: ignore[operator, union-attr]
+        _remove(network, names.pop())
+
+
+def _remove(network: nn.Module, name: str) -> None:
+    """Deletes a LoRA from the layers of a network."""
+    for layer in _layers(network):
+        others = [active for active in layer.active_adapters if active != name]
+        # Switched off first: peft would switch on another LoRA in place of one that it deletes.
+        _switch([(layer, others, not layer.disable_adapters)])
+        layer.delete_adapter(name)
+    getattr(network, "peft_config", {}).pop(name, None)
 
 
 #: A layer, the names of its active adapters, and whether they are on.

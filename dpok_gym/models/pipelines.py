@@ -413,17 +413,25 @@ def _find_folder(
     check_hub_id(f"the model {name!r}", source)
     outage = find_outage()
     wanted: dict[str, Any] = {"revision": revision, "local_files_only": outage is not None}
-    try:
-        _, pipeline = _read_index(Path(hf_hub_download(source, "model_index.json", **wanted)))
-        if pipeline in FAMILIES:
-            wanted |= {"variant": variant, "use_safetensors": _use_safetensors(allow_pickle)}
-            left_out = dict.fromkeys(find_left_out(find_family(pipeline), without_t5))
-            return Path(DiffusionPipeline.download(source, **wanted, **_UNUSED, **left_out))
-    except Exception as error:
-        check_hub_id(f"the model {name!r}", source, is_unknown=True)
-        reason = outage or f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise FileNotFoundError(_describe_missing(name, source, revision, allow_pickle, reason)) from error
-    raise ValueError(f"the model {source!r} cannot be loaded: {describe_unsupported(pipeline, FAMILIES)}")
+
+    @contextmanager
+    def downloading() -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            check_hub_id(f"the model {name!r}", source, is_unknown=True)
+            reason = outage or f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise FileNotFoundError(_describe_missing(name, source, revision, allow_pickle, reason)) from error
+
+    with downloading():
+        index = hf_hub_download(source, "model_index.json", **wanted)
+    _, pipeline = _read_index(Path(index))
+    if pipeline not in FAMILIES:
+        raise ValueError(f"the model {source!r} cannot be loaded: {describe_unsupported(pipeline, FAMILIES)}")
+    wanted |= {"variant": variant, "use_safetensors": _use_safetensors(allow_pickle)}
+    left_out = dict.fromkeys(find_left_out(find_family(pipeline), without_t5))
+    with downloading():
+        return Path(DiffusionPipeline.download(source, **wanted, **_UNUSED, **left_out))
 
 
 def _describe_missing(name: str, source: str, revision: str | None, allow_pickle: bool, reason: str) -> str:

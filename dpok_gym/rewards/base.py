@@ -21,7 +21,7 @@ Components = dict[str, dict[str, Tensor]]
 
 
 class NonFiniteError(ValueError):
-    """An image or a reward is infinite or NaN: the model has diverged, or a reward function has a defect."""
+    """An image, a reward or a gradient is infinite or NaN: the model has diverged, or a reward has a defect."""
 
 
 class RewardBatch(NamedTuple):
@@ -238,7 +238,7 @@ class Reward:
         if rows and self.non_finite == "error":
             raise NonFiniteError(
                 f"{what} for the prompt {prompts[rows[0]]!r} is not finite ({values[rows[0]].item()}; "
-                f"{len(rows)} of {len(prompts)} in the batch); mend its cause, or leave such images out with "
+                f"{len(rows)} of {len(prompts)} in the batch); fix its cause, or leave such images out with "
                 f"non_finite='mask'"
             )
         return finite

@@ -13,7 +13,7 @@ from dpok_gym.rewards.normalization import Normalize, check_normalize
 from dpok_gym.rewards.registry import RewardFunction, check_name, load_reward
 from dpok_gym.rewards.remote.access import TOKEN_VARIABLE, check_no_secret, is_address
 from dpok_gym.rewards.remote.client import RemoteReward
-from dpok_gym.utils.validation import check_finite
+from dpok_gym.utils.validation import check_choice, check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ def make_reward(
             - ``{name: weight}``, with any of these in place of the name, and the finite number that it is multiplied
               by. In place of the number may be ``{"weight": 1.0, "normalize": [mean, std]}`` (or None in place of the
               pair), and for an address RemoteReward's arguments too, such as ``"timeout": 300``, but no token;
-            - a :class:`Reward`, returned as it is.
+            - a :class:`Reward`, returned as it is if it need not be masked.
         non_finite: what happens to an image that contains NaN or infinity, or whose reward does: ``"error"`` raises a
             ValueError that names the reward and the prompt; ``"mask"`` gives it a total of 0 and ``valid = False``.
 
@@ -56,8 +56,9 @@ def make_reward(
             a setting or ``normalize`` is unknown, or ``non_finite`` is neither of the two.
         ImportError: if a reward needs something that is not installed.
     """
+    check_choice("non_finite", non_finite, "error", "mask")
     if isinstance(spec, Reward):
-        return spec
+        return Reward(spec._parts, "mask") if non_finite == "mask" else spec
     parts = {}
     for name, (load, weight, normalize) in _describe(spec).items():
         parts[name] = Part(_taking_two(load(), name), weight, normalize)

@@ -69,7 +69,7 @@ def check_same_components(batches: Iterable[Iterable[str]], reward: str = "the r
         if other != first:
             raise ValueError(
                 f"{reward} must have the same components for all images, but has {first} for some and {other} for "
-                "others; mend the reward"
+                "others; fix the reward"
             )
 
 

@@ -379,8 +379,8 @@ def _make_table(
         )
     if sampler not in ("ddim", "ode"):
         raise ValueError(
-            f"the sampler {sampler!r} is for flow-matching models, and the model {model.name!r} is none: use 'ddim' or "
-            "'ode'"
+            f"the sampler {sampler!r} is for flow-matching models, and the model {model.name!r} is not one: use 'ddim' "
+            "or 'ode'"
         )
     return make_ddim_table(config, num_inference_steps, eta, sde_steps)
 

@@ -151,7 +151,8 @@ def draw_images(folder: Path, seed: int, n_batches: int) -> None:
         groups = draw_groups(processes[batch % len(processes)], scenes, captions, (seed, batch))
         for group, images in enumerate(groups):
             for k, image in enumerate(images):
-                Image.fromarray(image).save(folder / image_path(batch, group, k))
+                with replacing(folder / image_path(batch, group, k)) as part:
+                    Image.fromarray(image).save(part, format="PNG")
         print(f"{5 * GROUPS * (batch + 1)} images", flush=True)
 
 

@@ -42,8 +42,8 @@ def has_vocabulary(tokenizer: Any) -> bool:
 def find_outage() -> str | None:
     """Returns why the Hugging Face hub cannot be reached; None if it can.
 
-    This is one request without retries. Who knows the outage passes ``local_files_only=True`` to the libraries, which
-    would ask for half a minute otherwise, and say so for every file.
+    This is one request without retries. A caller that knows of the outage passes ``local_files_only=True`` to the
+    libraries, which would ask for half a minute otherwise, and say so for every file.
     """
     from huggingface_hub import constants, get_session, is_offline_mode  # slow to import
 

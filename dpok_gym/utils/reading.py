@@ -308,12 +308,15 @@ def check_torch_file(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no file, or is compressed.
+        ValueError: if it is no file, or is compressed or damaged.
     """
     path = check_file(path)
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+        except (zipfile.BadZipFile, NotImplementedError) as error:
+            raise ValueError(f"{path} is damaged: {_reason(error)}") from error
         # Entries may also overlap, and so be more than the file.
         if any(entry.compress_type for entry in entries) or sum(e.file_size for e in entries) > path.stat().st_size:
             raise ValueError(f"{path} is compressed, which torch.save never does; get the file from its authors")

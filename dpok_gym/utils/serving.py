@@ -116,7 +116,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _signals_end(server: uvicorn.Server) -> Iterator[None]:
     """Lets SIGINT and SIGTERM do nothing in the block but end the server, also while it starts.
 
-    Once it runs, uvicorn sees to them itself. After its end it sends them to the process again, which would kill it.
+    Once it runs, uvicorn handles them itself. After its end it sends them to the process again, which would kill it.
     """
     if threading.current_thread() is not threading.main_thread():  # which has no signals
         yield

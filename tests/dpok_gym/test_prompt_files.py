@@ -37,6 +37,7 @@ WEIGHTED = (("a cat", 3.0), ("a dog, asleep", 1.0))
     ("name", "content"),
     [
         ("bench.json", '{"a cat": {"category": "pets", "weight": 3}, "a dog, asleep": {"category": "pets"}}'),
+        ("upper.json", '{"a cat": {"Weight": 3}, "a dog, asleep": {}}'),
         ("list.json", '[{"caption": "a cat", "weight": 3}, "a dog, asleep"]'),
         ("lines.jsonl", '{"text": "a cat", "weight": "3"}\n\n{"text": "a dog, asleep"}\n'),
         ("null.jsonl", '{"text": "a cat", "weight": 3}\n{"text": "a dog, asleep", "weight": null}\n'),

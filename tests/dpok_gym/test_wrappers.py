@@ -482,6 +482,20 @@ class TestBlocks:
             np.testing.assert_allclose(of_scalar["latent"], observation["latent"][i], atol=1e-4)
         assert np.abs(noise[0] - noise[1]).max() > 1  # the seeds differ, and the actions do not
 
+    def test_a_second_episode_is_that_of_an_environment_alone(self) -> None:
+        """The step that only begins it, of which the action is not used, draws no noise."""
+        vector = VectorNoiseAction(make_vector(autoreset_mode="NextStep"), block_size=8)
+        scalars: list[Any] = [NoiseAction(make(num_inference_steps=2), block_size=8) for _ in range(2)]
+        vector.reset(seed=4)
+        for i, env in enumerate(scalars):
+            env.reset(seed=4 + i)
+        for step in range(6):
+            actions = np.stack([normal(2 * step, (4, 1, 1)), normal(2 * step + 1, (4, 1, 1))])
+            observation, *_ = vector.step(actions)
+            alone = [env.reset() if step == 2 else env.step(actions[i]) for i, env in enumerate(scalars)]
+            for i, (of_scalar, *_) in enumerate(alone):
+                np.testing.assert_allclose(of_scalar["latent"], observation["latent"][i], atol=1e-4)
+
     def test_a_standard_normal_action_is_the_pre_trained_sampler(self) -> None:
         """The 16 numbers of a channel are independent, of variance 1: the ratio of their covariance to I is near 1."""
         rng = np.random.default_rng(0)

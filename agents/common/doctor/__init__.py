@@ -90,7 +90,12 @@ def _try_learning(trial: Trial, total_images: int, eval_images: int) -> Iterator
         trial.draw()
     rewards = _rewards(trial, trial.drawn_by_policy())
     assert rewards is not None  # the reward's check has seen finite ones
-    batch = trial.first_batch()
+    try:
+        batch = trial.first_batch()
+    except ValueError as error:  # an algorithm that cannot learn from these rewards
+        advice = "take a reward that differs between images of a prompt, in the range that the algorithm asks for"
+        yield judge("learning", str(error), "an optimiser step is taken", advice, True)
+        return
     yield from check_start(trial, batch)
     with restored(agent):
         yield from check_step(trial, batch)

@@ -89,7 +89,7 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list
                 "reward: finite",
                 f"{int((~finite).sum())} of {len(total)} rewards are nan or infinite",
                 "none",
-                "mend the reward; or leave such images out with non_finite='mask'",
+                "fix the reward, or leave such images out with non_finite='mask'",
                 True,
             )
         ]

@@ -168,7 +168,7 @@ class Trial:
             return found.batch
         finally:
             del self.agent.backward
-        raise ValueError("the update takes no optimiser step: no image has a reward to learn from")
+        raise ValueError("the update takes no optimiser step: no image or pair teaches anything")
 
     def update(self) -> None:
         """Updates the agent as its first iteration would, once it has drawn these images."""

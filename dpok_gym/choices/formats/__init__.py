@@ -125,7 +125,7 @@ def export_choices(choices: Iterable[Choice], name: Format, folder: Path) -> Tal
         reason = "tie" if choice.reason == "both-bad" else choice.reason
         if reason is None or reason in form.CARRIES:
             return choice
-        return LeftOut(f"{'skipped' if reason == 'skip' else 'ties'}, which the format has not")
+        return LeftOut(f"{'skipped' if reason == 'skip' else 'ties'}, which this format cannot hold")
 
     tally = Tally()
     kept = list(tally.count(map(fit, choices)))

@@ -67,9 +67,8 @@ class ImageStore:
         path = self.folder / f"{name}.{find_image_format(content, what).lower()}"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(path.name + ".part")  # a kill leaves no half image under its name
-            part.write_bytes(content)
-            part.replace(path)
+            with replacing(path) as part:  # a kill leaves no half image under its name
+                part.write_bytes(content)
         return path, name
 
     def copy(self, path: Path) -> str:

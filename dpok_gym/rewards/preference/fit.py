@@ -46,7 +46,7 @@ class Measured:
             ties only.
         interval: ends of the 95 % interval of the agreement, which says how uncertain so few choices leave it; see
             :func:`~dpok_gym.choices.agreement.wilson_interval`.
-        loss: mean of :func:`bradley_terry_loss`, nats; a coin has log 2 = 0.69.
+        loss: mean of :func:`bradley_terry_loss`, nats; guessing gives log 2 = 0.69.
         calibration_error: the expected calibration error, in [0, 1]: the mean distance between ``predicted`` and
             ``observed``, weighted by ``counts``.
         predicted: for each bin, the mean of p.

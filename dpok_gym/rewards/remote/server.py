@@ -115,6 +115,12 @@ def make_app(
     check_integer("max_batch", max_batch)
     token = find_token(token, TOKEN_VARIABLE)
     reward = make_reward(spec, "mask")
+    public = [_public_name(name) for name in reward.names]
+    if len(set(public)) < len(public):
+        twice = next(name for name in public if public.count(name) > 1)
+        raise ValueError(
+            f"two rewards are named {twice!r}, as the folders of a path are not told to clients: rename one of them"
+        )
     load = _Load()
     decoding, scoring = asyncio.Semaphore(MAX_DECODED), asyncio.Lock()
     # Threads, so that other requests are answered meanwhile.

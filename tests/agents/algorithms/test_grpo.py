@@ -121,3 +121,12 @@ def test_draws_groups(same_noise: str, make_env: MakeEnv, make_agent: MakeAgent)
 def test_bad_arguments(kwargs: dict[str, Any], message: str, make_agent: MakeAgent) -> None:
     with pytest.raises(ValueError, match=message):
         make_agent("GRPO", **kwargs)
+
+
+def test_images_of_another_group_size_cannot_go_on(make_agent: MakeAgent) -> None:
+    """The prompts follow the numbers of the images, so groups that begin in the middle of one would mix prompts."""
+    agent = make_agent("GRPO", group_size=2, images_per_iteration=2)
+    agent.images_drawn = 2
+    agent.group_size = 4
+    with pytest.raises(ValueError, match="the 2 images drawn so far are no whole groups of 4"):
+        agent.learn(1)

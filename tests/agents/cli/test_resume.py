@@ -426,3 +426,12 @@ def test_something_else_where_a_result_goes(tmp_path, capsys, name, is_folder):
     error = capsys.readouterr().err
     assert f"{place} is a {'folder' if is_folder else 'file'}" in error or "already holds a run" in error
     assert not (folder / "evaluation_before.npz").exists()
+
+
+def test_a_run_that_has_spent_its_kl_is_complete(tmp_path, capsys):
+    run, reward = tmp_path / "run", "tests.agents.cli.support:Brightness"
+    options = ["--algo", "draft", "--reward", reward, "--max-kl", "1e-9", "--learning-rate", "0.1", "--trust"]
+    assert train(run, *options[:-1], "--images", "8", *TINY) == 0
+    assert "above max_kl=1e-09: training ends here" in capsys.readouterr().out
+    assert train(run, "--resume", "--trust", "--images", "16") == 2
+    assert "it has spent its --max-kl, so train anew with a larger one" in capsys.readouterr().err

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from agents.cli.main import main
+from dpok_gym.models.lora_files import FILE_NAME as LORA
 from tests.agents.cli.support import TINY, sample, train
 
 
@@ -31,6 +32,14 @@ def test_sample(finished, tmp_path, capsys):
     assert sample(tmp_path, finished / "checkpoint-4")[0] == 0
     assert np.abs(_pixels(out) - fine_tuned).max() <= 1
     assert sample(tmp_path, finished / "typo")[0] == 2
+    # A run that was killed has no LoRA beside its checkpoints, and one that is trained further has an older one.
+    killed = shutil.copytree(finished, tmp_path / "killed")
+    save_file({"of": torch.zeros(1)}, killed / "lora" / LORA)
+    assert sample(tmp_path, killed)[0] == 0
+    assert np.abs(_pixels(out) - fine_tuned).max() <= 1
+    shutil.rmtree(killed / "lora")
+    assert sample(tmp_path, killed)[0] == 0
+    assert np.abs(_pixels(out) - fine_tuned).max() <= 1
 
 
 @pytest.mark.slow
@@ -99,6 +108,8 @@ def test_the_model_has_moved(tiny_sd_folder, tmp_path, capsys, fresh_models):
     assert main(scores) == 2
     assert str(model) in capsys.readouterr().err
     assert main([*scores, "--model", str(moved)]) == 0
+    assert train(tmp_path / "next", "--lora", str(run), "--images", "2", *options, *TINY) == 2
+    assert "--lora names a run that trained the whole denoiser" in capsys.readouterr().err
     config = run / "config.yaml"
     config.write_text(config.read_text().replace(str(model), str(moved)))
     assert train(run, "--resume", "--images", "4") == 0

@@ -41,11 +41,11 @@ def test_rows_that_a_resumed_run_draws_again_are_removed(tmp_path):
     names = ["00000-0-images.png", "00010-640-images.png", "00020-1280-images.png", "00023-1472-images.png", "mine.png"]
     for name in names:
         (tmp_path / name).touch()
-    remove_samples(tmp_path, 20, 10)
+    remove_samples(tmp_path, 20)
     assert sorted(path.name for path in tmp_path.iterdir()) == [*names[:2], "mine.png"]
     (tmp_path / "00030-50-steps.png").touch()
     assert list_samples(tmp_path)[-1].progress == "50 optimiser steps"
-    remove_samples(tmp_path / "nothing", 20, 10)
+    remove_samples(tmp_path / "nothing", 20)
 
 
 def test_large_images_are_shown_smaller():

@@ -87,6 +87,20 @@ def test_another_number_of_environments_is_refused(make_env: Callable[..., Any])
         DPOK(env="DPOK-Shapes-v0", n_envs=0, device="cpu")
 
 
+def test_the_environment_of_an_id_is_on_the_device_of_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU, its model would be there."""
+    make_vec, asked = gymnasium.make_vec, []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs.get("device"))
+        return make_vec(*args, **kwargs)
+
+    monkeypatch.setattr(gymnasium, "make_vec", recorded)
+    for device in ("cpu", "auto"):
+        DPOK(env="DPOK-Mixture-v0", n_envs=1, device=device)
+    assert asked == ["cpu", None]
+
+
 def test_another_policy_class(make_env: Callable[..., Any]) -> None:
     class Mine(DenoisingPolicy):
         """A policy of one's own."""

@@ -178,8 +178,11 @@ def test_the_agent_of_a_run(hub: Hub, tmp_path: Path) -> None:
     assert "| reward trained on |" in card
     agent.push_to_hub("me/hidden", token=TOKEN, figures=False)
     assert set(hub.files("me/hidden")) == {FILE_NAME, "README.md"}
+    assert agent.training.scores
     agent.learn(4)  # what the run measured is not of this agent any more
     assert (agent.training.images, agent.training.scores, agent.training.figures) == (4, {}, ())
+    agent.images_drawn = 2  # as after a fit, which draws none
+    assert agent.training.scores == {}
 
 
 def test_refusals(hub: Hub, make_agent: Callable[..., Any]) -> None:

@@ -129,6 +129,20 @@ def test_the_mask_by_kl(advantages: list[float], left_out: list[bool]) -> None:
     assert [bool(gradient.any()) for gradient in means.grad] == has_gradient
 
 
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("clip_type", ["ppo", "clamp", "kl"])
+def test_a_transition_that_has_moved_too_far_makes_no_nan(clip_type: losses.ClipType, advantage: float) -> None:
+    """The exponential of its log-ratio, 200, is infinite in float32."""
+    mean = torch.full((1, 2), 20.0, dtype=torch.float32, requires_grad=True)
+    zeros, std = torch.zeros(1, 2), torch.ones(1)
+    loss, metrics = losses.policy_gradient_loss(
+        torch.full((1, 2), 15.0), mean, zeros, std, torch.tensor([advantage]), 2.0, clip_type
+    )
+    loss.sum().backward()
+    assert losses.importance_ratio(torch.full((1, 2), 15.0), mean, zeros, std)[0].item() == pytest.approx(200)
+    assert all(value.isfinite().all() for value in (loss, mean.grad, *metrics.values()))
+
+
 @pytest.mark.parametrize("ratio", ["joint", "per-dimension", "centred"])
 @pytest.mark.parametrize("clip_type", ["ppo", "clamp", "kl"])
 def test_the_gradient_at_the_old_policy_is_that_of_the_score_function(

@@ -106,10 +106,12 @@ def test_scores_and_figures(tmp_path: Path) -> None:
     (tmp_path / "card").mkdir()
     (tmp_path / "run" / "curve.png").write_bytes(b"a picture")
     scores: dict[str, Any] = {"eval_images": 8, "reward_before": 1.0, "reward_after": 2.0, "kl_to_pretrained": 3.0}
-    scores |= {"aligned_before": None, "rewards_before": {"x": 0.5}, "rewards_after": {"x": 0.75}}
+    scores |= {"aligned_before": None, "rewards_before": {"x": 0.5, "gone": 1.0}}
+    scores |= {"rewards_after": {"x": 0.75, "new": 0.25}}  # as after a resumption where CLIP is there, or is not
     figures = [tmp_path / "run" / "curve.png"]
     card = write_card(tmp_path / "card", training(scores=scores, figures=figures), "merged").read_text()
-    assert "| `x` | 0.500 | 0.750 |" in card
+    assert "| `x` | 0.500 | 0.750 |\n| `new` |  | 0.250 |" in card
+    assert "gone" not in card
     assert "aligned" not in card
     assert (tmp_path / "card" / "curve.png").read_bytes() == b"a picture"
     interrupted = scores | {"reward_after": None}

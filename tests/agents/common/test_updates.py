@@ -1,5 +1,6 @@
 """An update in micro-batches that fit into memory; tests of the algorithms check the steps themselves."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from agents import DPOK
+from dpok_gym.rewards import NonFiniteError
 from tests.agents.common.support import collect
 
 
@@ -41,6 +43,26 @@ def test_backward_passes_of_one_step_add_up(make_agent: Callable[..., Any], monk
         in_parts = gradient(first, second)
     assert sizes == [6, 3, 3, 3, 3, 2, 2, 2]
     torch.testing.assert_close(in_parts, expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_no_step_is_taken_with_a_gradient_that_is_not_finite(
+    make_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, bad: float
+) -> None:
+    """Or else all weights would be NaN, and so would every checkpoint from then on."""
+    agent = make_agent(use_critic=False)
+    before = [value.clone() for value in agent.policy.denoiser_parameters()]
+    loss = agent.loss
+
+    def broken(part: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        values, metrics = loss(part)
+        return bad * values, metrics
+
+    monkeypatch.setattr(agent, "loss", broken)
+    with pytest.raises(NonFiniteError, match="the gradient is infinite or NaN, so this step was not taken"):
+        agent.learn(12)
+    assert all(torch.equal(*pair) for pair in zip(before, agent.policy.denoiser_parameters(), strict=True))
+    assert agent._n_updates == 0
 
 
 @pytest.mark.slow

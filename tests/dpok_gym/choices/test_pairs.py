@@ -111,6 +111,16 @@ def test_a_table_of_hugging_face_and_other_formats(tmp_path):
     assert all(Image.open(image).format == image.suffix[1:].upper() for image in pair.images)
 
 
+def test_a_line_break_in_a_cell(source, tmp_path):
+    table = source / "prompts.csv"
+    prompts = {'"a red\nstar"': "a red\nstar", "a\u2028dog": "a\u2028dog"}
+    images = sorted(source.glob("**/*.png"))
+    rows = [f"{image.relative_to(source)},{prompt}" for prompt in prompts for image in images[:2]]
+    table.write_text("\n".join(["file,prompt", *rows]), encoding="utf-8")
+    import_images(source, table, 0, tmp_path / "out")
+    assert {pair.prompt for pair in read_pairs(tmp_path / "out")} == set(prompts.values())
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [

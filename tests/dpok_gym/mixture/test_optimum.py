@@ -12,7 +12,7 @@ from dpok_gym.mixture.exact import GaussianSampler, GridPolicy, best_policy
 from dpok_gym.mixture.model import MixtureModel
 from dpok_gym.mixture.optimum import (
     Array,
-    best_moves,
+    best_means,
     interpolate,
     optimal_transition,
     prompt_value,
@@ -138,16 +138,16 @@ class TestPieces:
         plane = self.x[:, None] ** 2 * np.ones(61) + self.x**2
         np.testing.assert_allclose(smoothed(self.x, plane, 0.3)[30, 30], 2 * 0.09, atol=1e-7)
 
-    def test_best_moves(self) -> None:
+    def test_best_means(self) -> None:
         """max_m -(m - 1)^2 - c (m - m_0)^2 = -c / (1 + c) (1 - m_0)^2, with c = beta / (2 std^2)."""
         c = 0.5 / (2 * 0.4**2)
         expected = -c / (1 + c) * (1 - self.x) ** 2
-        found, moves = best_moves(self.x, -((self.x - 1) ** 2), 0.4, 0.5)
+        found, means = best_means(self.x, -((self.x - 1) ** 2), 0.4, 0.5)
         # The slopes of both terms cancel: m = (1 + c m_0) / (1 + c).
-        np.testing.assert_allclose(moves[10:51, 0], ((1 + c * self.x) / (1 + c))[10:51], atol=1e-6)
+        np.testing.assert_allclose(means[10:51, 0], ((1 + c * self.x) / (1 + c))[10:51], atol=1e-6)
         np.testing.assert_allclose(found[10:51], expected[10:51], atol=1e-9)
         plane = -((self.x - 1) ** 2)[:, None] - ((self.x - 0.5) ** 2)
-        found, _ = best_moves(self.x, plane, 0.4, 0.5)
+        found, _ = best_means(self.x, plane, 0.4, 0.5)
         other = -c / (1 + c) * (0.5 - self.x) ** 2
         np.testing.assert_allclose(found[10:51, 10:51], (expected[:, None] + other)[10:51, 10:51], atol=1e-9)
 

@@ -440,16 +440,18 @@ try:
     load_model("someone/tiny", "cpu", revision="v3")
 except FileNotFoundError as error:
     print(" ".join(str(error).split()))
-try:
-    load_model("someone/large", "cpu")
-except ValueError as error:
-    print(error)
+for name, options in (("large", {}), ("tiny", {"without_t5": True})):
+    try:
+        load_model(f"someone/{name}", "cpu", **options)
+    except ValueError as error:
+        print(error)
 """
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    first, second, options, message, refused = found.stdout.splitlines()
+    first, second, options, message, refused, needed = found.stdout.splitlines()
     assert options == "{'vae': 'someone/tiny'}"
     assert (first, second) == ("epsilon", "v_prediction")
     assert "nor could it be downloaded as 'someone/tiny' at the revision 'v3'" in message
     assert "it is a QwenImagePipeline" in refused
     assert "its guidance rescales each token" in refused
+    assert "has no T5 that it can do without: leave out without_t5" in needed

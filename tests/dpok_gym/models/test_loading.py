@@ -206,6 +206,14 @@ def test_the_hub_is_asked_if_it_can_be_reached(monkeypatch: pytest.MonkeyPatch) 
         assert ("no network" if local else expected) in str(caught.value)
 
 
+def test_a_second_call_keeps_the_options_of_the_first(tiny_sd_folder: Path, fresh_models: Callable[[], None]) -> None:
+    model = load_model(str(tiny_sd_folder), "cpu", negative_prompt="ugly", long_prompts="truncate")
+    other = model.with_options(image_size=32)
+    assert other.options == {"negative_prompt": "ugly", "long_prompts": "truncate", "image_size": 32}
+    assert (other.negative_prompt, other.long_prompts) == ("ugly", "truncate")
+    assert other.with_options(negative_prompt="dark").image_shape == (32, 32)
+
+
 def test_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is no diffusers pipeline: it has no model_index\.json") as caught:
         load_model(str(tmp_path), "cpu")

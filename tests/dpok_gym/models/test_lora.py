@@ -386,6 +386,18 @@ def test_missing_and_damaged_files(network: UNet2DConditionModel, tmp_path: Path
         lora.load(tmp_path, PREFIX)
 
 
+def test_a_layer_that_a_lora_cannot_change(network: UNet2DConditionModel) -> None:
+    """peft refuses it in the middle of its work; the network then has no part of a LoRA."""
+    before = output(network)
+    trained_before = trained(network)
+    with pytest.raises(ValueError, match=r"a LoRA cannot change one of the layers \['to_q', 'norm1'\]: .*GroupNorm"):
+        LoRA(network, 2, ["to_q", "norm1"])
+    assert set(network.peft_config) == {trained_before.name}
+    assert all(value.requires_grad for value in trained_before.parameters.values())
+    assert torch.equal(output(network), before)
+    assert not torch.equal(output_with(trained_before), before)
+
+
 @pytest.mark.parametrize("rank", [0, -1])
 def test_rank_must_be_positive(network: UNet2DConditionModel, rank: int) -> None:
     with pytest.raises(ValueError, match=f"rank must be an integer of at least 1, got {rank}"):

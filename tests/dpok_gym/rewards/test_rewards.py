@@ -212,6 +212,16 @@ def test_bad_specs(spec, error, message):
         make_reward(spec)
 
 
+def test_a_reward_that_is_made_can_be_masked_still():
+    reward = make_reward(length)
+    assert make_reward(reward) is reward
+    masked = make_reward(reward, "mask")
+    assert (masked.non_finite, masked.names) == ("mask", reward.names)
+    assert make_reward(masked) is masked  # "error" is the default of the environment, too
+    with pytest.raises(ValueError, match="non_finite must be one of"):
+        make_reward(reward, "ignore")
+
+
 @pytest.mark.parametrize("non_finite", ["ignore", None, True])
 def test_bad_non_finite(non_finite):
     with pytest.raises(ValueError, match="non_finite must be one of 'error', 'mask'"):

@@ -181,3 +181,7 @@ def test_a_compressed_torch_file_is_refused(tmp_path):
             packed.writestr(name, plain.read(name))
     with pytest.raises(ValueError, match=r"b.pt is compressed"):
         reading.check_torch_file(tmp_path / "b.pt")
+    content = path.read_bytes()
+    (tmp_path / "c.pt").write_bytes(content.replace(b"PK\x01\x02", b"PK\x00\x00"))  # its list of entries
+    with pytest.raises(ValueError, match=r"c.pt is damaged: Bad magic number"):
+        reading.check_torch_file(tmp_path / "c.pt")

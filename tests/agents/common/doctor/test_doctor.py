@@ -98,6 +98,18 @@ def test_a_broken_reward(reward: Any, name: str, make_env: Callable[..., Any], m
         assert failed(findings) == {name}
 
 
+@pytest.mark.parametrize("name", ["DiffusionDPO", "SFT, KL-D"])
+def test_an_algorithm_that_learns_from_none_of_the_rewards(
+    name: str, make_env: Callable[..., Any], make_agent: MakeAgent
+) -> None:
+    """No pair of a winner and a loser; weights below 0."""
+    algorithm, kwargs = ALGORITHMS[name]
+    reward = constant if name == "DiffusionDPO" else lambda images, prompts: -torch.ones(len(images))
+    findings = check_up(make_agent(make_env(reward=reward), algorithm, **kwargs))
+    assert "learning" in failed(findings)
+    assert findings["learning"].advice
+
+
 def test_a_frozen_adapter(make_agent: MakeAgent) -> None:
     agent = make_agent()
     name, values = next(iter(agent.policy._named_denoiser_parameters().items()))

@@ -24,7 +24,8 @@ import torch
 import uvicorn
 from PIL import Image
 
-from dpok_gym.rewards import RemoteReward, make_reward
+from dpok_gym.rewards import RemoteReward, Reward, make_reward
+from dpok_gym.rewards.base import Part
 from dpok_gym.rewards.remote import connections, server
 from dpok_gym.rewards.remote.connections import RewardConnection
 from dpok_gym.rewards.remote.server import MAX_BODY_BYTES, MAX_PIXELS, make_app, serve
@@ -132,6 +133,14 @@ def test_fixed_normalisation_is_part_of_the_reward(start, images) -> None:
 def test_running_normalisation_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot be 'running'"):
         make_app({JPEG_SIZE: {"normalize": "running"}})
+
+
+def test_rewards_of_one_public_name_are_refused() -> None:
+    """Clients do not see the folders of a path, and would get one of the two."""
+    part = Part(lambda images, prompts: torch.zeros(len(prompts)), 1.0, None)
+    reward = Reward({"/runs/a/reward": part, "/runs/b/reward": part})
+    with pytest.raises(ValueError, match="two rewards are named 'reward'"):
+        make_app(reward)
 
 
 @pytest.mark.slow
