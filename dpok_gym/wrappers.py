@@ -154,7 +154,7 @@ def _take_noise(
     noise = _unsquash(noise) if layer.squashed else noise
     if layer.block_size > 1:
         fine = latents
-        for i in np.flatnonzero(running):  # the others draw nothing, as an environment alone does not
+        for i in np.flatnonzero(running).tolist():  # the others draw nothing, as an environment alone does not
             fine[i] = generators[i].standard_normal(fine.shape[1:], np.float32)
         noise = _replace_block_means(fine, noise)
     return diffusion.sample(mean, std, torch.as_tensor(noise, device=mean.device)).cpu().numpy()

@@ -207,7 +207,7 @@ def test_the_hub_is_asked_if_it_can_be_reached(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_second_call_keeps_the_options_of_the_first(tiny_sd_folder: Path, fresh_models: Callable[[], None]) -> None:
-    model = load_model(str(tiny_sd_folder), "cpu", negative_prompt="ugly", long_prompts="truncate")
+    model: Any = load_model(str(tiny_sd_folder), "cpu", negative_prompt="ugly", long_prompts="truncate")
     other = model.with_options(image_size=32)
     assert other.options == {"negative_prompt": "ugly", "long_prompts": "truncate", "image_size": 32}
     assert (other.negative_prompt, other.long_prompts) == ("ugly", "truncate")
