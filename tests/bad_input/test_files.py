@@ -50,9 +50,8 @@ def test_load_run(mixture_run, tmp_path, file, damage):
 
 
 def _cases_of_commands():
-    places = {"evaluate": f"checkpoint-2/{LORA}", "sample": f"lora/{LORA}", "export": f"checkpoint-2/{LORA}"}
-    for command, lora in places.items():
-        for case in _cases(["config.yaml", lora]):
+    for command in ("evaluate", "sample", "export"):
+        for case in _cases(["config.yaml", f"checkpoint-2/{LORA}"]):
             # Without its config, dpok sample takes a run's folder for a LoRA's.
             if (command, *case.values) != ("sample", "config.yaml", "missing"):
                 yield pytest.param(command, *case.values, id=f"{command}-{case.id}")

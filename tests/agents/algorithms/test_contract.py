@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -83,7 +82,9 @@ def test_every_built_in_algorithm_is_tested_here() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "guidance_scale"), [(name, 1.0) for name in ALGORITHMS] + [("DPOK", 3.0), ("RWR", 3.0)]
+    # Those that draw with a policy of their own: the trained one, the pre-trained one, and one that follows.
+    ("name", "guidance_scale"),
+    [("DPOK", 1.0), ("DPOK", 3.0), ("RWR", 3.0), ("DiffusionNFT", 1.0)],
 )
 @both_diffusions
 def test_begins_as_the_reference(name: str, guidance_scale: float, make_env: MakeEnv, make_agent: MakeAgent) -> None:
@@ -255,7 +256,7 @@ def test_micro_batches_change_nothing(name: str, make_agent: MakeAgent) -> None:
 def test_n_envs_changes_nothing(name: str, make_env: MakeEnv, make_agent: MakeAgent) -> None:
     """The same prompts, noise, batches and weights, however many images are drawn side by side."""
     latents, learned = [], []
-    for n in (N, 3, 7):
+    for n in (N, 3):
         # One state at a time, as the bits of a network's output depend on the size of its batch.
         agent = make_agent(name, make_env(n), images_per_iteration=N, policy_kwargs={"max_batch_size": 1})
         agent.learn(2 * UPDATE)
@@ -263,9 +264,8 @@ def test_n_envs_changes_nothing(name: str, make_env: MakeEnv, make_agent: MakeAg
         learned.append(weights(agent))
         assert agent.images_drawn == 2 * N
         assert agent.num_timesteps == 2 * UPDATE
-    for other in (1, 2):
-        assert_same(latents[other], latents[0])
-        assert_same(learned[other], learned[0])
+    assert_same(latents[1], latents[0])
+    assert_same(learned[1], learned[0])
 
 
 @pytest.mark.slow
@@ -322,17 +322,6 @@ def test_goes_on_from_a_state_to_the_same_weights(name: str, make_agent: MakeAge
     assert_same(go_on(other), expected)
     assert_same(other.state_dict(), agent.state_dict())
     assert other.num_timesteps == 3 * UPDATE
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["DPOK", "DDPO-IS", "SFT, KL-D"])
-def test_two_agents_of_one_state_do_not_share_it(name: str, make_agent: MakeAgent) -> None:
-    """Neither the optimiser's tensors nor lists: each goes on alone."""
-    agent, other = make_agent(name), make_agent(name)
-    agent.learn(2 * UPDATE)
-    other.load_state_dict(agent.state_dict())
-    expected = go_on(agent)
-    assert_same(go_on(other), expected)
 
 
 @a_diffusion_in_turn
@@ -521,20 +510,6 @@ def test_learning_rate_is_never_below_zero(make_agent: MakeAgent) -> None:
 
 
 @pytest.mark.slow
-@both_diffusions
-def test_gradient_checkpointing_changes_no_update(
-    make_env: MakeEnv, make_agent: MakeAgent, fresh_models: Callable[[], None]
-) -> None:
-    learned = []
-    for enabled in (False, True):
-        fresh_models()
-        agent = make_agent("DPOK", make_env(), policy_kwargs={"gradient_checkpointing": enabled})
-        agent.learn(2 * UPDATE)
-        learned.append(flat_weights(agent))
-    torch.testing.assert_close(learned[1], learned[0], rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy_kwargs", "guidance_scale"),
     [({"guidance_gradient": "conditional"}, 3.0), ({"precision": "bfloat16"}, 1.0), ({"lora_rank": 0}, 1.0)],
@@ -571,27 +546,6 @@ def test_a_whole_denoiser_is_compiled_if_the_model_is(
 
 
 # --- Arguments
-
-COMMON_ARGUMENTS = {
-    *("policy", "env", "learning_rate", "final_lr_fraction", "images_per_iteration", "n_envs", "batch_size"),
-    "warmup_fraction",
-    *("micro_batch_size", "max_grad_norm", "normalize_rewards", "stats_window_size", "tensorboard_log"),
-    *("policy_kwargs", "verbose", "seed", "device", "anchor_coef", "anchor_images"),
-}
-
-
-@pytest.mark.slow
-@every_algorithm
-def test_every_argument_has_a_name_and_a_text(name: str, make_agent: MakeAgent) -> None:
-    cls, kwargs = ALGORITHMS[name]
-    parameters = inspect.signature(cls).parameters
-    assert {*COMMON_ARGUMENTS, *kwargs} <= parameters.keys()
-    assert not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    assert cls.__doc__ is not None
-    for argument in parameters:
-        assert f"\n    {argument}: " in cls.__doc__
-    with pytest.raises(TypeError, match=rf"{cls.__name__} has no argument 'learning_rat'; .*learning_rate"):
-        make_agent(name, learning_rat=0.1)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
@@ -214,7 +214,7 @@ def test_the_noise_levels_are_those_of_the_pipeline(
     height, width = (size, size) if isinstance(size, int) else size
     model = load_model(folders[name], "cpu", image_size=(height // 4, width // 4))
     assert model.sequence_length == (height // 16) * (width // 16)
-    scheduler: Any = load_pipeline(folders[name]).scheduler
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(folders[name], subfolder="scheduler")
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / n_steps, n_steps), mu=calculate_shift(model.sequence_length))
     table = DenoisingProcess(model, "ode", n_steps).table
     assert table.timesteps.equal(scheduler.timesteps)
