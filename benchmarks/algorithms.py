@@ -337,8 +337,10 @@ class Tuning:
     def _tried(self, name: str, label: str) -> dict[str, list[Record]]:
         """Returns the runs of a search for a method, by what it tried."""
         tried: dict[str, list[Record]] = {}
+        start = self._start(name, label).items()
         for record in self._records.values():
-            if (record["task"], record["label"]) == (name, label):
+            # A later search may have begun before the first one was widened, from what that one had chosen then.
+            if (record["task"], record["label"]) == (name, label) and start <= record["settings"].items():
                 change = {axis.name: record["settings"][axis.name] for axis in self._axes(name, label)}
                 tried.setdefault(_written(change), []).append(record)
         return tried
