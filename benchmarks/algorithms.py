@@ -273,6 +273,7 @@ class Tuning:
         self._settings, self._rules = settings, settings["tuning"]
         self._searches: dict[str, dict[str, Any]] = self._rules["searches"]
         self._records: dict[str, Record] = {}
+        self._outcomes: dict[tuple[str, str], Outcome] = {}
         self._read()
 
     def missing(self) -> list[Description]:
@@ -347,6 +348,7 @@ class Tuning:
 
     def _read(self) -> None:
         self._records = {key_of(record): record for record in read_records(self.file)}
+        self._outcomes.clear()
 
     def _labels(self, name: str) -> list[str]:
         """Returns the methods that run on a task for which a search counts; a later search builds upon the first."""
@@ -379,6 +381,12 @@ class Tuning:
         return {axis: value for axis, value in best.items() if axis not in own}
 
     def _outcome(self, name: str, label: str) -> Outcome:
+        # The runs of a later search ask for that of the first one again and again.
+        if (name, label) not in self._outcomes:
+            self._outcomes[name, label] = self._search(name, label)
+        return self._outcomes[name, label]
+
+    def _search(self, name: str, label: str) -> Outcome:
         def run_of(change: Change, seed: int) -> Record | None:
             return self._records.get(key_of(self._describe(name, label, change, seed)))
 
