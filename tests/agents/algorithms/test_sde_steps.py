@@ -172,13 +172,11 @@ def test_weights_of_the_steps() -> None:
     ("sampler", "arguments", "message"),
     [
         ({"sampler": "ode"}, {}, "no denoising step adds noise \\(sampler='ode', eta=0.0\\), so none has a density"),
-        ({"eta": 0.0}, {}, "no denoising step adds noise \\(sampler='ddim', eta=0.0\\): |so none has a density"),
+        ({"eta": 0.0}, {}, "no denoising step adds noise \\(sampler='ddim', eta=0.0\\), so none has a density"),
         ({"sde_steps": (2, 2)}, {"skip_last_steps": 3}, "leaves out all stochastic steps, the last of which is step 3"),
     ],
 )
 def test_nothing_to_learn_from(sampler: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
-    if "skip_last_steps" in arguments:
-        sampler = {"sde_steps": (2, 2)}
     with pytest.raises(ValueError, match=message):
         make("GRPO", flow_env(**sampler), **arguments)
 
