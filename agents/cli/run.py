@@ -46,6 +46,7 @@ from agents.common.callbacks import ProgressCallback
 from agents.common.checkpoint import (
     TRAINER_STATE,
     CheckpointCallback,
+    has_finite_weights,
     list_checkpoints,
     load_checkpoint,
     remove_later_checkpoints,
@@ -58,7 +59,6 @@ from agents.common.precision import bfloat16_speedup
 from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
 from dpok_gym.utils.files import flush_to_disk, replacing
 from dpok_gym.utils.reading import read_json
-from dpok_gym.utils.sharding import whole
 from dpok_gym.utils.validation import check_non_negative
 from dpok_gym.vector_env import DenoisingVectorEnv
 
@@ -370,12 +370,7 @@ class Run:
     @property
     def is_sound(self) -> bool:
         """True if the agent is worth saving: it has learned, no update is half done, and its weights are finite."""
-        weights = self.agent.policy.parameters()
-        return (
-            self.agent.iteration > 0
-            and not self.interrupts.updating
-            and all(bool(whole(values.isfinite().all())) for values in weights)
-        )
+        return self.agent.iteration > 0 and not self.interrupts.updating and has_finite_weights(self.agent)
 
     def close(self) -> None:
         """Ends the progress bar and the logs."""

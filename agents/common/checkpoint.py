@@ -30,8 +30,10 @@ from torch import Tensor
 
 from agents.common import distributed
 from dpok_gym.models.lora_files import FILE_NAME as LORA_FILE
+from dpok_gym.rewards import NonFiniteError
 from dpok_gym.utils.files import flush_to_disk, naming, replacing, write_text
 from dpok_gym.utils.reading import read_json
+from dpok_gym.utils.sharding import whole
 from dpok_gym.utils.tensors import load_tensors, save_tensors
 from dpok_gym.utils.validation import check_integer, check_mapping, check_positive, suggest
 
@@ -71,10 +73,16 @@ def save_checkpoint(
 
     Raises:
         ValueError: if the limit is below 1.
+        NonFiniteError: if a weight is infinite or NaN; the checkpoints that there are stay.
         WriteError: if a file cannot be written; the checkpoints that there are stay.
     """
     if total_limit is not None:
         check_integer("checkpoints_total_limit", total_limit)
+    if not has_finite_weights(agent):  # it would take the place of one that a run can go on from
+        raise NonFiniteError(
+            "the weights are infinite or NaN, so no checkpoint of them is written: take a smaller learning_rate, or "
+            "float32"
+        )
     run_folder = Path(run_folder)
     saved = agent.state_dict()  # on every rank, as a model that is spread over the ranks is gathered here
     state: dict[str, Any] = saved["state"]
@@ -102,6 +110,11 @@ def save_checkpoint(
         for old in list_checkpoints(run_folder)[:-total_limit]:
             remove_checkpoint(old)
     return folder
+
+
+def has_finite_weights(agent: DenoisingAlgorithm) -> bool:
+    """Returns whether no weight is infinite or NaN. Every rank must call this."""
+    return all(bool(whole(values.isfinite().all())) for values in agent.policy.parameters())
 
 
 def _write(

@@ -99,9 +99,7 @@ METHODS: dict[tuple[str, str, str], list[Any]] = {
     ("step", "actions", "action"): [3, "x", None, np.ones(2), math.nan, {}, [], object()],
     ("optimal_value", "beta", "beta"): [0, -1, math.nan, "x", None, 1e39],
 }
-METHODS |= {
-    ("reset", "options", name): [{name: value} for value in values] for name, values in RESET_OPTIONS.items()
-}
+METHODS |= {("reset", "options", name): [{name: value} for value in values] for name, values in RESET_OPTIONS.items()}
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from agents.common.checkpoint import find_checkpoint, list_checkpoints
 from benchmarks.kill import in_child
 from dpok_gym import DenoisingVectorEnv, RemoteReward
 from tests.agents.cli.support import FEW_LAYERS, TINY, WRITTEN, list_written, read_summary, sample, train
+from tests.bad_input.support import contents
 from tests.dpok_gym.rewards.remote.test_client import Endpoint, brightness
 from tests.support import assert_same, write_choices
 
@@ -467,15 +468,26 @@ def test_images_that_the_judge_cannot_read(tmp_path, changes):
 
 
 @pytest.mark.slow
-def test_an_error_of_a_diverged_agent_does_not_overwrite_a_sound_one(tmp_path, monkeypatch):
-    def diverged(self):
-        with torch.no_grad():
-            self.policy.denoiser_parameters()[0].fill_(math.nan)
+@pytest.mark.parametrize("n_images", [4, 6])
+def test_a_diverged_agent_does_not_overwrite_a_sound_one(tmp_path, monkeypatch, capsys, n_images):
+    """The weights are NaN after the second update, be it the last one or not. The first one's checkpoint is kept."""
+    folder, update, kept = tmp_path / "run", DPOK.train, {}
 
-    monkeypatch.setattr(DPOK, "train", diverged)
-    assert train(tmp_path / "run", "--images", "4", *TINY) == 2
-    assert not list_checkpoints(tmp_path / "run")
-    assert not (tmp_path / "run" / "lora").exists()
+    def diverge(self):
+        update(self)
+        if self.iteration:
+            kept.update(contents(folder / "checkpoint-2"))
+            with torch.no_grad():
+                self.policy.denoiser_parameters()[0].fill_(math.nan)
+
+    monkeypatch.setattr(DPOK, "train", diverge)
+    assert train(folder, "--images", str(n_images), *TINY, *FEW_LAYERS, "--checkpointing-steps", "1") == 2
+    captured = capsys.readouterr()
+    assert "checkpoint-2 is kept, resume with" in captured.out
+    assert "the weights are infinite or NaN, so no checkpoint of them is written" in captured.err
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2"]
+    assert contents(folder / "checkpoint-2") == kept
+    assert not (folder / "lora").exists()
 
 
 @pytest.mark.slow

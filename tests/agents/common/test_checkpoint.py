@@ -20,6 +20,7 @@ from agents.common.checkpoint import (
     remove_later_checkpoints,
     save_checkpoint,
 )
+from dpok_gym.rewards import NonFiniteError
 from dpok_gym.utils import files
 from dpok_gym.utils.files import WriteError
 from tests.support import assert_same
@@ -108,6 +109,16 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, name):
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "progress.csv"]  # the new one takes no space
     save_checkpoint(Agent(20), tmp_path, total_limit=1)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-20", "progress.csv"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_leave_the_old_checkpoint(tmp_path, value):
+    save_checkpoint(Agent(10), tmp_path, total_limit=1)
+    agent = Agent(20)
+    agent.policy.weight = torch.nn.Parameter(torch.tensor([0.0, value]))
+    with pytest.raises(NonFiniteError, match="the weights are infinite or NaN, so no checkpoint of them is written"):
+        save_checkpoint(agent, tmp_path, total_limit=1)
+    assert os.listdir(tmp_path) == ["checkpoint-10"]
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
