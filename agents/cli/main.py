@@ -61,26 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 after an error of a user's own code, 2 after one in the input, 130 after Ctrl-C, 143 after
         SIGTERM, 129 after SIGHUP.
     """
-    if argv is None:
-        argv = sys.argv[1:]
-    words = list(argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(_help())
-        return 0
-    if words[0] == "--version":
-        from dpok_gym import __version__
-
-        print(f"dpok {__version__}")
-        return 0
     try:
         with SIGNALS.installed():
-            command, options = parse(words)
-            return _module(command).run(options)
+            code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt as error:
         print("dpok: interrupted", file=sys.stderr)
         return exit_code(error)
     except BrokenPipeError:  # the reader of a pipe has gone, as head does
-        sys.stderr.close()
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # or else Python flushes it at its end, and exits with 120
         return 0
     except Exception as error:
         message = _describe(error)
@@ -91,6 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         traceback.print_exception(error)
         return 1
+
+
+def _run(words: Sequence[str]) -> int:
+    """Does what a command line says; returns the exit code."""
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        from dpok_gym import __version__
+
+        print(f"dpok {__version__}")
+        return 0
+    command, options = parse(words)
+    return _module(command).run(options)
 
 
 def _describe(error: Exception) -> str | None:

@@ -1,6 +1,7 @@
 """The command itself: help, version, errors, exit codes."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -97,6 +98,33 @@ def test_ctrl_c(monkeypatch, capsys):
     monkeypatch.setattr(command_line, "parse", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "dpok: interrupted\n"
+
+
+@pytest.fixture
+def broken_pipe():
+    """A pipe whose reader has gone, as head does when it has its lines."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+def test_the_reader_of_a_pipe_may_go(monkeypatch, broken_pipe):
+    """Whether that is seen while the command prints, or afterwards."""
+    for run in (lambda options: os.write(broken_pipe, b"a line"), lambda options: print("a line") or 0):
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", os.fdopen(broken_pipe, "w", closefd=False))
+            patched.setattr("agents.cli.sample.run", run)
+            assert main(["sample", "--prompt", "a star"]) == 0
+            sys.stdout.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_process_whose_reader_has_gone(broken_pipe, unbuffered):
+    words, env = [sys.executable, "-m", "agents", "--version"], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run(words, check=False, stdout=broken_pipe, stderr=subprocess.PIPE, env=env)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(
