@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.support import ending
+
 #: Chromiums of the system, which are tried if Playwright has none of its own.
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 #: What Chromium says of a request that met no server.
@@ -49,15 +51,13 @@ def serving(words: Sequence[str], port: int = 0) -> Iterator[tuple[subprocess.Po
     """Runs ``dpok label`` with some options until the block ends; yields the process and the address of the page."""
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "agents", "label", *words, "--no-open", "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}) as process:
+    env = os.environ | {"PYTHONPATH": path}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process, ending(process):
         assert process.stdout is not None
-        try:
-            # The line that says where the page is comes after the images are drawn.
-            found = re.search(r"http://\S+", next((line for line in process.stdout if "http://" in line), ""))
-            assert found is not None, "dpok label ended before it served the page"
-            yield process, found.group()
-        finally:
-            process.kill()
+        # The line that says where the page is comes after the images are drawn.
+        found = re.search(r"http://\S+", next((line for line in process.stdout if "http://" in line), ""))
+        assert found is not None, "dpok label ended before it served the page"
+        yield process, found.group()
 
 
 @contextmanager

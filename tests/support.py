@@ -7,7 +7,10 @@ import functools
 import gzip
 import json
 import math
-from collections.abc import Mapping, Sequence
+import subprocess
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +49,10 @@ SMALL_MODELS = {
     "pixart": "pixart-sigma",
     "sana": "sana",
 }
+
+
+#: Seconds after which a process that a test waits for counts as hanging. On a busy machine some take two minutes.
+HANGS_AFTER = 600.0
 
 
 def redness(images: Tensor, prompts: list[str]) -> Tensor:
@@ -117,6 +124,35 @@ def assert_same(actual: Any, expected: Any, where: str = "value") -> None:
         assert math.isnan(actual), f"{where}: {actual}, not nan"
     else:
         assert actual == expected, f"{where}: {actual!r}, not {expected!r}"
+
+
+@contextmanager
+def ending(*processes: subprocess.Popen[str]) -> Iterator[None]:
+    """Kills processes at the end of the block, or when they hang: who waits for their next word then goes on."""
+
+    def kill() -> None:
+        for process in processes:
+            process.kill()
+
+    timer = threading.Timer(HANGS_AFTER, kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        kill()
+
+
+def wait_for_end(*processes: subprocess.Popen[str]) -> list[str]:
+    """Waits until processes have ended; returns what each of them wrote into its pipes.
+
+    Raises:
+        subprocess.TimeoutExpired: if one hangs. All of them are killed then.
+    """
+    with ending(*processes):
+        # With a limit too, as a killed launcher leaves processes behind that hold its pipe.
+        written = [process.communicate(timeout=HANGS_AFTER) for process in processes]
+    return ["".join(text or "" for text in texts) for texts in written]
 
 
 def write_choices(

@@ -17,6 +17,7 @@ from agents.cli.main import main
 from agents.common.evaluation import sample_images
 from dpok_gym.choices.pairs import read_pairs
 from tests.dpok_gym.choices.support import answer, make_pairs, make_session
+from tests.support import ending
 
 #: Options that draw quickly.
 QUICK = ["--num-inference-steps", "2", "--device", "cpu"]
@@ -244,14 +245,12 @@ def test_the_end_says_what_to_do_next(tmp_path, number):
     session.store.close()
     path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     words = [sys.executable, "-m", "agents", "label", "--out", str(tmp_path), "--no-open", "--port", "0"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}) as process:
+    env = os.environ | {"PYTHONPATH": path}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env) as process, ending(process):
         assert process.stdout is not None
         assert re.search(r"25 pairs, 28 choices so far; the page: http://127\.0\.0\.1:\d+ ", process.stdout.readline())
         process.send_signal(number)
-        try:
-            rest, _ = process.communicate(timeout=30)
-        finally:
-            process.kill()
+        rest, _ = process.communicate()
     assert process.returncode == 0
     file = tmp_path / "choices.jsonl"
     assert (

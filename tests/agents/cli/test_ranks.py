@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from agents.cli.logs import read_log
 from agents.common.checkpoint import find_checkpoint
 from tests.agents.cli.support import FEW_LAYERS, TINY, Brightness, list_written, read_summary, train
+from tests.support import wait_for_end
 
 # A larger eps than the default, with which Adam would enlarge differences of rounding.
 OPTIONS = [*TINY, *FEW_LAYERS, "--images-per-iteration", "4", "--images", "12", "--checkpointing-steps", "1"]
@@ -75,7 +76,7 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 def test_two_ranks_write_the_run_of_one_process(alone, tmp_path):
     process = start(tmp_path / "run", 2, *OPTIONS)
-    output = process.communicate()[0]
+    (output,) = wait_for_end(process)
     assert process.returncode == 0, output
     assert output.count("writing to") == 1
     assert output.count("images drawn in training") == 1
@@ -94,7 +95,7 @@ def test_one_rank_ends_and_one_process_goes_on(alone, tmp_path, number, message)
     """The rank is killed, or gets a signal that asks it to end, in the second iteration."""
     folder = tmp_path / "run"
     process = start(folder, 2, *OPTIONS, SIGNAL=str(int(number)))
-    output = process.communicate()[0]
+    (output,) = wait_for_end(process)
     assert process.returncode != 0
     assert find_checkpoint(folder).name == ("checkpoint-4" if number == signal.SIGKILL else "checkpoint-8")
     # torchrun ends the other rank as soon as it sees that one is dead, perhaps before the rank does.
@@ -106,7 +107,7 @@ def test_one_rank_ends_and_one_process_goes_on(alone, tmp_path, number, message)
 @pytest.mark.slow
 def test_a_signal_in_an_evaluation_ends_all_ranks(tmp_path):
     process = start(tmp_path / "run", 2, *OPTIONS, SIGNAL=str(int(signal.SIGTERM)), CALL="1")
-    output = process.communicate(timeout=120)[0]
+    (output,) = wait_for_end(process)
     assert process.returncode != 0
     assert "what is under way is finished first" in output
     assert "interrupted: there is no checkpoint yet, resume with" in output

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from agents.common import distributed
 from tests.agents.common import ranks
+from tests.support import wait_for_end
 
 #: One algorithm of each kind of update, among them DPOK with either critic.
 NAMES = [
@@ -45,6 +47,13 @@ def start_ranks(n_ranks: int, *words: str) -> list[subprocess.Popen[str]]:
     return processes
 
 
+def run_ranks(n_ranks: int, *words: str) -> None:
+    """Runs the processes to their end; none of them may fail."""
+    processes = start_ranks(n_ranks, *words)
+    for process, errors in zip(processes, wait_for_end(*processes), strict=True):
+        assert process.returncode == 0, errors
+
+
 @pytest.fixture(scope="module")
 def alone(tiny_sd_folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """What one process learns."""
@@ -57,9 +66,7 @@ def test_ranks_learn_what_one_process_learns(
     alone: dict[str, dict[str, torch.Tensor]], tiny_sd_folder: Path, tmp_path: Path, n_ranks: int, names: list[str]
 ) -> None:
     """The same images, and the same weights, optimiser, critic and log, after three iterations."""
-    for process in start_ranks(n_ranks, str(tiny_sd_folder), str(tmp_path), *names):
-        errors = process.communicate()[1]
-        assert process.returncode == 0, errors
+    run_ranks(n_ranks, str(tiny_sd_folder), str(tmp_path), *names)
     for name in names:
         assert_close(tmp_path / f"{name}.safetensors", alone[name])
 
@@ -72,9 +79,7 @@ def test_a_model_that_is_spread_over_the_ranks(tiny_sd_folder: Path, tmp_path: P
     """
     names = [f"sharded: {name}" for name in ("DPOK", "DRaFT", "AWM")]
     names += ["sharded, one at a time: AWM", "sharded, whole: DPOK"]
-    for process in start_ranks(2, str(tiny_sd_folder), str(tmp_path), *names):
-        errors = process.communicate()[1]
-        assert process.returncode == 0, errors
+    run_ranks(2, str(tiny_sd_folder), str(tmp_path), *names)
     for path in tmp_path.iterdir():
         how, _, name = path.stem.rpartition(": ")
         assert_close(path, ranks.train(name, tiny_sd_folder, **ranks.CHANGES[how] | {"shard": False}))
@@ -103,9 +108,8 @@ def assert_close(path: Path, expected: dict[str, torch.Tensor]) -> None:
 )
 def test_a_rank_that_dies_ends_the_others(tiny_sd_folder: Path, tmp_path: Path, how: str, message: str) -> None:
     processes = start_ranks(3, str(tiny_sd_folder), str(tmp_path), f"{how}: DDPO-IS")
-    for rank, process in enumerate(processes):
-        errors = process.communicate(timeout=180)[1]
-        assert process.returncode != 0
+    for rank, errors in enumerate(wait_for_end(*processes)):
+        assert processes[rank].returncode != 0
         if rank != 1:
             assert re.search(message, errors), errors
 
@@ -125,6 +129,23 @@ def make_watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], dist
     del store
 
 
+def run_to_its_end(watch: distributed._Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a watch that has hardly any patience run until it would end the process."""
+    ended: list[int] = []
+
+    def end(status: int) -> None:
+        ended.append(status)
+        watch._over.set()
+
+    for name in ("_BEAT", "SILENCE", "GRACE"):
+        monkeypatch.setattr(distributed, name, 0.01)
+    monkeypatch.setattr(distributed.os, "_exit", end)
+    watch.start()
+    watch.join(20)
+    watch.stop()
+    assert ended == [2]
+
+
 def test_the_failure_of_an_attempt_does_not_end_the_next_one(make_watch: Callable[[int], distributed._Watch]) -> None:
     first = make_watch(0)
     first.report("ZeroDivisionError: the reward is broken")
@@ -142,17 +163,36 @@ def test_a_store_that_is_gone_at_once_ends_the_rank(
         def set(self, *words: str) -> None:
             raise dist.DistNetworkError("the connection was closed")
 
-    def end(status: int) -> None:
-        raise SystemExit(status)
-
     watch = make_watch(0)
     monkeypatch.setattr(watch, "_store", Gone())
-    monkeypatch.setattr(distributed, "_BEAT", 0.01)
-    monkeypatch.setattr(distributed, "GRACE", 0.01)
-    monkeypatch.setattr(distributed.os, "_exit", end)
-    with pytest.raises(SystemExit):
-        watch.run()
+    run_to_its_end(watch, monkeypatch)
     assert "the launcher or rank 0 has ended" in capsys.readouterr().err
+
+
+def test_a_rank_that_hangs_ends_the_others(
+    make_watch: Callable[[int], distributed._Watch],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Rank 1 gives no sign of life here. Rank 0 notices it, and tells the others."""
+    watch, other = make_watch(0), make_watch(0)
+    run_to_its_end(watch, monkeypatch)
+    assert "rank 1 has given no sign of life for " in capsys.readouterr().err
+    assert "rank 1 has given no sign of life for " in other._failure()
+
+
+@pytest.mark.parametrize(
+    ("explained", "message"),
+    [("rank 1 has ended", "^rank 1 has ended$"), ("", "^the exchange between the ranks failed: the network is down$")],
+)
+def test_an_exchange_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, explained: str, message: str) -> None:
+    def fail() -> None:
+        raise RuntimeError("the network is down")
+
+    monkeypatch.setattr(distributed, "bytes_given", 0)
+    monkeypatch.setattr(distributed, "_watch", SimpleNamespace(explain=lambda: explained))
+    with pytest.raises(distributed.RankError, match=message):
+        distributed._call(fail, torch.zeros(2))
 
 
 def test_a_single_process_is_all_there_is() -> None:

@@ -29,6 +29,7 @@ from dpok_gym.rewards.base import Part
 from dpok_gym.rewards.remote import connections, server
 from dpok_gym.rewards.remote.connections import RewardConnection
 from dpok_gym.rewards.remote.server import MAX_BODY_BYTES, MAX_PIXELS, make_app, serve
+from tests.support import ending
 
 PROMPTS = ["a red circle", "three blue stars", "a green square"]
 JPEG_SIZE = "jpeg-incompressibility"
@@ -276,8 +277,9 @@ def test_web_pages_cannot_use_it(start) -> None:
 
 
 def test_slow_senders_are_timed_out(start, monkeypatch) -> None:
-    monkeypatch.setattr(server, "RECEIVE_TIMEOUT", 0.3)
-    monkeypatch.setattr(connections, "HEADER_TIMEOUT", 0.6)
+    # They hold for a good request too, which may take a while on a busy machine.
+    monkeypatch.setattr(server, "RECEIVE_TIMEOUT", 2.0)
+    monkeypatch.setattr(connections, "HEADER_TIMEOUT", 2.0)
     url = start(ones)
     head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
     half, silent, mumbling = say(url, head + b"100\r\n\r\n{"), say(url, b""), say(url, head)
@@ -285,7 +287,7 @@ def test_slow_senders_are_timed_out(start, monkeypatch) -> None:
     assert post(url, asked())[0] == 200
     reply = answer_of(half)
     assert reply.startswith(b"HTTP/1.1 408 ")
-    assert b"the request did not come within 0.3 seconds" in reply
+    assert b"the request did not come within 2 seconds" in reply
     assert answer_of(silent) == answer_of(mumbling) == b""
     assert answer_of(endless).startswith(b"HTTP/1.1 404 ")
 
@@ -338,16 +340,12 @@ def command(folder: Path, module: str, *words: str) -> Iterator[tuple[subprocess
     (folder / "mine.py").write_text(textwrap.dedent(module))
     path = os.pathsep.join([str(Path(__file__).parents[4]), os.environ.get("PYTHONPATH", "")])
     arguments = [sys.executable, "-m", "agents", "serve-reward", "mine:reward", "--port", "0", *words]
-    with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": path}
-    ) as process:
+    settings: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "env": os.environ | {"PYTHONPATH": path}}
+    with subprocess.Popen(arguments, cwd=folder, **settings) as process, ending(process):
         assert process.stdout is not None
-        try:
-            address = re.search(r"http://\S+(?=;)", process.stdout.readline())
-            assert address is not None
-            yield process, address.group(), process.stdout.readline
-        finally:
-            process.kill()
+        address = re.search(r"http://\S+(?=;)", process.stdout.readline())
+        assert address is not None
+        yield process, address.group(), process.stdout.readline
 
 
 @pytest.mark.slow
