@@ -110,7 +110,7 @@ def measure(log_odds: Tensor, outcomes: Tensor, n_bins: int = 10) -> Measured:
         outcomes: (N,) the shares of a win that the first images get, 1, 0 or 1/2.
         n_bins: number of bins for the calibration.
     """
-    confidence = log_odds.abs().sigmoid()
+    confidence = log_odds.abs().sigmoid().nan_to_num(0.5)  # if the fit has diverged; its loss is nan then
     right = torch.where(log_odds > 0, outcomes, 1 - outcomes)  # (N,), the share that the favourite gets
     bins = ((2 * confidence - 1) * n_bins).long().clamp(max=n_bins - 1)  # (N,), bins of equal width in [1/2, 1]
     counts = bins.bincount(minlength=n_bins)

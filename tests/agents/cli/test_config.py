@@ -273,6 +273,10 @@ def test_config_yaml(tmp_path):
         (lambda text: text.replace("kl_coef:", "kl_cof:"), "argument of dpok 'kl_cof'; did you mean 'kl_coef'?"),
         (lambda text: text.replace("eta:", "etta:"), "argument of DPOK-Shapes-v0 'etta'; did you mean 'eta'?"),
         (lambda text: text.replace("lora_rank:", "lora_rang:"), "'lora_rang'; did you mean 'lora_rank'?"),
+        (
+            lambda text: text.replace("  eta: 1.0\n", ""),  # as of a version that did not have it
+            "the argument 'eta' of DPOK-Shapes-v0 is missing; add it, or train anew with this version",
+        ),
         (lambda text: text.replace("algo: dpok", "algo: dpokk"), "unknown algorithm 'dpokk'; did you mean 'dpok'?"),
         (lambda text: text.replace("images: 2240", "images: many"), "images must be an integer of at least 1"),
         (lambda text: "[" + text, "is damaged"),

@@ -40,6 +40,13 @@ def test_other_seeds_and_rewards(finished, tmp_path):
     assert training["quality_before"] != pytest.approx(summary["quality_before"], rel=1e-6)
 
 
+def test_weights_of_further_rewards_are_refused(finished, capsys):
+    words = ["evaluate", str(finished), "--images", "1", "--device", "cpu", "--reward", "jpeg-compressibility=2"]
+    assert main(words) == 2
+    assert "--reward takes names without weights here" in capsys.readouterr().err
+    assert not (finished / "evaluation.json").exists()
+
+
 @pytest.mark.slow
 def test_a_run_without_a_checkpoint(finished, tmp_path, capsys):
     shutil.copy(finished / "config.yaml", tmp_path)

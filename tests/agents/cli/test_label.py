@@ -30,7 +30,7 @@ def served(monkeypatch):
     original = label._serve
 
     def run_server(app, host, port, ready, **settings):
-        ready(f"http://{host}:{port}", True)
+        ready(f"http://{host}:{port}", host == "127.0.0.1")
 
     def serve(options, pairs, token):
         sessions.append((options, pairs, token))
@@ -202,6 +202,16 @@ def test_the_token_is_in_the_address_that_is_printed(tmp_path, served, monkeypat
     assert "http://127.0.0.1:8100/?token=a%2Bb" in capsys.readouterr().out
     assert served[0][2] == "a+b"
     assert "SECRET" not in repr(label.parse(["--token", "SECRET"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "is_open"), [([], False), (["--host", "0.0.0.0"], True), (["--host", "0.0.0.0", "--token", "A"], False)]
+)
+def test_an_open_port_is_said(tmp_path, served, capsys, words, is_open):
+    make_pairs(tmp_path, 1)
+    assert draw(tmp_path, *words) == 0
+    warning = "everyone who reaches this port can choose; --token lets in those who have it\n"
+    assert capsys.readouterr().err == (warning if is_open else "")
 
 
 @pytest.mark.parametrize(

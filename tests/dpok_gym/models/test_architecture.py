@@ -68,7 +68,7 @@ def test_only_the_configs_are_needed(tiny_sd_folder: Path, tmp_path: Path) -> No
         shutil.copyfile(path, tmp_path / path.relative_to(tiny_sd_folder))
     assert find_architecture(str(tmp_path)) == find_architecture(str(tiny_sd_folder))
     (tmp_path / "vae" / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"has no vae/config\.json"):
+    with pytest.raises(ValueError, match=r"has no vae/config\.json; get it again"):
         find_architecture(str(tmp_path))
 
 

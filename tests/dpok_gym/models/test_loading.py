@@ -247,6 +247,15 @@ def test_tokenizer_without_a_vocabulary(broken: Path) -> None:
     assert_cannot_be_loaded(broken, "vocabulary")
 
 
+@pytest.mark.parametrize("named", [{}, {"_class_name": "MyScheduler"}, {"_class_name": "UNet2DConditionModel"}])
+def test_scheduler_that_diffusers_does_not_have(broken: Path, named: dict[str, str]) -> None:
+    path = broken / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    del config["_class_name"]
+    path.write_text(json.dumps(config | named))
+    assert_cannot_be_loaded(broken, "scheduler_config.json names no scheduler of diffusers under _class_name")
+
+
 def test_unsupported_pipeline(broken: Path) -> None:
     path = broken / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "QwenImagePipeline"}))

@@ -298,6 +298,11 @@ def test_a_reward_that_was_fitted_anew_is_read_anew(tmp_path):
     assert load_reward(str(tmp_path)) is load_reward(str(tmp_path))
 
 
+def test_a_fit_that_diverges_says_so():
+    with pytest.raises(ValueError, match="the held-out loss was not finite after any epoch; try a smaller learning"):
+        fit(colour_choices(20), epochs=1, learning_rate=1e18, device="cpu")
+
+
 @pytest.mark.parametrize("settings", [{"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"held_out": 0.0}])
 def test_bad_settings_of_a_fit(settings):
     with pytest.raises(ValueError, match="must"):

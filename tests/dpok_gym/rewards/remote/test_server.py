@@ -1,7 +1,9 @@
 """The reference server: the same rewards as without it, and what it says of bad requests."""
 
+import asyncio
 import base64
 import io
+import json
 import os
 import re
 import signal
@@ -315,6 +317,76 @@ def test_too_many_requests_are_sent_away(start, monkeypatch) -> None:
     monkeypatch.setattr(server, "MAX_BYTES", 100)
     assert post(url, asked())[0] == 503
     assert post(url, b"{}")[0] == 400  # the bytes of the last request are no longer counted
+
+
+def test_a_client_that_has_gone_is_not_scored_for(start, monkeypatch) -> None:
+    """Its request waits for that of another one, and it does not wait any longer."""
+    read, is_scoring, is_read, release = server._read_request, threading.Event(), threading.Event(), threading.Event()
+    calls = []
+
+    def held(images: torch.Tensor, prompts: list[str]) -> list[float]:
+        calls.append(prompts)
+        is_scoring.set()
+        release.wait(20)
+        return ones(images, prompts)
+
+    def note(body: bytearray, max_batch: int) -> Any:
+        if is_scoring.is_set():
+            is_read.set()
+        return read(body, max_batch)
+
+    monkeypatch.setattr(server, "_read_request", note)
+    url = start(held)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, url, asked(prompts=["first"]))
+        assert is_scoring.wait(20)
+        body = json.dumps(asked(prompts=["gone"])).encode()
+        with say(url, b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)):
+            assert is_read.wait(20)
+        assert httpx2.get(url + "/health").status_code == 200  # by then the server knows that it has gone
+        release.set()
+        assert first.result()[0] == 200
+    assert post(url, asked(prompts=["last"]))[0] == 200  # they are scored in their order
+    assert calls == [["first"], ["last"]]
+
+
+@pytest.mark.parametrize("body", [b'{"prompts": ["a red', json.dumps(asked()).encode()], ids=["half", "whole"])
+def test_a_client_that_goes_is_no_failure(body: bytes) -> None:
+    """While it sends the request, or after that."""
+    calls: list[int] = []
+    app = make_app({lambda images, prompts: calls.append(0) or ones(images, prompts): 1.0})
+    is_whole = body.endswith(b"}")
+    received = [{"type": "http.request", "body": body, "more_body": not is_whole}, {"type": "http.disconnect"}]
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return received.pop(0)
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": [(b"host", b"localhost")]}
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 408
+    assert json.loads(sent[1]["body"]) == {"error": "the client has gone"}
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("is_private", "token", "variable", "is_open"),
+    [(False, None, None, True), (True, None, None, False), (False, "A", None, False), (False, None, "A", False)],
+)
+def test_an_open_port_is_said(monkeypatch, caplog, capsys, is_private, token, variable, is_open) -> None:
+    def run_server(app: Any, host: str, port: int, ready: Callable[[str, bool], None], **settings: Any) -> None:
+        ready(f"http://{host}:{port}", is_private)
+
+    monkeypatch.setattr(server, "run_server", run_server)
+    if variable is not None:
+        monkeypatch.setenv("DPOK_REWARD_TOKEN", variable)
+    serve(JPEG_SIZE, "0.0.0.0", 1, token=token)
+    assert capsys.readouterr().out == "serving at http://0.0.0.0:1; Ctrl-C ends it\n"
+    warning = "everyone who reaches this port can use the reward; DPOK_REWARD_TOKEN sets a token"
+    assert caplog.messages == ([warning] if is_open else [])
 
 
 def test_bad_arguments(monkeypatch) -> None:
