@@ -356,7 +356,8 @@ def test_a_client_that_goes_is_no_failure(body: bytes) -> None:
     calls: list[int] = []
     app = make_app({lambda images, prompts: calls.append(0) or ones(images, prompts): 1.0})
     is_whole = body.endswith(b"}")
-    received = [{"type": "http.request", "body": body, "more_body": not is_whole}, {"type": "http.disconnect"}]
+    request = {"type": "http.request", "body": body, "more_body": not is_whole}
+    received: list[dict[str, Any]] = [request, {"type": "http.disconnect"}]
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
