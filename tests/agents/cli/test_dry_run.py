@@ -263,7 +263,8 @@ def test_memory_of_each_setting(tiny_sd_folder: Path) -> None:
     assert expected("--dtype", "bfloat16", "--gradient-checkpointing") < usual
     assert expected("--micro-batch-size", "4") > usual
     # Without either limit, all elements of an iteration are one batch.
-    assert expected("--algo", "reinforce", "--micro-batch-size", "None") > expected("--algo", "reinforce")
+    reinforce = ["--algo", "reinforce", "--images-per-iteration", "2"]
+    assert expected(*reinforce, "--micro-batch-size", "None") > expected(*reinforce)
     assert expected("--lora-rank", "0") > usual
     assert expected("--critic-kind", "network", "--reward", "jpeg-compressibility") < usual
     assert expected("--images-per-iteration", "128", on_gpu=False) > usual

@@ -42,7 +42,7 @@ def test_what_was_left_out_is_said(choices, tmp_path, capsys):
     words = ["export-choices", str(choices), "--format", "hpdv2", "--out", str(tmp_path / "there")]
     assert main(words) == 0
     rows = table_rows(capsys.readouterr().out)
-    assert (rows["choices"], rows["left out: ties, which the format has not"]) == ("40", "1")
+    assert (rows["choices"], rows["left out: ties, which this format cannot hold"]) == ("40", "1")
     assert main(words) == 2
     assert "is not empty; choose another one" in capsys.readouterr().err
 

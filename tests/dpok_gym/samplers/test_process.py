@@ -349,7 +349,7 @@ def test_state() -> None:
     [
         ({"sampler": "euler"}, "sampler must be one of 'ddim', 'flow-sde', 'dance-sde', 'cps', 'precise', 'ode', got"),
         ({"num_inference_steps": 0}, "num_inference_steps must be an integer of at least 1, got 0"),
-        ({"sampler": "flow-sde"}, "the sampler 'flow-sde' is for flow-matching models, and the model .* is none"),
+        ({"sampler": "flow-sde"}, "the sampler 'flow-sde' is for flow-matching models, and the model .* is not one"),
         ({"eta": 1.5}, r"eta must lie in \[0, 1\], got 1.5"),
         ({"sde_steps": (19, 2)}, r"sde_steps=\(19, 2\) ends after step 20, but the last of the 20 denoising steps"),
         ({"guidance_scale": -1.0}, "guidance_scale .* must be a number of at least 0, got -1"),
