@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,35 +128,48 @@ def evaluate_drawing(
         policy: the policy.
         description: of the run.
         prompts: each is drawn about equally often.
-        draw: ``lora_scale`` (factor of what the LoRA changes), and the options of
-            :class:`agents.cli.steering.SteeringOptions`; for the pre-trained model ``environment``, further arguments
-            of the environment, which ``description`` has too. Each may be left out.
+        draw: ``lora_scale`` (factor of what the LoRA changes), ``noise_scale`` (factor of the noise of each step), and
+            the options of :class:`agents.cli.steering.SteeringOptions`; for the pre-trained model ``environment``,
+            further arguments of the environment, which ``description`` has too. Each may be left out.
         reference: True for the pre-trained model.
 
     Returns:
         The evaluation, and its scores: see :func:`summarize`; and for one image ``calls`` of the denoiser,
         ``reward_calls``, and ``seconds`` of the processor.
     """
-    options = {name: value for name, value in draw.items() if name not in ("environment", "lora_scale")}
+    others = ("environment", "lora_scale", "noise_scale")
+    options = {name: value for name, value in draw.items() if name not in others}
     steering = make_steering(SteeringOptions(**options))
     env = _make_env(description, _training_prompts(description))
     chosen = cycle_prompts(prompts, description["eval_images"])
     # Far from the seeds that training and the curve use, and the same for all algorithms.
     seed = 1_000_000 * (description["seed"] + 1)
     started = time.process_time()
-    with scaled_lora(policy, draw.get("lora_scale", 1.0)):
+    with scaled_lora(policy, draw.get("lora_scale", 1.0)), scaled_noise(policy, draw.get("noise_scale", 1.0)):
         evaluation = evaluate(policy, env, chosen, seed, reference=reference, steering=steering)
     scores = {"seconds": (time.process_time() - started) / len(chosen)} | summarize(evaluation)
-    if reference and isinstance(steering, BestOf) and "environment" not in draw:
+    another_sampler = "environment" in draw or "noise_scale" in draw
+    if reference and isinstance(steering, BestOf) and not another_sampler:
         # The KL of the evaluation is that of the sampler, before an image is chosen.
         scores["kl"] = steering.kl_bound
-    elif reference or steering.n_particles > 1:  # it is not known
+    elif reference or steering.n_particles > 1 or another_sampler:  # it is not known
         del scores["kl"]
     process = env.process
     scores["calls"] = steering.denoiser_calls(process.num_inference_steps)
     scores["calls"] *= process.model.num_forward_passes(process.config.guidance_scale)
     scores["reward_calls"] = steering.reward_calls(process.num_inference_steps)
     return evaluation, scores
+
+
+@contextmanager
+def scaled_noise(policy: DenoisingPolicy, scale: float) -> Iterator[None]:
+    """Within the block, the noise of each step is so many times as large, around the same mean."""
+    table = policy.process.table
+    policy.process.table = replace(table, std=scale * table.std)
+    try:
+        yield
+    finally:
+        policy.process.table = table
 
 
 @contextmanager

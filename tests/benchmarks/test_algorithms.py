@@ -49,7 +49,7 @@ def test_a_run_has_the_settings_of_its_task_its_method_and_its_search() -> None:
     assert run["settings"]["step_weighting"] == "output"
     assert "step_weighting" not in find("count", "DPOK", 3)["settings"]
     assert (run["images"], run["prompts"]) == (512, "a blue triangle")
-    assert {*run["also"]} == {"best of 4", "LoRA x 0.7", "LoRA x 1.4"}
+    assert {*run["also"]} == {"best of 4", "LoRA x 0.7", "LoRA x 1.4", "less noise"}
     assert "also" not in find("flow", "DDPO")
     assert find("flow", "SFT")["settings"]["policy_kwargs"]["target_modules"] == "all"
     assert find("many", "SFT")["settings"]["n_gradient_steps"] == 213

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from agents import DPOK
 from benchmarks import training_run
 from tests.benchmarks.support import TINY
 
@@ -89,21 +91,21 @@ def test_images_of_a_sampler_without_noise_can_be_judged() -> None:
 
 
 def test_the_pretrained_model_in_other_ways() -> None:
-    """With steering, whose KL is not known, or with another sampler."""
+    """With less noise, guidance or steering, whose KL is not known."""
     untrained = TINY | {"algorithm": training_run.UNTRAINED, "settings": {}, "num_inference_steps": 2}
-    plain, noisy, guided, steered = (
+    plain, calm, guided, steered = (
         training_run.run(untrained | {"draw": draw})
         for draw in (
             {},
-            {"environment": {"eta": 0.5}},
+            {"noise_scale": 0.5},
             {"environment": {"guidance_scale": 2.0}},
             {"steering": "fk", "n_particles": 4},
         )
     )
-    calls = [run["num_function_evaluations_to_draw"] for run in (plain, noisy, guided, steered)]
+    calls = [run["num_function_evaluations_to_draw"] for run in (plain, calm, guided, steered)]
     assert calls == [2, 2, 4, 8]
     assert plain["scores"]["training"]["kl"] == 0
-    for run in (noisy, guided, steered):
+    for run in (calm, guided, steered):
         assert "kl" not in run["scores"]["training"]
         assert run["scores"]["training"]["reward"] != plain["scores"]["training"]["reward"]
     rejected = training_run.run(untrained | {"algorithm": training_run.REJECTION, "settings": {"n": 1}})
@@ -114,7 +116,8 @@ def test_the_pretrained_model_in_other_ways() -> None:
 @pytest.mark.slow
 def test_the_trained_model_in_other_ways() -> None:
     """As it was without its LoRA, and the same as ever after that."""
-    also = {"as before": {"lora_scale": 0.0}, "again": {}, "best of 2": {"steering": "best-of", "n_particles": 2}}
+    also = {"as before": {"lora_scale": 0.0}, "calm": {"noise_scale": 0.5}, "again": {}}
+    also |= {"best of 2": {"steering": "best-of", "n_particles": 2}}
     settings = {"use_critic": False, "learning_rate": 0.01}
     run = training_run.run(TINY | {"algorithm": "dpok", "settings": settings, "also": also})
     plain = training_run.run(TINY | {"algorithm": training_run.UNTRAINED, "settings": {}})
@@ -123,7 +126,21 @@ def test_the_trained_model_in_other_ways() -> None:
     assert scores["as before"]["reward"] == plain["scores"]["training"]["reward"] != scores["again"]["reward"]
     assert scores["as before"]["kl"] == 0 < scores["again"]["kl"]
     assert scores["best of 2"]["calls"] == 2 * scores["again"]["calls"]
-    assert "kl" not in scores["best of 2"]
+    assert "kl" not in scores["best of 2"] | scores["calm"]
+    assert scores["calm"]["reward"] != scores["again"]["reward"]
+
+
+def test_less_noise_is_around_the_same_mean() -> None:
+    agent = DPOK(env="DPOK-Mixture-v0", n_envs=1, device="cpu")
+    model = agent.process.model
+    conditioning = model.encode(agent.denoising_env.prompts.train[:1])
+    state = agent.process.state(torch.ones(1, *model.latent_shape), 0, conditioning)
+    mean, std = agent.policy.transition(state)
+    with training_run.scaled_noise(agent.policy, 0.25):
+        other_mean, other_std = agent.policy.transition(state)
+    assert torch.equal(other_mean, mean)
+    assert torch.equal(other_std, std / 4)
+    assert torch.equal(agent.policy.transition(state)[1], std)
 
 
 def test_a_run_that_diverges() -> None:
