@@ -116,7 +116,7 @@ def test_the_pretrained_model_in_other_ways() -> None:
 @pytest.mark.slow
 def test_the_trained_model_in_other_ways() -> None:
     """As it was without its LoRA, and the same as ever after that."""
-    also = {"as before": {"lora_scale": 0.0}, "calm": {"noise_scale": 0.5}, "again": {}}
+    also: dict[str, Any] = {"as before": {"lora_scale": 0.0}, "calm": {"noise_scale": 0.5}, "again": {}}
     also |= {"best of 2": {"steering": "best-of", "n_particles": 2}}
     settings = {"use_critic": False, "learning_rate": 0.01}
     run = training_run.run(TINY | {"algorithm": "dpok", "settings": settings, "also": also})
