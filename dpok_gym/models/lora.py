@@ -75,16 +75,18 @@ class LoRA:
         trainable: list[nn.Parameter] = []  # of other LoRAs, which peft would freeze
         for layer in _layers(network):
             trainable += [value for value in layer.parameters() if value.requires_grad]
+        _known_layers.pop(network, None)  # some layers will be new
         try:
             with warnings.catch_warnings():  # peft warns that there is another LoRA, which is intended here
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
                 inject_adapter_in_model(config, network, self.name)
         except Exception as error:
-            _known_layers.pop(network, None)  # peft may have changed some layers before it refused one
-            _remove(network, self.name)
+            _remove(network, self.name)  # peft may have changed some layers before it failed
             _switch(before)
             for value in trainable:
                 value.requires_grad_(True)
+            if not isinstance(error, ValueError):  # peft's own refusals are; memory may have run out
+                raise
             endings = tuple(f".{name}" for name in target_modules)
             if any(f".{name}".endswith(endings) for name, _ in network.named_modules()):
                 raise ValueError(f"a LoRA cannot change one of the layers {list(target_modules)}: {error}") from error
@@ -92,7 +94,6 @@ class LoRA:
                 f"no layer of the denoiser ends in any of {list(target_modules)}; the usual lists are in "
                 "model.lora_layers"
             ) from error
-        _known_layers.pop(network, None)  # some layers are new
         self._network = network
         marker = f".{self.name}."
         self.parameters = {name: value for name, value in network.named_parameters() if marker in name}

@@ -46,7 +46,7 @@ def make_reward(
             - ``{name: weight}``, with any of these in place of the name, and the finite number that it is multiplied
               by. In place of the number may be ``{"weight": 1.0, "normalize": [mean, std]}`` (or None in place of the
               pair), and for an address RemoteReward's arguments too, such as ``"timeout": 300``, but no token;
-            - a :class:`Reward`, returned as it is if it need not be masked.
+            - a :class:`Reward`, returned as it is; with ``"mask"``, a copy of it that masks.
         non_finite: what happens to an image that contains NaN or infinity, or whose reward does: ``"error"`` raises a
             ValueError that names the reward and the prompt; ``"mask"`` gives it a total of 0 and ``valid = False``.
 

@@ -104,7 +104,8 @@ def make_app(
 
     Raises:
         ImportError: if the extra ``serve`` is not installed.
-        ValueError: if ``max_batch`` is less than 1 or the token is empty, or as :func:`~dpok_gym.rewards.make_reward`.
+        ValueError: if ``max_batch`` is less than 1, the token is empty, two rewards differ in the folders of their
+            paths only, or as :func:`~dpok_gym.rewards.make_reward`.
     """
     with needs_extra("serve"):
         from starlette.applications import Starlette
