@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from agents.cli import plots
-from benchmarks.runs import Record, find_row_file
+from benchmarks.runs import Record, row_file
 from dpok_gym import make_reward
 
 # Of the Okabe-Ito palette, which colour-blind people can tell apart.
@@ -121,8 +121,8 @@ def grid(folder: Path, task: str, labels: Sequence[str], prompts: Sequence[str],
     """
     rows = {}
     for label in labels:
-        file = find_row_file(folder, task, label)
-        if file is not None:
+        file = row_file(folder, task, label)
+        if file.is_file():
             images = np.stack(np.split(np.asarray(Image.open(file)), len(prompts), axis=1))
             pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
             alignment = make_reward("shapes-alignment")(pixels, list(prompts)).total

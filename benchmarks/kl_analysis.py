@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks.figures import LEVEL, grid, label_points, save, scale_kl, tidy
 from benchmarks.markdown import markdown
 from benchmarks.runs import HERE, Description, Record, sweep_and_report, sweep_options
-from benchmarks.statistics import Interval, improvement, interquartile_mean
+from benchmarks.statistics import Interval, difference_of_means, mean
 from benchmarks.training_run import UNTRAINED, prompts_of_row
 
 
@@ -143,7 +143,7 @@ def make_rows(families: Families) -> dict[str, list[str]]:
     """Returns the cells of each value of each family: the number of runs, and the means."""
     rows = {}
     for label, scores in _by_label(families).items():
-        means = [interquartile_mean([scores[heading]]) for heading in SHOWN]
+        means = [mean(scores[heading]) for heading in SHOWN]
         n_runs = len(scores["KL, nats"])
         rows[label] = [str(n_runs), *_format(means)]
     return rows
@@ -156,7 +156,7 @@ def make_differences(families: Families, claims: Sequence[Sequence[str]]) -> dic
     for one, other in claims:
         if one in by_label and other in by_label:
             ours, theirs = by_label[one], by_label[other]
-            differences = [improvement([ours[heading]], [theirs[heading]]) for heading in SHOWN]
+            differences = [difference_of_means(ours[heading], theirs[heading]) for heading in SHOWN]
             rows[f"{one} - {other}"] = _format(differences, "+")
     return rows
 
@@ -205,7 +205,7 @@ def figure(families: Families, arguments: dict[str, str], level: Scores | None, 
             points[axes] += _family_curve(axes, by_value, heading, marker, colour)
             axes.plot([], [], f"{marker}-", color=colour, label=f"{name}: {arguments[name]}")  # for the legend
         if level is not None:
-            axes.axhline(interquartile_mean([level[heading]]).value, label="pre-trained, KL 0", **LEVEL)
+            axes.axhline(mean(level[heading]).value, label="pre-trained, KL 0", **LEVEL)
         scale_kl(axes, 1)
         axes.margins(y=0.12)  # room for the labels
         axes.set_title(heading, fontsize=10)
@@ -253,13 +253,13 @@ def _family_curve(
 ) -> list[tuple[float, float, str]]:
     """Draws the means of a family, each with its interval; returns the points, and the value of the setting of each."""
     values = sorted(by_value)
-    kl = [interquartile_mean([by_value[value]["KL, nats"]]) for value in values]
-    means = [interquartile_mean([by_value[value][heading]]) for value in values]
+    kl = [mean(by_value[value]["KL, nats"]) for value in values]
+    means = [mean(by_value[value][heading]) for value in values]
     points = [(x.value, y.value, f"{value:g}") for value, x, y in zip(values, kl, means, strict=True)]
     axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "-", color=colour, alpha=0.5, linewidth=1)
-    for (x, y, _), mean in zip(points, means, strict=True):
+    for (x, y, _), interval in zip(points, means, strict=True):
         axes.plot(x, y, marker, color=colour, markersize=6)
-        axes.vlines(x, mean.low, mean.high, color=colour, linewidth=1)
+        axes.vlines(x, interval.low, interval.high, color=colour, linewidth=1)
     return points
 
 

@@ -38,16 +38,6 @@ _RESULTS = {
     "made_by",
 }
 
-#: Keys of the lines in results/ by their old names, with those of today.
-_RENAMED_KEYS = {
-    "pictures": "images",
-    "eval_pictures": "eval_images",
-    "network_calls": "num_function_evaluations",
-    "network_calls_to_draw": "num_function_evaluations_to_draw",
-    "kl_in": "kl_placement",
-    "target_kl_to_pretrained": "target_kl",
-}
-
 Description = dict[str, Any]
 Record = dict[str, Any]
 Run = Callable[[Description, Path | None], Record]
@@ -132,9 +122,9 @@ def sweep(descriptions: Sequence[Description], file: Path, processes: int, image
         names: dict[Future[Record], str] = {}
         for description in missing:
             has_row = images and description["seed"] == lowest_seed
-            row_file = _row_file(file.parent, description["task"], description["label"]) if has_row else None
+            row = row_file(file.parent, description["task"], description["label"]) if has_row else None
             name = f"{description['task']}, {description['label']}, seed {description['seed']}"
-            names[pool.submit(run, description, row_file)] = name
+            names[pool.submit(run, description, row)] = name
         try:
             for future in tqdm(as_completed(names), total=len(names), unit=" runs"):
                 error = future.exception()
@@ -181,7 +171,7 @@ def find_records(descriptions: Sequence[Description], file: Path) -> list[Record
 
 
 def read_records(file: Path) -> list[Record]:
-    """Returns the records in a file, with today's names of keys.
+    """Returns the records in a file.
 
     If there is no such file, there are none. A last line that was cut off is left out.
 
@@ -191,7 +181,7 @@ def read_records(file: Path) -> list[Record]:
     records = []
     for number, line in enumerate(_complete_lines(file), 1):
         try:
-            records.append(_rename_old(json.loads(line)))
+            records.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"line {number} of {file} is no JSON: {error}; remove it to make that run again"
@@ -199,47 +189,15 @@ def read_records(file: Path) -> list[Record]:
     return records
 
 
-def _rename_old(record: Record) -> Record:
-    """Returns a record with today's names of keys; one that has them already is returned as it is.
-
-    The lines in results/ have the old names. They were made when training took its random numbers from the global
-    generators. Today the random numbers are keyed by the image, so the same settings and seed draw other images. Both
-    sweeps are made anew in a later version, which can then remove this function and ``_RENAMED_KEYS``.
-    """
-    renamed = _rename_keys(record)
-    for name in ("label", "family"):  # one family has the word in its name
-        if name in renamed:
-            renamed[name] = renamed[name].replace("pictures", "images")
-    return renamed
-
-
-def _rename_keys(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {_RENAMED_KEYS.get(key, key): _rename_keys(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_rename_keys(entry) for entry in value]
-    return value
-
-
-def find_row_file(folder: Path, task: str, label: str) -> Path | None:
-    """Returns the row of images of a run; None if there is none.
-
-    The rows of the lines with old names, see :func:`_rename_old`, have an old name too.
+def row_file(folder: Path, task: str, label: str) -> Path:
+    """Returns the file for the row of images of a run. Its name has no colon, which Windows does not allow.
 
     Args:
         folder: of the sweep.
         task: of the run.
         label: of the run.
     """
-    old = folder / "pictures" / f"{task}-{label.replace('images', 'pictures')}.png"
-    for path in (_row_file(folder, task, label), old):
-        if path.is_file():
-            return path
-    return None
-
-
-def _row_file(folder: Path, task: str, label: str) -> Path:
-    return folder / "images" / f"{task}-{label}.png"
+    return folder / "images" / f"{task}-{label.replace(': ', ' - ')}.png"
 
 
 def _append(file: Path, record: Record) -> None:

@@ -71,27 +71,10 @@ def mean_over_tasks(by_task: Sequence[ArrayLike]) -> Interval:
     return _interval(by_task, statistic)
 
 
-def interquartile_mean(by_task: Sequence[ArrayLike]) -> Interval:
-    """Computes the mean of the middle half of a task's runs, and the mean of these over tasks.
-
-    With three runs all of them count, with five the middle three. The means are taken within tasks, because tasks
-    differ more than the runs of one task: the middle half of all runs together would leave whole tasks out.
-
-    Args:
-        by_task: for each task the runs' numbers, one for each seed. The bootstrap resamples within tasks (stratified).
-    """
-
-    def statistic(*samples: Numbers, axis: int = -1) -> Numbers:
-        return np.mean([_middle(sample, axis) for sample in samples], axis=0)
-
-    return _interval(by_task, statistic)
-
-
 def pooled_interquartile_mean(by_task: Sequence[ArrayLike]) -> Interval:
     """Computes the mean of the middle half of all tasks' runs together, as rliable does (Agarwal et al., 2021).
 
-    Here the runs of easy and of hard tasks are what is left out, and a task with more runs weighs more.
-    ``interquartile_mean`` keeps every task.
+    The runs of easy and of hard tasks are what is left out, and a task with more runs weighs more.
 
     Args:
         by_task: for each task the runs' numbers, one for each seed, normalised so that tasks can be compared. The
@@ -99,62 +82,23 @@ def pooled_interquartile_mean(by_task: Sequence[ArrayLike]) -> Interval:
     """
 
     def statistic(*samples: Numbers, axis: int = -1) -> Numbers:
-        return _middle(np.concatenate(samples, axis), axis)
+        return np.asarray(trim_mean(np.concatenate(samples, axis), 0.25, axis=axis))
 
     return _interval(by_task, statistic)
 
 
-def interquartile_band(curves: ArrayLike) -> tuple[Numbers, Numbers, Numbers]:
-    """Computes the interquartile mean at each point of curves.
+def difference_of_means(ours: ArrayLike, theirs: ArrayLike) -> Interval:
+    """Computes how far the mean of our runs of one task is above that of theirs.
 
     Args:
-        curves: (seeds, points).
-
-    Returns:
-        The mean and both ends of its interval, (points,) each.
-    """
-    return _bounds([np.asarray(curves).T], _middle)
-
-
-def improvement(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike]) -> Interval:
-    """Computes how far the interquartile mean of our runs is above that of theirs.
-
-    Args:
-        ours: for each task the runs' numbers, one for each seed.
-        theirs: the same of the other algorithm, for the same tasks.
+        ours: one number for each seed.
+        theirs: the same of the other algorithm; the number of runs may differ.
     """
 
-    def statistic(*samples: Numbers, axis: int = -1) -> Numbers:
-        middles = [_middle(sample, axis) for sample in samples]
-        half = len(samples) // 2
-        return np.mean(middles[:half], axis=0) - np.mean(middles[half:], axis=0)
+    def statistic(one: Numbers, other: Numbers, axis: int = -1) -> Numbers:
+        return np.asarray(one.mean(axis) - other.mean(axis))
 
-    return _interval([*ours, *theirs], statistic)
-
-
-def _middle(sample: Numbers, axis: int) -> Numbers:
-    return np.asarray(trim_mean(sample, 0.25, axis=axis))
-
-
-def probability_of_improvement(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike]) -> Interval:
-    """Computes the probability that a run of ours is better than one of theirs, as a mean over tasks.
-
-    Ties count half.
-
-    Args:
-        ours: for each task the runs' numbers, one for each seed.
-        theirs: the same of the other algorithm, for the same tasks.
-    """
-
-    def statistic(*samples: Numbers, axis: int = -1) -> Numbers:
-        half = len(samples) // 2
-        shares = []
-        for one, other in zip(samples[:half], samples[half:], strict=True):
-            difference = one[..., :, None] - other[..., None, :]  # of each run of ours and each of theirs
-            shares.append(((difference > 0) + 0.5 * (difference == 0)).mean(axis=(-2, -1)))
-        return np.mean(shares, axis=0)
-
-    return _interval([*ours, *theirs], statistic)
+    return _interval([ours, theirs], statistic)
 
 
 def permutation_test(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike], *, n_resamples: int = 9_999) -> float:

@@ -30,7 +30,7 @@ from dpok_gym.prompts import load_prompts
 from dpok_gym.utils.files import replacing
 from dpok_gym.vector_env import DenoisingVectorEnv
 
-#: Prompts by name of the task: those of :mod:`benchmarks.compare`.
+#: The prompts, by the name of the task.
 TASKS = {"count": "three green squares", "many": "shapes"}
 PARTICLES = (2, 4, 8)
 NUM_INFERENCE_STEPS = 10

@@ -40,10 +40,7 @@ if TYPE_CHECKING:
     from agents.common.algorithm import DenoisingAlgorithm
     from agents.common.policy import DenoisingPolicy
 
-#: The "algorithm" of runs without training: the best of n images of the pre-trained model.
-REJECTION = "rejection"
-
-#: The "algorithm" of runs without training, however they draw.
+#: The "algorithm" of runs without training.
 UNTRAINED = "untrained"
 
 #: Images of each evaluation within a supervised fit, which draws none by itself.
@@ -60,9 +57,9 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
     """Trains and evaluates.
 
     Args:
-        description: ``algorithm`` (a registered name, :data:`UNTRAINED`, or :data:`REJECTION`), ``settings`` of it,
-            ``prompts``, ``reward`` ({name: weight}), ``images`` (the budget), ``n_envs``, ``num_inference_steps``,
-            ``eval_images``, ``held_out`` (True to evaluate on unseen prompts too), ``seed``; and perhaps
+        description: ``algorithm`` (a registered name, or :data:`UNTRAINED`), ``settings`` of it, ``prompts``,
+            ``reward`` ({name: weight}), ``images`` (the budget), ``n_envs``, ``num_inference_steps``, ``eval_images``,
+            ``held_out`` (True to evaluate on unseen prompts too), ``seed``; and perhaps
 
             - ``environment``: further arguments of the environment;
             - ``splits``: kinds of prompts, see :mod:`benchmarks.prompt_splits`, in place of ``prompts`` and
@@ -80,12 +77,10 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
     prompts = _training_prompts(description)
     settings = dict(description["settings"])
     n_envs = settings.pop("n_envs", description["n_envs"])
-    trains = description["algorithm"] not in (REJECTION, UNTRAINED)
+    trains = description["algorithm"] != UNTRAINED
     # Without training, an untrained agent gives access to the pre-trained model; SFT takes steps without noise too.
     name = description["algorithm"] if trains else "sft"
     draw = description.get("draw", {})
-    if description["algorithm"] == REJECTION:
-        draw = {"steering": "best-of", "n_particles": settings.pop("n")}
     environment = description.get("environment", {}) | draw.get("environment", {})
     of_env = description | {"environment": environment}
     env = _make_env(of_env, prompts, n_envs)

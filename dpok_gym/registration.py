@@ -52,7 +52,7 @@ _MIXTURE: dict[str, Any] = {
     "guidance_scale": 1.0,
     "decode_batch_size": 64,
 }
-#: The steps and the reward of ``benchmarks.compare``: no run trains on the judge that evaluates it.
+#: The steps and the reward of ``benchmarks.algorithms``, where the judge that evaluates is not what is trained on.
 _SHAPES_TASK = _SHAPES | {"reward": "shapes-preference", "num_inference_steps": 10, "decode_batch_size": 16}
 
 

@@ -10,7 +10,6 @@ import yaml
 from benchmarks.runs import HERE
 
 RESULTS = HERE / "results"
-SETTINGS = yaml.safe_load((HERE / "compare.yaml").read_text(encoding="utf-8"))
 KL_SETTINGS = yaml.safe_load((HERE / "kl_analysis.yaml").read_text(encoding="utf-8"))
 
 #: A run of a few seconds, but for "algorithm" and "settings".

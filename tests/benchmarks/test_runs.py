@@ -1,4 +1,4 @@
-"""Sweeps: they go on where they stopped, and read the lines that were made with old names."""
+"""Sweeps: they go on where they stopped."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.benchmarks.support import KL_SETTINGS, RESULTS, TINY
 @pytest.mark.slow
 def test_a_sweep_goes_on(tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
-    wanted = [TINY | {"algorithm": "rejection", "settings": {"n": 1}, "seed": seed} for seed in range(2)]
+    wanted = [TINY | {"algorithm": "untrained", "settings": {}, "seed": seed} for seed in range(2)]
     done = wanted[1] | {"scores": {"training": {"aligned": 0.5}}, "curve": [], "seconds": 1.0}
     done |= {"num_function_evaluations_to_draw": 1, "num_function_evaluations": 0}
     file.write_text(json.dumps(done) + "\n" + json.dumps(wanted[0])[:20])  # the last line was cut off
@@ -40,8 +40,8 @@ def test_a_line_that_is_no_json(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_sweep_survives_a_failing_run(tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
-    sound = TINY | {"algorithm": "rejection", "settings": {"n": 1}}
-    wanted = [sound | {"settings": {"n": 0}}, sound]
+    sound = TINY | {"algorithm": "untrained", "settings": {}}
+    wanted = [sound | {"draw": {"steering": "best-of", "n_particles": 0}}, sound]
     with pytest.raises(RuntimeError, match=r"count, ours, seed 0: n_particles must be an integer of at least 1"):
         runs.sweep(wanted, file, processes=1, images=False)
     failed, made = runs.find_records(wanted, file)
@@ -50,42 +50,8 @@ def test_a_sweep_survives_a_failing_run(tmp_path: Path) -> None:
     assert not (tmp_path / "images").exists()
 
 
-def test_old_names_are_renamed_when_a_line_is_read(tmp_path: Path) -> None:
-    old = {
-        "pictures": 4,
-        "eval_pictures": 3,
-        "label": "DPOK, twice the pictures, 0",
-        "family": "DPOK, twice the pictures",
-        "prompts": "two pictures",
-        "settings": {"kl_in": "reward", "target_kl_to_pretrained": 10.0, "kl_coef": 0.0},
-        "curve": [{"pictures": 0, "network_calls": 0, "seconds": 0.0}],
-        "network_calls": 8,
-        "network_calls_to_draw": 1,
-    }
-    new = {
-        "images": 4,
-        "eval_images": 3,
-        "label": "DPOK, twice the images, 0",
-        "family": "DPOK, twice the images",
-        "prompts": "two pictures",
-        "settings": {"kl_placement": "reward", "target_kl": 10.0, "kl_coef": 0.0},
-        "curve": [{"images": 0, "num_function_evaluations": 0, "seconds": 0.0}],
-        "num_function_evaluations": 8,
-        "num_function_evaluations_to_draw": 1,
-    }
-    file = tmp_path / "runs.jsonl"
-    file.write_text(json.dumps(old) + "\n" + json.dumps(new) + "\n")
-    assert runs.read_records(file) == [new, new]
-
-
-def test_rows_of_images_are_found_by_their_old_names_too(tmp_path: Path) -> None:
-    old = tmp_path / "pictures" / "count-twice the pictures.png"
-    new = tmp_path / "images" / "count-twice the images.png"
-    assert runs.find_row_file(tmp_path, "count", "twice the images") is None
-    for file in (old, new):  # a new one goes before an old one
-        file.parent.mkdir()
-        file.touch()
-        assert runs.find_row_file(tmp_path, "count", "twice the images") == file
+def test_the_file_of_a_row_has_a_name_that_every_system_allows() -> None:
+    assert runs.row_file(Path("x"), "count", "DPOK: no KL") == Path("x/images/count-DPOK - no KL.png")
 
 
 def test_every_published_run_is_found() -> None:

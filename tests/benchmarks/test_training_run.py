@@ -85,8 +85,8 @@ def test_a_run_with_smaller_rollouts_of_its_own() -> None:
 @pytest.mark.slow
 def test_images_of_a_sampler_without_noise_can_be_judged() -> None:
     environment = {"model": "shapes-flow", "sampler": "ode", "eta": 0.0}
-    changes = {"algorithm": "rejection", "settings": {"n": 1}, "environment": environment, "num_inference_steps": 8}
-    run = training_run.run(TINY | changes)
+    changes = {"algorithm": training_run.UNTRAINED, "settings": {}, "num_inference_steps": 8}
+    run = training_run.run(TINY | changes | {"environment": environment})
     assert run["scores"]["training"]["quality"] > 0.2
 
 
@@ -108,8 +108,8 @@ def test_the_pretrained_model_in_other_ways() -> None:
     for run in (calm, guided, steered):
         assert "kl" not in run["scores"]["training"]
         assert run["scores"]["training"]["reward"] != plain["scores"]["training"]["reward"]
-    rejected = training_run.run(untrained | {"algorithm": training_run.REJECTION, "settings": {"n": 1}})
-    assert without_seconds(rejected["scores"]["training"]) == without_seconds(plain["scores"]["training"])
+    best_of_one = training_run.run(untrained | {"draw": {"steering": "best-of", "n_particles": 1}})
+    assert without_seconds(best_of_one["scores"]["training"]) == without_seconds(plain["scores"]["training"])
     assert steered["scores"]["training"]["reward_calls"] > plain["scores"]["training"]["reward_calls"] == 1
 
 
@@ -175,8 +175,10 @@ def test_kinds_of_prompts() -> None:
     assert [*scores] == ["training", "category"]
 
 
-def test_rejection_costs_function_evaluations() -> None:
-    plain, best = (training_run.run(TINY | {"algorithm": "rejection", "settings": {"n": n}}) for n in (1, 4))
+def test_the_best_of_n_costs_function_evaluations() -> None:
+    untrained = TINY | {"algorithm": training_run.UNTRAINED, "settings": {}}
+    draws = ({"steering": "best-of", "n_particles": n} for n in (1, 4))
+    plain, best = (training_run.run(untrained | {"draw": draw}) for draw in draws)
     assert (plain["num_function_evaluations_to_draw"], best["num_function_evaluations_to_draw"]) == (1, 4)
     assert best["scores"]["training"]["reward"] > plain["scores"]["training"]["reward"]
     assert plain["scores"]["training"]["kl"] == 0
