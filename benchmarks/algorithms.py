@@ -133,7 +133,8 @@ def choose(
     searches = settings["tuning"]["searches"]
     last = max(list(searches).index(task["tuning"]) for task in smaller["tasks"].values())
     smaller["tuning"] = settings["tuning"] | {"searches": dict(list(searches.items())[: last + 1])}  # one needs another
-    smaller["shown"] = {"tasks": list(smaller["tasks"])[:2], "labels": list(smaller["methods"])}
+    labels = list(smaller["methods"])
+    smaller["shown"] = {"tasks": list(smaller["tasks"])[:2], "labels": labels, "short": [*labels, PRETRAINED]}
     for part in ("components", "long"):
         smaller[part] = settings[part] | {"seeds": 0}
     return smaller

@@ -100,6 +100,6 @@ def gains(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]
             starts = {run["seed"]: read(run) for run in runs_of(records, PRETRAINED, task)}
             pairs = [(read(run), starts.get(run["seed"])) for run in runs_of(records, label, task)]
             by_task.append([end - start for end, start in pairs if end is not None and start is not None])
-        if all(by_task):
+        if by_task and all(by_task):
             by_label[label] = by_task
     return by_label

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from benchmarks.algorithms_curves import claims_table, equal_cost_table
 from benchmarks.algorithms_records import (
     COMPONENT,
+    LONG,
     PRETRAINED,
     gains,
     numbers_by_task,
@@ -25,6 +27,7 @@ from benchmarks.algorithms_records import (
     untrained_labels,
 )
 from benchmarks.markdown import markdown
+from benchmarks.over_optimisation import along_images
 from benchmarks.runs import Record
 from benchmarks.statistics import (
     holm,
@@ -62,6 +65,9 @@ COLUMNS = {
     "passes to draw": Column(score("calls"), ".0f", has_interval=False),
     "seconds": Column(lambda record: record["seconds"], ".0f", has_interval=False),
 }
+
+#: Images after which the table of the long runs has a number.
+_ON_THE_WAY = (500, 1_000, 2_000, 5_000, 10_000)
 
 
 def task_table(records: Sequence[Record], task: str, labels: Sequence[str]) -> str:
@@ -113,7 +119,62 @@ def proxy_minus_judge(record: Record, records: Sequence[Record]) -> float | None
     return float(rises[0] - rises[1])
 
 
+def long_table(records: Sequence[Record], task: str, labels: Sequence[str]) -> str:
+    """Returns the table of the long runs: the alignment on the way, and the final evaluation.
+
+    A method that fits a fixed set of images has none on the way, as it draws them all before it learns.
+
+    Args:
+        records: of the runs.
+        task: that the long runs are of.
+        labels: of the methods, in the order of the rows.
+    """
+    before = runs_of(records, PRETRAINED, task)
+    columns = {name: COLUMNS[name] for name in ("aligned, %", "quality", "KL, nats", "positions, nats")}
+    columns["reward minus judge"] = Column(lambda record: proxy_minus_judge(record | {"task": task}, before), "+.2f")
+    rows = {}
+    for label in labels:
+        runs = runs_of(records, label, LONG)
+        if not runs:
+            continue
+        cells = []
+        for mark in _ON_THE_WAY:
+            found = [along_images(run["curve"], mark, itemgetter("alignment")) for run in runs]
+            values = [100 * value for value in found if value is not None]
+            cells.append(f"{np.mean(values):.0f}" if values else "")
+        cells += [_cell(numbers_of(records, label, LONG, column.read), column) for column in columns.values()]
+        drawn = [run["curve"][-1]["images"] for run in runs if run["curve"]]
+        rows[label] = [*cells, f"{np.mean(drawn):,.0f}" if drawn else ""]
+    return markdown(rows, [*(f"alignment after {mark:,} images, %" for mark in _ON_THE_WAY), *columns, "images"])
+
+
 # ---------------------------------------------------------------------------------------------------- over all tasks
+
+
+def short_table(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]) -> str:
+    """Returns the table for a first look: some methods, with few numbers each.
+
+    Args:
+        records: of the runs.
+        tasks: that count.
+        labels: of the methods, in the order of the rows.
+    """
+    rows = {}
+    of_unseen = gains(records, _with_unseen(records, tasks), labels, "held_out")
+    for label, by_task in gains(records, tasks, labels).items():
+        runs = [record for task in tasks for record in runs_of(records, label, task)]
+        rows[label] = [
+            f"{mean_over_tasks(by_task):+.0f}",
+            f"{mean_over_tasks(of_unseen[label]):+.0f}" if label in of_unseen else "",
+            f"{np.mean([passes(record) for record in runs]) / 1000:.0f}",
+            f"{mean_over_tasks(numbers_by_task(records, label, tasks, score('calls'))).value:.0f}",
+        ]
+    return markdown(rows, ["gain, points", "gain, unseen prompts", "passes to train, thousands", "passes to draw"])
+
+
+def _with_unseen(records: Sequence[Record], tasks: Sequence[str]) -> list[str]:
+    """Returns the tasks that are evaluated on unseen prompts too."""
+    return [task for task in tasks if numbers_of(records, PRETRAINED, task, score("aligned", "held_out"))]
 
 
 def overview(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]) -> str:
@@ -125,8 +186,7 @@ def overview(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[s
         labels: of the methods, in the order of the rows.
     """
     rows = {}
-    unseen = [task for task in tasks if numbers_of(records, PRETRAINED, task, score("aligned", "held_out"))]
-    of_unseen = gains(records, unseen, labels, "held_out") if unseen else {}
+    of_unseen = gains(records, _with_unseen(records, tasks), labels, "held_out")
     for label, by_task in gains(records, tasks, labels).items():
         runs = [record for task in tasks for record in runs_of(records, label, task)]
         hacking = [value for record in runs if (value := proxy_minus_judge(record, records)) is not None]
@@ -260,6 +320,8 @@ def all_tables(records: Sequence[Record], settings: dict[str, Any]) -> dict[str,
     groups["the tasks with a gradient"] = [task for task in complete if settings["tasks"][task].get("gradient", True)]
     single_prompts = [task for task in complete if "splits" not in settings["tasks"][task]]
     tables: dict[str, str] = {}
+    if complete:
+        tables["In short"] = short_table(records, complete, settings["shown"]["short"])
     for name, group in groups.items():
         if not group:  # the sweep has only begun
             continue
@@ -270,6 +332,8 @@ def all_tables(records: Sequence[Record], settings: dict[str, Any]) -> dict[str,
         tables["The paper's two claims"] = claims_table(records, single_prompts, settings["arms"])
         tables["Components of DPOK"] = components_table(records, settings["components"]["tasks"])
         tables["Other ways to draw"] = drawing_table(records, complete)
+    if any(record["task"] == LONG for record in records):
+        tables["Long runs"] = long_table(records, settings["long"]["task"], trained)
     for task in tasks:
         tables[f"Task “{task}”"] = task_table(records, task, labels)
         if splits := settings["tasks"][task].get("splits"):

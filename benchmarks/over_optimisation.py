@@ -101,13 +101,7 @@ def _over_optimisation(axes: Axes, runs: Sequence[Record], before: Sequence[Reco
         start, spread = _level(before, name)
         smoothed = []
         for run in runs:
-            x, points = learnt_from(run["curve"])
-            values = np.array([measure(point) for point in points])
-            if _is_fit(run["curve"]):  # its first point is a mean already
-                values[1:] = running_mean(values[1:], len(points) // 20)
-            else:
-                values = running_mean(values, len(points) // 20)
-            smoothed.append((np.interp(at, x, values) - start) / spread)
+            smoothed.append((np.interp(at, *_smoothed(run["curve"], measure)) - start) / spread)
         if len(runs) > 1:
             for line in smoothed:
                 axes.plot(at, line, color=colour, linewidth=0.7, alpha=0.6)
@@ -122,6 +116,33 @@ def _over_optimisation(axes: Axes, runs: Sequence[Record], before: Sequence[Reco
         fill: dict[str, Any] = {"color": _LINES[ahead][1], "alpha": 0.2, "linewidth": 0, "interpolate": True}
         axes.fill_between(at, means[ahead], means[behind], where=where, **fill)
     return ends
+
+
+def _smoothed(curve: Sequence[Mapping[str, float]], measure: Measure) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Returns the numbers of images that a run had learnt from, and its running means over a twentieth of the curve."""
+    x, points = learnt_from(curve)
+    values = np.array([measure(point) for point in points])
+    if _is_fit(curve):  # its first point is a mean already
+        values[1:] = running_mean(values[1:], len(points) // 20)
+    else:
+        values = running_mean(values, len(points) // 20)
+    return x, values
+
+
+def along_images(curve: Sequence[Mapping[str, float]], images: float, measure: Measure) -> float | None:
+    """Returns the running mean of a score when a run had learnt from so many images.
+
+    Args:
+        curve: of a run.
+        images: their number.
+        measure: the score.
+
+    Returns:
+        The mean; None if the run had ended before, or fits a fixed set of images.
+    """
+    if _is_fit(curve) or not curve or curve[-1]["images"] < images:
+        return None
+    return float(np.interp(images, *_smoothed(curve, measure)))
 
 
 def learnt_from(curve: Sequence[Mapping[str, float]]) -> tuple[NDArray[Any], list[Mapping[str, float]]]:

@@ -74,6 +74,31 @@ def test_a_difference_that_can_be_told_from_noise_is_bold() -> None:
     assert bad.count("**-") == 2
 
 
+def test_a_row_of_a_long_run() -> None:
+    """A curve is smoothed over a twentieth of its points, here over three; a method that fits has none on the way."""
+    before = record("one", PRETRAINED, 0, 0.5)
+    rewards = [0.5, *np.linspace(0.5, 0.89, 40), *[0.9] * 20]
+    ours = record("long", "ours", 0, 0.75) | {"curve": points(*rewards)}
+    ours["scores"]["training"] |= {"reward": 1.0, "judged": 0.5}
+    fit = record("long", "fit", 0, 0.5) | {"curve": [*points(0.1, 0.2), *points(0.2, 0.3)[1:], *points(0, 0.3)[1:]]}
+    rows = algorithms_tables.long_table([before, ours, fit], "one", ["ours", "absent", "fit"]).splitlines()[2:]
+    # The alignment of a point is half its reward; the point of 500 images is in the straight part, as its neighbours.
+    rising = [f"{50 * rewards[place]:.0f}" for place in (5, 10, 20)]
+    assert values(rows[0]) == [*rising, "45", "", "75.0", "0.900", "7.5", "3.00", "+1.00", "6,000"]
+    assert values(rows[1]) == ["", "", "", "", "", "50.0", "0.900", "5.0", "3.00", "+0.00", "100"]
+
+
+def test_a_row_in_short() -> None:
+    records = [record(task, PRETRAINED, 0, 0.4) for task in TASKS]
+    records += [record(task, "ours", 0, aligned) for task, aligned in zip(TASKS, (0.5, 0.8), strict=True)]
+    (row,) = algorithms_tables.short_table(records, TASKS, ["ours"]).splitlines()[2:]
+    assert values(row) == ["+25", "", "2", "10"]
+    for run in records:
+        run["scores"]["held_out"] = {"aligned": 0.5 if run["label"] == "ours" else 0.3}
+    (row,) = algorithms_tables.short_table(records, TASKS, ["ours"]).splitlines()[2:]
+    assert values(row) == ["+25", "+20", "2", "10"]
+
+
 def test_components_are_compared_with_all_runs_of_dpok() -> None:
     """Three seeds against five on two tasks can tell one of eleven from noise; against three they could not."""
     rng, records = np.random.default_rng(0), []
@@ -112,14 +137,17 @@ def test_the_report(tmp_path: Any) -> None:
     assert not (tmp_path / "grid-count.png").exists()
     text = (tmp_path / "tables.md").read_text()
     titles = [line.removeprefix("### ") for line in text.splitlines() if line.startswith("### ")]
-    assert titles[:9] == [
+    assert titles[:11] == [
+        "In short",
         *(f"{what} over all tasks" for what in ("Gains", "Each two methods", "Equal costs")),
         *(f"{what} over the tasks with a gradient" for what in ("Gains", "Each two methods", "Equal costs")),
         "The paper's two claims",
         "Components of DPOK",
         "Other ways to draw",
+        "Long runs",
     ]
-    assert len(titles) == 9 + len(SETTINGS["tasks"]) + 2
+    assert len(titles) == 11 + len(SETTINGS["tasks"]) + 2
+    assert len(SETTINGS["shown"]["short"]) <= 8  # the README has them
     assert titles[-1] == "Settings that were chosen"
     assert "/shapes/weights/unet/diffusion_pytorch_model.safetensors" in (tmp_path / "SHA256SUMS").read_text()
     parts = dict(zip(titles, text.split("\n### ")[1:], strict=True))
@@ -131,6 +159,8 @@ def test_the_report(tmp_path: Any) -> None:
     for what in ("Gains", "Each two methods", "Equal costs"):
         assert "| DRaFT |" not in parts[f"{what} over all tasks"]
         assert "| DRaFT |" in parts[f"{what} over the tasks with a gradient"]
+    assert parts["In short"].count("\n| ") == len(SETTINGS["shown"]["short"]) + 2
+    assert parts["Long runs"].count("\n| ") == len(SETTINGS["methods"]) - len(SETTINGS["long"]["without"]) + 2
     assert parts["Components of DPOK"].count("\n| ") == len(SETTINGS["components"]["changes"]) + 2
     assert parts["Kinds of prompts of “many”"].count("\n| ") == n_labels
     assert parts["Other ways to draw"].count("\n| DPOK") == 1 + len(SETTINGS["methods"]["DPOK"]["also"])
