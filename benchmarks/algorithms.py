@@ -36,31 +36,39 @@ from benchmarks.tuning import Axis, Change, Outcome, search
 from dpok_gym.utils.validation import check_integer
 
 EXPLANATION = """\
-Plain means over {n_seeds} seeds (of components over {n_components}), with 95 % bootstrap intervals within tasks. With
-five seeds these are too narrow: of normal runs, an interval of one task holds the true mean in 84 % of all cases, and
-one of six tasks in 90 %. Gain: points of fully aligned images above the pre-trained model with the same seed, which is
-evaluated with the same noise; on unseen prompts, of the tasks with one prompt. The pooled interquartile mean is that of
-the middle half of all runs of all tasks. KL: of the trajectories, over the steps that explore, in nats per image; for
-images of the pre-trained model that are chosen among n, the bound log n - (n - 1) / n. Late drift: how far the outputs
-of the denoiser have moved at the last steps, which do not explore (root mean square). Positions: the entropy of the
-layouts that the judge sees in images of one prompt, where each prompt has enough of them. Pixels: the mean distance of
-two images of one prompt. Reward minus judge: how much more the reward has risen than what the judge says, in standard
-deviations of an image of one prompt. The judge's scale ends at 1, so the best of 8 images of the pre-trained model are
-a little above 0, too; far above them, the reward is being hacked. Passes: of the denoiser over one image; a backward
-pass counts as two. Seconds: of one core. A run whose images became NaN counts as 0 aligned ones.
+# All tables of the comparison
 
-A method that needs the reward's gradient has no runs where there is none. So it is left out of the tables over all
-tasks, and the tables over the tasks with a gradient have it. Three variants run on three tasks only, so only the tables
-of these tasks have them: DPOK as published, and the two without a KL, which are in the table of the paper's two claims,
-too.
+### How to read the tables
 
-In the tables of pairs, a difference is bold if a permutation test tells it from noise at 5 %, with Holm's correction
-for all pairs; in brackets is the smallest difference that so many runs would show in four of five comparisons, if it
-were the only comparison. At equal costs: alignment of the images that are drawn in training, when a run had cost as
-much as a run of DPOK; a method that costs less counts with its end. At equal reward: when the images of the training
-first had the reward that is in the middle between the pre-trained model's and the lowest final one of the four
-methods. Its two arms without a KL have settings of their own, which were chosen among those that keep the quality, as
-all settings were; the component "no KL" has DPOK's.
+- Means: plain ones over {n_seeds} seeds (of components over {n_components}), with 95 % bootstrap intervals within tasks.
+  With five seeds these are too narrow: of normal runs, an interval of one task holds the true mean in 84 % of all cases,
+  and one of six tasks in 90 %. A run whose images became NaN counts as 0 aligned ones.
+- Gain: points of fully aligned images above the pre-trained model with the same seed, which is evaluated with the same
+  noise; on unseen prompts, of the tasks with one prompt. The pooled interquartile mean is that of the middle half of all
+  runs of all tasks.
+- KL: of the trajectories, over the steps that explore, in nats per image; for images of the pre-trained model that are
+  chosen among n, the bound log n - (n - 1) / n. Late drift: how far the outputs of the denoiser have moved at the last
+  steps, which do not explore (root mean square).
+- Positions: the entropy of the layouts that the judge sees in images of one prompt, where each prompt has enough of
+  them. Pixels: the mean distance of two images of one prompt.
+- Reward minus judge: how much more the reward has risen than what the judge says, in standard deviations of an image of
+  one prompt. The judge's scale ends at 1, so the best of 8 images of the pre-trained model are a little above 0, too;
+  far above them, the reward is being hacked.
+- Passes: of the denoiser over one image; a backward pass counts as two. Seconds: of one core.
+- Missing rows: a method that needs the reward's gradient has no runs where there is none. So it is left out of the
+  tables over all tasks, and the tables over the tasks with a gradient have it. Three variants run on three tasks only,
+  so only the tables of these tasks have them: DPOK as published, and the two without a KL, which are in the table of the
+  paper's two claims, too.
+- Each two methods: a difference is bold if a permutation test tells it from noise at 5 %, with Holm's correction for all
+  pairs. In brackets is the smallest difference that so many runs would show in four of five comparisons, if it were the
+  only comparison.
+- Equal costs: alignment of the images that are drawn in training, when a run had cost as much as a run of DPOK; a method
+  that costs less counts with its end.
+- The paper's two claims: when the images of the training first had the reward that is in the middle between the
+  pre-trained model's and the lowest final one of the four methods. The two arms without a KL have settings of their own,
+  which were chosen among those that keep the quality, as all settings were; the component "no KL" has DPOK's.
+- Long runs: the alignment on the way is a running mean over a twentieth of the run. A method that fits a fixed set of
+  images draws them all before it learns, so it has none.
 """
 
 #: The models and the learned reward of the embedded worlds that the runs use.
