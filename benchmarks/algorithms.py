@@ -40,12 +40,12 @@ EXPLANATION = """\
 
 ### How to read the tables
 
-- Means: plain ones over {n_seeds} seeds (of components over {n_components}), with 95 % bootstrap intervals within tasks.
-  With five seeds these are too narrow: of normal runs, an interval of one task holds the true mean in 84 % of all cases,
-  and one of six tasks in 90 %. A run whose images became NaN counts as 0 aligned ones.
+- Means: plain ones over {n_seeds} seeds (of components over {n_components}), with 95 % bootstrap intervals within
+  tasks. With five seeds these are too narrow: of normal runs, an interval of one task holds the true mean in 84 % of
+  all cases, and one of six tasks in 90 %. A run whose images became NaN counts as 0 aligned ones.
 - Gain: points of fully aligned images above the pre-trained model with the same seed, which is evaluated with the same
-  noise; on unseen prompts, of the tasks with one prompt. The pooled interquartile mean is that of the middle half of all
-  runs of all tasks.
+  noise; on unseen prompts, of the tasks with one prompt. The pooled interquartile mean is that of the middle half of
+  all runs of all tasks.
 - KL: of the trajectories, over the steps that explore, in nats per image; for images of the pre-trained model that are
   chosen among n, the bound log n - (n - 1) / n. Late drift: how far the outputs of the denoiser have moved at the last
   steps, which do not explore (root mean square).
@@ -57,16 +57,16 @@ EXPLANATION = """\
 - Passes: of the denoiser over one image; a backward pass counts as two. Seconds: of one core.
 - Missing rows: a method that needs the reward's gradient has no runs where there is none. So it is left out of the
   tables over all tasks, and the tables over the tasks with a gradient have it. Three variants run on three tasks only,
-  so only the tables of these tasks have them: DPOK as published, and the two without a KL, which are in the table of the
-  paper's two claims, too.
-- Each two methods: a difference is bold if a permutation test tells it from noise at 5 %, with Holm's correction for all
-  pairs. In brackets is the smallest difference that so many runs would show in four of five comparisons, if it were the
-  only comparison.
-- Equal costs: alignment of the images that are drawn in training, when a run had cost as much as a run of DPOK; a method
-  that costs less counts with its end.
+  so only the tables of these tasks have them: DPOK as published, and the two without a KL, which are in the table of
+  the paper's two claims, too.
+- Each two methods: a difference is bold if a permutation test tells it from noise at 5 %, with Holm's correction for
+  all pairs. In brackets is the smallest difference that so many runs would show in four of five comparisons, if it were
+  the only comparison.
+- Equal costs: alignment of the images that are drawn in training, when a run had cost as much as a run of DPOK; a
+  method that costs less counts with its end.
 - The paper's two claims: when the images of the training first had the reward that is in the middle between the
-  pre-trained model's and the lowest final one of the four methods. The two arms without a KL have settings of their own,
-  which were chosen among those that keep the quality, as all settings were; the component "no KL" has DPOK's.
+  pre-trained model's and the lowest final one of the four methods. The two arms without a KL have settings of their
+  own, which were chosen among those that keep the quality, as all settings were; the component "no KL" has DPOK's.
 - Long runs: the alignment on the way is a running mean over a twentieth of the run. A method that fits a fixed set of
   images draws them all before it learns, so it has none.
 """

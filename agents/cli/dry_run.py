@@ -218,6 +218,8 @@ def estimate_memory(config: Config, architecture: Architecture, on_gpu: bool = T
     kept["their prompts, encoded"] = n_images * rehearsal.prompt_bytes
     if issubclass(algorithm, ForwardProcess):
         kept[f"{config.images} latents to learn from"] = config.images * latent
+    if algo["anchor_coef"]:
+        kept[f"{algo['anchor_images']} latents of the anchor"] = algo["anchor_images"] * latent
     bytes_each = 2 if on_gpu else 4
     for what, names in (
         ("reward", list(env["reward"])),
@@ -334,6 +336,15 @@ def count_forward_passes(config: Config) -> int:
 
 def count_update_passes(config: Config) -> Passes | None:
     """Returns the denoiser's passes in an update; None for an algorithm of the user's own base."""
+    own, algo = _count_own_passes(config), config.algo_kwargs
+    if own is None or not algo["anchor_coef"]:
+        return own
+    of_anchor = own.optimizer_steps * min(algo["batch_size"] or algo["anchor_images"], algo["anchor_images"])
+    return replace(own, forward=own.forward + of_anchor, backward=own.backward + of_anchor)
+
+
+def _count_own_passes(config: Config) -> Passes | None:
+    """Returns the passes of the algorithm's own loss, without the anchor."""
     algo, algorithm = config.algo_kwargs, load_algorithm(config.algo)
     n_steps = config.env_kwargs["num_inference_steps"]
     n_images = algo["images_per_iteration"] or config.n_envs
@@ -393,6 +404,10 @@ def _describe_passes(config: Config) -> Iterator[str]:
     if iterations:
         yield f"  {drawing:>11,}  rollout of {n_images} images in {n_steps} steps"
     total = iterations * drawing
+    if algo["anchor_coef"]:
+        anchor = algo["anchor_images"] * n_steps * guided
+        total += anchor
+        yield f"  {anchor:>11,}  {algo['anchor_images']} images of the anchor, once"
     if update is None:
         yield "            ?  update: not known for this algorithm"
     else:

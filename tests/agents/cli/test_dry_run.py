@@ -125,6 +125,7 @@ def test_durations_are_readable() -> None:
         (["--algo", "draft"], (64, 128, 128, 0, 4)),
         (["--algo", "sft"], (64000, 64000, 64000, 0, 2000)),
         (["--algo", "sft", "--regularization", "KL-O"], (64000, 64000, 64000, 64000, 2000)),
+        (["--algo", "sft", "--anchor-coef", "0.1", "--anchor-images", "20"], (64000, 104000, 104000, 0, 2000)),
     ],
 )
 def test_passes_of_an_update(words: list[str], expected: tuple[int, ...]) -> None:
@@ -213,8 +214,10 @@ def test_a_second_pass_takes_memory(tiny_folder: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algo", ["dpok", "ddpo", "diffusion-nft", "awm"])
-def test_the_passes_are_those_of_a_run(algo: str) -> None:
+@pytest.mark.parametrize(
+    ("algo", "anchor"), [("dpok", 0), ("dpok", 8), ("ddpo", 0), ("diffusion-nft", 0), ("diffusion-nft", 40), ("awm", 0)]
+)
+def test_the_passes_are_those_of_a_run(algo: str, anchor: int) -> None:
     """Counted by the process, whose denoiser's every call goes through one method."""
     config = _config(
         *("--env", "DPOK-SD15-v0", "--algo", algo, "--model", "shapes", "--prompts", "a red circle"),
@@ -229,12 +232,13 @@ def test_the_passes_are_those_of_a_run(algo: str) -> None:
             "cpu",
         ),
         *("--max-batch-size", "16", "--micro-batch-size", "16", "--gradient-checkpointing", "False"),
+        *(["--anchor-coef", "0.1", "--anchor-images", str(anchor)] * bool(anchor)),
     )
     agent = config.make_agent(config.make_env(16))
     agent.learn(16 * 6)
     passes = count_update_passes(config)
     assert passes is not None
-    rollout = 16 * 6 * 2
+    rollout = (16 + anchor) * 6 * 2
     assert agent.process.num_function_evaluations == rollout + passes.forward + passes.without_gradient
     assert agent._n_updates == passes.optimizer_steps
 
