@@ -232,7 +232,7 @@ def _complete(
 
 
 def report(records: Sequence[Record], settings: dict[str, Any], folder: Path, tuning: Tuning) -> None:
-    """Writes and prints the tables, and draws the figures.
+    """Writes the tables, and draws the figures.
 
     Args:
         records: of the runs.
@@ -240,15 +240,9 @@ def report(records: Sequence[Record], settings: dict[str, Any], folder: Path, tu
         folder: for the files; it has the rows of images already.
         tuning: has chosen the settings.
     """
-    order = [*settings["methods"], *settings["untrained"]]
-    records = sorted(records, key=lambda record: order.index(record["label"].partition(": ")[0]))
-    seeds = sorted({record["seed"] for record in records})
-    text = EXPLANATION.format(n_seeds=len(seeds), n_components=settings["components"]["seeds"])
-    tables = algorithms_tables.all_tables(records, settings)
-    for title, table in (tables | {"Settings that were chosen": tuning.table()}).items():
-        text += f"\n### {title}\n\n{table}"
+    records = in_order(records, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tables.md").write_text(text, encoding="utf-8")
+    (folder / "tables.md").write_text(make_text(records, settings, tuning), encoding="utf-8")
     write_checksums([*WEIGHTS, *(folder / name for name in ("runs.jsonl", "tuning.jsonl"))], folder / "SHA256SUMS")
     trained, untrained = algorithms_records.trained_labels(records), algorithms_records.untrained_labels(records)
     tasks = [task for task in settings["tasks"] if any(record["task"] == task for record in records)]
@@ -263,7 +257,27 @@ def report(records: Sequence[Record], settings: dict[str, Any], folder: Path, tu
         if of_task:
             shown = [PRETRAINED, *settings["shown"]["labels"]]
             grid(folder, task, shown, prompts_of_row(of_task[0]), folder / f"grid-{task}.png")
-    print(f"{next(iter(tables.values()))}\nall tables and figures: {folder}")
+    print(f"all tables and figures: {folder}")
+
+
+def in_order(records: Sequence[Record], settings: dict[str, Any]) -> list[Record]:
+    """Returns the records in the order of their methods in the settings."""
+    order = [*settings["methods"], *settings["untrained"]]
+    return sorted(records, key=lambda record: order.index(record["label"].partition(": ")[0]))
+
+
+def make_text(records: Sequence[Record], settings: dict[str, Any], tuning: Tuning) -> str:
+    """Returns all tables in Markdown, with what they mean.
+
+    Args:
+        records: of the runs, see :func:`in_order`.
+        settings: as in ``algorithms.yaml``.
+        tuning: has chosen the settings.
+    """
+    n_seeds = len({record["seed"] for record in records})
+    text = EXPLANATION.format(n_seeds=n_seeds, n_components=settings["components"]["seeds"])
+    tables = algorithms_tables.all_tables(records, settings) | {"Settings that were chosen": tuning.table()}
+    return text + "".join(f"\n### {title}\n\n{table}" for title, table in tables.items())
 
 
 # -------------------------------------------------------------------------------------------------------------- tuning

@@ -1,5 +1,6 @@
 """The tables of the comparison: what is computed from the runs, and what is shown."""
 
+import hashlib
 import itertools
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from benchmarks import algorithms, algorithms_records, algorithms_tables
 from benchmarks.algorithms import Tuning
 from benchmarks.algorithms_records import PRETRAINED
-from benchmarks.runs import HERE, Record
+from benchmarks.runs import HERE, Record, read_records
 from benchmarks.training_run import UNTRAINED
 from tests.benchmarks.support import points, values
 
@@ -178,3 +179,27 @@ def test_the_report_of_a_few_runs(n: int, tmp_path: Any) -> None:
         records.append(run | description | {"curve": curve})
     algorithms.report(records, SETTINGS, tmp_path, Tuning(SETTINGS, tmp_path / "tuning.jsonl"))
     assert "### Task “count”" in (tmp_path / "tables.md").read_text()
+
+
+PUBLISHED = HERE / "results" / "algorithms"
+
+
+@pytest.mark.slow
+def test_the_published_tables_are_those_of_the_runs() -> None:
+    records = algorithms.in_order(read_records(PUBLISHED / "runs.jsonl"), SETTINGS)
+    text = algorithms.make_text(records, SETTINGS, Tuning(SETTINGS, PUBLISHED / "tuning.jsonl"))
+    assert text == (PUBLISHED / "tables.md").read_text(encoding="utf-8")
+
+
+def test_the_published_checksums_are_those_of_the_files() -> None:
+    lines = [line.split("  ") for line in (PUBLISHED / "SHA256SUMS").read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == len(algorithms.WEIGHTS) + 2
+    for checksum, place in lines:
+        assert hashlib.sha256((PUBLISHED / place).read_bytes()).hexdigest() == checksum, place
+
+
+def test_the_readme_has_the_short_table() -> None:
+    tables = (PUBLISHED / "tables.md").read_text(encoding="utf-8")
+    table = tables.partition("### In short\n\n")[2].partition("\n\n")[0]
+    assert table.startswith("|")
+    assert table in (HERE.parent / "README.md").read_text(encoding="utf-8")
