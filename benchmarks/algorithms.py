@@ -41,34 +41,47 @@ EXPLANATION = """\
 ### How to read the tables
 
 - Means: plain ones over {n_seeds} seeds (of components over {n_components}), with 95 % bootstrap intervals within
-  tasks. With five seeds these are too narrow: of normal runs, an interval of one task holds the true mean in 84 % of
-  all cases, and one of six tasks in 90 %. A run whose images became NaN counts as 0 aligned ones.
+  tasks. With five seeds these intervals are too narrow. If results had a normal distribution, an interval of one task
+  would hold the true mean in 84 % of all cases, and one of six tasks in 90 %.
 - Gain: points of fully aligned images above the pre-trained model with the same seed, which is evaluated with the same
-  noise; on unseen prompts, of the tasks with one prompt. The pooled interquartile mean is that of the middle half of
-  all runs of all tasks.
-- KL: of the trajectories, over the steps that explore, in nats per image; for images of the pre-trained model that are
-  chosen among n, the bound log n - (n - 1) / n. Late drift: how far the outputs of the denoiser have moved at the last
-  steps, which do not explore (root mean square).
-- Positions: the entropy of the layouts that the judge sees in images of one prompt, where each prompt has enough of
-  them. Pixels: the mean distance of two images of one prompt.
-- Reward minus judge: how much more the reward has risen than what the judge says, in standard deviations of an image of
-  one prompt. The judge's scale ends at 1, so the best of 8 images of the pre-trained model are a little above 0, too;
-  far above them, the reward is being hacked.
-- Passes: of the denoiser over one image; a backward pass counts as two. Seconds: of one core.
+  noise. Gain on unseen prompts: of the tasks with one prompt. The pooled interquartile mean is that of the middle half
+  of all runs of all tasks.
+- KL: of the trajectories, over the steps that explore, in nats per image. For the best of n images of the pre-trained
+  model it is the bound log n - (n - 1) / n. Where images are drawn in another way, it is not known. Late drift: how far
+  the outputs of the denoiser have moved at the last steps, which do not explore (root mean square).
+- Positions: the entropy of the layouts that the judge sees in images of one prompt, if there are 16 images of each
+  prompt. It falls if a model draws one layout again and again, but also if fewer images are wrong: compare it with that
+  of the best of 8. Pixels: the mean distance of two images of one prompt.
+- Reward minus judge: how much more the reward has risen than the judge's verdict, in standard deviations of an image of
+  one prompt. The verdict is the alignment plus a fifth of the quality, so it cannot go above 1.2. That is why the best
+  of 8 images of the pre-trained model are a little above 0, too. Far above them, the reward is being hacked. There is
+  no such number for the task “sparse”, where the reward is the judge itself.
+- Passes: of the denoiser over one image; a backward pass counts as two. Seconds: of one core. Runs share the machine,
+  so seconds differ by up to 15 % between runs with the same work.
+- A run whose images became NaN counts as 0 aligned ones. It has no reward and no KL, so the means of these leave it
+  out.
 - Missing rows: a method that needs the reward's gradient has no runs where there is none. So it is left out of the
   tables over all tasks, and the tables over the tasks with a gradient have it. Three variants run on three tasks only,
   so only the tables of these tasks have them: DPOK as published, and the two without a KL, which are in the table of
   the paper's two claims, too.
 - Each two methods: a difference is bold if a permutation test tells it from noise at 5 %, with Holm's correction for
-  all pairs. In brackets is the smallest difference that so many runs would show in four of five comparisons, if it were
-  the only comparison.
-- Equal costs: alignment of the images that are drawn in training, when a run had cost as much as a run of DPOK; a
-  method that costs less counts with its end.
-- The paper's two claims: when the images of the training first had the reward that is in the middle between the
-  pre-trained model's and the lowest final one of the four methods. The two arms without a KL have settings of their
-  own, which were chosen among those that keep the quality, as all settings were; the component "no KL" has DPOK's.
+  all pairs. In brackets is the smallest difference that so many runs would show in four of five cases, after the
+  correction. The test does not use that runs with the same seed are evaluated with the same noise. That makes it
+  stricter.
+- Equal costs: the alignment when a run had cost as much as the mean run of DPOK, or of DDPO. If a method costs no more,
+  it counts with its final evaluation. That holds for all methods at equal images, and for all but AWM at the passes of
+  DPOK. A run that is read earlier counts with the images that it was drawing. Its learning rate had not yet fallen to
+  the end then.
+- The paper's two claims: the first method minus the second one, at an equal reward. For each task there is one level of
+  the reward, in the middle between the pre-trained model's and the lower one that the two methods have in the end. We
+  look at the images of each run when it first reached this level. The level is in standard deviations of an image,
+  above the pre-trained model. “DPOK, no KL” and “SFT, no KL” were tuned again. “DPOK: no KL” has the settings of DPOK.
+- Components: they keep the settings of DPOK, which were not tuned again.
 - Long runs: the alignment on the way is a running mean over a twentieth of the run. A method that fits a fixed set of
-  images draws them all before it learns, so it has none.
+  images draws them all before it learns, so it has none. The settings are those that were tuned for 512 images.
+- Settings: in brackets is how far the reward is above that of the best other setting with three seeds. It is below 0
+  where that one had broken a limit with the first seed, and so was no finalist. Rewards of one setting with two seeds
+  differ by about 0.2: their standard deviation is 0.12 in the first search and 0.18 in the second one.
 """
 
 #: The models and the learned reward of the embedded worlds that the runs use.
@@ -142,7 +155,8 @@ def choose(
     last = max(list(searches).index(task["tuning"]) for task in smaller["tasks"].values())
     smaller["tuning"] = settings["tuning"] | {"searches": dict(list(searches.items())[: last + 1])}  # one needs another
     labels = list(smaller["methods"])
-    smaller["shown"] = {"tasks": list(smaller["tasks"])[:2], "labels": labels, "short": [*labels, PRETRAINED]}
+    shown = {"yardsticks": labels[:2], "tasks": list(smaller["tasks"])[:2], "labels": labels}
+    smaller["shown"] = shown | {"short": [*labels, PRETRAINED]}
     for part in ("components", "long"):
         smaller[part] = settings[part] | {"seeds": 0}
     return smaller
@@ -338,25 +352,45 @@ class Tuning:
                     cells = [format(value, form) for value, form in zip(means, columns.values(), strict=True)]
                     is_chosen = outcome.best is not None and words == _written(outcome.best)
                     rank = f"{self._rank(records):.3f}"
-                    chosen = f"yes{_edges(outcome)}" if is_chosen else ""
+                    chosen = f"yes{self._marks(name, label)}" if is_chosen else ""
                     table.add_row(label, words, str(len(records)), rank, *cells, chosen)
                 table.add_section()
             Console(width=160).print(table)
 
     def table(self) -> str:
-        """Returns the settings that the searches have chosen, in Markdown."""
+        """Returns the settings that the searches have chosen, and how far they are ahead, in Markdown."""
         rows: dict[str, list[str]] = {}
         for label in self._settings["methods"]:
             cells, n_tried = [], 0
             for name in self._searches:
                 if label in self._labels(name):
-                    outcome = self._outcome(name, label)
-                    cells.append(_written(outcome.best or {}) + _edges(outcome))
-                    n_tried += len(self._tried(name, label))
+                    best, tried = self._outcome(name, label).best, self._tried(name, label)
+                    cells.append(_written(best or {}) + self._marks(name, label) + self._lead(name, label))
+                    n_tried += len(tried)
                 else:
                     cells.append("")
             rows[label] = [*cells, str(n_tried)]
         return markdown(rows, [*(f"search “{name}”" for name in self._searches), "settings tried"])
+
+    def _marks(self, name: str, label: str) -> str:
+        """Returns which chosen values are at an end of their grid, or at a limit that the grid may not pass."""
+        outcome = self._outcome(name, label)
+        best = outcome.best or {}
+        limited = [axis.name for axis in self._axes(name, label) if best.get(axis.name) in axis.limits]
+        marks = [f", {axis} at the edge" for axis in outcome.at_edge]
+        return "".join([*marks, *(f", {axis} at its limit" for axis in limited)])
+
+    def _lead(self, name: str, label: str) -> str:
+        """Returns how far the chosen setting is above the best other one with as many seeds that keeps the limits.
+
+        It is below 0 if the other one was no finalist, as it had broken a limit with the first seed.
+        """
+        best, seeds = self._outcome(name, label).best, self._rules["seeds"]
+        if best is None:
+            return ""
+        ranks = {words: self._rank(runs) for words, runs in self._tried(name, label).items() if len(runs) == len(seeds)}
+        others = [rank for words, rank in ranks.items() if words != _written(best) and rank > -_RUINED / 2]
+        return f" ({ranks[_written(best)] - max(others):+.3f})" if others else ""
 
     def _tried(self, name: str, label: str) -> dict[str, list[Record]]:
         """Returns the runs of a search for a method, by what it tried."""
@@ -452,10 +486,6 @@ def mean_score(records: Sequence[Record], name: str) -> float:
 
 def _written(change: Change) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in change.items())
-
-
-def _edges(outcome: Outcome) -> str:
-    return "".join(f", {axis} at the edge" for axis in outcome.at_edge)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,13 @@ import numpy as np
 from benchmarks.algorithms_records import PRETRAINED, numbers_by_task, numbers_of, passes, runs_of, score
 from benchmarks.markdown import markdown
 from benchmarks.runs import Record
-from benchmarks.statistics import mean_over_tasks
+from benchmarks.statistics import holm, mean_over_tasks, permutation_test
 
 #: Rollouts that are averaged where a curve is read.
 _WINDOW = 3
+
+#: Costs that differ by less than this share are equal: a fit costs a quarter of a percent more than DPOK.
+_TOLERANCE = 0.01
 
 #: The scores of a point that are read.
 _SCORES = ("reward", "alignment", "quality")
@@ -48,8 +51,8 @@ def smoothed(points: Sequence[Point], name: str) -> list[float]:
 def at_cost(record: Record, cost: float, measure: Cost, name: str) -> float | None:
     """Returns a score of the images that a run was drawing when it had cost so much, interpolated between two points.
 
-    A run that costs less counts with its final evaluation. The result is None if there is no curve, and 0 if the run
-    has diverged: it draws nothing.
+    A run that costs less, or at most one percent more, counts with its final evaluation. The result is None if there is
+    no curve, and 0 if the run has diverged: it draws nothing.
 
     Args:
         record: of a run.
@@ -62,34 +65,40 @@ def at_cost(record: Record, cost: float, measure: Cost, name: str) -> float | No
     if not record["curve"]:
         return None
     curve = record["curve"]
-    if measure(curve[-1]) <= cost:
+    if measure(curve[-1]) <= (1 + _TOLERANCE) * cost:
         return curve[-1][name]
     return float(np.interp(cost, [measure(point) for point in curve], [point[name] for point in curve]))
 
 
-def equal_cost_table(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str], yardstick: str) -> str:
-    """Returns the alignment of training images at equal costs, as a mean over tasks and seeds.
+def equal_cost_table(
+    records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str], yardsticks: Sequence[str]
+) -> str:
+    """Returns the alignment at equal costs, as a mean over tasks and seeds.
 
     Args:
         records: of the runs.
         tasks: that count.
         labels: of the methods that train; those that miss a task are left out.
-        yardstick: the method whose runs say what may be spent on a task.
+        yardsticks: the methods whose runs say what may be spent on a task. The first one does for every cost, the
+            others for passes.
     """
+    columns = [(yardsticks[0], name) for name in COSTS] + [(other, "passes") for other in yardsticks[1:]]
     rows: dict[str, list[str]] = {}
     for label in labels:
         cells = []
-        for measure in COSTS.values():
-            by_task = []
-            for task in tasks:
-                ends = [measure(run["curve"][-1]) for run in runs_of(records, yardstick, task) if run["curve"]]
-                runs = runs_of(records, label, task) if ends else []
-                values = [at_cost(run, fmean(ends), measure, "alignment") for run in runs]
-                by_task.append([100 * value for value in values if value is not None])
+        for yardstick, name in columns:
+            by_task = [_alignments(records, task, label, yardstick, COSTS[name]) for task in tasks]
             cells.append(f"{mean_over_tasks(by_task):.1f}" if by_task and all(by_task) else "")
         if any(cells):
             rows[label] = cells
-    return markdown(rows, [f"alignment at equal {name}, %" for name in COSTS])
+    return markdown(rows, [f"alignment at the {name} of {yardstick}, %" for yardstick, name in columns])
+
+
+def _alignments(records: Sequence[Record], task: str, label: str, yardstick: str, measure: Cost) -> list[float]:
+    """Returns the alignment of a method's runs, in %, when they had cost as much as the mean run of a yardstick."""
+    ends = [measure(run["curve"][-1]) for run in runs_of(records, yardstick, task) if run["curve"]]
+    values = [at_cost(run, fmean(ends), measure, "alignment") for run in runs_of(records, label, task) if ends]
+    return [100 * value for value in values if value is not None]
 
 
 def at_reward(record: Record, reward: float, name: str, start: Point) -> float | None:
@@ -119,41 +128,68 @@ def at_reward(record: Record, reward: float, name: str, start: Point) -> float |
     return None
 
 
-def claims_table(records: Sequence[Record], tasks: Sequence[str], arms: Sequence[str]) -> str:
-    """Returns what the arms of the paper's two claims are worth at an equal reward.
+def claims_table(records: Sequence[Record], tasks: Sequence[str], pairs: Sequence[tuple[str, str]]) -> str:
+    """Returns what two methods are worth at an equal reward, for the paper's two claims: the first minus the second.
 
-    On each task, the reward is in the middle between that of the pre-trained model and the lowest one that an arm has
+    On each task the reward is in the middle between that of the pre-trained model and the lower one that the two have
     in the end, as means over the seeds.
 
     Args:
         records: of the runs.
-        tasks: that count.
-        arms: labels: with and without the KL, online and supervised.
+        tasks: that count; for a pair, those on which both have runs.
+        pairs: labels of the methods.
     """
-    levels, starts = {}, {}
+    rows: dict[tuple[str, str], list[str]] = {}
+    p_values: dict[tuple[tuple[str, str], str], float] = {}
+    for one, other in map(tuple, pairs):
+        levels = _levels(records, tasks, (one, other))
+        if not levels:
+            continue
+        read: dict[str, list[list[list[float]]]] = {"alignment": [], "quality": []}
+        n_reached = n_runs = 0
+        for label in (one, other):
+            for name, numbers in read.items():
+                numbers.append([])
+                for task, (level, start) in levels.items():
+                    found = [at_reward(run, level, name, start) for run in runs_of(records, label, task)]
+                    numbers[-1].append([value for value in found if value is not None])
+            n_reached += sum(map(len, read["alignment"][-1]))
+            n_runs += sum(len(runs_of(records, label, task)) for task in levels)
+        heights = [(level - start["reward"]) / start["reward_std"] for level, start in levels.values()]
+        cells = [", ".join(levels), f"{fmean(heights):.2f}", f"{n_reached} of {n_runs}"]
+        for name, (ours, theirs) in read.items():
+            cells.append(_difference(ours, theirs))
+            if all(ours) and all(theirs):
+                p_values[(one, other), name] = permutation_test(ours, theirs)
+        ends = [numbers_by_task(records, label, list(levels), score("quality")) for label in (one, other)]
+        rows[one, other] = [*cells, _difference(*ends)]
+    corrected = holm(p_values)
+    shown = {}
+    for (one, other), cells in rows.items():
+        for place, name in ((4, "quality"), (3, "alignment")):
+            p_value = corrected.get(((one, other), name))
+            cells.insert(place + 1, "" if p_value is None else f"{p_value:.2f}")
+        shown[f"“{one}” minus “{other}”"] = cells
+    headings = ["tasks", "level of the reward", "runs that reach it", "alignment", "p, corrected"]
+    return markdown(shown, [*headings, "quality", "p, corrected", "quality in the end"])
+
+
+def _levels(
+    records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]
+) -> dict[str, tuple[float, dict[str, float]]]:
+    """Returns the level of the reward on each task that the methods have runs of, and the pre-trained model's means."""
+    levels = {}
     for task in tasks:
-        ends = [numbers_of(records, arm, task, score("reward")) for arm in arms]
-        before = {name: numbers_of(records, PRETRAINED, task, score(name)) for name in _SCORES}
+        before = {name: numbers_of(records, PRETRAINED, task, score(name)) for name in (*_SCORES, "reward_std")}
+        ends = [numbers_of(records, label, task, score("reward")) for label in labels]
         if all(before.values()) and all(ends):
-            starts[task] = {name: fmean(numbers) for name, numbers in before.items()}
-            levels[task] = (starts[task]["reward"] + min(map(fmean, ends))) / 2
-    rows = {}
-    for arm in arms:
-        cells = []
-        for name in ("alignment", "quality"):
-            by_task = []
-            for task, level in levels.items():
-                values = [at_reward(run, level, name, starts[task]) for run in runs_of(records, arm, task)]
-                by_task.append([value for value in values if value is not None])
-            cells.append(f"{mean_over_tasks(by_task):.3f}" if by_task and all(by_task) else "")
-        reached = [
-            at_reward(run, level, "reward", starts[task])
-            for task, level in levels.items()
-            for run in runs_of(records, arm, task)
-        ]
-        cells.append(f"{sum(value is not None for value in reached)} of {len(reached)}")
-        ends = numbers_by_task(records, arm, list(levels), score("quality"))
-        cells.append(f"{mean_over_tasks(ends):.3f}" if ends and all(ends) else "")
-        rows[arm] = cells
-    headings = ["alignment at equal reward", "quality at equal reward", "runs that reach it", "quality in the end"]
-    return markdown(rows, headings)
+            start = {name: fmean(numbers) for name, numbers in before.items()}
+            levels[task] = ((start["reward"] + min(map(fmean, ends))) / 2, start)
+    return levels
+
+
+def _difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> str:
+    """Returns the difference of two means over tasks; nothing if a task has no numbers."""
+    if not (all(ours) and all(theirs)):
+        return ""
+    return f"{mean_over_tasks(ours).value - mean_over_tasks(theirs).value:+.3f}"

@@ -53,12 +53,17 @@ class Column(NamedTuple):
     has_interval: bool = True
 
 
+def late_drift(record: Record) -> float | None:
+    """Returns how far the late outputs of a run's denoiser have moved; None if that is not known, as its KL is not."""
+    return None if score("kl")(record) is None else score("late_drift")(record)
+
+
 COLUMNS = {
     "aligned, %": Column(score("aligned", scale=100), ".1f"),
     "quality": Column(score("quality"), ".3f"),
     "reward": Column(score("reward"), ".2f"),
     "KL, nats": Column(score("kl"), ".1f"),
-    "late drift": Column(score("late_drift"), ".2f", has_interval=False),
+    "late drift": Column(late_drift, ".2f", has_interval=False),
     "positions, nats": Column(score("entropy_of_positions"), ".2f"),
     "pixels": Column(score("diversity"), ".3f"),
     "passes to train, thousands": Column(lambda record: passes(record) / 1000, ".0f", has_interval=False),
@@ -66,8 +71,20 @@ COLUMNS = {
     "seconds": Column(lambda record: record["seconds"], ".0f", has_interval=False),
 }
 
-#: Images after which the table of the long runs has a number.
-_ON_THE_WAY = (500, 1_000, 2_000, 5_000, 10_000)
+#: Scores of a way to draw: key, factor and form. Costs are of one image that is delivered.
+_OF_DRAWING = (
+    ("aligned", 100, ".1f"),
+    ("quality", 1, ".3f"),
+    ("calls", 1, ".0f"),
+    ("reward_calls", 1, ".0f"),
+    ("seconds", 1, ".2f"),
+)
+
+#: Images after which the table of the long runs has a number; the learning rate warms up until the first one.
+_ON_THE_WAY = (2_000, 5_000, 10_000, 15_000)
+
+#: Rewards that are what the judge says.
+_OF_THE_JUDGE = ("benchmarks.sparse_reward:fully_aligned", "shapes-alignment", "shapes-quality")
 
 
 def task_table(records: Sequence[Record], task: str, labels: Sequence[str]) -> str:
@@ -101,14 +118,14 @@ def proxy_minus_judge(record: Record, records: Sequence[Record]) -> float | None
     """Returns how much more the reward has risen than what the judge says, in standard deviations of an image.
 
     Both are standardised by the images of the pre-trained model for the same task: above 0, some of the reward has been
-    gained without making the images better.
+    gained without making the images better. None if the reward is the judge itself, or if the run has diverged.
 
     Args:
         record: of a run.
         records: with the runs of the pre-trained model.
     """
     before = runs_of(records, PRETRAINED, record["task"])
-    if not before or "diverged" in record:
+    if not before or "diverged" in record or any(name in _OF_THE_JUDGE for name in record["reward"]):
         return None
     rises = []
     for name in ("reward", "judged"):
@@ -191,6 +208,7 @@ def overview(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[s
         runs = [record for task in tasks for record in runs_of(records, label, task)]
         hacking = [value for record in runs if (value := proxy_minus_judge(record, records)) is not None]
         rows[label] = [
+            str(len(runs)),
             f"{mean_over_tasks(by_task):+.1f}",
             f"{pooled_interquartile_mean(by_task):+.1f}",
             f"{mean_over_tasks(of_unseen[label]):+.1f}" if label in of_unseen else "",
@@ -198,7 +216,7 @@ def overview(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[s
             f"{np.mean([passes(record) for record in runs]) / 1000:.0f}",
             f"{mean_over_tasks(numbers_by_task(records, label, tasks, score('calls'))).value:.0f}",
         ]
-    headings = ("gain, points", "pooled interquartile mean", "gain, unseen prompts", "reward minus judge")
+    headings = ("runs", "gain, points", "pooled interquartile mean", "gain, unseen prompts", "reward minus judge")
     return markdown(rows, [*headings, "passes to train, thousands", "passes to draw"])
 
 
@@ -207,7 +225,7 @@ def pairs_table(records: Sequence[Record], tasks: Sequence[str], labels: Sequenc
 
     A cell has the difference of row and column in points. It is bold if the permutation test, with Holm's correction
     for all pairs, gives a p-value below 5 %. In brackets is the smallest difference that such a number of runs would
-    show with a probability of 80 %.
+    show with a probability of 80 % after the correction.
 
     Args:
         records: of the runs.
@@ -228,7 +246,8 @@ def pairs_table(records: Sequence[Record], tasks: Sequence[str], labels: Sequenc
                 continue
             difference = mean_over_tasks(by_label[label]).value - mean_over_tasks(by_label[other]).value
             text = f"**{difference:+.1f}**" if corrected[pair] < 0.05 else f"{difference:+.1f}"
-            cells.append(f"{text} ({smallest_difference(by_label[label], by_label[other]):.1f})")
+            visible = smallest_difference(by_label[label], by_label[other], len(pairs))
+            cells.append(f"{text} ({visible:.1f})")
         rows[label] = cells
     return markdown(rows, list(by_label))
 
@@ -237,7 +256,7 @@ def pairs_table(records: Sequence[Record], tasks: Sequence[str], labels: Sequenc
 
 
 def components_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
-    """Returns what changes if one component of DPOK does, in points of fully aligned images, and the KL.
+    """Returns what changes if one component of DPOK does, in points of fully aligned images, the KL and the quality.
 
     Args:
         records: of the runs.
@@ -251,12 +270,15 @@ def components_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
     for label, ours in by_label.items() if theirs else ():
         p_values[label] = permutation_test(ours, theirs)
         kl = numbers_by_task(records, label, tasks, score("kl"))
+        quality = numbers_by_task(records, label, tasks, score("quality"))
         difference = mean_over_tasks(ours).value - mean_over_tasks(theirs).value
-        cells[label] = [f"{difference:+.1f}", f"{smallest_difference(ours, theirs):.1f}", f"{mean_over_tasks(kl):.1f}"]
+        visible = smallest_difference(ours, theirs, len(by_label))
+        means = [f"{mean_over_tasks(kl):.1f}", f"{mean_over_tasks(quality):.3f}"]
+        cells[label] = [f"{difference:+.1f}", f"{visible:.1f}", *means]
     corrected = holm(p_values) if p_values else {}
     for label, row in cells.items():
         rows[label.removeprefix(COMPONENT)] = [*row, f"{corrected[label]:.2f}"]
-    return markdown(rows, ["aligned, points", "smallest difference to be seen", "KL, nats", "p, corrected"])
+    return markdown(rows, ["aligned, points", "smallest difference to be seen", "KL, nats", "quality", "p, corrected"])
 
 
 def prompts_table(records: Sequence[Record], task: str, kinds: Sequence[str], labels: Sequence[str]) -> str:
@@ -276,24 +298,40 @@ def prompts_table(records: Sequence[Record], task: str, kinds: Sequence[str], la
     return markdown(rows, kinds)
 
 
-def drawing_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
-    """Returns how trained models draw in other ways: best of n, and more or less of the LoRA.
+def drawing_table(records: Sequence[Record], tasks: Sequence[str], untrained: Sequence[str], trained: str) -> str:
+    """Returns what other ways to draw cost and reach: with trained models, and with the pre-trained one.
 
     Args:
         records: of the runs.
         tasks: that count.
+        untrained: labels of the ways to draw with the pre-trained model.
+        trained: a method whose training is an alternative to dear ways to draw.
     """
-    rows = {}
+    ways = {label: (label, "training") for label in untrained}
     for label, names in _ways(records):
-        for name in ("training", *names):
-            cells = []
-            for key, scale, form in (("aligned", 100, ".1f"), ("quality", 1, ".3f")):
-                by_task = numbers_by_task(records, label, tasks, score(key, name, scale))
-                cells.append(f"{mean_over_tasks(by_task):{form}}" if all(by_task) else "")
-            calls = numbers_by_task(records, label, tasks, score("calls", name))
-            cells.append(f"{mean_over_tasks(calls).value:.0f}" if all(calls) else "")
-            rows[label if name == "training" else f"{label}, {name}"] = cells
-    return markdown(rows, ["aligned, %", "quality", "passes to draw"])
+        ways |= {label: (label, "training")} | {f"{label}, {name}": (label, name) for name in names}
+    of_training = np.mean([passes(run) for task in tasks for run in runs_of(records, trained, task)])
+    plain = _mean_score(records, PRETRAINED, tasks, "calls", "training")
+    rows = {}
+    for way, (label, name) in ways.items():
+        cells = [""] * 6
+        for place, (key, scale, form) in enumerate(_OF_DRAWING):
+            if (value := _mean_score(records, label, tasks, key, name, scale)) is not None:
+                cells[place] = format(value, form)
+        calls = _mean_score(records, label, tasks, "calls", name)
+        if label in untrained and None not in (calls, plain) and calls > plain:
+            cells[-1] = f"{of_training / (calls - plain):,.0f}"
+        rows[way] = cells
+    headings = ["aligned, %", "quality", "passes", "reward calls", "seconds"]
+    return markdown(rows, [*headings, f"images until a training with {trained} costs less"])
+
+
+def _mean_score(
+    records: Sequence[Record], label: str, tasks: Sequence[str], key: str, name: str, scale: float = 1
+) -> float | None:
+    """Returns the mean of a score over tasks; None if a task has no run with it."""
+    by_task = numbers_by_task(records, label, tasks, score(key, name, scale))
+    return mean_over_tasks(by_task).value if all(by_task) else None
 
 
 def _ways(records: Sequence[Record]) -> Iterator[tuple[str, list[str]]]:
@@ -327,11 +365,11 @@ def all_tables(records: Sequence[Record], settings: dict[str, Any]) -> dict[str,
             continue
         tables[f"Gains over {name}"] = overview(records, group, labels)
         tables[f"Each two methods over {name}"] = pairs_table(records, group, trained)
-        tables[f"Equal costs over {name}"] = equal_cost_table(records, group, trained, yardstick="DPOK")
+        tables[f"Equal costs over {name}"] = equal_cost_table(records, group, trained, settings["shown"]["yardsticks"])
     if complete:
-        tables["The paper's two claims"] = claims_table(records, single_prompts, settings["arms"])
+        tables["The paper's two claims"] = claims_table(records, single_prompts, settings["claims"])
         tables["Components of DPOK"] = components_table(records, settings["components"]["tasks"])
-        tables["Other ways to draw"] = drawing_table(records, complete)
+        tables["Other ways to draw"] = drawing_table(records, complete, untrained, settings["shown"]["yardsticks"][0])
     if any(record["task"] == LONG for record in records):
         tables["Long runs"] = long_table(records, settings["long"]["task"], trained)
     for task in tasks:

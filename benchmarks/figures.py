@@ -159,15 +159,17 @@ def smooth(points: Sequence[Mapping[str, float]], score: Measure, cost: Measure)
 
 
 def running_mean(values: NDArray[Any], window: int) -> NDArray[Any]:
-    """Returns the means of each value and its neighbours; at the ends of fewer.
+    """Returns the means of each value and its neighbours, as many before it as after it; at the ends of fewer.
+
+    So the first value stays as it is, and a curve that rises is not lifted there.
 
     Args:
         values: (n,)
         window: number of values that a mean goes over; an even one counts as the next odd one.
     """
-    reach = window // 2
-    means = [values[max(k - reach, 0) : k + reach + 1].mean() for k in range(len(values))]
-    return np.array(means)
+    last = len(values) - 1
+    reaches = [min(window // 2, k, last - k) for k in range(len(values))]
+    return np.array([values[k - reach : k + reach + 1].mean() for k, reach in enumerate(reaches)])
 
 
 def common_range(curves: Sequence[NDArray[Any]]) -> NDArray[Any]:

@@ -1,6 +1,7 @@
 """The comparison of the algorithms: what it runs, and how it is tuned."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +197,26 @@ def test_each_method_is_tuned_by_the_same_rules(tmp_path: Path, capsys: pytest.C
     rate = "learning_rate 9.375e-05"
     kl = f"kl_coef {chosen['diffusion', 'GRPO']['kl_coef']:g}"
     edge = "learning_rate at the edge"
-    assert f"| GRPO | {rate}, {kl}, {edge} | {rate}, {edge} | 20 |" in rows
+    assert f"| GRPO | {rate}, {kl}, {edge} (+0.000) | {rate}, {edge} (+0.000) | 20 |" in rows
     assert next(row for row in rows if row.startswith("| SFT, no KL |")).endswith("|  | 13 |")
+
+
+def test_the_table_says_how_far_a_setting_is_ahead_and_if_it_is_at_a_limit(tmp_path: Path) -> None:
+    def reward(run: Description) -> float:
+        settings = run["settings"]
+        away = (
+            math.log2(settings.get("learning_rate", 3e-3) / 3e-3),
+            math.log2((settings.get("kl_coef") or 5e-3) / 5e-3),
+        )
+        return settings.get("n", 0) - abs(away[0]) - abs(away[1]) / 4
+
+    tuning = Tuning(SETTINGS, tmp_path / "tuning.jsonl")
+    make_runs(tuning, reward)
+    rows = tuning.table().splitlines()
+    (dpok,) = (row for row in rows if row.startswith("| DPOK |"))
+    assert dpok.startswith("| DPOK | learning_rate 0.003, kl_coef 0.005 (+0.500) | learning_rate 0.003 (+1.000) |")
+    (best_of_n,) = (row for row in rows if row.startswith("| best of n, distilled |"))
+    assert "| learning_rate 0.003, n 64, n at its limit (+32.000) |" in best_of_n
 
 
 def test_a_setting_that_ruins_the_images_is_not_chosen(tmp_path: Path) -> None:

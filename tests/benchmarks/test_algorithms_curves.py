@@ -21,15 +21,21 @@ def test_equal_costs() -> None:
     for n, point in enumerate(dear):
         point |= {"num_gradient_evaluations": 400.0 * n, "seconds": 2.0 * n}
     records = [record("cheap", cheap), record("dear", dear), record("none", [])]
-    rows = equal_cost_table(records, ["one"], ["cheap", "dear", "none"], "dear").splitlines()[2:]
+    table = equal_cost_table(records, ["one"], ["cheap", "dear", "none"], ["dear", "cheap"])
     # 200 images, 1800 passes and 4 seconds. A pass of the cheap one costs 3 an image: it has ended at 1500.
-    assert [values(row) for row in rows] == [["20.0", "50.0", "40.0"], ["50.0", "50.0", "50.0"]]
+    assert [values(row) for row in table.splitlines()[2:]] == [
+        ["20.0", "50.0", "40.0", "50.0"],
+        ["50.0", "50.0", "50.0", f"{50 * 1500 / 1800:.1f}"],
+    ]
+    assert "| alignment at the images of dear, % |" in table
+    assert "| alignment at the passes of cheap, % |" in table
 
 
 def test_the_score_at_a_cost() -> None:
     run = record("ours", points(0.1, 0.2, 0.6, 0.9))
     assert at_cost(run, 150, COSTS["images"], "reward") == pytest.approx(0.4)
-    assert at_cost(run, 299, COSTS["images"], "reward") == pytest.approx(0.897)  # no jump at the end
+    assert at_cost(run, 297, COSTS["images"], "reward") == pytest.approx(0.891)
+    assert at_cost(run, 298, COSTS["images"], "reward") == 0.9  # it costs less than one percent more
     assert at_cost(run, 300, COSTS["images"], "reward") == at_cost(run, 999, COSTS["images"], "reward") == 0.9
     assert at_cost(record("ours", []), 1, COSTS["images"], "reward") is None
     assert at_cost(record("ours", []) | {"diverged": "nan"}, 1, COSTS["images"], "alignment") == 0
@@ -68,13 +74,27 @@ def test_the_draws_before_a_fit_are_of_the_pretrained_model() -> None:
 
 
 def test_the_claims() -> None:
-    """The level is in the middle between the pre-trained model's reward and the lowest final one of the arms."""
+    """The level is in the middle between the pre-trained model's reward and the lower final one of the two."""
     records = [
         record(PRETRAINED, [], 0.2),
         record("fast", points(0.0, 0.3, 0.9, 0.9, 0.9), 0.9),
         record("slow", points(0.0, 0.2, 0.4, 0.4, 0.4), 0.4),
+        record("low", points(0.0, 0.0, 0.0, 0.0, 0.1), 0.1),
     ]
-    records[0]["scores"]["training"] |= {"alignment": 0.1, "quality": 0.8}
-    rows = claims_table(records, ["one"], ["fast", "slow"]).splitlines()[2:]
-    assert [values(row) for row in rows] == [["0.150", "0.700", "1 of 1", "0.700"]] * 2
-    assert values(claims_table(records[1:], ["one"], ["fast"]).splitlines()[2])[:2] == ["", ""]
+    records[0]["scores"]["training"] |= {"alignment": 0.1, "quality": 0.8, "reward_std": 0.5}
+    for run, quality in zip(records[1:], (0.7, 0.6, 0.5), strict=True):
+        run["scores"]["training"]["quality"] = quality
+    rows = claims_table(records, ["one", "two"], [("fast", "slow"), ("fast", "low"), ("low", "absent")])
+    first, second = rows.splitlines()[2:]
+    # At 0.3, the means of three of the fast one are between 0.2 and 0.6, and the slow one has it between 0.3 and 0.33.
+    assert first.startswith("| “fast” minus “slow” | one | 0.20 | 2 of 2 | +0.000 | 1.00 | +0.000 | 1.00 | +0.100 |")
+    # The level 0.15 is below the pre-trained model's 0.2, so each run has it at once.
+    assert second.startswith("| “fast” minus “low” | one | -0.10 | 2 of 2 | +0.000 | 1.00 | +0.000 | 1.00 | +0.200 |")
+
+
+def test_a_run_that_does_not_reach_the_level_does_not_count() -> None:
+    good, bad = record("ours", points(0.0, 0.9, 0.9), 0.9), record("ours", points(0.0, 0.1, 0.1), 0.1) | {"seed": 1}
+    records = [record(PRETRAINED, [], 0.0), good, bad, record("theirs", points(0.0, 0.6, 0.8), 0.8)]
+    records[0]["scores"]["training"] |= {"alignment": 0.0, "quality": 1.0, "reward_std": 0.5}
+    (row,) = claims_table(records, ["one"], [("ours", "theirs")]).splitlines()[2:]
+    assert values(row)[:3] == ["one", "0.50", "2 of 3"]

@@ -81,8 +81,8 @@ def test_permutation_test_of_one_task_is_that_of_scipy(sizes: tuple[int, int], o
     # All 20 or 792 permutations.
     exact = scipy.stats.permutation_test((ours, theirs), lambda *runs: np.mean(runs[0]) - np.mean(runs[1])).pvalue
     assert 0.01 < exact < 0.5
-    # Twice a share of 9999 permutations: four standard errors.
-    error = 2 * (exact / 2 / 9999) ** 0.5
+    # Twice a share of 99,999 permutations: four standard errors.
+    error = 2 * (exact / 2 / 99_999) ** 0.5
     assert permutation_test([offset + ours], [offset + theirs]) == pytest.approx(exact, abs=4 * error)
 
 
@@ -98,7 +98,7 @@ def test_permutation_test_of_clearly_different_samples() -> None:
     rng = np.random.default_rng(0)
     theirs = [rng.normal(1000 * task, size=7) for task in range(8)]
     ours = [rng.normal(3 + 1000 * task, size=5) for task in range(8)]
-    assert permutation_test(ours, theirs) == 2 / 10_000  # no permutation is as good
+    assert permutation_test(ours, theirs) == 2 / 100_000  # no permutation is as good
     assert permutation_test(ours, theirs, n_resamples=19_999) == 2 / 20_000
     with pytest.raises(ValueError, match="longer than"):
         permutation_test(ours[:7], theirs)
@@ -135,6 +135,8 @@ def test_smallest_difference() -> None:
         2.8016 * variance**0.5, rel=1e-4
     )
     assert np.isnan(smallest_difference([[0.0, 2.0], [1.0]], [[0.0, 2.0], [1.0, 2.0]]))
+    one, ten = (smallest_difference([[0.0, 2.0]], [[0.0, 2.0]], n) for n in (1, 10))
+    assert ten / one == pytest.approx((2.8070 + 0.8416) / 2.8016, rel=1e-4)  # quantiles of 1 - 0.0025 and of 0.8
 
 
 def test_smallest_difference_is_seen_with_a_power_of_80_percent() -> None:
