@@ -20,7 +20,14 @@ from benchmarks.markdown import markdown
 from benchmarks.runs import HERE, Description, Record, sweep_and_report, sweep_options
 from benchmarks.statistics import mean
 
-COLUMNS = ("reached by", "images", "seconds", "of the seconds", "in the end: aligned", "quality", "KL, nats", "seconds")
+COLUMNS = (
+    "images until the target",
+    "seconds, of the first line's",
+    "in the end: aligned, %",
+    "quality",
+    "KL, nats",
+    "seconds of the whole run",
+)
 
 
 def main() -> None:
@@ -76,15 +83,14 @@ def report(records: Sequence[Record], settings: dict[str, Any], folder: Path) ->
             continue
         costs = [cost_of_target(record, settings["target"], settings["window"]) for record in of_label]
         reached = [cost for cost in costs if cost is not None]
-        row = [f"{len(reached)} of {len(costs)}"]
+        row = ["not reached", ""]
         if reached:
             images, seconds = (mean([cost[k] for cost in reached]) for k in (0, 1))
             before = before or seconds.value
-            row += [f"{images:.0f}", f"{seconds:.0f}", f"{seconds.value / before:.2f}"]
-        else:
-            row += ["", "", ""]
-        for name, form in (("aligned", ".3f"), ("quality", ".3f"), ("kl", ".1f")):
-            row.append(format(mean([record["scores"]["training"][name] for record in of_label]), form))
+            some = f" ({len(reached)} of {len(costs)} runs)" * (len(reached) < len(costs))
+            row = [f"{images:.0f}{some}", f"{seconds.value / before:.2f}"]
+        for name, scale, form in (("aligned", 100, ".0f"), ("quality", 1, ".3f"), ("kl", 1, ".1f")):
+            row.append(format(mean([scale * record["scores"]["training"][name] for record in of_label]), form))
         cells[label] = [*row, format(mean([record["seconds"] for record in of_label]), ".0f")]
     table = Table("", *COLUMNS, title=f"{settings['target']:.0%} fully aligned")
     for label, row in cells.items():

@@ -50,12 +50,16 @@ def test_report(tmp_path: Any) -> None:
     less_work.report(records, SETTINGS, tmp_path)
     lines = (tmp_path / "table.md").read_text().splitlines()
     row = next(line for line in lines if line.startswith("| T = 5 |"))
-    assert row == "| T = 5 | 1 of 1 | 128 | 2 | 0.50 | 1.000 | 0.900 | 5.0 | 99 |"
-    assert any(line.startswith("| T = 7 | 0 of 1 |") for line in lines)
+    assert row == "| T = 5 | 128 | 0.50 | 100 | 0.900 | 5.0 | 99 |"
+    assert any(line.startswith("| T = 7 | not reached |  | 100 |") for line in lines)
+    records.append(record_of([0.5]) | {"label": "T = 5"})
+    less_work.report(records, SETTINGS, tmp_path)
+    assert "| T = 5 | 128 (1 of 2 runs) | 0.50 | 100 [100, 100] |" in (tmp_path / "table.md").read_text()
 
 
-def test_the_published_table_is_that_of_the_published_runs(tmp_path: Any) -> None:
+def test_the_published_tables_are_those_of_the_published_runs(tmp_path: Any) -> None:
     records = find_records(list(less_work.descriptions(SETTINGS)), RESULTS / "less_work" / "runs.jsonl")
     less_work.report([record for record in records if record is not None], SETTINGS, tmp_path)
     assert (tmp_path / "table.md").read_text() == (RESULTS / "less_work" / "table.md").read_text()
     assert None not in records
+    assert (tmp_path / "table.md").read_text() in (HERE / "README.md").read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """The sweep of other libraries' agents: its runs, and its table."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,16 @@ def test_the_published_table_is_that_of_the_published_runs(tmp_path: Path) -> No
     (tmp_path / "runs.jsonl").write_bytes((folder / "runs.jsonl").read_bytes())
     other_agents.main(["--report", "--out", str(tmp_path)])
     assert (tmp_path / "table.md").read_text() == (folder / "table.md").read_text()
+
+
+def test_the_guide_has_the_numbers_of_the_published_table() -> None:
+    """In its own words, with two decimals for the shapes, and without intervals and times where nothing is trained."""
+    guide = (RESULTS.parents[1] / "docs" / "guides" / "recipes.md").read_text(encoding="utf-8")
+    shown = guide.split("## What they reach")[1].split("\n\n")[2].splitlines()[2:]
+    published = (RESULTS / "other_agents" / "table.md").read_text(encoding="utf-8").splitlines()[2:]
+    assert len(shown) == len(published)
+    for row, expected in zip(shown, published, strict=True):
+        for cell, number in zip(row.split("|")[2:-1], expected.split("|")[2:-1], strict=True):
+            pairs = zip(re.findall(r"-?[\d.]+", cell), re.findall(r"-?[\d.]+", number), strict=False)
+            for ours, theirs in pairs:
+                assert float(ours) == pytest.approx(float(theirs), abs=0.0051), row
