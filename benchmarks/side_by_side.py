@@ -6,7 +6,7 @@ float32, where nothing else is said:
 
 - ``floor``: the calls of the denoiser and the decoder, forward and backward, and nothing else;
 - ``dpok-gym``: :class:`agents.DDPO`, and the same in bfloat16, with ``torch.compile``, and with both;
-- ``trl``: ``DDPOTrainer`` of TRL 0.19.1, the last version that has it, and the same in bfloat16. It needs an
+- ``trl``: ``DDPOTrainer`` of TRL 0.19.1 (version 0.24 has none), and the same in bfloat16. It needs an
   environment of its own::
 
     python -m venv TRL

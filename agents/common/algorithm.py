@@ -414,6 +414,12 @@ class DenoisingAlgorithm(UpdatingAlgorithm, Exportable):
                 f"the {self.images_drawn} images drawn so far are no whole groups of {self.group_size}: take a "
                 "group_size that divides them, such as that of the training before"
             )
+        seeds = distributed.gather(torch.tensor([self.run_seed]), distributed.count()).tolist()
+        if len(set(seeds)) > 1:  # one of its own for each, without an argument
+            raise ValueError(
+                f"the ranks have different seeds ({', '.join(map(str, seeds))}), so each would train another model: "
+                "give all of them the same seed"
+            )
         self.prepare()
         return super()._setup_learn(*args, **kwargs)
 

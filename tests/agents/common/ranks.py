@@ -28,6 +28,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "sharded": {"shard": True, "micro_batch_size": 2},
     "sharded, one at a time": {"shard": True, "micro_batch_size": 2, "max_batch_size": 1},
     "sharded, whole": {"shard": True, "lora_rank": 0, "micro_batch_size": 2},
+    "without a seed": {"seed": None},
 }
 
 

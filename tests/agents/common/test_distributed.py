@@ -114,6 +114,15 @@ def test_a_rank_that_dies_ends_the_others(tiny_sd_folder: Path, tmp_path: Path, 
             assert re.search(message, errors), errors
 
 
+@pytest.mark.slow
+def test_ranks_with_different_seeds_do_not_train(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    """Without an argument, each rank has drawn a seed of its own."""
+    processes = start_ranks(2, str(tiny_sd_folder), str(tmp_path), "without a seed: DDPO-IS")
+    for process, errors in zip(processes, wait_for_end(*processes), strict=True):
+        assert process.returncode != 0
+        assert re.search(r"ValueError: the ranks have different seeds \(\d+, \d+\)", errors), errors
+
+
 @pytest.fixture
 def make_watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], distributed._Watch]]:
     """Makes the watch of rank 0 of two, in an attempt of the launcher, whose store goes on."""
