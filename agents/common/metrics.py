@@ -116,7 +116,7 @@ METRICS: dict[str, Metric] = {
     # How far the model has moved.
     "train/kl_to_reference": Metric(
         "KL of the policy to the pre-trained model, over the denoising steps that explore. It says how far the model "
-        "has moved. In training only `DPOK` and `GRPO` with a `kl_coef` above 0, and `DRaFT` with `max_kl`, compute it. "
+        "has moved. In training, only `DPOK` and `GRPO` with a `kl_coef` above 0 have it, and `DRaFT` with `max_kl`. "
         "The evaluation afterwards has it for every algorithm.",
         "nats per image, at least 0",
         "0 before the first step, then 1 to 30. If it stays exactly 0, nothing is learned. "
