@@ -319,7 +319,7 @@ def drawing_table(records: Sequence[Record], tasks: Sequence[str], untrained: Se
             if (value := _mean_score(records, label, tasks, key, name, scale)) is not None:
                 cells[place] = format(value, form)
         calls = _mean_score(records, label, tasks, "calls", name)
-        if label in untrained and None not in (calls, plain) and calls > plain:
+        if label in untrained and calls is not None and plain is not None and calls > plain:
             cells[-1] = f"{of_training / (calls - plain):,.0f}"
         rows[way] = cells
     headings = ["aligned, %", "quality", "passes", "reward calls", "seconds"]
