@@ -314,14 +314,13 @@ def drawing_table(records: Sequence[Record], tasks: Sequence[str], untrained: Se
     plain = _mean_score(records, PRETRAINED, tasks, "calls", "training")
     rows = {}
     for way, (label, name) in ways.items():
-        cells = [""] * 6
-        for place, (key, scale, form) in enumerate(_OF_DRAWING):
-            if (value := _mean_score(records, label, tasks, key, name, scale)) is not None:
-                cells[place] = format(value, form)
+        cells = []
+        for key, scale, form in _OF_DRAWING:
+            value = _mean_score(records, label, tasks, key, name, scale)
+            cells.append("" if value is None else format(value, form))
         calls = _mean_score(records, label, tasks, "calls", name)
-        if label in untrained and calls is not None and plain is not None and calls > plain:
-            cells[-1] = f"{of_training / (calls - plain):,.0f}"
-        rows[way] = cells
+        more = 0 if label not in untrained or calls is None or plain is None else calls - plain
+        rows[way] = [*cells, f"{of_training / more:,.0f}" if more > 0 else ""]
     headings = ["aligned, %", "quality", "passes", "reward calls", "seconds"]
     return markdown(rows, [*headings, f"images until a training with {trained} costs less"])
 
