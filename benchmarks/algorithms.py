@@ -66,8 +66,8 @@ EXPLANATION = """\
   the paper's two claims, too.
 - Each two methods: a difference is bold if a permutation test tells it from noise at 5 %, with Holm's correction for
   all pairs. In brackets is the smallest difference that so many runs would show in four of five cases, after the
-  correction. The test does not use that runs with the same seed are evaluated with the same noise. That makes it
-  stricter.
+  correction. The test does not use that runs with the same seed are evaluated with the same noise. That makes it a
+  little stricter.
 - Equal costs: the alignment when a run had cost as much as the mean run of DPOK, or of DDPO. If a method costs no more,
   it counts with its final evaluation. That holds for all methods at equal images, and for all but AWM at the passes of
   DPOK. A run that is read earlier counts with the images that it was drawing. Its learning rate had not yet fallen to

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
@@ -23,6 +24,9 @@ _SCORES = ("reward", "alignment", "quality")
 
 Point = Mapping[str, float]
 Cost = Callable[[Point], float]
+
+#: A level of the reward for each task, with the means of the pre-trained model.
+Levels = dict[str, tuple[float, dict[str, float]]]
 
 #: The costs of a point of a curve, by what they are called.
 COSTS: dict[str, Cost] = {
@@ -139,46 +143,42 @@ def claims_table(records: Sequence[Record], tasks: Sequence[str], pairs: Sequenc
         tasks: that count; for a pair, those on which both have runs.
         pairs: labels of the methods.
     """
-    rows: dict[tuple[str, str], list[str]] = {}
-    p_values: dict[tuple[tuple[str, str], str], float] = {}
-    for one, other in map(tuple, pairs):
-        levels = _levels(records, tasks, (one, other))
-        if not levels:
-            continue
-        read: dict[str, list[list[list[float]]]] = {"alignment": [], "quality": []}
-        n_reached = n_runs = 0
-        for label in (one, other):
-            for name, numbers in read.items():
-                numbers.append([])
-                for task, (level, start) in levels.items():
-                    found = [at_reward(run, level, name, start) for run in runs_of(records, label, task)]
-                    numbers[-1].append([value for value in found if value is not None])
-            n_reached += sum(map(len, read["alignment"][-1]))
-            n_runs += sum(len(runs_of(records, label, task)) for task in levels)
-        heights = [(level - start["reward"]) / start["reward_std"] for level, start in levels.values()]
-        cells = [", ".join(levels), f"{fmean(heights):.2f}", f"{n_reached} of {n_runs}"]
-        for name, (ours, theirs) in read.items():
-            cells.append(_difference(ours, theirs))
-            if all(ours) and all(theirs):
-                p_values[(one, other), name] = permutation_test(ours, theirs)
-        ends = [numbers_by_task(records, label, list(levels), score("quality")) for label in (one, other)]
-        rows[one, other] = [*cells, _difference(*ends)]
-    corrected = holm(p_values)
-    shown = {}
-    for (one, other), cells in rows.items():
-        for place, name in ((4, "quality"), (3, "alignment")):
-            p_value = corrected.get(((one, other), name))
-            cells.insert(place + 1, "" if p_value is None else f"{p_value:.2f}")
-        shown[f"“{one}” minus “{other}”"] = cells
+    levels = {(one, other): _levels(records, tasks, (one, other)) for one, other in pairs}
+    levels = {pair: of_tasks for pair, of_tasks in levels.items() if of_tasks}
+    names = ("alignment", "quality")
+    read = {
+        (pair, name): [_at_levels(records, label, of_tasks, name) for label in pair]
+        for pair, of_tasks in levels.items()
+        for name in names
+    }
+    corrected = holm({key: permutation_test(*both) for key, both in read.items() if all(map(all, both))})
+    rows = {}
+    for pair, of_tasks in levels.items():
+        heights = [(level - start["reward"]) / start["reward_std"] for level, start in of_tasks.values()]
+        n_reached = sum(len(numbers) for numbers in itertools.chain(*read[pair, names[0]]))
+        n_runs = sum(len(runs_of(records, label, task)) for label in pair for task in of_tasks)
+        cells = [", ".join(of_tasks), f"{fmean(heights):.2f}", f"{n_reached} of {n_runs}"]
+        for name in names:
+            p_value = corrected.get((pair, name))
+            cells += [_difference(*read[pair, name]), "" if p_value is None else f"{p_value:.2f}"]
+        ends = [numbers_by_task(records, label, list(of_tasks), score("quality")) for label in pair]
+        rows["“{}” minus “{}”".format(*pair)] = [*cells, _difference(*ends)]
     headings = ["tasks", "level of the reward", "runs that reach it", "alignment", "p, corrected"]
-    return markdown(shown, [*headings, "quality", "p, corrected", "quality in the end"])
+    return markdown(rows, [*headings, "quality", "p, corrected", "quality in the end"])
 
 
-def _levels(
-    records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]
-) -> dict[str, tuple[float, dict[str, float]]]:
+def _at_levels(records: Sequence[Record], label: str, levels: Levels, name: str) -> list[list[float]]:
+    """Returns a score of a method's runs when they first had the reward of a level, for each task."""
+    by_task = []
+    for task, (level, start) in levels.items():
+        found = [at_reward(run, level, name, start) for run in runs_of(records, label, task)]
+        by_task.append([value for value in found if value is not None])
+    return by_task
+
+
+def _levels(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]) -> Levels:
     """Returns the level of the reward on each task that the methods have runs of, and the pre-trained model's means."""
-    levels = {}
+    levels: Levels = {}
     for task in tasks:
         before = {name: numbers_of(records, PRETRAINED, task, score(name)) for name in (*_SCORES, "reward_std")}
         ends = [numbers_of(records, label, task, score("reward")) for label in labels]
