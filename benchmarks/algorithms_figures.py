@@ -104,7 +104,7 @@ def gains(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]
     trained = [label for label in labels if not _is_untrained(shown, label)]
     order = [*trained, *(label for label in labels if label not in trained)]
     rows = {label: place + 0.5 * (label not in trained) for place, label in enumerate(order)}
-    columns = min(4, len(tasks))
+    columns = min(3, len(tasks))
     height = 0.19 * len(order) + 0.5
     figure, panels = make_panels(len(tasks), columns, (10, height), sharex=True, sharey=True)
     for axes, task in zip(panels, tasks, strict=True):

@@ -6,6 +6,7 @@ A table is a dict of rows, each a list of cells, and the headings of the columns
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -247,7 +248,7 @@ def pairs_table(records: Sequence[Record], tasks: Sequence[str], labels: Sequenc
             difference = mean_over_tasks(by_label[label]).value - mean_over_tasks(by_label[other]).value
             text = f"**{difference:+.1f}**" if corrected[pair] < 0.05 else f"{difference:+.1f}"
             visible = smallest_difference(by_label[label], by_label[other], len(pairs))
-            cells.append(f"{text} ({visible:.1f})")
+            cells.append(text if math.isnan(visible) else f"{text} ({visible:.1f})")
         rows[label] = cells
     return markdown(rows, list(by_label))
 
@@ -274,7 +275,7 @@ def components_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
         difference = mean_over_tasks(ours).value - mean_over_tasks(theirs).value
         visible = smallest_difference(ours, theirs, len(by_label))
         means = [f"{mean_over_tasks(kl):.1f}", f"{mean_over_tasks(quality):.3f}"]
-        cells[label] = [f"{difference:+.1f}", f"{visible:.1f}", *means]
+        cells[label] = [f"{difference:+.1f}", "" if math.isnan(visible) else f"{visible:.1f}", *means]
     corrected = holm(p_values) if p_values else {}
     for label, row in cells.items():
         rows[label.removeprefix(COMPONENT)] = [*row, f"{corrected[label]:.2f}"]

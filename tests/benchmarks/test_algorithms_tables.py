@@ -237,10 +237,3 @@ def test_the_published_checksums_are_those_of_the_files() -> None:
     assert len(lines) == len(algorithms.WEIGHTS) + 2
     for checksum, place in lines:
         assert hashlib.sha256((PUBLISHED / place).read_bytes()).hexdigest() == checksum, place
-
-
-def test_the_readme_has_the_short_table() -> None:
-    tables = (PUBLISHED / "tables.md").read_text(encoding="utf-8")
-    table = tables.partition("### In short\n\n")[2].partition("\n\n")[0]
-    assert table.startswith("|")
-    assert table in (HERE.parent / "README.md").read_text(encoding="utf-8")
