@@ -38,6 +38,7 @@ from benchmarks.statistics import (
     pooled_interquartile_mean,
     smallest_difference,
 )
+from dpok_gym.shapes.world import WORLD
 
 
 class Column(NamedTuple):
@@ -72,6 +73,18 @@ COLUMNS = {
     "seconds": Column(lambda record: record["seconds"], ".0f", has_interval=False),
 }
 
+#: The columns of the table of all tasks, and those of them for a first look.
+OVERVIEW = (
+    "runs",
+    "gain, points",
+    "pooled interquartile mean",
+    "gain, unseen prompts",
+    "reward minus judge",
+    "passes to train, thousands",
+    "passes to draw",
+)
+_IN_SHORT = ("gain, points", "gain, unseen prompts", "passes to train, thousands", "passes to draw")
+
 #: Scores of a way to draw: key, factor and form. Costs are of one image that is delivered.
 _OF_DRAWING = (
     ("aligned", 100, ".1f"),
@@ -85,7 +98,7 @@ _OF_DRAWING = (
 _ON_THE_WAY = (2_000, 5_000, 10_000, 15_000)
 
 #: Rewards that are what the judge says.
-_OF_THE_JUDGE = ("benchmarks.sparse_reward:fully_aligned", "shapes-alignment", "shapes-quality")
+_OF_THE_JUDGE = ("benchmarks.sparse_reward:fully_aligned", *WORLD.evaluation_rewards)
 
 
 def task_table(records: Sequence[Record], task: str, labels: Sequence[str]) -> str:
@@ -169,46 +182,24 @@ def long_table(records: Sequence[Record], task: str, labels: Sequence[str]) -> s
 # ---------------------------------------------------------------------------------------------------- over all tasks
 
 
-def short_table(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]) -> str:
-    """Returns the table for a first look: some methods, with few numbers each.
-
-    Args:
-        records: of the runs.
-        tasks: that count.
-        labels: of the methods, in the order of the rows.
-    """
-    rows = {}
-    of_unseen = gains(records, _with_unseen(records, tasks), labels, "held_out")
-    for label, by_task in gains(records, tasks, labels).items():
-        runs = [record for task in tasks for record in runs_of(records, label, task)]
-        rows[label] = [
-            f"{mean_over_tasks(by_task):+.0f}",
-            f"{mean_over_tasks(of_unseen[label]):+.0f}" if label in of_unseen else "",
-            f"{np.mean([passes(record) for record in runs]) / 1000:.0f}",
-            f"{mean_over_tasks(numbers_by_task(records, label, tasks, score('calls'))).value:.0f}",
-        ]
-    return markdown(rows, ["gain, points", "gain, unseen prompts", "passes to train, thousands", "passes to draw"])
-
-
-def _with_unseen(records: Sequence[Record], tasks: Sequence[str]) -> list[str]:
-    """Returns the tasks that are evaluated on unseen prompts too."""
-    return [task for task in tasks if numbers_of(records, PRETRAINED, task, score("aligned", "held_out"))]
-
-
-def overview(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]) -> str:
+def overview(
+    records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str], columns: Sequence[str] = OVERVIEW
+) -> str:
     """Returns the table of all tasks: plain means of the gains, the pooled interquartile mean, unseen prompts, costs.
 
     Args:
         records: of the runs.
         tasks: that count.
         labels: of the methods, in the order of the rows.
+        columns: names of columns, of :data:`OVERVIEW`.
     """
     rows = {}
-    of_unseen = gains(records, _with_unseen(records, tasks), labels, "held_out")
+    unseen = [task for task in tasks if numbers_of(records, PRETRAINED, task, score("aligned", "held_out"))]
+    of_unseen = gains(records, unseen, labels, "held_out")
     for label, by_task in gains(records, tasks, labels).items():
         runs = [record for task in tasks for record in runs_of(records, label, task)]
         hacking = [value for record in runs if (value := proxy_minus_judge(record, records)) is not None]
-        rows[label] = [
+        cells = (
             str(len(runs)),
             f"{mean_over_tasks(by_task):+.1f}",
             f"{pooled_interquartile_mean(by_task):+.1f}",
@@ -216,9 +207,10 @@ def overview(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[s
             f"{np.mean(hacking):+.2f}" if hacking else "",
             f"{np.mean([passes(record) for record in runs]) / 1000:.0f}",
             f"{mean_over_tasks(numbers_by_task(records, label, tasks, score('calls'))).value:.0f}",
-        ]
-    headings = ("runs", "gain, points", "pooled interquartile mean", "gain, unseen prompts", "reward minus judge")
-    return markdown(rows, [*headings, "passes to train, thousands", "passes to draw"])
+        )
+        by_name = dict(zip(OVERVIEW, cells, strict=True))
+        rows[label] = [by_name[name] for name in columns]
+    return markdown(rows, columns)
 
 
 def pairs_table(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]) -> str:
@@ -359,7 +351,7 @@ def all_tables(records: Sequence[Record], settings: dict[str, Any]) -> dict[str,
     single_prompts = [task for task in complete if "splits" not in settings["tasks"][task]]
     tables: dict[str, str] = {}
     if complete:
-        tables["In short"] = short_table(records, complete, settings["shown"]["short"])
+        tables["In short"] = overview(records, complete, settings["shown"]["short"], _IN_SHORT)
     for name, group in groups.items():
         if not group:  # the sweep has only begun
             continue

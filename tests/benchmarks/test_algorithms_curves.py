@@ -84,10 +84,12 @@ def test_the_claims() -> None:
     records[0]["scores"]["training"] |= {"alignment": 0.1, "quality": 0.8, "reward_std": 0.5}
     for run, quality in zip(records[1:], (0.7, 0.6, 0.5), strict=True):
         run["scores"]["training"]["quality"] = quality
+    for point in records[2]["curve"]:
+        point["alignment"] = 0.1
     rows = claims_table(records, ["one", "two"], [("fast", "slow"), ("fast", "low"), ("low", "absent")])
     first, second = rows.splitlines()[2:]
-    # At 0.3, the means of three of the fast one are between 0.2 and 0.6, and the slow one has it between 0.3 and 0.33.
-    assert first.startswith("| “fast” minus “slow” | one | 0.20 | 2 of 2 | +0.000 | 1.00 | +0.000 | 1.00 | +0.100 |")
+    # At the reward 0.3, the fast one has the alignment 0.15, and the slow one 0.1.
+    assert first.startswith("| “fast” minus “slow” | one | 0.20 | 2 of 2 | +0.050 | 1.00 | +0.000 | 1.00 | +0.100 |")
     # The level 0.15 is below the pre-trained model's 0.2, so each run has it at once.
     assert second.startswith("| “fast” minus “low” | one | -0.10 | 2 of 2 | +0.000 | 1.00 | +0.000 | 1.00 | +0.200 |")
 

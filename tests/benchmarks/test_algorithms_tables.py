@@ -107,15 +107,17 @@ def test_a_row_of_a_long_run() -> None:
     assert values(rows[1]) == ["", "", "", "", "50.0", "0.900", "5.0", "3.00", "+0.00", "100"]
 
 
-def test_a_row_in_short() -> None:
+def test_some_columns_of_the_overview() -> None:
     records = [record(task, PRETRAINED, 0, 0.4) for task in TASKS]
     records += [record(task, "ours", 0, aligned) for task, aligned in zip(TASKS, (0.5, 0.8), strict=True)]
-    (row,) = algorithms_tables.short_table(records, TASKS, ["ours"]).splitlines()[2:]
-    assert values(row) == ["+25", "", "2", "10"]
+    columns = ("gain, points", "gain, unseen prompts", "passes to train, thousands", "passes to draw")
+    heading, _, row = algorithms_tables.overview(records, TASKS, ["ours"], columns).splitlines()
+    assert heading == f"|  | {' | '.join(columns)} |"
+    assert values(row) == ["+25.0", "", "2", "10"]
     for run in records:
         run["scores"]["held_out"] = {"aligned": 0.5 if run["label"] == "ours" else 0.3}
-    (row,) = algorithms_tables.short_table(records, TASKS, ["ours"]).splitlines()[2:]
-    assert values(row) == ["+25", "+20", "2", "10"]
+    (row,) = algorithms_tables.overview(records, TASKS, ["ours"], columns).splitlines()[2:]
+    assert values(row) == ["+25.0", "+20.0", "2", "10"]
 
 
 def test_a_dear_way_to_draw_and_a_training() -> None:

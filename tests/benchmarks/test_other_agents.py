@@ -52,13 +52,14 @@ def test_the_published_table_is_that_of_the_published_runs(tmp_path: Path) -> No
 
 
 def test_the_guide_has_the_numbers_of_the_published_table() -> None:
-    """In its own words, with two decimals for the shapes, and without intervals and times where nothing is trained."""
+    """In its own words, and with two decimals for the shapes; the pre-trained model has no intervals and one time."""
     guide = (RESULTS.parents[1] / "docs" / "guides" / "recipes.md").read_text(encoding="utf-8")
     shown = guide.split("## What they reach")[1].split("\n\n")[2].splitlines()[2:]
     published = (RESULTS / "other_agents" / "table.md").read_text(encoding="utf-8").splitlines()[2:]
     assert len(shown) == len(published)
     for row, expected in zip(shown, published, strict=True):
         for cell, number in zip(row.split("|")[2:-1], expected.split("|")[2:-1], strict=True):
-            pairs = zip(re.findall(r"-?[\d.]+", cell), re.findall(r"-?[\d.]+", number), strict=False)
-            for ours, theirs in pairs:
-                assert float(ours) == pytest.approx(float(theirs), abs=0.0051), row
+            ours, theirs = (list(map(float, re.findall(r"-?[\d.]+", text))) for text in (cell, number))
+            if row is shown[0]:
+                theirs = theirs[: len(ours)]
+            assert ours == pytest.approx(theirs, abs=0.0051), row
