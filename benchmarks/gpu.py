@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.throughput import OUTSIDE
 
-BATCH_SIZES = [1, 2, 4, 8, 16, 32]
+BATCH_SIZES, COMPILED_SIZE = [1, 2, 4, 8, 16, 32], 16
 
 _DEVICE = ["--device", "cuda", "--dtype", "bfloat16"]
 _ROLLOUT = [*_DEVICE, "--num-inference-steps", "10", "--guidance-scale", "7.5"]
@@ -51,7 +51,11 @@ COMMANDS: dict[str, list[str]] = {
     "sd15 denoiser": ["benchmarks.denoiser", "--model", "sd15", *_DEVICE, "--batch-sizes", *_SIZES],
     "sd3 denoiser": ["benchmarks.denoiser", "--model", "sd3-medium", *_DEVICE, "--batch-sizes", *_SIZES],
 }
-COMMANDS |= {f"{name} compiled": [*words, "--compile"] for name, words in COMMANDS.items() if name != "sd15 update"}
+COMMANDS |= {  # compilation takes minutes for each size
+    f"{name} compiled": [*words[: -len(_SIZES)], str(COMPILED_SIZE), "--compile"]
+    for name, words in COMMANDS.items()
+    if name != "sd15 update"
+}
 
 
 @dataclass

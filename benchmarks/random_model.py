@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import PNDMScheduler, SD3Transformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
 from dpok_gym.models.architecture import PUBLISHED, Architecture, default_dtype
+from dpok_gym.models.latent_diffusion import LatentDiffusion
 from dpok_gym.shapes.pretrain import train_clip_tokenizer
+from dpok_gym.utils.device import find_device
 
 
-def save_random_sd15(folder: Path) -> Path:
-    """Writes the model in bfloat16 (2 GB), unless it is there; returns the folder.
+def save_random(name: str, folder: Path) -> Path:
+    """Writes a published model with random weights in bfloat16, unless it is there; returns the folder.
 
-    Its tokenizer reads lower-case letters, and a full stop.
+    Its tokenizers read lower-case letters, and a full stop.
+
+    Args:
+        name: "sd15" (2 GB) or "sdxl" (7 GB).
+        folder: for the model.
     """
     if (folder / "model_index.json").exists():
         return folder
-    tokenizer = _make_tokenizer()
-    with default_dtype(torch.bfloat16), torch.random.fork_rng(devices=[]):
+    device = find_device("auto")  # a GPU draws the weights of XL in seconds, a processor in minutes
+    with device, default_dtype(torch.bfloat16), torch.random.fork_rng():
         torch.manual_seed(0)
-        _make_pipeline(tokenizer).save_pretrained(folder)
+        _make_model(PUBLISHED[name], name, device).to_pipeline().save_pretrained(folder)
     return folder
 
 
@@ -53,23 +60,12 @@ def _make_tokenizer() -> CLIPTokenizer:
     return train_clip_tokenizer([*string.ascii_lowercase, *starts, "."], max_tokens=77)
 
 
-def _make_pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
-    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    published = PUBLISHED["sd15"]
-    configs = {**published.configs, "text_encoder": {**published.configs["text_encoder"], **tokens}}
-    architecture = Architecture(published.pipeline, configs)
-    return StableDiffusionPipeline(
-        **{part: architecture.make_network(part) for part in configs},
-        tokenizer=tokenizer,
-        scheduler=PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            skip_prk_steps=True,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+def _make_model(published: Architecture, name: str, device: torch.device) -> LatentDiffusion:
+    tokenizer = _make_tokenizer()
+    tokens = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    encoders = {part: {**config, **tokens} for part, config in published.configs.items() if "text_encoder" in part}
+    architecture = replace(published, configs={**published.configs, **encoders})
+    parts = {part: architecture.make_network(part) for part in architecture.configs}
+    parts |= dict.fromkeys(published.family.tokenizers, tokenizer)
+    scheduler = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    return published.family(name, parts, scheduler, str(device))

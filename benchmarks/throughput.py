@@ -94,9 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     model, prompts = options.model, "shapes" if options.model == "shapes" else "dpok"
     if model == "random-sd15":
-        from benchmarks.random_model import save_random_sd15
+        from benchmarks.random_model import save_random
 
-        model = str(save_random_sd15(options.work))
+        model = str(save_random("sd15", options.work))
     ceiling, measurements, device = 0.0, [], torch.device("cpu")
     for images in options.images:
         env = DenoisingVectorEnv(

@@ -60,7 +60,7 @@ def as_hub_id(folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> list
 
 def commands(model: list[str]) -> list[list[str]]:
     """Returns the words of the page's five commands, for a checkpoint."""
-    (block,) = re.findall(r"## Five commands\n\n```sh\n(.*?)```", PAGE, re.DOTALL)
+    (block,) = re.findall(r"## Five commands\n.*?```sh\n(.*?)```", PAGE, re.DOTALL)
     found = []
     for line in block.splitlines():
         words = shlex.split(line)[1:]

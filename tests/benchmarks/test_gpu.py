@@ -1,6 +1,7 @@
 """The measurements on a GPU, and of a denoiser alone, at a small size on the processor."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ import torch
 from diffusers import SD3Transformer2DModel
 from rich.console import Console
 
-from benchmarks import denoiser, gpu, throughput
-from benchmarks.random_model import make_sd3_transformer
+from agents.common.memory import with_margin
+from benchmarks import denoiser, gpu, gpu_recipes, throughput
+from benchmarks.random_model import make_sd3_transformer, save_random
+from benchmarks.runs import HERE
+from dpok_gym.models import load_model
+from dpok_gym.models.architecture import PUBLISHED, Architecture, find_architecture
 
-CPU = torch.device("cpu")
+RESULTS = HERE / "results"
 
 
 def small_transformer() -> SD3Transformer2DModel:
@@ -90,3 +95,57 @@ def test_figures_beside_their_targets() -> None:
         ("1.5", "met"),
         ("not measured", ""),
     ]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_model_of_random_weights(
+    name: str, tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    families = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
+    small = find_architecture(str(tiny_folder(families[name])))
+    words = {"vocab_size": 64, "max_position_embeddings": 77}
+    configs = {part: {**config, **(words if "text" in part else {})} for part, config in small.configs.items()}
+    monkeypatch.setitem(PUBLISHED, name, Architecture(small.pipeline, configs))
+    folder = save_random(name, tmp_path / name)
+    model = load_model(str(folder), dtype="bfloat16")
+    assert model.denoiser.config.block_out_channels == small.configs["unet"]["block_out_channels"]
+    told = model.encode(["a green rabbit.", "a dog"])
+    assert all(values.isfinite().all() for values in told.values())
+    assert not torch.equal(*told["encoder_hidden_states"])
+    written = (folder / "model_index.json").stat().st_mtime_ns
+    assert save_random(name, folder) == folder
+    assert (folder / "model_index.json").stat().st_mtime_ns == written
+
+
+def test_recipes_need_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu_recipes.main([])
+    assert "python -m benchmarks.memory --recipes" in capsys.readouterr().err
+
+
+def test_recipes_on_a_gpu_as_published(capsys: pytest.CaptureFixture[str]) -> None:
+    """The page's table is that of the measurements, and they are near what is expected."""
+    results = json.loads((RESULTS / "gpu_recipes.json").read_text())
+    page = (RESULTS.parent / "README.md").read_text()
+    for name, row in results["rows"].items():
+        expected, taken = with_margin(round(row["counted"] * 2**30), "cuda") / 1e9, row["process"] * 2**30 / 1e9
+        speeds = f"{row['rollout']:.1f} | {row['update']:.2g}"
+        assert f"| `{name}` | {expected:.1f} | {taken:.1f} | {speeds} |" in page
+        assert 0.95 < taken / expected < 1.035
+        assert taken < float(name.partition("-")[2].removesuffix("gb.yaml"))
+    gpu_recipes.show(results["rows"], results["settings"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in results["rows"])
+
+
+def test_speed_on_a_gpu_as_published() -> None:
+    page = (RESULTS.parent / "README.md").read_text()
+    for row in json.loads((RESULTS / "gpu.json").read_text())["sd15"]["rows"]:
+        if row["images"] in (1, 4, 16, 32):
+            shares = [
+                f"{row['shares'][part]:.0%}".replace("%", " %") for part in ("denoiser", "decoder", throughput.OUTSIDE)
+            ]
+            rollout, update = f"{row['images_per_second']:.1f}", f"{row['transitions_per_second']:.0f}"
+            cells = [str(row["images"]), rollout, *shares, f"{row['rollout_gib']:.1f}", update]
+            assert f"| {' | '.join(cells)} |" in page
