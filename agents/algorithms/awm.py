@@ -91,9 +91,11 @@ class AWM(OnlineForwardProcess):
     @torch.no_grad()
     def noisy_images(self) -> NoisyImages:
         """Adds the score of the policy that drew the images, before any step is taken."""
-        images = super().noisy_images()
-        output = self.policy.predict_output(images.state, guidance_scale=1.0)
-        return ScoredImages(**vars(images), old_log_prob=self.log_prob(images, output))
+        images, per_image = super().noisy_images(), self._steps_of_an_image
+        # One step of each image at a time: the encoded prompts of all noisy images at once would take gigabytes.
+        parts = [images.take(slice(first, None, per_image)) for first in range(per_image)]
+        scores = [self.log_prob(part, self.policy.predict_output(part.state, guidance_scale=1.0)) for part in parts]
+        return ScoredImages(**vars(images), old_log_prob=torch.stack(scores, dim=1).flatten())
 
     def loss(self, batch: ScoredImages) -> tuple[Tensor, Metrics]:
         """-A rho + ema_coef || v - v_ema ||^2 + kl_coef || v - v_pre ||^2 of each noisy image, (B,)."""

@@ -36,11 +36,12 @@ def describe_images(images: NDArray[np.uint8]) -> Tensor:
     """
     rows = []
     for image in images:  # one by one: in floating point, a large batch of large images would need gigabytes
-        pixels = torch.from_numpy(image).permute(2, 0, 1).float() / 255
-        chroma = pixels.amax(dim=0) - pixels.amin(dim=0)
-        measured = torch.stack([pixels.mean(), chroma.mean(), pixels.mean(dim=0).std(correction=0)])
-        thumbnail = functional.adaptive_avg_pool2d(pixels, THUMBNAIL)
-        rows.append(torch.cat([measured, thumbnail.flatten()]))
+        levels = torch.from_numpy(image).permute(2, 0, 1).contiguous()  # channel after channel is three times as fast
+        chroma = (levels.amax(dim=0) - levels.amin(dim=0)).float()
+        levels = levels.float()
+        measured = torch.stack([levels.mean(), chroma.mean(), levels.mean(dim=0).std(correction=0)])
+        thumbnail = functional.adaptive_avg_pool2d(levels, THUMBNAIL)
+        rows.append(torch.cat([measured, thumbnail.flatten()]) / 255)
     return torch.stack(rows)
 
 

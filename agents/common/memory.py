@@ -4,8 +4,8 @@ The networks' own code runs, gradient checkpointing, guidance and LoRA included,
 content (torch's ``FakeTensorMode``). What is alive at each moment is added up. ``python -m benchmarks.memory`` compares
 the result with the memory of a real update.
 
-Not counted: what a GPU's driver and libraries take (0.76 GiB on an H100), workspaces inside single operations, holes between
-tensors, and what a CPU keeps in float32 beside bfloat16 (:mod:`agents.common.precision`). :data:`MARGIN` and
+Not counted: what a GPU's driver and libraries take (0.76 GiB on an H100), workspaces inside single operations, holes
+between tensors, and what a CPU keeps in float32 beside bfloat16 (:mod:`agents.common.precision`). :data:`MARGIN` and
 :data:`LIBRARIES` stand for these.
 """
 

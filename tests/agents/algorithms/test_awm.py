@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+from dpok_gym.samplers import State
 from tests.agents.algorithms.support import UPDATE, MakeAgent, change, gradient, listen, take_batches, whole_batch
 
 
@@ -29,6 +33,24 @@ def test_scores_are_of_the_policy_before_the_first_step(make_agent: MakeAgent) -
             log_prob = agent.log_prob(batch, agent.policy.predict_output(batch.state, guidance_scale=1.0))
         torch.testing.assert_close(batch.old_log_prob, log_prob, rtol=1e-4, atol=1e-5)
         assert (log_prob < 0).all()
+
+
+@pytest.mark.slow
+def test_scoring_needs_the_prompts_of_the_images_only(make_agent: MakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of a prompt for each noisy image would fill the memory: T5's are megabytes."""
+    agent = make_agent("AWM", batch_size=None)
+    asked: list[int] = []
+
+    def predict_output(state: State, *args: Any, **kwargs: Any) -> Tensor:
+        asked.append(len(state.latents))
+        return original(state, *args, **kwargs)
+
+    original = agent.policy.predict_output
+    monkeypatch.setattr(agent.policy, "predict_output", predict_output)
+    (batch,) = take_batches(agent)
+    n_images = len(agent.rollout_buffer)
+    assert len(batch) > n_images
+    assert max(asked) == n_images
 
 
 @pytest.mark.slow
