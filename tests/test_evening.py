@@ -92,10 +92,11 @@ def test_five_commands(
     assert main(dry_run) == 0
     assert not Path("runs").exists()
     assert "GiB" in capsys.readouterr().out
-    main(doctor)  # some checks may fail: this pipeline draws noise
-    said = capsys.readouterr().out
-    assert re.search(r"prompts.*\b3\b", said)
-    assert not re.search(r"FAILED +(first|gradient|images equal)", said)
+    if checkpoint is as_folder:  # it takes half of the time, and loads the model as the others do
+        main(doctor)  # some checks may fail: this pipeline draws noise
+        said = capsys.readouterr().out
+        assert re.search(r"prompts.*\b3\b", said)
+        assert not re.search(r"FAILED +(first|gradient|images equal)", said)
     assert main(train) == 0
     assert main(for_diffusers) == 0
     assert main(for_others) == 0

@@ -20,7 +20,7 @@ def test_images_needed() -> None:
 
 @pytest.mark.slow
 def test_what_can_be_explained_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    shares = critic.ceiling("one prompt", n_states=16, n_continuations=4)
+    shares = critic.ceiling("one prompt", n_states=8, n_continuations=4)
     assert shares[0] < 0.5 < shares[3] <= 1
     monkeypatch.setattr(critic, "N_IMAGES", 16)
     explained = critic.explained_variances("one prompt", ["reward, no look", "reward"], n_rollouts=2, n_scored=1)

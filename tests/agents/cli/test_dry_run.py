@@ -217,20 +217,12 @@ def test_a_second_pass_takes_memory(tiny_folder: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize(
     ("algo", "anchor"), [("dpok", 0), ("dpok", 8), ("ddpo", 0), ("diffusion-nft", 0), ("diffusion-nft", 40), ("awm", 0)]
 )
-def test_the_passes_are_those_of_a_run(algo: str, anchor: int) -> None:
+def test_the_passes_are_those_of_a_run(algo: str, anchor: int, tiny_sd_folder: Path) -> None:
     """Counted by the process, whose denoiser's every call goes through one method."""
     config = _config(
-        *("--env", "DPOK-SD15-v0", "--algo", algo, "--model", "shapes", "--prompts", "a red circle"),
-        *(
-            "--reward",
-            "shapes-quality",
-            "--images-per-iteration",
-            "16",
-            "--num-inference-steps",
-            "6",
-            "--device",
-            "cpu",
-        ),
+        *("--env", "DPOK-SD15-v0", "--algo", algo, "--model", str(tiny_sd_folder), "--prompts", "a dog"),
+        *("--reward", "jpeg-compressibility", "--num-inference-steps", "6", "--images-per-iteration", "16"),
+        *("--device", "cpu", "--dtype", "float32"),
         *("--max-batch-size", "16", "--micro-batch-size", "16", "--gradient-checkpointing", "False"),
         *(["--anchor-coef", "0.1", "--anchor-images", str(anchor)] * bool(anchor)),
     )
