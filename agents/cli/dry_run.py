@@ -270,14 +270,9 @@ def _learns_guided(config: Config) -> bool:
 
 def _micro_batch(config: Config) -> int:
     """Returns the latents of a forward and backward pass; for "auto", which takes what fits, those of an element."""
-    algo = config.algo_kwargs
-    of_element = load_algorithm(config.algo).states_of_an_element
-    size = algo["micro_batch_size"]
-    if size == "auto":
-        return of_element
-    n_images = algo["images_per_iteration"] or config.n_envs
-    sizes = [each for each in (size, algo["batch_size"]) if each is not None]
-    return of_element * min(sizes, default=n_images * config.env_kwargs["num_inference_steps"])
+    agent = config.make_agent(None)
+    agent.n_steps = config.env_kwargs["num_inference_steps"]  # without an environment, nobody has told it
+    return agent.states_of_a_pass
 
 
 def _keeps_old(algorithm: type, algo: Mapping[str, Any]) -> bool:
