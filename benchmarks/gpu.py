@@ -1,8 +1,8 @@
 """Speed and memory of the published sizes on a GPU: ``python -m benchmarks.gpu --out benchmarks/results/gpu.json``.
 
-It runs :mod:`benchmarks.throughput` with Stable Diffusion 1.5 and :mod:`benchmarks.denoiser` with both denoisers, eager
-and compiled, each in a process of its own, and compares the figures with :data:`TARGETS`. A command that ends with an
-error, as one without enough memory does, is shown, and the others go on.
+It runs :mod:`benchmarks.throughput` with Stable Diffusion 1.5 and :mod:`benchmarks.denoiser` with both denoisers, each
+in a process of its own, and one size of each compiled. It compares the figures with :data:`TARGETS`. A command that
+ends with an error, as one without enough memory does, is shown, and the others go on.
 
 ``--plan`` prints the commands and the targets, and runs nothing; so does a machine without a GPU.
 """
@@ -26,35 +26,31 @@ from rich.table import Table
 
 from benchmarks.throughput import OUTSIDE
 
-BATCH_SIZES, COMPILED_SIZE = [1, 2, 4, 8, 16, 32], 16
+BATCH_SIZES = [1, 2, 4, 8, 16, 32]
+
+#: The size that is measured compiled: compilation takes minutes for each size.
+COMPILED_SIZE = 16
 
 _DEVICE = ["--device", "cuda", "--dtype", "bfloat16"]
-_ROLLOUT = [*_DEVICE, "--num-inference-steps", "10", "--guidance-scale", "7.5"]
-_SIZES = list(map(str, BATCH_SIZES))
+_SD15 = ["benchmarks.throughput", "--model", "random-sd15", *_DEVICE]
+_SD15 += ["--num-inference-steps", "10", "--guidance-scale", "7.5"]
+
+
+def _commands(sizes: Sequence[int], *more: str) -> dict[str, list[str]]:
+    """Returns the words of the measurements with each of some sizes."""
+    numbers = list(map(str, sizes))
+    return {
+        "sd15": [*_SD15, "--micro-batch-size", "4", "--images", *numbers, *more],
+        "sd15 denoiser": ["benchmarks.denoiser", "--model", "sd15", *_DEVICE, "--batch-sizes", *numbers, *more],
+        "sd3 denoiser": ["benchmarks.denoiser", "--model", "sd3-medium", *_DEVICE, "--batch-sizes", *numbers, *more],
+    }
+
 
 #: The words after ``python -m`` of each measurement.
 COMMANDS: dict[str, list[str]] = {
-    "sd15": [
-        "benchmarks.throughput",
-        "--model",
-        "random-sd15",
-        *_ROLLOUT,
-        "--micro-batch-size",
-        "4",
-        "--images",
-        *_SIZES,
-    ],
-    "sd15 update": [
-        *("benchmarks.throughput", "--model", "random-sd15", *_ROLLOUT, "--gradient-checkpointing"),
-        *("--micro-batch-size", "1", "--images", "1"),
-    ],
-    "sd15 denoiser": ["benchmarks.denoiser", "--model", "sd15", *_DEVICE, "--batch-sizes", *_SIZES],
-    "sd3 denoiser": ["benchmarks.denoiser", "--model", "sd3-medium", *_DEVICE, "--batch-sizes", *_SIZES],
-}
-COMMANDS |= {  # compilation takes minutes for each size
-    f"{name} compiled": [*words[: -len(_SIZES)], str(COMPILED_SIZE), "--compile"]
-    for name, words in COMMANDS.items()
-    if name != "sd15 update"
+    **_commands(BATCH_SIZES),
+    "sd15 update": [*_SD15, "--gradient-checkpointing", "--micro-batch-size", "1", "--images", "1"],
+    **{f"{name} compiled": words for name, words in _commands([COMPILED_SIZE], "--compile").items()},
 }
 
 
@@ -90,6 +86,11 @@ def _row(results: Mapping[str, Any], size: int) -> Mapping[str, Any]:
     return next(row for row in results["rows"] if size in (row.get("images"), row.get("batch_size")))
 
 
+def _speed(results: Mapping[str, Any]) -> float:
+    speed: float = _row(results, COMPILED_SIZE)["images_per_second"]
+    return speed
+
+
 def _share_of_product(results: Mapping[str, Any], size: int, flops: str) -> float:
     return _row(results, size)[flops] / results["ceiling_flops"]
 
@@ -99,30 +100,30 @@ TARGETS = [
         "peak GiB of a LoRA's update, micro-batch 1", "sd15 update", lambda found: _row(found, 1)["update_gib"], 8, True
     ),
     Target(
-        "share of the matrix product in a compiled rollout of 16",
+        "share of the matrix product while the compiled denoiser draws 16 images",
         "sd15 compiled",
-        lambda found: _share_of_product(found, 16, "rollout_flops"),
+        lambda found: _share_of_product(found, COMPILED_SIZE, "rollout_flops"),
         0.5,
         False,
     ),
     Target(
         "share of a rollout of 16 outside the networks and the reward",
         "sd15",
-        lambda found: _row(found, 16)["shares"][OUTSIDE],
+        lambda found: _row(found, COMPILED_SIZE)["shares"][OUTSIDE],
         0.03,
         True,
     ),
     Target(
         "compiled speed over eager, rollout of 16",
         "sd15 compiled",
-        lambda found: _row(found, 16)["images_per_second"] / _row(found["sd15"], 16)["images_per_second"],
+        lambda found: _speed(found) / _speed(found["sd15"]),
         1,
         False,
     ),
     Target(
         "share of the matrix product, Stable Diffusion 3 medium, 16 samples, compiled",
         "sd3 denoiser compiled",
-        lambda found: _share_of_product(found, 16, "flops"),
+        lambda found: _share_of_product(found, COMPILED_SIZE, "flops"),
         0.5,
         False,
     ),

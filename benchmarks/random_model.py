@@ -10,7 +10,7 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
-from dpok_gym.models.architecture import PUBLISHED, Architecture, default_dtype
+from dpok_gym.models.architecture import PUBLISHED, default_dtype
 from dpok_gym.models.latent_diffusion import LatentDiffusion
 from dpok_gym.shapes.pretrain import train_clip_tokenizer
 from dpok_gym.utils.device import find_device
@@ -19,7 +19,8 @@ from dpok_gym.utils.device import find_device
 def save_random(name: str, folder: Path) -> Path:
     """Writes a published model with random weights in bfloat16, unless it is there; returns the folder.
 
-    Its tokenizers read lower-case letters, and a full stop.
+    Its tokenizers read lower-case letters, and a full stop. A GPU draws other weights than a processor, which changes
+    neither speed nor memory.
 
     Args:
         name: "sd15" (2 GB) or "sdxl" (7 GB).
@@ -30,7 +31,7 @@ def save_random(name: str, folder: Path) -> Path:
     device = find_device("auto")  # a GPU draws the weights of XL in seconds, a processor in minutes
     with device, default_dtype(torch.bfloat16), torch.random.fork_rng():
         torch.manual_seed(0)
-        _make_model(PUBLISHED[name], name, device).to_pipeline().save_pretrained(folder)
+        _make_model(name, device).to_pipeline().save_pretrained(folder)
     return folder
 
 
@@ -60,8 +61,8 @@ def _make_tokenizer() -> CLIPTokenizer:
     return train_clip_tokenizer([*string.ascii_lowercase, *starts, "."], max_tokens=77)
 
 
-def _make_model(published: Architecture, name: str, device: torch.device) -> LatentDiffusion:
-    tokenizer = _make_tokenizer()
+def _make_model(name: str, device: torch.device) -> LatentDiffusion:
+    published, tokenizer = PUBLISHED[name], _make_tokenizer()
     tokens = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     encoders = {part: {**config, **tokens} for part, config in published.configs.items() if "text_encoder" in part}
     architecture = replace(published, configs={**published.configs, **encoders})

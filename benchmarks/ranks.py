@@ -3,8 +3,8 @@
 It trains DPOK on the Shapes environment with 1, 2 and 4 ranks of one thread each on this machine, and prints the
 images per second of whole iterations and the bytes that a rank puts into exchanges. Then it computes the time of an
 iteration for Stable Diffusion 1.5 on 8 to 512 GPUs. From the code come: the trained parameters, the bytes, the number
-of exchanges, and how unequal the ranks' shares of a batch are. The
-speed of a GPU and of the network are assumed: :class:`Cluster` has the numbers.
+of exchanges, and how unequal the ranks' shares of a batch are. The speed of a GPU was measured by
+:mod:`benchmarks.gpu`, that of the network is assumed: :class:`Cluster` has the numbers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Cluster:
     """The assumptions about the machines and the training.
 
     Attributes:
-        flops: operations per second that the denoiser reaches on a GPU; about 40 % of an H100's bfloat16.
+        flops: operations per second that the denoiser reaches on a GPU: an H100's with eight samples at a time, in
+            rollouts and in updates (``results/gpu.json``).
         bandwidth: bytes per second between neighbours of the ring that adds up gradients; one 400 Gbit/s card for each
             GPU, at 80 %.
         latency: seconds for a message between neighbours.
@@ -52,7 +53,7 @@ class Cluster:
         batches: optimiser steps of an iteration.
     """
 
-    flops: float = 400e12
+    flops: float = 118e12
     bandwidth: float = 40e9
     latency: float = 20e-6
     images_per_rank: int = 8

@@ -84,7 +84,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, help="transitions of a forward and backward pass")
     parser.add_argument("--transitions", type=int, default=256, help="most transitions that an update learns from")
     parser.add_argument("--rollouts", type=int, default=2, help="number of rollouts measured, after one to warm up")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "random-sd15")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="folder for random-sd15")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser.parse_args(arguments)
 
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if model == "random-sd15":
         from benchmarks.random_model import save_random
 
-        model = str(save_random("sd15", options.work))
+        model = str(save_random("sd15", options.work / model))
     ceiling, measurements, device = 0.0, [], torch.device("cpu")
     for images in options.images:
         env = DenoisingVectorEnv(

@@ -1,4 +1,7 @@
-"""docs/guides/own_checkpoint.md: its five commands, on small pipelines with CLIP's vocabulary, for all checkpoints."""
+"""docs/guides/own_checkpoint.md: its five commands, on small pipelines with CLIP's vocabulary, for all checkpoints.
+
+``dpok doctor`` takes half of the time, so it runs for a folder alone. It reads the model's options as a training does.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,7 @@ def test_five_commands(
     assert main(dry_run) == 0
     assert not Path("runs").exists()
     assert "GiB" in capsys.readouterr().out
-    if checkpoint is as_folder:  # it takes half of the time, and loads the model as the others do
+    if checkpoint is as_folder:
         main(doctor)  # some checks may fail: this pipeline draws noise
         said = capsys.readouterr().out
         assert re.search(r"prompts.*\b3\b", said)

@@ -92,7 +92,7 @@ class AWM(OnlineForwardProcess):
     def noisy_images(self) -> NoisyImages:
         """Adds the score of the policy that drew the images, before any step is taken."""
         images, per_image = super().noisy_images(), self._steps_of_an_image
-        # One step of each image at a time: the encoded prompts of all noisy images at once would take gigabytes.
+        # One step of each image at a time, so the encoded prompts are copied once, and not for every noisy image.
         parts = [images.take(slice(first, None, per_image)) for first in range(per_image)]
         scores = [self.log_prob(part, self.policy.predict_output(part.state, guidance_scale=1.0)) for part in parts]
         return ScoredImages(**vars(images), old_log_prob=torch.stack(scores, dim=1).flatten())

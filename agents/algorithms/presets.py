@@ -127,7 +127,8 @@ _ONE_BY_ONE: dict[str, Any] = {"max_batch_size": 1, "gradient_checkpointing": "a
 _FIT = {"batch_size": 32, "n_gradient_steps": 2000}
 
 #: Stable Diffusion and any other published model on one GPU of 8 to 24 GB, in an evening. DPOK's training is 3.6e17
-#: operations with Stable Diffusion 1.5 (70 TFLOP an image), which is 4 hours at 28 TFLOP/s. That is computed.
+#: operations with Stable Diffusion 1.5 (70 TFLOP an image). An H100 takes 7 hours with one image at a time, and 1.5
+#: with four (computed from short runs of :mod:`benchmarks.gpu_recipes`, without a reward).
 #:
 #: - The learning rate of a LoRA is 1e-5 in DPOK's code, 1e-4 in kvablack/ddpo-pytorch (config/base.py), 3e-4 in TRL's
 #:   DDPOConfig and the codes of Flow-GRPO and AWM. The middle one is the one here.

@@ -270,8 +270,8 @@ def _learns_guided(config: Config) -> bool:
 
 def _micro_batch(config: Config) -> int:
     """Returns the latents of a forward and backward pass; for "auto", which takes what fits, those of an element."""
-    agent = config.make_agent(None)
-    agent.n_steps = config.env_kwargs["num_inference_steps"]  # without an environment, nobody has told it
+    agent = config.make_agent(None, device="cpu")  # the config's own may be missing here
+    agent.n_steps = config.env_kwargs["num_inference_steps"]  # a run takes it from its environment; here is none
     return agent.states_of_a_pass
 
 

@@ -36,7 +36,7 @@ def describe_images(images: NDArray[np.uint8]) -> Tensor:
     """
     rows = []
     for image in images:  # one by one: in floating point, a large batch of large images would need gigabytes
-        levels = torch.from_numpy(image).permute(2, 0, 1).contiguous()  # channel after channel is three times as fast
+        levels = torch.from_numpy(image).permute(2, 0, 1).contiguous()  # channel after channel is faster
         chroma = (levels.amax(dim=0) - levels.amin(dim=0)).float()
         levels = levels.float()
         measured = torch.stack([levels.mean(), chroma.mean(), levels.mean(dim=0).std(correction=0)])

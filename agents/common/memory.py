@@ -4,9 +4,9 @@ The networks' own code runs, gradient checkpointing, guidance and LoRA included,
 content (torch's ``FakeTensorMode``). What is alive at each moment is added up. ``python -m benchmarks.memory`` compares
 the result with the memory of a real update.
 
-Not counted: what a GPU's driver and libraries take (0.76 GiB on an H100), workspaces inside single operations, holes
-between tensors, and what a CPU keeps in float32 beside bfloat16 (:mod:`agents.common.precision`). :data:`MARGIN` and
-:data:`LIBRARIES` stand for these.
+Not counted: what a GPU's driver and libraries take (at most 0.76 GiB on an H100), workspaces inside single operations,
+holes between tensors, and what a CPU keeps in float32 beside bfloat16 (:mod:`agents.common.precision`).
+:data:`MARGIN` and :data:`LIBRARIES` stand for these.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 #: Share of the sum that is added for what is not counted.
 MARGIN = 0.1
 
-#: Bytes that a GPU's driver and libraries take, rounded up from those on an H100.
+#: Bytes that a GPU's driver and libraries take: at most 0.76 GiB on an H100, rounded up.
 LIBRARIES = round(0.8 * 2**30)
 
 #: Copies of the trained weights beside themselves: the gradient, and the two moments of Adam.

@@ -1,8 +1,12 @@
 """The computed time of an iteration on many GPUs."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 
 from benchmarks.ranks import Cluster, inequality, project, size_of_model
+from benchmarks.runs import HERE
 
 
 def test_the_size_of_stable_diffusion() -> None:
@@ -29,3 +33,14 @@ def test_more_gpus_draw_more_images_and_wait_for_the_slowest() -> None:
 def test_a_batch_of_everything_is_shared_equally() -> None:
     assert inequality(32, 4, Cluster(batches=1)) == 1
     assert 1 < inequality(32, 4, Cluster(batches=4)) < inequality(32, 4, Cluster(batches=40))
+
+
+def test_the_computed_times_as_published() -> None:
+    results = json.loads((HERE / "results" / "ranks.json").read_text())
+    assert results["assumed"] == asdict(Cluster())
+    page = (HERE / "README.md").read_text()
+    for row in results["computed"]:
+        assert project(row["gpus"], Cluster()) == pytest.approx(row)
+        seconds = f"{row['draw']:.3g} + {row['update']:.3g} + {row['exchange']:.2g}"
+        numbers = f"{row['gpus']} | {row['images']:,} | {seconds} | {row['images_per_second']:.3g}"
+        assert f"| {numbers} | {100 * row['efficiency']:.0f} % |" in page

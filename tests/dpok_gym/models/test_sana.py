@@ -118,7 +118,7 @@ def test_to_pipeline_keeps_the_solver_that_the_model_came_with(folder: Path) -> 
     solver = pipe.scheduler
     assert isinstance(solver, DPMSolverMultistepScheduler)
     theirs = their_images(make_pipeline(folder), process, x_T())
-    torch.testing.assert_close(their_images(pipe, process, x_T()), theirs, rtol=0, atol=1e-5)  # sums in any order
+    torch.testing.assert_close(their_images(pipe, process, x_T()), theirs, rtol=0, atol=1e-5)  # sums in another order
     # Of order 1 it is Euler's method, at nearly the same levels. Those that the pipeline takes with diffusers' Euler
     # scheduler are further away: its smallest level is shifted twice.
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(solver.config, solver_order=1)
