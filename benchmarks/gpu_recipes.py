@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,8 @@ def measure(recipe: Path, work: Path) -> dict[str, Any]:
     name, gigabytes = model_and_gigabytes(recipe.name)
     folder = work / f"random-{name}"
     # In a process of its own: the model would stay in this one's memory for a while.
-    writer = multiprocessing.get_context("spawn").Process(target=save_random, args=(name, folder))
-    writer.start()
-    writer.join()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(save_random, name, folder).result()
     with tempfile.TemporaryDirectory() as out:
         words = ["--config", str(recipe), "--model", str(folder), *_SHORT]
         images = parse_train(words).config.n_envs

@@ -1,6 +1,7 @@
 """The measurements on a GPU, and of a denoiser alone, at a small size on the processor."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,26 @@ def test_a_recipe_that_fails_and_results_that_are_kept(
     printed = capsys.readouterr().out
     assert "sd15-80gb.yaml" in printed
     assert "NVIDIA" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_models")
+def test_a_recipe_is_measured(tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the processor, with a tiny model and the numbers of a GPU that is not there."""
+    shutil.copytree(tiny_sd_folder, tmp_path / "random-sd15")
+    short = [*gpu_recipes._SHORT[: gpu_recipes._SHORT.index("--device")], "--device", "cpu", "--prompts", "a dog"]
+    monkeypatch.setattr(gpu_recipes, "_SHORT", short)
+    limits: list[float] = []
+    memory = {"mem_get_info": (60 * 2**30, 80 * 2**30), "max_memory_allocated": 2**30, "max_memory_reserved": 2**31}
+    memory |= {"memory_reserved": 19 * 2**30, "get_device_name": "none", "reset_peak_memory_stats": None}
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    row = gpu_recipes.measure(gpu_recipes.RECIPES / "sd15-8gb.yaml", tmp_path)
+    assert limits == [pytest.approx((8e9 - LIBRARIES) / (80 * 2**30))]
+    assert (row["tensors"], row["reserved"], row["process"]) == (1, 2, 3)
+    assert min(row["rollout"], row["update"]) > 0
+    assert 0 < row["counted"] < 1
 
 
 def test_recipes_on_a_gpu_as_published() -> None:
