@@ -8,7 +8,7 @@ It has three parts, all described in ``algorithms.yaml``:
 - DPOK runs with one component changed at a time.
 
 Each run is one line of ``runs.jsonl`` or ``tuning.jsonl``, so a sweep of many hours can stop anywhere, and the same
-command goes on. ``--report`` makes no runs.
+command goes on. Of a long run, at most five minutes are lost. ``--report`` makes no runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import algorithms_figures, algorithms_records, algorithms_tables
+from benchmarks import algorithms_figures, algorithms_records, algorithms_tables, training_run
 from benchmarks.algorithms_records import COMPONENT, LONG, PRETRAINED
 from benchmarks.checksums import write_checksums
 from benchmarks.figures import grid
@@ -120,7 +120,8 @@ def main() -> None:
         return
     runs = list(descriptions(settings, tuning.tuned()))
     write = partial(report, settings=settings, folder=folder, tuning=tuning)
-    sweep_and_report(runs, folder / "runs.jsonl", options, write)
+    run = partial(training_run.run, unfinished=folder / "unfinished")
+    sweep_and_report(runs, folder / "runs.jsonl", options, write, run=run)
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

@@ -7,7 +7,10 @@ Letters used for shapes: N images, H x W an image.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,6 +28,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from agents.algorithms.registry import load_algorithm
 from agents.cli.environments import EVALUATION_BATCH_SIZE, evaluation_rewards
 from agents.cli.steering import SteeringOptions, make_steering
+from agents.common.checkpoint import CheckpointCallback, find_checkpoint, list_checkpoints, load_checkpoint
 from agents.common.evaluation import Evaluation, cycle_prompts, evaluate
 from agents.common.steering import BestOf
 from benchmarks.diversity import pixel_diversity, scene_diversity
@@ -39,6 +43,7 @@ from dpok_gym.vector_env import DenoisingVectorEnv
 if TYPE_CHECKING:
     from agents.common.algorithm import DenoisingAlgorithm
     from agents.common.policy import DenoisingPolicy
+    from dpok_gym.samplers.process import DenoisingProcess
 
 #: The "algorithm" of runs without training.
 UNTRAINED = "untrained"
@@ -49,11 +54,14 @@ _CURVE_IMAGES = 64
 #: Images of a prompt from which the entropy of its scenes can be told.
 _IMAGES_FOR_ENTROPY = 16
 
+#: Minutes after which a training that is not over is saved.
+_MINUTES = 5.0
+
 #: Images in the row that shows a run.
 _ROW_LENGTH = 8
 
 
-def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, Any]:
+def run(description: dict[str, Any], row_file: Path | None = None, unfinished: Path | None = None) -> dict[str, Any]:
     """Trains and evaluates.
 
     Args:
@@ -67,6 +75,8 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
             - ``draw``: how the images are drawn in the end, see :func:`evaluate_drawing`;
             - ``also``: further ways to draw, by name. They are evaluated on the prompts of the training.
         row_file: file for a row of images of the trained model; None for no file.
+        unfinished: folder with one for each run that is not over. It gets a checkpoint every five minutes, from which
+            the same run goes on later. None for no checkpoints.
 
     Returns:
         The description, and ``scores`` (by set of prompts, or way to draw; see :func:`summarize`), ``curve`` (a list of
@@ -85,13 +95,14 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
     of_env = description | {"environment": environment}
     env = _make_env(of_env, prompts, n_envs)
     algorithm: Any = load_algorithm(name)
+    checkpoints = None if unfinished is None else unfinished / _digest(description)
     agent: DenoisingAlgorithm = algorithm(env=env, seed=description["seed"], device="cpu", **settings)
     curve = Curve(_make_env(description, prompts), description["seed"])
     record: dict[str, Any] = {"scores": {}, "curve": curve.points}
     try:
         try:
             if trains:
-                agent.learn(description["images"] * agent.process.num_inference_steps, curve)
+                _train(agent, description["images"], curve, checkpoints)
         finally:
             cost = curve.cost()
         for name, texts in _prompts_to_evaluate(description, prompts).items():
@@ -107,7 +118,34 @@ def run(description: dict[str, Any], row_file: Path | None = None) -> dict[str, 
         record["num_function_evaluations_to_draw"] = record["scores"]["training"]["calls"]
         if trains:
             curve.add(cost, record["scores"]["training"])
+    if checkpoints is not None:  # the run is over
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return description | record | {name: value for name, value in cost.items() if name != "images"}
+
+
+def _digest(description: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _train(agent: DenoisingAlgorithm, images: int, curve: Curve, folder: Path | None) -> None:
+    """Trains an agent.
+
+    Args:
+        agent: the agent.
+        images: the budget.
+        curve: collects its learning curve.
+        folder: for checkpoints. If there is one, the training goes on from it. None for no checkpoints.
+    """
+    steps = images * agent.process.num_inference_steps
+    if folder is None:
+        agent.learn(steps, curve)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    goes_on = bool(list_checkpoints(folder))
+    if goes_on:
+        curve.load_state(load_checkpoint(agent, find_checkpoint(folder)), agent.process)
+    save = CheckpointCallback(folder, every=None, total_limit=1, extra_state=curve.state, minutes=_MINUTES)
+    agent.learn(max(steps - agent.num_timesteps, 0), [curve, save], reset_num_timesteps=not goes_on)
 
 
 def evaluate_drawing(
@@ -299,21 +337,33 @@ class Curve(BaseCallback):
     def __init__(self, env: DenoisingVectorEnv, seed: int) -> None:
         super().__init__()
         self._env, self._seed = env, seed
-        self._started, self._evaluation_seconds = math.nan, 0.0
+        self._started, self._evaluation_seconds, self._seconds_before = math.nan, 0.0, 0.0
         self._cost_before_rollout: dict[str, float] = {}
+        self._kl: float | None = None
         self.points: list[dict[str, float]] = []
 
     def cost(self) -> dict[str, float]:
         """Returns the cost of the run so far, without the evaluations; all 0 if there was no training."""
         if math.isnan(self._started):
             return {"images": 0, "num_function_evaluations": 0, "num_gradient_evaluations": 0, "seconds": 0.0}
-        seconds = time.process_time() - self._started - self._evaluation_seconds
+        seconds = self._seconds_before + time.process_time() - self._started - self._evaluation_seconds
         return {
             "images": self.model.images_drawn,
             "num_function_evaluations": self.model.process.num_function_evaluations,
             "num_gradient_evaluations": self.model.process.num_gradient_evaluations,
             "seconds": round(seconds, 1),
         }
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a training that goes on later needs of the curve and of its cost."""
+        return {"points": self.points, "cost": self.cost(), "kl": self._kl}
+
+    def load_state(self, state: dict[str, Any], process: DenoisingProcess) -> None:
+        """Goes on with what :meth:`state` returned; the process counts its evaluations on from there."""
+        self.points += state["points"]
+        self._seconds_before, self._kl = state["cost"]["seconds"], state["kl"]
+        process.num_function_evaluations = state["cost"]["num_function_evaluations"]
+        process.num_gradient_evaluations = state["cost"]["num_gradient_evaluations"]
 
     def add(self, cost: dict[str, float], means: dict[str, Any]) -> None:
         """Adds a point."""
@@ -328,6 +378,8 @@ class Curve(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         self._cost_before_rollout = self.cost()
+        # Of the update before this rollout; a training that goes on has it from the state.
+        self._kl = self.model.latest_metrics.get("kl_to_reference", self._kl)
 
     def _on_rollout_end(self) -> None:
         logged = self.logger.name_to_value
@@ -339,9 +391,8 @@ class Curve(BaseCallback):
             buffer = self.model.rollout_buffer
             means["aligned"] = float(logged["rollout/aligned_share"])
             means["reward"] = buffer.final_rewards[buffer.valid].mean().item()
-            kl = self.model.latest_metrics.get("kl_to_reference")
             # The images are of the model before this rollout's update.
-            self.add(self._cost_before_rollout | ({} if kl is None else {"kl": round(kl, 4)}), means)
+            self.add(self._cost_before_rollout | ({} if self._kl is None else {"kl": round(self._kl, 4)}), means)
         else:  # within a supervised fit
             self.add(self.cost() | {"drawn_for_it": True}, self._evaluate())
 

@@ -250,7 +250,7 @@ class CheckpointCallback(BaseCallback):
 
     Args:
         run_folder: the folder that gets the checkpoints.
-        every: iterations between two checkpoints, at least 1.
+        every: iterations between two checkpoints, at least 1; None for any number.
         total_limit: number of checkpoints to keep, at least 1; None keeps all.
         extra_state: returns what is saved beside the agent; see :func:`save_checkpoint`.
         extra_files: files that are copied into each checkpoint; see there.
@@ -264,7 +264,7 @@ class CheckpointCallback(BaseCallback):
     def __init__(
         self,
         run_folder: str | Path,
-        every: int = 10,
+        every: int | None = 10,
         total_limit: int | None = 2,
         extra_state: Callable[[], Mapping[str, Any]] = dict,
         extra_files: Iterable[Path] = (),
@@ -273,7 +273,8 @@ class CheckpointCallback(BaseCallback):
         super().__init__()
         self._minutes = None if minutes is None else check_positive("checkpointing_minutes", minutes)
         self._saved_at = time.monotonic()
-        self._folder, self._every = Path(run_folder), check_integer("checkpointing_steps", every)
+        self._folder = Path(run_folder)
+        self._every = None if every is None else check_integer("checkpointing_steps", every)
         if total_limit is not None:
             check_integer("checkpoints_total_limit", total_limit)
         self._total_limit, self._extra_state, self._extra_files = total_limit, extra_state, tuple(extra_files)
@@ -283,11 +284,11 @@ class CheckpointCallback(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         agent: Any = self.model
-        is_late = False
+        is_late, is_due = False, self._every is not None and agent.iteration % self._every == 0
         if self._minutes is not None:  # the clocks of the ranks differ, and they save together
             is_late = distributed.any_of(time.monotonic() - self._saved_at >= 60 * self._minutes)
         # At iteration 0 there is nothing to save yet.
-        if agent.iteration and (is_late or agent.iteration % self._every == 0):
+        if agent.iteration and (is_late or is_due):
             self._saved_at = time.monotonic()
             distributed.check_equal(list(agent.policy.parameters()))
             save_checkpoint(agent, self._folder, self._extra_state(), self._total_limit, self._extra_files)

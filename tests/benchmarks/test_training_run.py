@@ -73,6 +73,48 @@ def test_a_run(algorithm: str, settings: dict[str, Any], tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [
+        ("dpok", {"kl_coef": 0.01}),
+        ("diffusion-nft", {"group_size": 2}),
+        ("rwr", {"n_gradient_steps": 8, "log_every": 2, "batch_size": 2}),
+    ],
+)
+def test_a_run_goes_on(
+    algorithm: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped run has the same scores, curve and cost as one that was not stopped; it does not begin anew."""
+    description = TINY | {"algorithm": algorithm, "settings": settings, "images": 8, "held_out": False}
+    whole = training_run.run(description)
+    monkeypatch.setattr(training_run, "_MINUTES", 1e-9)  # before each iteration
+    rollouts = []
+    on_rollout_end = training_run.Curve._on_rollout_end
+
+    def stop(curve: training_run.Curve) -> None:
+        rollouts.append(curve.model.iteration)
+        if len(rollouts) == 3:
+            raise KeyboardInterrupt
+        on_rollout_end(curve)
+
+    monkeypatch.setattr(training_run.Curve, "_on_rollout_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        training_run.run(description, unfinished=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    another = training_run.run(description | {"seed": 1}, unfinished=tmp_path)
+    assert another["scores"] != whole["scores"]
+    del rollouts[3:]
+    record = training_run.run(description, unfinished=tmp_path)
+    assert rollouts[3] == rollouts[2]  # the iteration that was not over, and not the first one
+    assert not list(tmp_path.iterdir())
+    for made in (record, whole):
+        del made["seconds"]
+        made["curve"] = [without_seconds(point) for point in made["curve"]]
+        made["scores"] = {name: without_seconds(scores) for name, scores in made["scores"].items()}
+    assert record == whole
+
+
+@pytest.mark.slow
 def test_a_run_with_smaller_rollouts_of_its_own() -> None:
     """As REINFORCE has in the comparison."""
     settings = {"n_envs": 1}

@@ -285,6 +285,14 @@ def test_the_callback_saves_by_time_too(tmp_path, monkeypatch):
         agent.iteration, agent.images_drawn, now[0] = iteration, 8 * iteration, seconds
         save.on_rollout_start()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-16", "checkpoint-32", "checkpoint-56"]
+    now[0] = 0.0
+    by_time_alone = CheckpointCallback(tmp_path / "time", every=None, minutes=2.0)
+    (tmp_path / "time").mkdir()
+    by_time_alone.model = agent
+    for iteration, seconds in enumerate([0.0, 100, 200, 300, 400]):
+        agent.iteration, agent.images_drawn, now[0] = iteration, 8 * iteration, seconds
+        by_time_alone.on_rollout_start()
+    assert [path.name for path in list_checkpoints(tmp_path / "time")] == ["checkpoint-16", "checkpoint-32"]
     with pytest.raises(ValueError, match="checkpointing_minutes must be"):
         CheckpointCallback(tmp_path, minutes=0.0)
 
