@@ -30,7 +30,17 @@ from benchmarks.checksums import write_checksums
 from benchmarks.figures import grid
 from benchmarks.markdown import markdown
 from benchmarks.over_optimisation import over_optimisation
-from benchmarks.runs import HERE, Description, Record, key_of, read_records, sweep, sweep_and_report, sweep_options
+from benchmarks.runs import (
+    HERE,
+    Description,
+    Record,
+    key_of,
+    read_records,
+    row_file,
+    sweep,
+    sweep_and_report,
+    sweep_options,
+)
 from benchmarks.training_run import UNTRAINED, prompts_of_row
 from benchmarks.tuning import Axis, Change, Outcome, search
 from dpok_gym.utils.validation import check_integer
@@ -43,9 +53,12 @@ EXPLANATION = """\
 - Means: plain ones over {n_seeds} seeds (of components over {n_components}), with 95 % bootstrap intervals within
   tasks. With five seeds these intervals are too narrow. If results had a normal distribution, an interval of one task
   would hold the true mean in 84 % of all cases, and one of six tasks in 90 %.
+- Aligned: the share of images in which the judge finds nothing wrong. Alignment: the mean of the share of the prompt
+  that an image fulfils; an image with one of two objects has a part of it. Quality: how clean the drawn shapes are,
+  from 0 to 1.
 - Gain: points of fully aligned images above the pre-trained model with the same seed, which is evaluated with the same
   noise. Gain on unseen prompts: of the tasks with one prompt. The pooled interquartile mean is that of the middle half
-  of all runs of all tasks.
+  of all runs of all tasks. The numbers in the table of kinds of prompts are gains, too.
 - KL: of the trajectories, over the steps that explore, in nats per image. For the best of n images of the pre-trained
   model it is the bound log n - (n - 1) / n. Where images are drawn in another way, it is not known. Late drift: how far
   the outputs of the denoiser have moved at the last steps, which do not explore (root mean square).
@@ -53,35 +66,45 @@ EXPLANATION = """\
   prompt. It falls if a model draws one layout again and again, but also if fewer images are wrong: compare it with that
   of the best of 8. Pixels: the mean distance of two images of one prompt.
 - Reward minus judge: how much more the reward has risen than the judge's verdict, in standard deviations of an image of
-  one prompt. The verdict is the alignment plus a fifth of the quality, so it cannot go above 1.2. That is why the best
-  of 8 images of the pre-trained model are a little above 0, too. Far above them, the reward is being hacked. There is
-  no such number for the task “sparse”, where the reward is the judge itself.
-- Passes: of the denoiser over one image; a backward pass counts as two. Seconds: of one core. Runs share the machine,
-  so seconds differ by up to 15 % between runs with the same work.
+  one prompt. The verdict is the alignment plus a fifth of the quality, so it cannot go above 1.2. The best of 4 or 8
+  images of the pre-trained model are above 0, too: a choice by the reward also takes images that please the reward
+  alone. Far above them, the reward is being hacked. There is no such number for the task “sparse”, where the reward is
+  the judge itself.
+- Passes: of the denoiser over one image; a backward pass counts as two. Reward calls: for one image that is kept.
+  Seconds: of one core. Runs share the machine: of runs with the same work, the slowest took {seconds_median:.0f} % more
+  seconds than the fastest (median), and up to {seconds_most:.0f} % more. So trust the passes, and not small differences
+  in seconds.
 - A run whose images became NaN counts as 0 aligned ones. It has no reward and no KL, so the means of these leave it
   out.
 - Missing rows: a method that needs the reward's gradient has no runs where there is none. So it is left out of the
   tables over all tasks, and the tables over the tasks with a gradient have it. Three variants run on three tasks only,
   so only the tables of these tasks have them: DPOK as published, and the two without a KL, which are in the table of
   the paper's two claims, too.
-- Each two methods: a difference is bold if a permutation test tells it from noise at 5 %, with Holm's correction for
-  all pairs. In brackets is the smallest difference that so many runs would show in four of five cases, after the
-  correction. The test does not use that runs with the same seed are evaluated with the same noise. That makes it a
-  little stricter.
+- Tests: a difference is bold if a permutation test tells it from noise at 5 %, with Holm's correction for all
+  comparisons of the table. In brackets is the smallest difference that so many runs would show in four of five cases,
+  after the correction; without brackets, there are too few runs to show any. The test does not use that runs with the
+  same seed are evaluated with the same noise. That makes it a little stricter.
 - Equal costs: the alignment when a run had cost as much as the mean run of DPOK, or of DDPO. If a method costs no more,
-  it counts with its final evaluation. That holds for all methods at equal images, and for all but AWM at the passes of
-  DPOK. A run that is read earlier counts with the images that it was drawing. Its learning rate had not yet fallen to
-  the end then.
+  it counts with its final evaluation. That holds for all methods at equal images. At the passes of DPOK it does not
+  hold for AWM, and on “flow” not for DiffusionNFT and the methods that fit a fixed set of images: there they cost 7 %
+  more than DPOK. A run that is read earlier counts with the images that it was drawing. Its learning rate had not yet
+  fallen to the end then.
 - The paper's two claims: the first method minus the second one, at an equal reward. For each task there is one level of
-  the reward, in the middle between the pre-trained model's and the lower one that the two methods have in the end. We
-  look at the images of each run when it first reached this level. The level is in standard deviations of an image,
-  above the pre-trained model. “DPOK, no KL” and “SFT, no KL” were tuned again. “DPOK: no KL” has the settings of DPOK.
+  the reward, three quarters of the way from the pre-trained model's to the lower one that the two methods have in the
+  end. A task is left out if the lower one has risen by less than a tenth of a standard deviation of an image, and
+  “many” is, since each rollout has other prompts there. We look at the images of each run when it first reached this
+  level; a run that never did is left out. The level is in standard deviations of an image, above the pre-trained
+  model. “DPOK, no KL” and “SFT, no KL” were tuned again. “DPOK: no KL” has the settings of DPOK.
 - Components: they keep the settings of DPOK, which were not tuned again.
 - Long runs: the alignment on the way is a running mean over a twentieth of the run. A method that fits a fixed set of
-  images draws them all before it learns, so it has none. The settings are those that were tuned for 512 images.
+  images draws them all before it learns, so it has none. The settings are those that were tuned for 512 images. Of the
+  other ways to draw, a cell has the aligned images in %, and the quality.
+- “DPOK, published” ends near the pre-trained model: its KL is below 0.1. Of the prices of the KL that the search tried,
+  it had to choose a high one; the data sheet says why.
 - Settings: in brackets is how far the reward is above that of the best other setting with three seeds. It is below 0
-  where that one had broken a limit with the first seed, and so was no finalist. Rewards of one setting with two seeds
-  differ by about 0.2: their standard deviation is 0.12 in the first search and 0.18 in the second one.
+  where that one had broken a limit with the first seed, and so was no finalist. There are no brackets where all others
+  with three seeds broke a limit. Rewards of one setting with two seeds differ by about 0.2: their standard deviation is
+  0.12 in the first search and 0.18 in the second one.
 """
 
 #: The models and the learned reward of the embedded worlds that the runs use.
@@ -157,6 +180,9 @@ def choose(
     smaller["tuning"] = settings["tuning"] | {"searches": dict(list(searches.items())[: last + 1])}  # one needs another
     labels = list(smaller["methods"])
     shown = {"yardsticks": labels[:2], "tasks": list(smaller["tasks"])[:2], "labels": labels}
+    shown["families"] = [
+        chosen for family in settings["shown"]["families"] if (chosen := [*filter(labels.__contains__, family)])
+    ]
     smaller["shown"] = shown | {"short": [*labels, PRETRAINED]}
     for part in ("components", "long"):
         smaller[part] = settings[part] | {"seeds": 0}
@@ -185,7 +211,8 @@ def descriptions(settings: dict[str, Any], tuned: Tuned) -> Iterator[Description
     for seed in range(long["seeds"]):
         for label in methods_of(settings, long["task"]):
             if label not in long["without"]:
-                yield describe(settings, long["task"], label, seed, tuned, long["images"]) | {"task": LONG}
+                run = describe(settings, long["task"], label, seed, tuned, long["images"])
+                yield run | {"task": LONG, "also": long["also"]}
 
 
 def methods_of(settings: dict[str, Any], task: str) -> list[str]:
@@ -265,13 +292,16 @@ def report(records: Sequence[Record], settings: dict[str, Any], folder: Path, tu
     if trained:
         algorithms_figures.frontier(records, tasks, trained, folder / "frontier.png")
         algorithms_figures.costs(records, settings["shown"]["tasks"], settings["shown"]["labels"], folder / "costs.png")
+        algorithms_figures.curves(records, tasks, settings["shown"]["families"], folder / "curves.png")
     if any(record["task"] == LONG for record in records):
         over_optimisation(records, trained, folder / "over_optimisation.png")
     for task in (*settings["shown"]["tasks"], LONG):
         of_task = [record for record in records if record["task"] == task]
         if of_task:
-            shown = [PRETRAINED, *settings["shown"]["labels"]]
-            grid(folder, task, shown, prompts_of_row(of_task[0]), folder / f"grid-{task}.png")
+            files = {label: row_file(folder, task, label) for label in settings["shown"]["labels"]}
+            of_before = settings["long"]["task"] if task == LONG else task  # a long run begins as that task does
+            files = {PRETRAINED: row_file(folder, of_before, PRETRAINED)} | files
+            grid(files, task, prompts_of_row(of_task[0]), folder / f"grid-{task}.png")
     print(f"all tables and figures: {folder}")
 
 
@@ -290,7 +320,13 @@ def make_text(records: Sequence[Record], settings: dict[str, Any], tuning: Tunin
         tuning: has chosen the settings.
     """
     n_seeds = len({record["seed"] for record in records})
-    text = EXPLANATION.format(n_seeds=n_seeds, n_components=settings["components"]["seeds"])
+    median_spread, most_spread = algorithms_records.spread_of_seconds(records)
+    text = EXPLANATION.format(
+        n_seeds=n_seeds,
+        n_components=settings["components"]["seeds"],
+        seconds_median=100 * median_spread,
+        seconds_most=100 * most_spread,
+    )
     tables = algorithms_tables.all_tables(records, settings) | {"Settings that were chosen": tuning.table()}
     return text + "".join(f"\n### {title}\n\n{table}" for title, table in tables.items())
 

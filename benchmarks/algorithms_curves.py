@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
 
 from benchmarks.algorithms_records import PRETRAINED, numbers_by_task, numbers_of, passes, runs_of, score
-from benchmarks.markdown import markdown
+from benchmarks.markdown import markdown, p_value_cell
 from benchmarks.runs import Record
-from benchmarks.statistics import holm, mean_over_tasks, permutation_test
+from benchmarks.statistics import holm, mean_over_tasks, permutation_test, smallest_difference
 
 #: Rollouts that are averaged where a curve is read.
 _WINDOW = 3
 
 #: Costs that differ by less than this share are equal: a fit costs a quarter of a percent more than DPOK.
 _TOLERANCE = 0.01
+
+#: The level at which two methods are read, as a share of the final rise of the lower one. A lower level is in the noise
+#: of a rollout's mean, and many runs of the lower method never reach a higher one.
+_HEIGHT = 0.75
+
+#: The least rise of the lower one, in standard deviations of an image: of less, the noise of its mean is a large part.
+_LEAST_RISE = 0.1
 
 #: The scores of a point that are read.
 _SCORES = ("reward", "alignment", "quality")
@@ -135,12 +143,13 @@ def at_reward(record: Record, reward: float, name: str, start: Point) -> float |
 def claims_table(records: Sequence[Record], tasks: Sequence[str], pairs: Sequence[tuple[str, str]]) -> str:
     """Returns what two methods are worth at an equal reward, for the paper's two claims: the first minus the second.
 
-    On each task the reward is in the middle between that of the pre-trained model and the lower one that the two have
-    in the end, as means over the seeds.
+    On each task the reward is three quarters of the way from that of the pre-trained model to the lower one that the
+    two have in the end, as means over the seeds. A task on which the lower one has hardly risen is left out. The
+    smallest difference that so many runs would show is in brackets.
 
     Args:
         records: of the runs.
-        tasks: that count; for a pair, those on which both have runs.
+        tasks: that count; for a pair, those on which both have runs and have risen.
         pairs: labels of the methods.
     """
     levels = {(one, other): _levels(records, tasks, (one, other)) for one, other in pairs}
@@ -159,8 +168,10 @@ def claims_table(records: Sequence[Record], tasks: Sequence[str], pairs: Sequenc
         n_runs = sum(len(runs_of(records, label, task)) for label in pair for task in of_tasks)
         cells = [", ".join(of_tasks), f"{fmean(heights):.2f}", f"{n_reached} of {n_runs}"]
         for name in names:
-            p_value = corrected.get((pair, name))
-            cells += [_difference(*read[pair, name]), "" if p_value is None else f"{p_value:.2f}"]
+            p_value, (ours, theirs) = corrected.get((pair, name)), read[pair, name]
+            visible = smallest_difference(ours, theirs, len(read)) if p_value is not None else math.nan
+            in_brackets = "" if math.isnan(visible) else f" ({visible:.3f})"
+            cells += [_difference(ours, theirs) + in_brackets, p_value_cell(p_value)]
         ends = [numbers_by_task(records, label, list(of_tasks), score("quality")) for label in pair]
         rows["“{}” minus “{}”".format(*pair)] = [*cells, _difference(*ends)]
     headings = ["tasks", "level of the reward", "runs that reach it", "alignment", "p, corrected"]
@@ -177,14 +188,16 @@ def _at_levels(records: Sequence[Record], label: str, levels: Levels, name: str)
 
 
 def _levels(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]) -> Levels:
-    """Returns the level of the reward on each task that the methods have runs of, and the pre-trained model's means."""
+    """Returns the level of the reward on each task on which the methods rise, and the pre-trained model's means."""
     levels: Levels = {}
     for task in tasks:
         before = {name: numbers_of(records, PRETRAINED, task, score(name)) for name in (*_SCORES, "reward_std")}
         ends = [numbers_of(records, label, task, score("reward")) for label in labels]
         if all(before.values()) and all(ends):
             start = {name: fmean(numbers) for name, numbers in before.items()}
-            levels[task] = ((start["reward"] + min(map(fmean, ends))) / 2, start)
+            rise = min(map(fmean, ends)) - start["reward"]
+            if rise >= _LEAST_RISE * start["reward_std"]:
+                levels[task] = (start["reward"] + _HEIGHT * rise, start)
     return levels
 
 

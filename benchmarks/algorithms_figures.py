@@ -5,6 +5,7 @@ A method has the same colour, marker and line in all of them. Methods without tr
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from operator import itemgetter
@@ -201,10 +202,55 @@ def costs(records: Sequence[Record], tasks: Sequence[str], labels: Sequence[str]
     n_seeds = describe_seeds([run for runs in shown.values() for run in runs])
     explain(
         figure,
-        f"Lines and bands: alignment of the images drawn in training, as running means over five rollouts; means over "
-        f"{n_seeds} seeds with 95 % bootstrap intervals, as far as all seeds have come. Right: the final evaluation, "
+        "Lines and bands: alignment of the images drawn in training, as running means over five rollouts, and fewer at "
+        f"the ends; means over {n_seeds} seeds with 95 % bootstrap intervals. Right: the final evaluation, "
         "of other images: each seed, and the mean with its interval. A backward pass counts as two passes. A method "
         "that fits a fixed set of images draws all of them first, so by images it rises only in the end.",
+    )
+    save(figure, path, FINE)
+
+
+def curves(records: Sequence[Record], tasks: Sequence[str], families: Sequence[Sequence[str]], path: Path) -> None:
+    """Draws how the alignment of training images grows with the passes: a row for each task, a panel for each family.
+
+    Args:
+        records: of the runs.
+        tasks: names of the tasks.
+        families: labels of the methods that share a panel.
+        path: file to write.
+    """
+    columns = len(families)
+    figure, panels = make_panels(len(tasks) * columns, columns, (10, 1.9), sharey="row", sharex="row")
+    shown: list[Record] = []
+    for place, (task, labels) in enumerate(itertools.product(tasks, families)):
+        axes = panels[place]
+        for label in labels:
+            runs = [run for run in runs_of(records, label, task) if run["curve"]]
+            if runs:
+                _learning_curve(axes, runs, COSTS["denoiser passes, thousands"], _style(label))
+                shown += runs
+        before = numbers_of(records, PRETRAINED, task, score("alignment"))
+        if before:
+            axes.axhline(float(np.mean(before)), **DOTTED)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        tidy(axes)
+        if place % columns == 0:
+            axes.set_title(task, fontsize=10, loc="left", fontweight="bold")
+            axes.set_ylabel("alignment", fontsize=9)
+    for axes in panels[::columns]:  # the panels of a row share it, so it is set when all are drawn
+        axes.set_xlim(left=0)
+    name_x(panels, columns, "denoiser passes, thousands")
+    labels = [label for family in families for label in family]
+    handles = [_handle(label, _style(label)) for label in labels if label in {run["label"] for run in shown}]
+    handles.append(Line2D([], [], label=PRETRAINED, **DOTTED))
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False, fontsize=9)
+    explain(
+        figure,
+        "Alignment of the images drawn in training, as running means over five rollouts, and fewer at the ends; means "
+        f"over {describe_seeds(shown)} seeds with 95 % bootstrap intervals. A backward pass counts as two passes. A "
+        "method that fits a fixed set of images draws all of them first: there its line is that of the pre-trained "
+        "model. Left: policy gradients. Middle: online, with the loss of the forward process. Right: fits of a fixed "
+        "set, and the gradient of the reward.",
     )
     save(figure, path, FINE)
 

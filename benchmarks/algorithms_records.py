@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from benchmarks.runs import Record
@@ -68,6 +69,22 @@ def numbers_by_task(
 ) -> list[list[float]]:
     """Returns what is read of the runs of a method, for each task; see :func:`numbers_of`."""
     return [numbers_of(records, label, task, read) for task in tasks]
+
+
+def spread_of_seconds(records: Sequence[Record]) -> tuple[float, float]:
+    """Returns by how much the slowest of the runs with the same work is above the fastest: the median, and the most.
+
+    The runs of a method on a task have the same work. Both are 0 if no method has two runs.
+
+    Args:
+        records: of the runs.
+    """
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        if record["algorithm"] != UNTRAINED and "diverged" not in record:
+            seconds.setdefault((record["label"], record["task"]), []).append(record["seconds"])
+    spreads = [max(each) / min(each) - 1 for each in seconds.values()]
+    return (median(spreads), max(spreads)) if spreads else (0.0, 0.0)
 
 
 def trained_labels(records: Sequence[Record]) -> list[str]:

@@ -27,7 +27,7 @@ from benchmarks.algorithms_records import (
     trained_labels,
     untrained_labels,
 )
-from benchmarks.markdown import markdown
+from benchmarks.markdown import markdown, p_value_cell
 from benchmarks.over_optimisation import along_images
 from benchmarks.runs import Record
 from benchmarks.statistics import (
@@ -91,7 +91,6 @@ _OF_DRAWING = (
     ("quality", 1, ".3f"),
     ("calls", 1, ".0f"),
     ("reward_calls", 1, ".0f"),
-    ("seconds", 1, ".2f"),
 )
 
 #: Images after which the table of the long runs has a number; the learning rate warms up until the first one.
@@ -179,6 +178,31 @@ def long_table(records: Sequence[Record], task: str, labels: Sequence[str]) -> s
     return markdown(rows, [*(f"alignment after {mark:,} images, %" for mark in _ON_THE_WAY), *columns, "images"])
 
 
+def long_drawing_table(records: Sequence[Record], labels: Sequence[str]) -> str:
+    """Returns how else the models of the long runs draw: the aligned images in %, and the quality.
+
+    Args:
+        records: of the runs.
+        labels: of the methods, in the order of the rows.
+    """
+    runs = _long(records)
+    ways = dict.fromkeys(name for _, names in _ways(runs) for name in names)
+    columns = {"as trained": "training"} | {name: name for name in ways}
+    rows = {}
+    for label in labels:
+        cells = []
+        for name in columns.values():
+            aligned, quality = (_mean_score(runs, label, [LONG], key, name) for key in ("aligned", "quality"))
+            cells.append("" if aligned is None or quality is None else f"{100 * aligned:.0f}, {quality:.2f}")
+        if any(cells):
+            rows[label] = cells
+    return markdown(rows, columns)
+
+
+def _long(records: Sequence[Record]) -> list[Record]:
+    return [record for record in records if record["task"] == LONG]
+
+
 # ---------------------------------------------------------------------------------------------------- over all tasks
 
 
@@ -237,19 +261,27 @@ def pairs_table(records: Sequence[Record], tasks: Sequence[str], labels: Sequenc
             if label == other:
                 cells.append("")
                 continue
-            difference = mean_over_tasks(by_label[label]).value - mean_over_tasks(by_label[other]).value
-            text = f"**{difference:+.1f}**" if corrected[pair] < 0.05 else f"{difference:+.1f}"
-            visible = smallest_difference(by_label[label], by_label[other], len(pairs))
-            cells.append(text if math.isnan(visible) else f"{text} ({visible:.1f})")
+            cells.append(_difference(by_label[label], by_label[other], len(pairs), corrected[pair] < 0.05))
         rows[label] = cells
     return markdown(rows, list(by_label))
+
+
+def _difference(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], n_comparisons: int, is_bold: bool = False
+) -> str:
+    """Returns how far the mean of our gains is above theirs, and in brackets the smallest difference to be seen."""
+    difference = f"{mean_over_tasks(ours).value - mean_over_tasks(theirs).value:+.1f}"
+    visible = smallest_difference(ours, theirs, n_comparisons)
+    return (f"**{difference}**" if is_bold else difference) + ("" if math.isnan(visible) else f" ({visible:.1f})")
 
 
 # ----------------------------------------------------------------------------------- components, prompts, drawing
 
 
 def components_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
-    """Returns what changes if one component of DPOK does, in points of fully aligned images, the KL and the quality.
+    """Returns what changes if one component of DPOK does: the gain in fully aligned images, the KL and the quality.
+
+    Below the row of DPOK, a cell of the difference has in brackets the smallest one that so many runs would show.
 
     Args:
         records: of the runs.
@@ -257,21 +289,25 @@ def components_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
     """
     labels = list(dict.fromkeys(r["label"] for r in records if r["label"].startswith(COMPONENT)))
     by_label = gains(records, tasks, ["DPOK", *labels])
-    theirs = by_label.pop("DPOK", [])
+    theirs = by_label.get("DPOK", [])
+    changed = {label: ours for label, ours in by_label.items() if label != "DPOK"} if theirs else {}
+    corrected = holm({label: permutation_test(ours, theirs) for label, ours in changed.items()})
     rows = {}
-    p_values, cells = {}, {}
-    for label, ours in by_label.items() if theirs else ():
-        p_values[label] = permutation_test(ours, theirs)
-        kl = numbers_by_task(records, label, tasks, score("kl"))
-        quality = numbers_by_task(records, label, tasks, score("quality"))
-        difference = mean_over_tasks(ours).value - mean_over_tasks(theirs).value
-        visible = smallest_difference(ours, theirs, len(by_label))
-        means = [f"{mean_over_tasks(kl):.1f}", f"{mean_over_tasks(quality):.3f}"]
-        cells[label] = [f"{difference:+.1f}", "" if math.isnan(visible) else f"{visible:.1f}", *means]
-    corrected = holm(p_values) if p_values else {}
-    for label, row in cells.items():
-        rows[label.removeprefix(COMPONENT)] = [*row, f"{corrected[label]:.2f}"]
-    return markdown(rows, ["aligned, points", "smallest difference to be seen", "KL, nats", "quality", "p, corrected"])
+    for label, ours in ({"DPOK": theirs} | changed).items() if theirs else ():
+        difference = ""
+        if label in changed:
+            difference = _difference(ours, theirs, len(changed))
+        kl, quality = (numbers_by_task(records, label, tasks, score(name)) for name in ("kl", "quality"))
+        rows[label.removeprefix(COMPONENT)] = [
+            f"{mean_over_tasks(ours):+.1f}",
+            difference,
+            p_value_cell(corrected.get(label)),
+            f"{mean_over_tasks(kl):.1f}",
+            f"{mean_over_tasks(quality):.3f}",
+            *(" ".join(f"{gain:+.0f}" for gain in of_task) for of_task in ours),
+        ]
+    of_seeds = [f"gain, each seed of {task}" for task in tasks]
+    return markdown(rows, ["gain, points", "minus DPOK", "p, corrected", "KL, nats", "quality", *of_seeds])
 
 
 def prompts_table(records: Sequence[Record], task: str, kinds: Sequence[str], labels: Sequence[str]) -> str:
@@ -301,7 +337,7 @@ def drawing_table(records: Sequence[Record], tasks: Sequence[str], untrained: Se
         trained: a method whose training is an alternative to dear ways to draw.
     """
     ways = {label: (label, "training") for label in untrained}
-    for label, names in _ways(records):
+    for label, names in _ways([record for record in records if record["task"] in tasks]):
         ways |= {label: (label, "training")} | {f"{label}, {name}": (label, name) for name in names}
     of_training = np.mean([passes(run) for task in tasks for run in runs_of(records, trained, task)])
     plain = _mean_score(records, PRETRAINED, tasks, "calls", "training")
@@ -314,7 +350,7 @@ def drawing_table(records: Sequence[Record], tasks: Sequence[str], untrained: Se
         calls = _mean_score(records, label, tasks, "calls", name)
         more = 0 if label not in untrained or calls is None or plain is None else calls - plain
         rows[way] = [*cells, f"{of_training / more:,.0f}" if more > 0 else ""]
-    headings = ["aligned, %", "quality", "passes", "reward calls", "seconds"]
+    headings = ["aligned, %", "quality", "passes", "reward calls"]
     return markdown(rows, [*headings, f"images until a training with {trained} costs less"])
 
 
@@ -362,8 +398,9 @@ def all_tables(records: Sequence[Record], settings: dict[str, Any]) -> dict[str,
         tables["The paper's two claims"] = claims_table(records, single_prompts, settings["claims"])
         tables["Components of DPOK"] = components_table(records, settings["components"]["tasks"])
         tables["Other ways to draw"] = drawing_table(records, complete, untrained, settings["shown"]["yardsticks"][0])
-    if any(record["task"] == LONG for record in records):
+    if _long(records):
         tables["Long runs"] = long_table(records, settings["long"]["task"], trained)
+        tables["Other ways to draw after the long runs"] = long_drawing_table(records, trained)
     for task in tasks:
         tables[f"Task “{task}”"] = task_table(records, task, labels)
         if splits := settings["tasks"][task].get("splits"):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from agents.cli import plots
-from benchmarks.runs import Record, row_file
+from benchmarks.runs import Record
 from dpok_gym import make_reward
 
 # Of the Okabe-Ito palette, which colour-blind people can tell apart.
@@ -109,19 +109,17 @@ def scale_kl(axes: Axes, linear: float) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def grid(folder: Path, task: str, labels: Sequence[str], prompts: Sequence[str], path: Path) -> None:
+def grid(files: Mapping[str, Path], task: str, prompts: Sequence[str], path: Path) -> None:
     """Draws the rows of images of a task, one below the other, with ticks; runs that have none are left out.
 
     Args:
-        folder: of the sweep.
-        task: of the runs.
-        labels: of the runs.
+        files: of the rows, by the labels of the runs.
+        task: what the figure is called by.
         prompts: of the images of a row.
         path: file to write; it is not written if there are no rows.
     """
     rows = {}
-    for label in labels:
-        file = row_file(folder, task, label)
+    for label, file in files.items():
         if file.is_file():
             images = np.stack(np.split(np.asarray(Image.open(file)), len(prompts), axis=1))
             pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.figures import LEVEL, grid, label_points, save, scale_kl, tidy
 from benchmarks.markdown import markdown
-from benchmarks.runs import HERE, Description, Record, sweep_and_report, sweep_options
+from benchmarks.runs import HERE, Description, Record, row_file, sweep_and_report, sweep_options
 from benchmarks.statistics import Interval, difference_of_means, mean
 from benchmarks.training_run import UNTRAINED, prompts_of_row
 
@@ -126,7 +126,8 @@ def report(records: Sequence[Record], settings: dict[str, Any], folder: Path) ->
         arguments = {family: next(iter(settings["families"][family]["values"])) for family in chosen}
         figure(chosen, arguments, level, shown["question"], folder / f"{name}.png")
     training_figure(records, folder / "training.png")
-    grid(folder, settings["task"], settings["shown"], prompts_of_row(records[0]), folder / "grid.png")
+    files = {label: row_file(folder, settings["task"], label) for label in settings["shown"]}
+    grid(files, settings["task"], prompts_of_row(records[0]), folder / "grid.png")
 
 
 def collect(records: Sequence[Record]) -> Families:

@@ -54,18 +54,22 @@ def over_optimisation(records: Sequence[Record], labels: Sequence[str], path: Pa
     Raises:
         ValueError: if there are no runs of the pre-trained model with the prompts and the reward of a long run.
     """
-    finished = [record for record in records if "diverged" not in record]
-    by_label = {label: runs for label in labels if (runs := runs_of(finished, label, LONG))}
+    by_label = {label: runs for label in labels if (runs := runs_of(records, label, LONG))}
     columns = min(4, len(by_label))
     figure, panels = make_panels(len(by_label), columns, (10, 1.9), sharex=True, sharey=True)
     has_fit = False
-    for axes, (label, runs) in zip(panels, by_label.items(), strict=True):
-        before = _before(records, runs[0])
-        ends = _over_optimisation(axes, runs, before)
-        is_fit = _is_fit(runs[0]["curve"])
+    for axes, (label, all_runs) in zip(panels, by_label.items(), strict=True):
+        before = _before(records, all_runs[0])
+        runs = [run for run in all_runs if "diverged" not in run]
+        is_fit = any(_is_fit(run["curve"]) for run in runs)
         has_fit |= is_fit
         axes.set_title(label + " †" * is_fit, fontsize=9.5, loc="left")
-        axes.set_title(f"gap {ends[PROXY] - ends[JUDGE]:+.1f}", fontsize=8.5, loc="right", color="#404040")
+        if runs:
+            ends = _over_optimisation(axes, runs, before)
+            axes.set_title(f"gap {ends[PROXY] - ends[JUDGE]:+.1f}", fontsize=8.5, loc="right", color="#404040")
+        if len(runs) < len(all_runs):
+            diverged = f"{len(all_runs) - len(runs)} of {len(all_runs)}: images became NaN"
+            axes.text(0.5, 0.06, diverged, fontsize=8.5, ha="center", transform=axes.transAxes)
         axes.axhline(0, **DOTTED)
         start, spread = _level(before, JUDGE)
         axes.axhline((1 + QUALITY_WEIGHT - start) / spread, color=RED, linestyle="--", linewidth=0.9, zorder=1)
@@ -96,7 +100,7 @@ def over_optimisation(records: Sequence[Record], labels: Sequence[str], path: Pa
 def _over_optimisation(axes: Axes, runs: Sequence[Record], before: Sequence[Record]) -> dict[str, float]:
     """Draws both lines of a method and the gap between them; returns their means in the final evaluation."""
     means, ends = {}, {}
-    at = common_range([learnt_from(run["curve"])[0] for run in runs])
+    at = common_range([_smoothed(run["curve"], judged)[0] for run in runs])
     for name, (_, colour, measure) in _LINES.items():
         start, spread = _level(before, name)
         smoothed = []
@@ -119,14 +123,17 @@ def _over_optimisation(axes: Axes, runs: Sequence[Record], before: Sequence[Reco
 
 
 def _smoothed(curve: Sequence[Mapping[str, float]], measure: Measure) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Returns the numbers of images that a run had learnt from, and its running means over a twentieth of the curve."""
+    """Returns the numbers of images that a run had learnt from, and its running means over a twentieth of the curve.
+
+    The points at both ends that lack neighbours are left out, but for the first one of a fit, which is a mean already.
+    """
     x, points = learnt_from(curve)
     values = np.array([measure(point) for point in points])
-    if _is_fit(curve):  # its first point is a mean already
-        values[1:] = running_mean(values[1:], len(points) // 20)
-    else:
-        values = running_mean(values, len(points) // 20)
-    return x, values
+    first = int(_is_fit(curve))
+    reach = len(points) // 20 // 2
+    means = running_mean(values[first:], 2 * reach + 1)
+    inner = slice(reach, len(means) - reach)
+    return np.append(x[:first], x[first:][inner]), np.append(values[:first], means[inner])
 
 
 def along_images(curve: Sequence[Mapping[str, float]], images: float, measure: Measure) -> float | None:

@@ -20,7 +20,9 @@ from benchmarks.sparse_reward import fully_aligned
 from benchmarks.training_run import UNTRAINED
 from dpok_gym import make_reward
 from dpok_gym.prompts import load_prompts
+from dpok_gym.shapes.captions import corrupt, sample_requested_scenes
 from dpok_gym.shapes.prompts import unseen_prompts
+from dpok_gym.shapes.scenes import render
 
 SETTINGS = yaml.safe_load((HERE / "algorithms.yaml").read_text(encoding="utf-8"))
 SEARCHES = ("diffusion", "flow")
@@ -134,8 +136,12 @@ def test_the_policy_is_that_of_the_laptop() -> None:
 
 
 def test_the_sparse_reward() -> None:
-    images = torch.ones(2, 3, 64, 64)
-    assert fully_aligned(images, ["a red circle", "three green squares"]).tolist() == [0, 0]
+    """Images with one thing wrong have nothing of it."""
+    generator = torch.Generator().manual_seed(0)
+    scenes, requests = sample_requested_scenes(50, generator)
+    images = render(scenes)
+    assert fully_aligned(images, [str(request) for request in requests]).mean() > 0.9
+    assert fully_aligned(images, [str(corrupt(request, generator)) for request in requests]).sum() == 0
 
 
 # --- The tuning

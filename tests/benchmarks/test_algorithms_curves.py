@@ -74,24 +74,24 @@ def test_the_draws_before_a_fit_are_of_the_pretrained_model() -> None:
 
 
 def test_the_claims() -> None:
-    """The level is in the middle between the pre-trained model's reward and the lower final one of the two."""
+    """The level is three quarters of the way from the pre-trained model's reward to the lower final one of the two."""
     records = [
         record(PRETRAINED, [], 0.2),
         record("fast", points(0.0, 0.3, 0.9, 0.9, 0.9), 0.9),
         record("slow", points(0.0, 0.2, 0.4, 0.4, 0.4), 0.4),
         record("low", points(0.0, 0.0, 0.0, 0.0, 0.1), 0.1),
+        record("still", points(0.0, 0.2, 0.2, 0.2, 0.24), 0.24),
     ]
     records[0]["scores"]["training"] |= {"alignment": 0.1, "quality": 0.8, "reward_std": 0.5}
-    for run, quality in zip(records[1:], (0.7, 0.6, 0.5), strict=True):
+    for run, quality in zip(records[1:], (0.7, 0.6, 0.5, 0.5), strict=True):
         run["scores"]["training"]["quality"] = quality
     for point in records[2]["curve"]:
         point["alignment"] = 0.1
-    rows = claims_table(records, ["one", "two"], [("fast", "slow"), ("fast", "low"), ("low", "absent")])
-    first, second = rows.splitlines()[2:]
-    # At the reward 0.3, the fast one has the alignment 0.15, and the slow one 0.1.
-    assert first.startswith("| “fast” minus “slow” | one | 0.20 | 2 of 2 | +0.050 | 1.00 | +0.000 | 1.00 | +0.100 |")
-    # The level 0.15 is below the pre-trained model's 0.2, so each run has it at once.
-    assert second.startswith("| “fast” minus “low” | one | -0.10 | 2 of 2 | +0.000 | 1.00 | +0.000 | 1.00 | +0.200 |")
+    pairs = [("fast", "slow"), ("fast", "low"), ("fast", "still"), ("low", "absent")]
+    (row,) = claims_table(records, ["one", "two"], pairs).splitlines()[2:]
+    # The level is 0.2 + 3/4 x 0.2: 0.3 spreads above the start. The fast one has half of it as its alignment there. The
+    # pairs with a method that ends below the pre-trained model, or 0.08 spreads above it, have no level.
+    assert row.startswith("| “fast” minus “slow” | one | 0.30 | 2 of 2 | +0.075 | 1.000 | +0.000 | 1.000 | +0.100 |")
 
 
 def test_a_run_that_does_not_reach_the_level_does_not_count() -> None:
@@ -99,4 +99,4 @@ def test_a_run_that_does_not_reach_the_level_does_not_count() -> None:
     records = [record(PRETRAINED, [], 0.0), good, bad, record("theirs", points(0.0, 0.6, 0.8), 0.8)]
     records[0]["scores"]["training"] |= {"alignment": 0.0, "quality": 1.0, "reward_std": 0.5}
     (row,) = claims_table(records, ["one"], [("ours", "theirs")]).splitlines()[2:]
-    assert values(row)[:3] == ["one", "0.50", "2 of 3"]
+    assert values(row)[:3] == ["one", "0.75", "2 of 3"]

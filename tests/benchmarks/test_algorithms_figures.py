@@ -158,6 +158,18 @@ def test_curves_are_means_over_seeds(records: list[Record], draw: Callable[..., 
     assert not np.isnan(figure.axes[0].collections[0].get_paths()[0].vertices).any()  # the band
 
 
+def test_the_curves_of_all_methods(records: list[Record], draw: Callable[..., Any]) -> None:
+    figure = draw(algorithms_figures.curves, records, TASKS, [["DPOK", "absent"], ["SFT"]])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "", "two", "", "three", ""]
+    ends = {"DPOK": 0.35, "SFT": 0.32}  # thousands of passes, see above
+    for axes, label in zip(figure.axes, 3 * ["DPOK", "SFT"], strict=True):
+        (line,) = (line for line in axes.lines if line.get_linestyle() != ":")
+        assert line.get_color() == algorithms_figures.STYLES[label].colour
+        assert line.get_xdata()[-1] == pytest.approx(ends[label])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["DPOK", "SFT", PRETRAINED]
+    check_texts(figure)
+
+
 def test_frontier(records: list[Record], draw: Callable[..., Any]) -> None:
     trained = ["DPOK", "SFT"]
     figure = draw(algorithms_figures.frontier, records, TASKS, trained)

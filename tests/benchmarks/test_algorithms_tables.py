@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import re
 from typing import Any
 
 import numpy as np
@@ -123,18 +124,22 @@ def test_some_columns_of_the_overview() -> None:
 def test_a_dear_way_to_draw_and_a_training() -> None:
     """A training of 2,000 passes is paid by the 30 passes more that the best of 4 takes for each of 67 images."""
     ours = record("one", "DPOK", 0, 0.75) | {"also": {"calm": {}, "NaN": {}}}
-    ours["scores"]["calm"] = {"aligned": 0.5, "quality": 0.75, "calls": 10, "reward_calls": 1, "seconds": 0.5}
+    ours["scores"]["calm"] = {"aligned": 0.5, "quality": 0.75, "calls": 10, "reward_calls": 1}
+    long = ours | {"task": "long", "label": "other"}  # which counts in a table of its own
     best = record("one", "best of 4", 0, 0.5, algorithm=UNTRAINED)
     best["scores"]["training"] |= {"calls": 40, "reward_calls": 4}
-    records = [record("one", PRETRAINED, 0, 0.25), best, ours]
+    records = [record("one", PRETRAINED, 0, 0.25), best, ours, long]
     rows = algorithms_tables.drawing_table(records, ["one"], [PRETRAINED, "best of 4"], "DPOK").splitlines()[2:]
     assert rows == [
-        "| pre-trained | 25.0 | 0.900 | 10 | 1 | 0.25 |  |",
-        "| best of 4 | 50.0 | 0.900 | 40 | 4 | 0.25 | 67 |",
-        "| DPOK | 75.0 | 0.900 | 10 | 1 | 0.25 |  |",
-        "| DPOK, calm | 50.0 | 0.750 | 10 | 1 | 0.50 |  |",
-        "| DPOK, NaN |  |  |  |  |  |  |",
+        "| pre-trained | 25.0 | 0.900 | 10 | 1 |  |",
+        "| best of 4 | 50.0 | 0.900 | 40 | 4 | 67 |",
+        "| DPOK | 75.0 | 0.900 | 10 | 1 |  |",
+        "| DPOK, calm | 50.0 | 0.750 | 10 | 1 |  |",
+        "| DPOK, NaN |  |  |  |  |  |",
     ]
+    heading, _, row = algorithms_tables.long_drawing_table(records, ["DPOK", "other"]).splitlines()
+    assert heading == "|  | as trained | calm | NaN |"
+    assert row == "| other | 75, 0.90 | 50, 0.75 |  |"
 
 
 def test_components_are_compared_with_all_runs_of_dpok() -> None:
@@ -142,15 +147,21 @@ def test_components_are_compared_with_all_runs_of_dpok() -> None:
     rng, records = np.random.default_rng(0), []
     for task, seed in itertools.product(TASKS, range(5)):
         records.append(record(task, PRETRAINED, seed, 0.4 + seed / 100))
-        records.append(record(task, "DPOK", seed, 0.9 + seed / 100 + rng.normal(0, 0.001)))  # the noise of the seed
+        records.append(record(task, "DPOK", seed, 0.9 + seed / 100 + rng.normal(0, 0.01)))  # the noise of the seed
         if seed < 3:
             records.append(record(task, "DPOK: bad", seed, 0.8 + seed / 100))
             records += [record(task, f"DPOK: {n}", seed, 0.9 + seed / 100 + rng.normal(0, 0.01)) for n in range(10)]
     rows = algorithms_tables.components_table(records, TASKS).splitlines()[2:]
-    assert len(rows) == 11
-    assert rows[0].startswith("| bad | -10.0 |")
-    assert values(rows[0])[-2] == "0.900"
-    assert float(values(rows[0])[-1]) < 0.05
+    assert len(rows) == 12
+    first, bad, _, *_ = rows
+    assert values(first)[1:3] == ["", ""]
+    assert values(first)[4] == "0.900"
+    for each in values(first)[5:]:
+        assert [float(gain) for gain in each.split()] == pytest.approx([50] * 5, abs=3)
+    assert values(bad)[0] == "+40.0"
+    assert float(values(bad)[1].partition(" ")[0]) == pytest.approx(-10, abs=1)
+    assert values(bad)[4:] == ["0.900", "+40 +40 +40", "+40 +40 +40"]
+    assert [row.count("**") for row in rows] == [0, 2] + 10 * [0]  # the p-value of one is bold
     assert algorithms_tables.components_table([], TASKS).count("\n") == 2
 
 
@@ -160,7 +171,8 @@ def test_the_report(tmp_path: Any) -> None:
     rng, records = np.random.default_rng(0), []
     settings = SETTINGS | {"seeds": 2}
     for description in algorithms.descriptions(settings, tuned):
-        run = record(description["task"], description["label"], description["seed"], rng.random())
+        start = 0.0 if description["label"] == PRETRAINED else 0.5
+        run = record(description["task"], description["label"], description["seed"], start + rng.random() / 2)
         sets = [*description.get("splits", ["training", "held_out"])[1:], *description.get("also", {})]
         scores = dict.fromkeys(["training", *sets], run["scores"]["training"])
         records.append(run | description | {"scores": scores, "curve": points(*rng.random(8))})
@@ -168,15 +180,14 @@ def test_the_report(tmp_path: Any) -> None:
         if (run["label"], run["seed"]) == ("DDPO", 0):
             run |= {"diverged": "the image is not finite", "scores": {}, "curve": []}
     (tmp_path / "images").mkdir()
-    for task in ("many", "long"):  # the rows of white images of two runs
-        Image.new("RGB", (8 * 64, 64), "white").save(tmp_path / "images" / f"{task}-DPOK.png")
+    for task in ("many", "count"):  # the rows of white images of two runs
+        Image.new("RGB", (8 * 64, 64), "white").save(tmp_path / "images" / f"{task}-pre-trained.png")
     algorithms.report(records, settings, tmp_path, Tuning(settings, tmp_path / "tuning.jsonl"))
-    names = ("gains", "frontier", "costs", "over_optimisation", "grid-many", "grid-long")
+    names = ("gains", "frontier", "costs", "curves", "over_optimisation", "grid-many", "grid-long")
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in names)
-    assert not (tmp_path / "grid-count.png").exists()
     text = (tmp_path / "tables.md").read_text()
     titles = [line.removeprefix("### ") for line in text.splitlines() if line.startswith("### ")]
-    assert titles[:12] == [
+    assert titles[:13] == [
         "How to read the tables",
         "In short",
         *(f"{what} over all tasks" for what in ("Gains", "Each two methods", "Equal costs")),
@@ -185,8 +196,9 @@ def test_the_report(tmp_path: Any) -> None:
         "Components of DPOK",
         "Other ways to draw",
         "Long runs",
+        "Other ways to draw after the long runs",
     ]
-    assert len(titles) == 12 + len(SETTINGS["tasks"]) + 2
+    assert len(titles) == 13 + len(SETTINGS["tasks"]) + 2
     assert len(SETTINGS["shown"]["short"]) <= 8  # the README has them
     assert titles[-1] == "Settings that were chosen"
     assert "/shapes/weights/unet/diffusion_pytorch_model.safetensors" in (tmp_path / "SHA256SUMS").read_text()
@@ -201,7 +213,7 @@ def test_the_report(tmp_path: Any) -> None:
         assert "| DRaFT |" in parts[f"{what} over the tasks with a gradient"]
     assert parts["In short"].count("\n| ") == len(SETTINGS["shown"]["short"]) + 2
     assert parts["Long runs"].count("\n| ") == len(SETTINGS["methods"]) - len(SETTINGS["long"]["without"]) + 2
-    assert parts["Components of DPOK"].count("\n| ") == len(SETTINGS["components"]["changes"]) + 2
+    assert parts["Components of DPOK"].count("\n| ") == len(SETTINGS["components"]["changes"]) + 3  # and of DPOK
     assert parts["Kinds of prompts of “many”"].count("\n| ") == n_labels
     assert parts["Other ways to draw"].count("\n| DPOK") == 1 + len(SETTINGS["methods"]["DPOK"]["also"])
     assert parts["Other ways to draw"].count("\n| ") == 3 + len(SETTINGS["methods"]["DPOK"]["also"]) + len(
@@ -221,10 +233,34 @@ def test_the_report_of_a_few_runs(n: int, tmp_path: Any) -> None:
         curve = [] if description["algorithm"] == UNTRAINED else points(0.1, 0.2, 0.3)
         records.append(run | description | {"curve": curve})
     algorithms.report(records, SETTINGS, tmp_path, Tuning(SETTINGS, tmp_path / "tuning.jsonl"))
-    assert "### Task “count”" in (tmp_path / "tables.md").read_text()
+    text = (tmp_path / "tables.md").read_text()
+    of_count = text.partition("### Task “count”\n\n")[2].partition("\n\n")[0].splitlines()
+    methods = {record["label"] for record in records if not record["label"].startswith("DPOK: ")}
+    assert {row.split(" | ")[0].removeprefix("| ") for row in of_count[2:]} == methods
+    assert all(" 50.0 " in row for row in of_count[2:])
+
+
+def test_the_spread_of_seconds_is_that_of_runs_with_the_same_work() -> None:
+    seconds = {("one", "ours"): (4.0, 5.0, 4.5), ("one", "theirs"): (10.0, 11.0), ("two", "ours"): (100.0, 150.0)}
+    records = [record("one", PRETRAINED, 0, 0.5, seconds=0.0)]
+    records += [record(*run, seed, 0.5, seconds=each) for run, of in seconds.items() for seed, each in enumerate(of)]
+    assert algorithms_records.spread_of_seconds(records) == (pytest.approx(0.25), pytest.approx(0.5))
+    assert algorithms_records.spread_of_seconds(records[:1]) == (0, 0)
 
 
 PUBLISHED = HERE / "results" / "algorithms"
+PAGE = (HERE.parent / "docs" / "reference" / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_the_page_has_all_tables_and_figures() -> None:
+    titles = re.findall("^### (.+)$", (PUBLISHED / "tables.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(titles) > 15
+    for title in titles:
+        assert f"<!-- generate: file benchmarks/results/algorithms/tables.md|{title} -->" in PAGE
+    figures = [path.name for path in PUBLISHED.glob("*.png")]
+    assert len(figures) >= 5
+    for figure in figures:
+        assert f"(../../benchmarks/results/algorithms/{figure})" in PAGE
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks import figures
+from benchmarks.runs import row_file
 from tests.agents.cli.support import check_texts
 from tests.benchmarks.support import RESULTS
 
@@ -61,7 +62,8 @@ def test_a_grid_has_the_ticks_of_the_judge(tmp_path: Path, monkeypatch: pytest.M
     rows: dict[str, Any] = {}
     monkeypatch.setattr(figures.plots, "image_rows", lambda found, *_: rows.update(found))
     prompts = ["three green squares"] * 8
-    figures.grid(RESULTS / "algorithms", "count", ["best of 8", "pre-trained", "none"], prompts, tmp_path / "a.png")
+    files = {label: row_file(RESULTS / "algorithms", "count", label) for label in ("best of 8", "pre-trained", "none")}
+    figures.grid(files, "count", prompts, tmp_path / "a.png")
     assert {label: aligned.sum() for label, (_, aligned) in rows.items()} == {"best of 8": 8, "pre-trained": 3}
 
 

@@ -100,6 +100,23 @@ def test_of_several_seeds_each_has_a_line(saved: list[Any], tmp_path: Path) -> N
     np.testing.assert_allclose(diamonds, [[4, 6], [-2, -2]])
 
 
+def test_a_run_that_has_diverged_has_a_panel_that_says_so(saved: list[Any], tmp_path: Path) -> None:
+    diverged = TASK | {"task": LONG, "label": "DDPO", "seed": 0, "scores": {}, "curve": [], "diverged": "NaN"}
+    over_optimisation([diverged, make_run("SFT", FIT), before()], ["DDPO", "SFT"], tmp_path / "a.png")
+    empty, full = saved[0].axes
+    assert [text.get_text() for text in empty.texts] == ["1 of 1: images became NaN"]
+    assert not lines_of(empty)
+    assert lines_of(full)
+    assert not full.texts
+
+
+def test_a_running_mean_ends_where_it_lacks_neighbours() -> None:
+    curve = [point(10 * k, float(k % 2), 0.5) for k in range(62)]  # of 61 rollouts, a twentieth is three
+    x, means = module._smoothed(curve, lambda each: each["reward"])
+    assert x.tolist() == [10 * k for k in range(1, 60)]
+    assert means == pytest.approx([1 / 3 if k % 2 else 2 / 3 for k in range(1, 60)])
+
+
 def test_a_fit_has_learnt_from_as_many_images_as_its_share() -> None:
     images, points = learnt_from(FIT)
     assert images.tolist() == [0, 5, 20]

@@ -127,27 +127,43 @@ def test_holm() -> None:
 
 
 def test_smallest_difference() -> None:
-    # Means of two runs with a variance of 2 have a variance of 1, that of eight runs with one of 8 / 7 has 1 / 7.
-    assert smallest_difference([[0.0, 2.0]], [[101.0, 103.0]]) == pytest.approx(2.8016 * 2**0.5, rel=1e-4)
-    many = [0.0, 0.0, 0.0, 0.0, 2.0, 2.0, 2.0, 2.0]
-    variance = (1 + 1 + 1 + 1 / 7) / 2**2
-    assert smallest_difference([[0.0, 2.0], [0.0, 2.0]], [[0.0, 2.0], many]) == pytest.approx(
-        2.8016 * variance**0.5, rel=1e-4
-    )
+    # The means of five runs with a variance of 1 have one of 0.2; 8 degrees of freedom.
+    five = np.array([-1.0, -1.0, 0.0, 1.0, 1.0])
+    seen = smallest_difference([five], [five + 100])
+    assert seen == pytest.approx((2.30600 + 0.88889) * 0.4**0.5, rel=1e-4)  # quantiles of 0.975 and 0.8
+    assert smallest_difference([five, five], [five, five]) < seen / 2**0.5
+    assert smallest_difference([five], [five], n_comparisons=3) > seen
+    assert smallest_difference([10 * five], [10 * five]) == pytest.approx(10 * seen)
+    # Welch: if one sample has nearly all of the spread, its own four degrees of freedom count.
+    seen = smallest_difference([five], [five / 1e6])
+    assert seen == pytest.approx((2.77645 + 0.94096) * 0.2**0.5, rel=1e-4)
+    assert smallest_difference([np.zeros(5)], [np.ones(5)]) == 0
+
+
+def test_too_few_runs_show_no_difference() -> None:
+    """Three runs each on two tasks have 400 permutations, so no p-value is below 0.005."""
+    three = [[0.0, 1.0, 2.0]] * 2
+    assert permutation_test([[0.0, 1.0, 2.0]] * 2, [[100.0, 101.0, 102.0]] * 2) == pytest.approx(0.005, rel=0.1)
+    assert smallest_difference(three, three, n_comparisons=9) > 0
+    assert np.isnan(smallest_difference(three, three, n_comparisons=10))
     assert np.isnan(smallest_difference([[0.0, 2.0], [1.0]], [[0.0, 2.0], [1.0, 2.0]]))
-    one, ten = (smallest_difference([[0.0, 2.0]], [[0.0, 2.0]], n) for n in (1, 10))
-    assert ten / one == pytest.approx((2.8070 + 0.8416) / 2.8016, rel=1e-4)  # quantiles of 1 - 0.0025 and of 0.8
 
 
-def test_smallest_difference_is_seen_with_a_power_of_80_percent() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "n_tasks", "n_comparisons"), [((5, 5), 6, 55), ((3, 5), 2, 11)])
+def test_the_smallest_difference_is_seen_in_four_of_five_cases(
+    sizes: tuple[int, int], n_tasks: int, n_comparisons: int
+) -> None:
+    """By the permutation test, with so many runs as the comparison has."""
     rng = np.random.default_rng(0)
-    scales = np.array([1.0, 2.0, 5.0])[:, None, None]
-    ours, theirs = scales * rng.normal(size=(3, 1, 2000)), scales * rng.normal(size=(3, 1, 2000))
-    needed = smallest_difference(ours[:, 0], theirs[:, 0]) * (2000 / 20) ** 0.5  # with 20 runs
-    ours, theirs = scales * rng.normal(size=(3, 4000, 20)) + needed, scales * rng.normal(size=(3, 4000, 20))
-    difference = ours.mean(axis=(0, 2)) - theirs.mean(axis=(0, 2))
-    error = np.sqrt(((ours.var(axis=2, ddof=1) + theirs.var(axis=2, ddof=1)) / 20).sum(axis=0)) / 3
-    assert (np.abs(difference) > 1.96 * error).mean() == pytest.approx(0.8, abs=0.03)
+    seen, n = 0, 400
+    for _ in range(n):
+        ours, theirs = (rng.normal(size=(n_tasks, size)) for size in sizes)
+        # Of samples with the true spread, and not of these few runs, whose spread is another one each time.
+        alike = [list(both / both.std(ddof=1, axis=-1, keepdims=True)) for both in (ours, theirs)]
+        ours = ours + smallest_difference(alike[0], alike[1], n_comparisons)
+        seen += permutation_test(ours, theirs, n_resamples=19_999) < 0.05 / n_comparisons
+    assert seen / n == pytest.approx(0.8, abs=0.06)
 
 
 @pytest.mark.slow
