@@ -252,6 +252,14 @@ PUBLISHED = HERE / "results" / "algorithms"
 PAGE = (HERE.parent / "docs" / "reference" / "comparison.md").read_text(encoding="utf-8")
 
 
+def test_the_numbers_in_the_sentences_of_the_page_are_in_the_tables() -> None:
+    tables = (PUBLISHED / "tables.md").read_text(encoding="utf-8")
+    numbers = re.findall(r"(?<![\d.])\d+\.\d+", re.sub("<!--.*?-->", "", PAGE))
+    assert len(numbers) > 10
+    for number in numbers:
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", tables), number
+
+
 def test_the_page_has_all_tables_and_figures() -> None:
     titles = re.findall("^### (.+)$", (PUBLISHED / "tables.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(titles) > 15
