@@ -162,8 +162,8 @@ def evaluate_drawing(
         description: of the run.
         prompts: each is drawn about equally often.
         draw: ``lora_scale`` (factor of what the LoRA changes), ``noise_scale`` (factor of the noise of each step), and
-            the options of :class:`agents.cli.steering.SteeringOptions`; for the pre-trained model ``environment``,
-            further arguments of the environment, which ``description`` has too. Each may be left out.
+            the options of :class:`agents.cli.steering.SteeringOptions`; and ``environment``, further arguments of the
+            environment (with a trained model, ``guidance_scale`` only). Each may be left out.
         reference: True for the pre-trained model.
 
     Returns:
@@ -173,12 +173,17 @@ def evaluate_drawing(
     others = ("environment", "lora_scale", "noise_scale")
     options = {name: value for name, value in draw.items() if name not in others}
     steering = make_steering(SteeringOptions(**options))
-    env = _make_env(description, _training_prompts(description))
+    environment = description.get("environment", {}) | draw.get("environment", {})
+    env = _make_env(description | {"environment": environment}, _training_prompts(description))
     chosen = cycle_prompts(prompts, description["eval_images"])
     # Far from the seeds that training and the curve use, and the same for all algorithms.
     seed = 1_000_000 * (description["seed"] + 1)
     started = time.process_time()
-    with scaled_lora(policy, draw.get("lora_scale", 1.0)), scaled_noise(policy, draw.get("noise_scale", 1.0)):
+    with (
+        scaled_lora(policy, draw.get("lora_scale", 1.0)),
+        scaled_noise(policy, draw.get("noise_scale", 1.0)),
+        guided(policy, env.process.config.guidance_scale),
+    ):
         evaluation = evaluate(policy, env, chosen, seed, reference=reference, steering=steering)
     scores = {"seconds": (time.process_time() - started) / len(chosen)} | summarize(evaluation)
     another_sampler = "environment" in draw or "noise_scale" in draw
@@ -203,6 +208,17 @@ def scaled_noise(policy: DenoisingPolicy, scale: float) -> Iterator[None]:
         yield
     finally:
         policy.process.table = table
+
+
+@contextmanager
+def guided(policy: DenoisingPolicy, scale: float) -> Iterator[None]:
+    """Within the block, the policy draws with this scale of classifier-free guidance."""
+    config = policy.process.config
+    policy.process.config = replace(config, guidance_scale=scale)
+    try:
+        yield
+    finally:
+        policy.process.config = config
 
 
 @contextmanager

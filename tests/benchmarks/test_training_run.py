@@ -159,16 +159,21 @@ def test_the_pretrained_model_in_other_ways() -> None:
 def test_the_trained_model_in_other_ways() -> None:
     """As it was without its LoRA, and the same as ever after that."""
     also: dict[str, Any] = {"as before": {"lora_scale": 0.0}, "calm": {"noise_scale": 0.5}, "again": {}}
-    also |= {"best of 2": {"steering": "best-of", "n_particles": 2}}
+    guidance = {"environment": {"guidance_scale": 2.0}}
+    also |= {"guided": guidance, "best of 2": {"steering": "best-of", "n_particles": 2}}
+    also |= {"guided as before": guidance | {"lora_scale": 0.0}, "last": {}}
     settings = {"use_critic": False, "learning_rate": 0.01}
     run = training_run.run(TINY | {"algorithm": "dpok", "settings": settings, "also": also})
     plain = training_run.run(TINY | {"algorithm": training_run.UNTRAINED, "settings": {}})
     scores = run["scores"]
-    assert without_seconds(scores["again"]) == without_seconds(scores["training"])
+    assert without_seconds(scores["again"]) == without_seconds(scores["last"]) == without_seconds(scores["training"])
     assert scores["as before"]["reward"] == plain["scores"]["training"]["reward"] != scores["again"]["reward"]
     assert scores["as before"]["kl"] == 0 < scores["again"]["kl"]
     assert scores["best of 2"]["calls"] == 2 * scores["again"]["calls"]
-    assert "kl" not in scores["best of 2"] | scores["calm"]
+    assert "kl" not in scores["best of 2"] | scores["calm"] | scores["guided"]
+    guided = training_run.run(TINY | {"algorithm": training_run.UNTRAINED, "settings": {}, "draw": guidance})
+    assert scores["guided as before"]["reward"] == guided["scores"]["training"]["reward"] != scores["guided"]["reward"]
+    assert scores["guided"]["calls"] == 2 * scores["again"]["calls"]
     assert scores["calm"]["reward"] != scores["again"]["reward"]
 
 
