@@ -249,8 +249,7 @@ def curves(records: Sequence[Record], tasks: Sequence[str], families: Sequence[S
         "Alignment of the images drawn in training, as running means over five rollouts, and fewer at the ends; means "
         f"over {describe_seeds(shown)} seeds with 95 % bootstrap intervals. A backward pass counts as two passes. A "
         "method that fits a fixed set of images draws all of them first: there its line is that of the pre-trained "
-        "model. Left: policy gradients. Middle: online, with the loss of the forward process. Right: fits of a fixed "
-        "set, and the gradient of the reward.",
+        "model.",
     )
     save(figure, path, FINE)
 

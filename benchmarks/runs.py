@@ -20,23 +20,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.training_run import run
+from benchmarks.training_run import key_of, run
 
 #: Folder of the benchmarks, with their settings; their results are in ``results``.
 HERE = Path(__file__).parent
-
-#: Keys of a record that are no part of its run's description.
-_RESULTS = {
-    "scores",
-    "curve",
-    "agreement",
-    "seconds",
-    "num_function_evaluations",
-    "num_gradient_evaluations",
-    "num_function_evaluations_to_draw",
-    "diverged",
-    "made_by",
-}
 
 Description = dict[str, Any]
 Record = dict[str, Any]
@@ -215,9 +202,3 @@ def _drop_cut_off_line(file: Path) -> None:
     if file.is_file():
         text = file.read_text(encoding="utf-8")
         file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-
-
-def key_of(record: Record) -> str:
-    """Returns a run's description as a text."""
-    description = {name: value for name, value in record.items() if name not in _RESULTS}
-    return json.dumps(description, sort_keys=True)

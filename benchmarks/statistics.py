@@ -176,16 +176,14 @@ def smallest_difference(
         The difference, in the unit of the numbers. It is NaN if a task has one run only, or if there are so few runs
         that no difference would be seen: even of all permutations, the smallest p-value is above the corrected level.
     """
-    sizes = np.array([(len(one), len(other)) for one, other in zip(by_task_a, by_task_b, strict=True)])  # type: ignore[arg-type]
+    tasks = [(np.asarray(one), np.asarray(other)) for one, other in zip(by_task_a, by_task_b, strict=True)]
+    sizes = np.array([(len(one), len(other)) for one, other in tasks])
     one_sided = 0.025 / n_comparisons
     n_permutations = math.prod(math.comb(int(one + other), int(one)) for one, other in sizes)
     if sizes.min() < 2 or 1 / n_permutations >= one_sided:
         return math.nan
-    spreads = [
-        [np.asarray(sample, np.float64).var(ddof=1) for sample in pair]
-        for pair in zip(by_task_a, by_task_b, strict=True)
-    ]
-    variances = np.array(spreads) / sizes  # of the samples' means
+    # Of the means of the samples.
+    variances = np.array([(one.var(ddof=1), other.var(ddof=1)) for one, other in tasks]) / sizes
     error = np.sqrt(variances.sum()) / len(sizes)
     if not error:
         return 0.0

@@ -45,6 +45,19 @@ if TYPE_CHECKING:
     from agents.common.policy import DenoisingPolicy
     from dpok_gym.samplers.process import DenoisingProcess
 
+#: Keys of a record that are no part of its run's description.
+_RESULTS = {
+    "scores",
+    "curve",
+    "agreement",
+    "seconds",
+    "num_function_evaluations",
+    "num_gradient_evaluations",
+    "num_function_evaluations_to_draw",
+    "diverged",
+    "made_by",
+}
+
 #: The "algorithm" of runs without training.
 UNTRAINED = "untrained"
 
@@ -95,7 +108,9 @@ def run(description: dict[str, Any], row_file: Path | None = None, unfinished: P
     of_env = description | {"environment": environment}
     env = _make_env(of_env, prompts, n_envs)
     algorithm: Any = load_algorithm(name)
-    checkpoints = None if unfinished is None else unfinished / _digest(description)
+    checkpoints = (
+        None if unfinished is None else unfinished / hashlib.sha256(key_of(description).encode()).hexdigest()[:16]
+    )
     agent: DenoisingAlgorithm = algorithm(env=env, seed=description["seed"], device="cpu", **settings)
     curve = Curve(_make_env(description, prompts), description["seed"])
     record: dict[str, Any] = {"scores": {}, "curve": curve.points}
@@ -123,8 +138,10 @@ def run(description: dict[str, Any], row_file: Path | None = None, unfinished: P
     return description | record | {name: value for name, value in cost.items() if name != "images"}
 
 
-def _digest(description: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+def key_of(record: dict[str, Any]) -> str:
+    """Returns a run's description as a text."""
+    description = {name: value for name, value in record.items() if name not in _RESULTS}
+    return json.dumps(description, sort_keys=True)
 
 
 def _train(agent: DenoisingAlgorithm, images: int, curve: Curve, folder: Path | None) -> None:

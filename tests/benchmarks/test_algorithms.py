@@ -15,9 +15,9 @@ from agents.common.arguments import check_arguments
 from benchmarks import algorithms
 from benchmarks.algorithms import PRETRAINED, Tuning
 from benchmarks.prompt_splits import prompt_splits
-from benchmarks.runs import HERE, Description, key_of
+from benchmarks.runs import HERE, Description
 from benchmarks.sparse_reward import fully_aligned
-from benchmarks.training_run import UNTRAINED
+from benchmarks.training_run import UNTRAINED, key_of
 from dpok_gym import make_reward
 from dpok_gym.prompts import load_prompts
 from dpok_gym.shapes.captions import corrupt, sample_requested_scenes
@@ -82,6 +82,8 @@ def test_a_smaller_comparison_has_some_of_the_same_runs(tmp_path: Path) -> None:
     searched = {(run["task"], run["label"]) for run in Tuning(smaller, tmp_path / "tuning.jsonl").missing()}
     assert searched == {("diffusion", label) for label in ("GRPO", PRETRAINED)}
     assert list(algorithms.choose(SETTINGS, ["flow"])["tuning"]["searches"]) == ["diffusion", "flow"]
+    assert smaller["shown"]["families"] == [["GRPO"], ["DRaFT"]]
+    assert algorithms.choose(SETTINGS, methods=["DPOK, no KL"])["shown"]["families"] == []  # no figure of curves
     with pytest.raises(ValueError, match="no methods ddpo; there are DPOK, "):
         algorithms.choose(SETTINGS, methods=["ddpo"])
     with pytest.raises(ValueError, match="seeds must be"):
